@@ -1,0 +1,177 @@
+"""Every option of a run, under the field's names, checked together when they are made."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..precision.registry import did_you_mean
+from .schedulers import SCHEDULERS
+
+CADENCES = ("no", "steps", "epoch")
+
+
+@dataclass(frozen=True)
+class FitArguments:
+    """Options of a training run.
+
+    The names are those of transformers' TrainingArguments wherever the same thing exists there. "Update" means one
+    optimizer step; "step" in a name means update too.
+
+    Args:
+        output_dir: where checkpoints and logs go; made when something is first written.
+        max_steps: updates to train for; -1 trains for ``num_train_epochs``. Overrides the epochs.
+        num_train_epochs: passes over the training data; may be a fraction.
+        per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
+        per_device_eval_batch_size: the same in evaluation and prediction.
+        gradient_accumulation_steps: micro-batches per update.
+        learning_rate: the schedule's peak.
+        weight_decay: decay of weights; norms and biases are never decayed.
+        adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).
+        lr_scheduler_type: shape of the schedule: linear, cosine, constant or constant_with_warmup.
+        warmup_steps: updates over which the learning rate rises from 0 to its peak.
+        max_grad_norm: gradients are scaled down to this 2-norm; 0 switches clipping off (and the norm's log).
+        logging_strategy: "no", "steps" or "epoch".
+        logging_steps: updates between logs.
+        logging_first_step: also log after the first update.
+        eval_strategy: "no", "steps" or "epoch".
+        eval_steps: updates between evaluations; None means ``logging_steps``.
+        save_strategy: "no", "steps" or "epoch".
+        save_steps: updates between checkpoints.
+        save_total_limit: checkpoints kept; None keeps all. The newest whole one always stays.
+        seed: of the model's randomness and the order of the data.
+        data_seed: of the order of the data alone; None means ``seed``.
+        shuffle: draw a new order of the training data each epoch.
+        dataloader_num_workers: worker processes that load data; 0 loads in the training process.
+        dataloader_pin_memory: load into page-locked memory, for faster copies to a GPU.
+        dataloader_drop_last: leave out the last micro-batch of an epoch where it is short.
+        dataloader_prefetch_factor: micro-batches each worker loads ahead; None means 2.
+        dataloader_persistent_workers: keep worker processes, and the dataset copies in them, between epochs.
+        progress: show a progress display on the main process.
+
+    Raises:
+        ValueError: a value is out of its range, or two contradict each other; all of them are listed.
+
+    Example:
+        >>> FitArguments(max_steps=100, learning_rate=3e-4).replace(seed=1).seed
+        1
+    """
+
+    output_dir: str = "output"
+
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+    logging_strategy: str = "steps"
+    logging_steps: int = 500
+    logging_first_step: bool = False
+    eval_strategy: str = "no"
+    eval_steps: int | None = None
+    save_strategy: str = "steps"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+
+    seed: int = 42
+    data_seed: int | None = None
+    shuffle: bool = True
+    dataloader_num_workers: int = 0
+    dataloader_pin_memory: bool = True
+    dataloader_drop_last: bool = False
+    dataloader_prefetch_factor: int | None = None
+    dataloader_persistent_workers: bool = False
+
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [f"{name}={getattr(self, name)!r}: {why}" for name, why in self._problems()]
+        if problems:
+            raise ValueError("These arguments can't work:\n  " + "\n  ".join(problems))
+
+    def _problems(self) -> list[tuple[str, str]]:
+        """(field, why it can't work and what to write instead), for every field that can't."""
+        found: list[tuple[str, str]] = []
+
+        def require(name: str, holds: bool, why: str) -> None:
+            if not holds:
+                found.append((name, why))
+
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(1.0, kind))  # type: ignore[arg-type]
+            if not fits or (isinstance(value, bool) and kind is not bool):  # True is an int to Python, here a mistake
+                wanted = kind.__name__ if isinstance(kind, type) else kind
+                found.append((field.name, f"must be {wanted}, not {type(value).__name__}"))
+        if found:
+            return found
+
+        require("max_steps", self.max_steps == -1 or self.max_steps > 0, "give a number of updates, or -1 for epochs")
+        require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_steps",
+        ):
+            require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor"):
+            value = getattr(self, name)
+            require(name, value is None or value >= 1, "must be at least 1, or None")
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed"):
+            require(name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            require(name, getattr(self, name) in CADENCES, f"must be one of {', '.join(map(repr, CADENCES))}")
+        require(
+            "lr_scheduler_type", self.lr_scheduler_type in SCHEDULERS, did_you_mean(self.lr_scheduler_type, SCHEDULERS)
+        )
+        require(
+            "warmup_steps",
+            self.max_steps == -1 or self.warmup_steps <= self.max_steps,
+            f"is longer than the run (max_steps={self.max_steps}): the learning rate would never reach its peak",
+        )
+        require(
+            "eval_steps",
+            self.eval_steps is None or self.eval_strategy == "steps",
+            f"has no effect with eval_strategy={self.eval_strategy!r}; write eval_strategy='steps'",
+        )
+        require(
+            "dataloader_prefetch_factor",
+            self.dataloader_prefetch_factor is None or self.dataloader_num_workers > 0,
+            "has no effect without workers; set dataloader_num_workers",
+        )
+        require(
+            "dataloader_persistent_workers",
+            not self.dataloader_persistent_workers or self.dataloader_num_workers > 0,
+            "has no effect without workers; set dataloader_num_workers",
+        )
+        return found
+
+    def replace(self, **changes: Any) -> "FitArguments":
+        """A copy with some fields changed.
+
+        Raises:
+            TypeError: a name that isn't a field; the message suggests the nearest.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"Fit has no argument {name!r}. {did_you_mean(name, known)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return dataclasses.asdict(self)
+

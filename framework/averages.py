@@ -1,0 +1,86 @@
+"""Means of what the loss returns, kept on the device between logs and read once at each."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SumOverRanks = Callable[[Tensor], Tensor]
+
+
+class Averages:
+    """Per-update values by name ("loss" and what a mapping loss adds), each a sum of this rank's weighted shares.
+
+    Adding keeps a reference to a 0-dim tensor and nothing else: no kernel, no wait. ``settle`` stacks them, sums over
+    ranks in one collective and reads them in one transfer.
+
+    Args:
+        sum_over_ranks: the strategy's sum over data-parallel ranks.
+        device: where the values live.
+    """
+
+    FOLD = 1024  # references before they are stacked into one tensor, to bound memory in runs that log rarely
+
+    def __init__(self, sum_over_ranks: SumOverRanks, device: torch.device) -> None:
+        self.sum_over_ranks = sum_over_ranks
+        self.device = device
+        self.pending: dict[str, list[Tensor]] = {}
+        self.settled: dict[str, list[float]] = {}
+        self.items = 0  # this rank's, since the last settle
+        self.items_settled = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Note one update's value, a 0-dim tensor."""
+        values = self.pending.get(name)
+        if values is None:
+            values = self.pending[name] = []
+        values.append(value)
+        if len(values) >= self.FOLD:
+            self.pending[name] = [torch.cat([value.reshape(-1) for value in values])]
+
+    def count(self, items: int | Tensor) -> None:
+        """Note how many items a micro-batch held; a tensor stays on the device."""
+        self.items = self.items + items  # type: ignore[assignment]
+
+    def settle(self) -> None:
+        """Sum what is pending over ranks and bring it to the host. The one place that waits for the device."""
+        if not self.pending:
+            return
+        names = list(self.pending)
+        rows = [torch.cat([value.reshape(-1) for value in self.pending[name]]) for name in names]
+        items = torch.as_tensor(self.items, device=self.device).reshape(1)
+        # float64 holds a float32 loss and any count of items exactly.
+        values = self.sum_over_ranks(torch.cat([row.double() for row in (*rows, items)])).tolist()
+        for name, row in zip(names, rows, strict=True):
+            self.settled.setdefault(name, []).extend(values[: len(row)])
+            del values[: len(row)]
+        self.items_settled += int(values[0])
+        self.items = 0
+        self.pending.clear()
+
+    def take(self) -> tuple[dict[str, list[float]], int]:
+        """Every update's values since the last ``take``, and the items since then, over all ranks; starts anew."""
+        self.settle()
+        taken = self.settled, self.items_settled
+        self.settled, self.items_settled = {}, 0
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values not yet taken, over all ranks: the same on each, and so good for any number of ranks later."""
+        self.settle()
+        return {"settled": self.settled, "items_settled": self.items_settled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.pending.clear()
+        self.items = 0
+        self.settled = {name: list(values) for name, values in state["settled"].items()}
+        self.items_settled = state["items_settled"]
+
+
+def mean_of_finite(values: list[float]) -> float:
+    """The mean of the finite values; NaN where none is. Exactly rounded, so the order of values has no say."""
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan

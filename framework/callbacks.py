@@ -1,0 +1,161 @@
+"""Callbacks: the events of a run, in order, and the built-in ones."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from .arguments import FitArguments
+from .state import Control, TrainState
+
+if TYPE_CHECKING:
+    from .fit import Fit
+
+EVENTS = (
+    "on_init_end",
+    "on_train_begin",
+    "on_epoch_begin",
+    "on_step_begin",
+    "on_substep_end",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_step_end",
+    "on_log",
+    "on_evaluate",
+    "on_prediction_step",
+    "on_predict",
+    "on_save",
+    "on_epoch_end",
+    "on_train_end",
+    "on_exception",
+)
+
+
+class Callback:
+    """Override the events you want to hear of; the others cost nothing.
+
+    Every event receives the run's arguments, its state, the flags by which it asks for something (see Control), and by
+    keyword ``fit`` and what the event is about. The order is written down in ``framework/loop.py``.
+
+    A callback with ``state_dict`` and ``load_state_dict`` (JSON types) is saved in checkpoints and restored.
+
+    Example:
+        >>> class StopBelow(Callback):
+        ...     def on_log(self, args, state, control, logs, **_):
+        ...         if logs.get("loss", 1.0) < 0.1:
+        ...             control.should_training_stop = True
+    """
+
+    def on_init_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """The Fit is constructed."""
+
+    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Everything is placed and restored; the first epoch comes next."""
+
+    def on_epoch_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """A pass over the data begins, or is continued after a resume."""
+
+    def on_step_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Before the first micro-batch of an update."""
+
+    def on_substep_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """After a micro-batch that isn't the last of its update."""
+
+    def on_pre_optimizer_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Gradients are complete, unscaled and clipped; the optimizer has not stepped."""
+
+    def on_optimizer_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """The optimizer has stepped; gradients are still there."""
+
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """The update is over; flags set here are acted on at once."""
+
+    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """``logs`` (name to number) is about to be handed to the loggers; changes to it are logged."""
+
+    def on_evaluate(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """An evaluation gave ``metrics``."""
+
+    def on_prediction_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """A batch of an evaluation or prediction is done."""
+
+    def on_predict(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """A prediction is over; ``metrics`` holds what its labels allowed."""
+
+    def on_save(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """A checkpoint was published at ``path``."""
+
+    def on_epoch_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """A pass over the data is over; flags set here are acted on at once."""
+
+    def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Training is over."""
+
+    def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Training is ending with ``exception``; what holds something open lets go of it here."""
+
+
+class Callbacks:
+    """The run's callbacks, and for each event the methods that somebody wrote."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.all = list(callbacks)
+        for callback in self.all:
+            if not isinstance(callback, Callback):
+                raise TypeError(
+                    "callbacks takes instances of stratagem.Callback, e.g. callbacks=[MyCallback()]. "
+                    f"Received: {callback!r}"
+                )
+        self.listeners: dict[str, list[Callable[..., None]]] = {
+            event: [getattr(c, event) for c in self.all if getattr(type(c), event) is not getattr(Callback, event)]
+            for event in EVENTS
+        }
+
+    def emit(self, event: str, fit: "Fit", **context: Any) -> None:
+        """Call the listeners of an event, in the order of the callbacks."""
+        for listener in self.listeners[event]:
+            listener(fit.args, fit.state, fit.control, fit=fit, **context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the callbacks that have one, by class and place, so that two of one class keep apart."""
+        return {key: callback.state_dict() for key, callback in self._stateful()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the callbacks that are there again."""
+        for key, callback in self._stateful():
+            if key in state:
+                callback.load_state_dict(state[key])
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        seen: dict[str, int] = {}
+        found = []
+        for callback in self.all:
+            if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
+                name = type(callback).__name__
+                found.append((f"{name}-{seen.get(name, 0)}", callback))
+                seen[name] = seen.get(name, 0) + 1
+        return found
+
+
+class Cadence(Callback):
+    """Sets the flags for logging, evaluation and checkpoints when the arguments say so, and stops at max_steps."""
+
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """After an update: by steps, and at the end of the run."""
+        step = state.global_step
+        if args.logging_strategy == "steps" and (
+            step % args.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        ):
+            control.should_log = True
+        if args.eval_strategy == "steps" and step % (args.eval_steps or args.logging_steps) == 0:
+            control.should_evaluate = True
+        if args.save_strategy == "steps" and step % args.save_steps == 0:
+            control.should_save = True
+        if step >= args.max_steps:
+            control.should_training_stop = True
+            control.should_log |= args.logging_strategy == "steps"
+            control.should_save |= args.save_strategy == "steps"
+
+    def on_epoch_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """After an epoch."""
+        control.should_log |= args.logging_strategy == "epoch"
+        control.should_evaluate |= args.eval_strategy == "epoch"
+        control.should_save |= args.save_strategy == "epoch"

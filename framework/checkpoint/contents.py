@@ -1,0 +1,270 @@
+"""What a checkpoint holds, how it is taken from a run and how it is given back.
+
+::
+
+    checkpoint-500/
+        manifest.json                 every other file with its size and SHA-256; written last
+        state.json                    progress, schedule, loss scale, data position, callbacks, running averages,
+                                      parameter groups: everything that isn't a tensor
+        random-00000.json             each rank's random state
+        model/shard-*.safetensors     parameters and buffers by name, each rank its shards
+        optimizer/shard-*.safetensors "<parameter>/<state key>", e.g. "head.weight/exp_avg"
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...strategies.base import Strategy
+from .. import random_state
+from . import directory
+from .directory import CheckpointError
+from .tensors import Stored, load_tensors, rank_files, save_tensors, stored_tensors
+
+if TYPE_CHECKING:
+    from ..fit import Fit
+
+# How an optimizer computes is this machine's affair, not the run's.
+IMPLEMENTATION_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
+
+
+@dataclass
+class Snapshot:
+    """A run at one moment, on one rank.
+
+    Attributes:
+        model: name to (possibly sharded) tensor, tied parameters once.
+        optimizer: "<parameter>/<state key>" to tensor.
+        state: everything else that all ranks share, as JSON types.
+        random: this rank's random state, as JSON types.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    random: dict[str, Any]
+
+
+def take(fit: "Fit") -> Snapshot:
+    """The run as it stands between two updates. Collective."""
+    strategy = fit.strategy
+    aliases = tied_names(fit.module)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, entries in strategy.optimizer_state().items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                numbers[f"{name}/{key}"] = value
+    state = {
+        "strategy": strategy.name,
+        "precision": strategy.precision.name,
+        "world_size": strategy.world_size,
+        "arguments": fit.args.to_dict(),
+        "averages": fit.averages.state_dict(),
+        "progress": fit.state.to_dict(),
+        "data": {"epoch": fit.epoch_index, **fit.stream.state_dict()},
+        "scheduler": fit.scheduler.state_dict(),
+        "loss_scaling": strategy.precision.state_dict(),
+        "callbacks": fit.callbacks.state_dict(),
+        "tied": aliases,
+        "parameter_groups": parameter_groups(strategy),
+        "optimizer_numbers": numbers,
+    }
+    model = {name: tensor for name, tensor in strategy.model_state().items() if name not in aliases}
+    return Snapshot(model, tensors, state, random_state.capture())
+
+
+def write(snapshot: Snapshot, final: Path, strategy: Strategy) -> None:
+    """Write a snapshot and publish it. Collective; when it returns on rank 0, the checkpoint is there whole."""
+    if strategy.is_main:
+        directory.begin(final)
+    strategy.barrier()
+    partial, rank = directory.partial_path(final), strategy.rank
+    directory.write_json(partial / f"random-{rank:05d}.json", snapshot.random)
+    written = [partial / f"random-{rank:05d}.json"]
+    for folder, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
+        if tensors:
+            save_tensors(partial / folder, tensors)
+            written += rank_files(partial / folder, rank)
+    if strategy.is_main:
+        directory.write_json(partial / "state.json", snapshot.state)
+        written.append(partial / "state.json")
+    mine = {str(file.relative_to(partial)): directory.hash_file(file) for file in written}
+    everyones = strategy.gather(mine)
+    if strategy.is_main:
+        directory.publish(final, {name: entry for files in everyones for name, entry in files.items()})
+    strategy.barrier()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return directory.read_json(path / "state.json")
+
+
+def restore(fit: "Fit", path: Path) -> dict[str, Any]:
+    """Give a checkpoint back to a placed run; nothing is changed before everything has been checked. Collective.
+
+    Returns:
+        This rank's random state, to be restored when the data stands where it stood.
+
+    Raises:
+        CheckpointError: a part is missing, altered, or belongs to another model.
+    """
+    strategy = fit.strategy
+    directory.verify(path, strategy.rank, strategy.world_size)
+    strategy.barrier()
+    state = read_state(path)
+    model = {name: t for name, t in strategy.model_state().items() if name not in tied_names(fit.module)}
+    check_model(path, model, stored_tensors(path / "model"))
+    parameters = strategy.named_parameters()
+    groups = match_groups(path, strategy, state["parameter_groups"])
+    optimizer = optimizer_templates(path, strategy, stored_tensors(path / "optimizer"))
+
+    load_tensors(path / "model", model)
+    strategy.load_model_state(model)
+    load_tensors(path / "optimizer", optimizer)
+    entries: dict[str, dict[str, Any]] = {name: {} for name in parameters}
+    for key, value in {**state["optimizer_numbers"], **optimizer}.items():
+        name, _, entry = key.rpartition("/")
+        entries[name][entry] = value
+    strategy.load_optimizer_state({name: held for name, held in entries.items() if held})
+    assert strategy.optimizer is not None
+    for group, options in zip(strategy.optimizer.param_groups, groups, strict=True):
+        group.update(options)
+    fit.scheduler.load_state_dict(state["scheduler"])
+    strategy.precision.load_state_dict(state["loss_scaling"])
+    fit.callbacks.load_state_dict(state["callbacks"])
+    fit.averages.load_state_dict(state["averages"])
+    fit.state.load(state["progress"])
+    fit.epoch_index = state["data"]["epoch"]
+    fit.stream.load_state_dict(state["data"])
+    return random_of_rank(path, strategy.rank, fit.args.seed, fit.state.global_step)
+
+
+def random_of_rank(path: Path, rank: int, seed: int, step: int) -> dict[str, Any]:
+    """The random state of a rank; one that the saved run didn't have begins a fresh stream."""
+    file = path / f"random-{rank:05d}.json"
+    if file.exists():
+        return directory.read_json(file)
+    now = random_state.capture()
+    random_state.seed_everything(hash((seed, rank, step)) % 2**32)
+    fresh = random_state.capture()
+    random_state.restore(now)
+    return fresh
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Tied parameters: every further name to the first one."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            aliases[name] = first[id(parameter)]
+    return aliases
+
+
+def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Refuse a checkpoint whose names or shapes are not the model's.
+
+    Raises:
+        CheckpointError: lists what is missing, unexpected and of another shape.
+    """
+    missing = [name for name in model if name not in stored]
+    unexpected = [name for name in stored if name not in model]
+    reshaped = [
+        f"{name} {tuple(model[name].shape)} (checkpoint: {stored[name].shape})"
+        for name in model
+        if name in stored and tuple(model[name].shape) != stored[name].shape
+    ]
+    if missing or unexpected or reshaped:
+        parts = [
+            f"{title}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
+            for title, names in (
+                ("the checkpoint lacks", missing),
+                ("the model lacks", unexpected),
+                ("of another shape", reshaped),
+            )
+            if names
+        ]
+        raise CheckpointError(f"{path} is a checkpoint of another model. " + "; ".join(parts) + ".")
+
+
+def parameter_groups(strategy: Strategy) -> list[dict[str, Any]]:
+    """The optimizer's groups: names of the parameters, and options as JSON types."""
+    assert strategy.optimizer is not None
+    names = {id(parameter): name for name, parameter in strategy.named_parameters().items()}
+    return [
+        {
+            "names": [names[id(p)] for p in group["params"]],
+            "options": {k: plain(v) for k, v in group.items() if k not in IMPLEMENTATION_OPTIONS},
+        }
+        for group in strategy.optimizer.param_groups
+    ]
+
+
+def plain(value: Any) -> Any:
+    """A number for a 0-dim tensor; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved options for each of the optimizer's groups, found by parameter name: groups may be cut differently.
+
+    Raises:
+        CheckpointError: a parameter is in no saved group, or one group mixes parameters with different saved options.
+    """
+    by_name = {name: group["options"] for group in saved for name in group["names"]}
+    matched = []
+    assert strategy.optimizer is not None
+    for group, current in zip(strategy.optimizer.param_groups, parameter_groups(strategy), strict=True):
+        unknown = [name for name in current["names"] if name not in by_name]
+        if unknown:
+            raise CheckpointError(
+                f"{path} has no optimizer state for {', '.join(unknown)}: it was saved with them frozen, or with "
+                "another optimizer. Resume with the same trainable parameters."
+            )
+        options = [by_name[name] for name in current["names"]]
+        if any(other != options[0] for other in options):
+            raise CheckpointError(f"{path} was saved with other parameter groups: {current['names']} were not one.")
+        matched.append(
+            {
+                # JSON has no tuples; betas are one.
+                key: tuple(value) if isinstance(group.get(key), tuple) else value
+                for key, value in (options[0] if options else {}).items()
+            }
+        )
+    return matched
+
+
+def optimizer_templates(path: Path, strategy: Strategy, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Empty tensors to read the optimizer's state into, sharded like the parameters they belong to.
+
+    Raises:
+        CheckpointError: state for a parameter that the model doesn't have.
+    """
+    assert strategy.optimizer is not None
+    parameters = strategy.named_parameters()
+    on_device = {
+        id(p): bool(group.get("fused") or group.get("capturable"))
+        for group in strategy.optimizer.param_groups
+        for p in group["params"]
+    }
+    templates = {}
+    for key, entry in stored.items():
+        name, _, _ = key.rpartition("/")
+        if name not in parameters:
+            raise CheckpointError(f"{path} holds optimizer state for {name!r}, which the model doesn't have.")
+        parameter = parameters[name]
+        if entry.shape == tuple(parameter.shape) and entry.shape:
+            templates[key] = torch.empty_like(parameter.detach(), dtype=entry.dtype)
+        else:
+            # Step counters: on the host, unless the optimizer's kernel reads them.
+            device = parameter.device if on_device.get(id(parameter)) else torch.device("cpu")
+            templates[key] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+    return templates

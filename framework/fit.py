@@ -1,0 +1,531 @@
+"""Fit: joins a module, data, a strategy and a precision, and trains, evaluates, predicts and saves."""
+
+import contextlib
+import itertools
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..precision.base import Precision
+from ..precision.registry import get_precision
+from ..strategies.base import Strategy
+from ..strategies.registry import get_strategy
+from . import checkpoint, evaluation, loop, random_state
+from .arguments import FitArguments
+from .averages import Averages, mean_of_finite
+from .callbacks import Cadence, Callback, Callbacks
+from .data import DataStream, make_stream
+from .loggers import Logger, get_loggers
+from .module import TrainModule, move_to
+from .objective import Count, Objective, Weightless, weigh
+from .progress import Progress
+from .state import Control, PredictionOutput, TrainOutput, TrainState
+
+
+class Fit:
+    """Trains a module: give it the module and the data, and pick placement and number format by a word each.
+
+    Args:
+        module: a TrainModule.
+        train_data: a Dataset, an IterableDataset or a ready DataLoader (which brings its own batch size and order).
+        eval_data: the same, for ``evaluate``.
+        strategy: "single", ... or an instance from stratagem.strategies.
+        precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
+        args: options; their defaults are FitArguments'.
+        callbacks: Callback instances; they hear events in this order.
+        loggers: names ("jsonl", "tensorboard") or Logger instances.
+        compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
+        **arguments: fields of FitArguments; they override ``args``.
+
+    Attributes:
+        module: the user's module. Its parameters may be sharded once training has begun.
+        state: progress, as a TrainState.
+        control: the flags that callbacks set.
+        optimizer, scheduler: there once training has begun.
+
+    Raises:
+        TypeError, ValueError: an argument can't work; the message says why and what to write instead.
+
+    Example:
+        >>> fit = Fit(Regressor(), train_data=dataset, strategy="single", precision="bf16-mixed", max_steps=1000)
+        >>> fit.train(resume_from_checkpoint=True)
+        TrainOutput(global_step=1000, training_loss=0.0123, metrics={...})
+    """
+
+    def __init__(
+        self,
+        module: TrainModule,
+        train_data: Any = None,
+        eval_data: Any = None,
+        *,
+        strategy: str | Strategy = "single",
+        precision: str | Precision = "32-true",
+        args: FitArguments | None = None,
+        callbacks: Iterable[Callback] = (),
+        loggers: Iterable[str | Logger] = ("jsonl",),
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        **arguments: Any,
+    ) -> None:
+        if not isinstance(module, TrainModule):
+            hint = "Write TrainModule.wrap(model)." if isinstance(module, nn.Module) else "Pass an instance, not a class."
+            raise TypeError(f"Fit takes a stratagem.TrainModule. Received: {module!r:.200}. {hint}")
+        self.args = (args or FitArguments()).replace(**arguments)
+        if self.args.eval_strategy != "no" and eval_data is None:
+            raise ValueError(
+                f"eval_strategy={self.args.eval_strategy!r} needs something to evaluate on, but eval_data is None. "
+                "Pass eval_data=, or leave eval_strategy at 'no'."
+            )
+        self.module = module
+        self.objective = Objective(module, compute_loss_func)
+        self.strategy = get_strategy(strategy)
+        self.loggers = get_loggers(loggers)
+        self.strategy.set_up(get_precision(precision))
+        self.train_data, self.eval_data = train_data, eval_data
+        if train_data is not None:
+            self.stream = self.get_train_dataloader()
+            self.resolve_length()
+        if eval_data is not None:
+            self.get_eval_dataloader()  # so that unusable data is refused now, not after an hour of training
+        self.state = TrainState()
+        self.control = Control()
+        shown = [Progress()] if self.args.progress and self.strategy.is_main else []
+        self.callbacks = Callbacks([Cadence(), *callbacks, *shown])
+        self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
+        self.epoch_index = 0
+        self.grad_norm: Tensor | None = None
+        self.schedule_is_due = False
+        self.placed = False
+        self._loss_was_checked = False
+        self._random_to_restore: dict[str, Any] | None = None
+        self.emit("on_init_end")
+
+    # Training.
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | Path | None = None,
+        trial: Mapping[str, Any] | None = None,
+        ignore_keys_for_eval: Iterable[str] | None = None,
+    ) -> TrainOutput:
+        """Train to the end of the run.
+
+        Args:
+            resume_from_checkpoint: True continues from the newest whole checkpoint in ``output_dir`` (and begins anew
+                where there is none); a path continues from that one.
+            trial: fields of FitArguments to change for this run.
+            ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.
+
+        Returns:
+            Updates done, mean training loss, and run time and rates.
+
+        Raises:
+            CheckpointError: the checkpoint that was asked for is damaged or belongs to another model.
+        """
+        if self.train_data is None:
+            raise ValueError("This Fit has no train_data. Pass train_data= to Fit.")
+        if trial:
+            self.args = self.args.replace(**trial)
+            self.stream = self.get_train_dataloader()
+        self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
+        self.begin_run(resume_from_checkpoint)
+        began, first_step, first_samples = time.monotonic(), self.state.global_step, self.state.items_seen
+        try:
+            self.open_loggers()
+            loop.run(self)
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # the first error is the one to show
+                self.emit("on_exception", exception=error)
+            raise
+        finally:
+            self.close_loggers()
+        self.book_averages()
+        state, seconds = self.state, time.monotonic() - began
+        loss = state.train_loss_sum / state.train_loss_count if state.train_loss_count else math.nan
+        metrics = {
+            "train_runtime": seconds,
+            "train_steps_per_second": (state.global_step - first_step) / seconds,
+            "train_items_per_second": (state.items_seen - first_samples) / seconds,
+            "train_loss": loss,
+        }
+        return TrainOutput(state.global_step, loss, metrics)
+
+    def begin_run(self, resume_from_checkpoint: bool | str | Path | None) -> None:
+        """Place the module and set every counter to where the run begins or continues."""
+        self.resolve_length()
+        self.place()
+        self.state.__init__()  # type: ignore[misc]
+        self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
+        self.epoch_index, self.schedule_is_due = 0, False
+        self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
+        self.reset_optimizer()
+        self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
+        path = self.find_checkpoint(resume_from_checkpoint)
+        if path is None:
+            self.stream.load_state_dict({"position": 0})
+            random_state.seed_everything(self.args.seed + self.strategy.data_rank)
+        else:
+            self._random_to_restore = checkpoint.restore(self, path)
+            self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
+
+    def place(self) -> None:
+        """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""
+        if self.placed:
+            return
+        trains = self.train_data is not None
+        self.strategy.place(self.module, (lambda module: module.configure_optimizer(self.args)) if trains else None)
+        self.placed = True
+        if trains:
+            assert self.strategy.optimizer is not None
+            self._initial_groups = [
+                {k: v for k, v in group.items() if k != "params"} for group in self.strategy.optimizer.param_groups
+            ]
+
+    def reset_optimizer(self) -> None:
+        """The optimizer as it was made: no moments, its first learning rates. A second ``train`` begins here too."""
+        self.optimizer.state.clear()
+        for group, options in zip(self.optimizer.param_groups, self._initial_groups, strict=True):
+            group.update(options)
+            group.pop("initial_lr", None)  # the last run's schedule left it
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, once training has begun."""
+        assert self.strategy.optimizer is not None, "the optimizer is made when training begins"
+        return self.strategy.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Count | None = None) -> Tensor:
+        """Forward, loss and backward of one micro-batch.
+
+        Args:
+            model: the placed model.
+            inputs: a micro-batch as the data gave it.
+            num_items_in_batch: items in the whole update over all ranks; None if this batch is all of it.
+
+        Returns:
+            This micro-batch's share of the update's mean loss, detached, 0-dim, on the device.
+        """
+        count = self.objective.count(inputs)
+        self.averages.count(count)
+        if isinstance(inputs, Weightless):
+            inputs = inputs.batch
+        if self.strategy.device.type != "cpu":
+            inputs = move_to(inputs, self.strategy.device)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if not self._loss_was_checked:
+            self.objective.check(loss)
+            self._loss_was_checked = True
+        data_size = self.strategy.data_size
+        num_items = count if num_items_in_batch is None else num_items_in_batch
+        if not self.objective.takes_num_items:
+            loss = weigh(loss, count, num_items, data_size)
+        elif data_size > 1:
+            loss = loss * data_size
+        self.strategy.backward(loss)
+        for name, value in self.extras.items():
+            self.averages.add(name, weigh(value, count, num_items, 1))
+        return loss.detach() if data_size == 1 else loss.detach() / data_size
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Count | None = None,
+    ) -> Any:
+        """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise.
+
+        Args:
+            model: the placed model.
+            inputs: on the device.
+            return_outputs: also return what forward returned.
+            num_items_in_batch: items in the whole update; handed to a loss that names it.
+
+        Returns:
+            The 0-dim mean loss, or (loss, outputs).
+        """
+        with self.strategy.forward_context():
+            outputs = self.objective.call(model, inputs)
+            loss, self.extras = self.objective.loss(outputs, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Count | None]:
+        """The next update's micro-batches, and how many items they hold over all ranks.
+
+        Args:
+            epoch_iterator: over this rank's micro-batches.
+            num_batches: at most this many; fewer at the end of an epoch, none after it.
+            device: where a count summed over ranks is put.
+
+        Returns:
+            (batches, num_items); num_items is a tensor on the device where there are several ranks. It is None where
+            no micro-batch is weighed against another.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            if self.stream.position == 0:
+                raise ValueError(
+                    f"train_data gave no batch in epoch {self.epoch_index}. If it is an iterable that can be read only "
+                    "once, have its __iter__ begin anew each time."
+                )
+            return batches, None
+        if len(batches) == 1 and self.strategy.data_size == 1:
+            return batches, None
+        items = sum(self.objective.count(batch) for batch in batches)
+        if self.strategy.data_size == 1:
+            return batches, max(items, 1) if isinstance(items, int) else items.clamp(min=1)
+        counted = torch.as_tensor(items, dtype=torch.float32).to(device, non_blocking=True)
+        return batches, self.strategy.sum_over_data_ranks(counted).clamp(min=1)
+
+    def settle_schedule(self) -> None:
+        """Move the schedule for the last update, or count it as skipped, once it is known which."""
+        if self.schedule_is_due:
+            self.schedule_is_due = False
+            if self.strategy.precision.step_was_skipped():
+                self.state.skipped_updates += 1
+            else:
+                self.scheduler.step()
+
+    def begin_next_epoch(self) -> None:
+        """The data stands at the beginning of the next epoch; a checkpoint saved from here on continues there."""
+        self.epoch_index += 1
+        self.stream.position = 0
+
+    def restore_random_state(self) -> None:
+        """After a resume, once the data stands where it stood: the random state of that moment."""
+        if self._random_to_restore is not None:
+            random_state.restore(self._random_to_restore)
+            self._random_to_restore = None
+
+    def get_train_dataloader(self) -> DataStream:
+        """The stream of training batches of this rank."""
+        s = self.strategy
+        return make_stream(self.train_data, self.args, s.device, s.data_rank, s.data_size, training=True)
+
+    def get_eval_dataloader(self, data: Any = None) -> DataStream:
+        """The stream of evaluation batches of this rank, over ``data`` or ``eval_data``."""
+        s, data = self.strategy, self.eval_data if data is None else data
+        return make_stream(data, self.args, s.device, s.data_rank, s.data_size, training=False)
+
+    def get_total_train_batch_size(self, args: FitArguments) -> int:
+        """Samples in an update over all data-parallel ranks; ranks that share a sample count once."""
+        return self.stream.global_micro_batch * args.gradient_accumulation_steps
+
+    def get_tp_size(self) -> int:
+        """Ranks that hold one layer together."""
+        return self.strategy.tensor_parallel_size
+
+    def set_initial_training_values(
+        self, args: FitArguments, dataloader: Any, total_train_batch_size: int
+    ) -> tuple[int, int, int, float, bool, int | None, int]:
+        """The length of a run.
+
+        Args:
+            args: max_steps, or num_train_epochs.
+            dataloader: its length, if it has one, is in micro-batches.
+            total_train_batch_size: samples in an update.
+
+        Returns:
+            (num_train_epochs, num_update_steps_per_epoch, num_examples, num_train_samples, epoch_based, len_dataloader,
+            max_steps).
+
+        Raises:
+            ValueError: neither max_steps nor the data says when to stop.
+        """
+        epoch_based = args.max_steps <= 0
+        try:
+            len_dataloader: int | None = len(dataloader)
+        except TypeError:
+            len_dataloader = None
+        if len_dataloader is None:
+            if epoch_based:
+                raise ValueError(
+                    "train_data has no length, so epochs can't be counted in advance. Set max_steps to the number of "
+                    f"updates. Received: max_steps={args.max_steps}"
+                )
+            samples = args.max_steps * total_train_batch_size
+            return sys.maxsize, args.max_steps, samples, samples, epoch_based, None, args.max_steps
+        num_examples = getattr(dataloader, "num_examples", None) or len(dataloader.dataset)
+        updates_per_epoch = max(1, -(-len_dataloader // args.gradient_accumulation_steps))
+        if epoch_based:
+            max_steps = math.ceil(args.num_train_epochs * updates_per_epoch)
+            num_train_epochs = math.ceil(args.num_train_epochs)
+            num_train_samples: float = num_examples * args.num_train_epochs
+        else:
+            max_steps = args.max_steps
+            num_train_epochs = -(-max_steps // updates_per_epoch)
+            num_train_samples = max_steps * total_train_batch_size
+        return (
+            num_train_epochs,
+            updates_per_epoch,
+            num_examples,
+            num_train_samples,
+            epoch_based,
+            len_dataloader,
+            max_steps,
+        )
+
+    def resolve_length(self) -> None:
+        """Turn epochs into updates: ``args.max_steps`` is the length of the run from here on."""
+        total = self.get_total_train_batch_size(self.args)
+        values = self.set_initial_training_values(self.args, self.stream, total)
+        self.num_train_epochs, max_steps = values[0], values[-1]
+        self.args = self.args.replace(max_steps=max_steps)
+
+    # Logs.
+
+    def log_evaluate_save(self) -> None:
+        """Do what the flags ask for, in this order."""
+        control = self.control
+        if control.should_log:
+            control.should_log = False
+            self.log_training()
+        if control.should_evaluate:
+            control.should_evaluate = False
+            self.evaluate(ignore_keys=self.ignore_keys_for_eval)
+        if control.should_save:
+            control.should_save = False
+            self.save_checkpoint()
+
+    def book_averages(self) -> dict[str, float]:
+        """Means over the updates since the last log, added to the run's totals."""
+        taken, items = self.averages.take()
+        losses = [value for value in taken.get("loss", []) if math.isfinite(value)]
+        self.state.train_loss_sum += math.fsum(losses)
+        self.state.train_loss_count += len(losses)
+        self.state.items_seen += items
+        return {name: mean_of_finite(values) for name, values in taken.items()}
+
+    def log_training(self) -> None:
+        """Log the means since the last log, the last norm and the learning rate of the last update."""
+        self.settle_schedule()
+        logs = self.book_averages()
+        if not logs:  # an epoch's end right after a log
+            return
+        if self.grad_norm is not None:
+            logs["grad_norm"] = self.grad_norm.item()
+        logs["learning_rate"] = float(self.state.learning_rate)
+        logs |= self.strategy.precision.log_values()
+        if self.state.skipped_updates:
+            logs["skipped_updates"] = self.state.skipped_updates
+        self.log(logs)
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Hand numbers to callbacks and loggers, as of the current update."""
+        logs = {**logs, "epoch": round(self.state.epoch, 6)}
+        self.emit("on_log", logs=logs)
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        if self.strategy.is_main:
+            for logger in self.loggers:
+                logger.log(logs, self.state.global_step)
+
+    def open_loggers(self) -> None:
+        """Open the loggers on the main process."""
+        if self.strategy.is_main:
+            for logger in self.loggers:
+                logger.open(self)
+
+    def close_loggers(self) -> None:
+        """Close the loggers; each is tried, whatever another does."""
+        if self.strategy.is_main:
+            for logger in self.loggers:
+                try:
+                    logger.close()
+                except Exception:
+                    traceback.print_exc()
+
+    def emit(self, event: str, **context: Any) -> None:
+        """Tell the callbacks that listen to an event."""
+        if self.callbacks.listeners[event]:
+            self.callbacks.emit(event, self, **context)
+
+    # Evaluation.
+
+    def evaluate(
+        self, eval_data: Any = None, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics over held-out data.
+
+        Args:
+            eval_data: None means the Fit's own.
+            ignore_keys: entries of a mapping output that are left out of predictions.
+            metric_key_prefix: of the names.
+
+        Returns:
+            ``{"eval_loss": mean over all items, "eval_<metric>": ...}``; it is logged too.
+        """
+        if eval_data is None and self.eval_data is None:
+            raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
+        self.place()
+        stream = self.get_eval_dataloader(eval_data)
+        metrics, _ = evaluation.run(self, stream, metric_key_prefix, ignore_keys or ())
+        self.log(metrics)
+        self.emit("on_evaluate", metrics=metrics)
+        return metrics
+
+    def predict(
+        self, data: Any, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The module's outputs over all of ``data``, in its order, on the host, with the loss where it has labels."""
+        self.place()
+        stream = self.get_eval_dataloader(data)
+        metrics, predictions = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
+        self.emit("on_predict", metrics=metrics)
+        return PredictionOutput(predictions, metrics)
+
+    # Checkpoints.
+
+    def save_checkpoint(self) -> Path:
+        """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``."""
+        self.settle_schedule()
+        output_dir = Path(self.args.output_dir)
+        path = output_dir / f"checkpoint-{self.state.global_step}"
+        checkpoint.write(checkpoint.take(self), path, self.strategy)
+        if self.strategy.is_main:
+            checkpoint.rotate(output_dir, self.args.save_total_limit)
+        self.emit("on_save", path=path)
+        return path
+
+    def find_checkpoint(self, wanted: bool | str | Path | None) -> Path | None:
+        """The checkpoint to resume from; says which damaged ones were passed over."""
+        if wanted is None or wanted is False:
+            return None
+        if wanted is not True:
+            return Path(wanted)
+        path, passed_over = None, []
+        if self.strategy.is_main:
+            path, passed_over = checkpoint.newest_whole(Path(self.args.output_dir))
+            for reason in passed_over:
+                print(f"Passed over a checkpoint: {reason}", file=sys.stderr)
+        path, passed_over = self.strategy.broadcast((path, passed_over))
+        if path is None and passed_over:
+            raise checkpoint.CheckpointError(
+                f"No checkpoint in {self.args.output_dir} is whole: {' '.join(passed_over)} "
+                "Remove them to begin anew."
+            )
+        return path
+
+    def export(self, path: str | Path) -> Path:
+        """Write the module's plain full weights, by parameter name, as one safetensors file."""
+        from safetensors.torch import save_file
+
+        from .checkpoint.contents import tied_names
+
+        self.place()
+        path, aliases = Path(path), tied_names(self.module)
+        tensors = {n: t.contiguous() for n, t in self.strategy.full_state() if self.strategy.is_main and n not in aliases}
+        if self.strategy.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, metadata={"format": "pt"})
+        self.strategy.barrier()
+        return path

@@ -1,0 +1,23 @@
+"""Where a run's numbers go: ``Fit(loggers=[...])`` takes names or instances."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...precision.registry import resolve
+from .base import Logger
+
+# name -> "file:Class"; the class receives the name's own options.
+LOGGERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "jsonl": ("json_lines:JsonLinesLogger", {}),
+    "tensorboard": ("tensorboard:TensorBoardLogger", {}),
+}
+
+
+def get_loggers(choices: Iterable["str | Logger"]) -> list[Logger]:
+    """Loggers from names and instances."""
+    if isinstance(choices, str | Logger):
+        raise TypeError(f"loggers takes a list, e.g. loggers=[{choices!r}]. Received: {choices!r}")
+    return [resolve("logger", choice, Logger, LOGGERS, {}, __name__) for choice in choices]
+
+
+__all__ = ["LOGGERS", "Logger", "get_loggers"]

@@ -1,0 +1,50 @@
+"""One JSON object a line: a log that any tool reads, and that a killed run leaves whole up to its last line."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .base import Logger
+
+if TYPE_CHECKING:
+    from ..fit import Fit
+
+
+class JsonLinesLogger(Logger):
+    """Appends ``{"step": 50, "loss": 2.1, ...}`` to a file.
+
+    A resumed run goes on in the same file after a line ``{"step": ..., "event": "resume"}``; numbers that aren't finite
+    are written as strings, which JSON can hold.
+
+    Args:
+        path: the file; None means ``<output_dir>/log.jsonl``.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.file: TextIO | None = None
+
+    def open(self, fit: "Fit") -> None:
+        """Open the file for appending and note that training begins or resumes."""
+        path = self.path or Path(fit.args.output_dir) / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", encoding="utf-8")
+        self._write({"step": fit.state.global_step, "event": "resume" if fit.state.global_step else "begin"})
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Write one line and hand it to the system."""
+        self._write({"step": step, **metrics})
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.file is None:  # an evaluation outside training
+            return
+        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps(plain) + "\n")
+        self.file.flush()

@@ -1,0 +1,205 @@
+"""What the user writes: a module with forward and loss, and the questions it may answer about itself."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .optimizers import adamw
+from .schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    from .arguments import FitArguments
+
+IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
+
+
+class TrainModule(nn.Module):
+    """A module that says how it is trained. ``forward`` and ``loss`` are yours; the rest has defaults.
+
+    ``forward`` is given what it names: of a mapping batch the keys that are its parameters, of a tuple its entries by
+    position, anything else whole.
+
+    Example:
+        >>> class Regressor(TrainModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Linear(3, 1)
+        ...     def forward(self, x):
+        ...         return self.net(x)
+        ...     def loss(self, outputs, batch):
+        ...         return nn.functional.mse_loss(outputs, batch["y"])
+    """
+
+    item_name = "samples"
+    """What ``count_items`` counts, for the progress display: "tokens" for a language model."""
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor | Mapping[str, Tensor]:
+        """The mean loss over the batch's items.
+
+        The default finds it in the outputs, for models that compute their own: ``outputs["loss"]``, else a first
+        entry that is a scalar.
+
+        Args:
+            outputs: what ``forward`` returned.
+            batch: the whole batch, on the device.
+
+        Returns:
+            A 0-dim tensor that carries a gradient, or a mapping that holds it as "loss"; its other entries (0-dim) are
+            averaged and logged beside it. A ``loss`` with a parameter named ``num_items_in_batch`` is given the number
+            of items in the whole update, over all ranks, and returns sum / num_items_in_batch.
+        """
+        if isinstance(outputs, Mapping) and "loss" in outputs:
+            return outputs["loss"]
+        if isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
+            return outputs[0]
+        received = f"the keys {sorted(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+        raise ValueError(
+            f"{type(self).__name__} defines no loss(outputs, batch), and forward returned none: it gave {received}. "
+            "Write loss(self, outputs, batch), or have forward return {'loss': ...}."
+        )
+
+    def count_items(self, batch: Any) -> int | Tensor:
+        """How many items the mean of ``loss`` is over: labels other than -100 where the batch has "labels", else the
+        size of its first dimension. Called on the batch as the data gives it, before it moves to the device.
+        """
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor):
+            if labels.is_floating_point() or labels.ndim == 0:
+                return len(labels) if labels.ndim else 1
+            if labels.device.type == "cpu":
+                # numpy, since a torch count read on the host is a synchronisation wherever tensors live.
+                return int((labels.numpy() != IGNORED_LABEL).sum())
+            return (labels != IGNORED_LABEL).sum()
+        return first_dimension(batch)
+
+    def configure_optimizer(self, args: "FitArguments") -> Optimizer:
+        """The optimizer over this module's parameters, which are placed (and may be sharded) when this is called.
+        Default: AdamW, fused where possible, no decay on norms and biases.
+        """
+        return adamw(self, args)
+
+    def configure_scheduler(self, optimizer: Optimizer, args: "FitArguments") -> LRScheduler:
+        """The schedule, stepped once an update. ``args.max_steps`` is the length of the run, resolved from epochs."""
+        return make_scheduler(optimizer, args, args.max_steps)
+
+    def metrics(self) -> Mapping[str, Any]:
+        """torchmetrics metrics by name, made anew for each evaluation; they are updated with ``metric_inputs``."""
+        return {}
+
+    def metric_inputs(self, outputs: Any, batch: Any) -> tuple[Any, ...]:
+        """What a metric's ``update`` is given: predictions, then targets. Default: the outputs (their "logits" where
+        they are a mapping) and the batch's "labels" (its second entry where it is a tuple).
+        """
+        predictions = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+        if isinstance(batch, Mapping) and "labels" in batch:
+            return predictions, batch["labels"]
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            return predictions, batch[1]
+        raise ValueError(
+            f"{type(self).__name__}.metrics() needs predictions and targets, and a {type(batch).__name__} batch "
+            "without 'labels' doesn't say which they are. Write metric_inputs(self, outputs, batch)."
+        )
+
+    @staticmethod
+    def wrap(model: nn.Module) -> "TrainModule":
+        """A TrainModule around any module whose forward returns a loss, e.g. a transformers model given labels.
+
+        Parameters keep the names they have in ``model``, so checkpoints and exports do too.
+
+        Example:
+            ``Fit(TrainModule.wrap(model), train_data=dataset)``
+        """
+        return model if isinstance(model, TrainModule) else _wrapped(model)
+
+
+def _wrapped(model: nn.Module) -> TrainModule:
+    """``model`` itself, with TrainModule's methods beside its own.
+
+    A module around the model would put a prefix before every parameter's name; a subclass made for this object keeps
+    the names, and whatever else the model can do (``generate``, ``save_pretrained``) stays where it was.
+    """
+    own = type(model)
+    clashes = [n for n in ("loss", "metrics", "count_items") if n in vars(own) or n in vars(model)]
+    if clashes:
+        raise TypeError(
+            f"TrainModule.wrap can't wrap {own.__name__}: it has {', '.join(clashes)} of its own, with another meaning. "
+            "Write a TrainModule that holds the model and calls it in forward."
+        )
+    model.__class__ = type(own.__name__, (own, TrainModule), {"__module__": own.__module__, "wraps": own})
+    assert isinstance(model, TrainModule)
+    return model
+
+
+def first_dimension(batch: Any) -> int:
+    """The number of samples in a batch: the first dimension of its first tensor."""
+    if isinstance(batch, Tensor):
+        if batch.ndim:
+            return batch.shape[0]
+    elif isinstance(batch, Mapping | Sequence) and not isinstance(batch, str | bytes):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            if isinstance(value, Tensor) and value.ndim:
+                return value.shape[0]
+    raise ValueError(
+        f"Can't tell how many items are in a batch of type {type(batch).__name__}: it holds no tensor with a first "
+        "dimension. Write count_items(self, batch) on your TrainModule."
+    )
+
+
+Call = Callable[[nn.Module, Any], Any]
+
+
+def forward_call(module: nn.Module) -> Call:
+    """How to call the model on a batch, decided once from the signature of the module's forward.
+
+    Returns:
+        A function (model, batch) -> outputs. ``model`` may be a wrapper around ``module``.
+
+    The function raises:
+        ValueError: the batch lacks what forward needs.
+    """
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes_rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = [p.name for p in named if p.kind is not p.POSITIONAL_ONLY]
+    positions = len([p for p in named if p.kind is not p.KEYWORD_ONLY])
+    required = [p.name for p in named if p.default is p.empty]
+
+    def call(model: nn.Module, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            arguments = dict(batch) if takes_all else {name: batch[name] for name in names if name in batch}
+            missing = [name for name in required if name not in arguments]
+            if missing:
+                raise ValueError(
+                    f"{type(module).__name__}.forward needs {', '.join(missing)}, which the batch doesn't hold. "
+                    f"forward names {', '.join(names)}; the batch's keys are {', '.join(map(str, batch))}."
+                )
+            return model(**arguments)
+        if isinstance(batch, tuple | list):
+            if len(batch) < len(required):
+                raise ValueError(
+                    f"{type(module).__name__}.forward needs {len(required)} inputs ({', '.join(required)}), but the "
+                    f"batch is a {type(batch).__name__} of {len(batch)}."
+                )
+            return model(*(batch if takes_rest else batch[:positions]))
+        return model(batch)
+
+    return call
+
+
+def move_to(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device``; copies from page-locked memory overlap with computation."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: move_to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_to(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(move_to(value, device) for value in batch)
+    return batch

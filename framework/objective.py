@@ -1,0 +1,128 @@
+"""The loss contract: the gradient of an update is that of ONE mean over all items of the global batch.
+
+``loss`` returns a mean over its micro-batch. With n items in a micro-batch and N in the whole update (all micro-batches,
+all ranks), the micro-batch's loss is weighed n / N, so padded labels, a short last group and ranks with unequal counts
+change nothing. Strategies average gradients over data-parallel ranks, so a rank multiplies by their number.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .module import TrainModule, forward_call
+
+Count = int | Tensor  # a Tensor where the batch itself already lives on an accelerator
+
+
+NO_EXTRAS: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Weightless:
+    """A batch that stands in where a rank has no samples left, so that it takes part in collectives; it counts 0."""
+
+    batch: Any
+
+
+class Objective:
+    """Calls a model on a batch and finds the loss in what comes back.
+
+    Args:
+        module: the user's module.
+        compute_loss_func: takes (outputs, labels[, num_items_in_batch]) and replaces the module's own loss.
+
+    Attributes:
+        takes_num_items: whether the loss divides by the global count itself.
+    """
+
+    def __init__(self, module: TrainModule, compute_loss_func: Callable[..., Tensor] | None = None) -> None:
+        self.module = module
+        self.call = forward_call(module)
+        self.compute_loss_func = compute_loss_func
+        self.name = "compute_loss_func" if compute_loss_func else f"{type(module).__name__}.loss"
+        loss = compute_loss_func or module.loss
+        # Only an explicit parameter: **kwargs may be passed on to something that ignores the count.
+        self.takes_num_items = "num_items_in_batch" in inspect.signature(loss).parameters
+
+    def count(self, batch: Any) -> Count:
+        """Items in a batch as the data gave it."""
+        if isinstance(batch, Weightless):
+            return 0
+        return self.module.count_items(batch)
+
+    def loss(self, outputs: Any, batch: Any, num_items: Count | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of forward's outputs.
+
+        Args:
+            outputs: what forward returned.
+            batch: on the device.
+            num_items: items in the whole update; None stands for the items of this batch.
+
+        Returns:
+            (loss, extras): the 0-dim loss, and the other entries of a mapping loss, detached.
+        """
+        options = {}
+        if self.takes_num_items:
+            options["num_items_in_batch"] = self.count(batch) if num_items is None else num_items
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels_of(batch), **options)
+        else:
+            loss = self.module.loss(outputs, batch, **options)
+        if not isinstance(loss, Mapping):
+            return loss, NO_EXTRAS
+        if "loss" not in loss:
+            raise ValueError(
+                f"{self.name} returned a mapping without 'loss'. Its keys are {', '.join(map(repr, loss))}."
+            )
+        return loss["loss"], {name: value.detach() for name, value in loss.items() if name != "loss"}
+
+    def check(self, loss: Any) -> None:
+        """Refuse a loss that can't be trained on.
+
+        Raises:
+            TypeError: not a tensor.
+            ValueError: not a scalar, or cut off from the parameters.
+        """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"{self.name} must return a 0-dim tensor. Received: {type(loss).__name__}")
+        if loss.ndim:
+            raise ValueError(
+                f"{self.name} must return the mean over the batch's items, a 0-dim tensor. "
+                f"Received a tensor of shape {tuple(loss.shape)}; take its .mean()."
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{self.name} returned a tensor that carries no gradient: it was detached, made from numbers, or computed "
+                "under torch.no_grad(), or every parameter is frozen. Compute it from forward's outputs."
+            )
+
+
+def labels_of(batch: Any) -> Any:
+    """The batch's targets: its "labels" entry, else the last entry of a tuple, else None."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+
+
+def weigh(loss: Tensor, count: Count, num_items: Count, data_size: int) -> Tensor:
+    """The micro-batch's share of the update's loss, times the number of ranks that gradients are averaged over.
+
+    Args:
+        loss: mean over ``count`` items.
+        count: items in this micro-batch on this rank.
+        num_items: items in the update over all ranks; a tensor where ranks were summed.
+        data_size: data-parallel ranks.
+    """
+    if isinstance(count, int):
+        if count == 0:  # the mean over nothing is NaN; its share is nothing
+            return torch.nan_to_num(loss) * 0.0
+        if isinstance(num_items, int):
+            return loss if count == num_items and data_size == 1 else loss * (count * data_size / num_items)
+        return loss * (count * data_size / num_items)
+    share = count * data_size / num_items
+    return torch.where(count == 0, torch.nan_to_num(loss) * 0.0, loss * share)
+

@@ -1,0 +1,100 @@
+"""The progress display: a live bar in a terminal, a plain line per log elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from .arguments import FitArguments
+from .callbacks import Callback
+from .state import Control, TrainState
+
+
+class Progress(Callback):
+    """Shows update, loss, learning rate, items per second and time left, on the main process.
+
+    Between logs it only looks at the clock; the bar is redrawn at most ``PER_SECOND`` times a second.
+    """
+
+    PER_SECOND = 8
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.live = False
+
+    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Start the display and the clock."""
+        self.began = self.drawn = time.monotonic()
+        self.first_step, self.first_items = state.global_step, state.items_seen
+        self.rate = ""
+        self.item_name = getattr(context["fit"].module, "item_name", "samples")
+        self.loss = ""
+        self.live = sys.stdout.isatty()
+        if self.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(
+                TextColumn("update"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                auto_refresh=False,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Redraw the bar when it is time to."""
+        if self.live and time.monotonic() - self.drawn > 1 / self.PER_SECOND:
+            self.draw(state)
+
+    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Take the new numbers in; outside a terminal, print them."""
+        logs = context["logs"]
+        shown = " | ".join(f"{name.replace('_', ' ')} {logs[name]:.4g}" for name in logs if name not in HIDDEN)
+        if "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f}"
+            elapsed = max(1e-9, time.monotonic() - self.began)
+            self.rate = f"{(state.items_seen - self.first_items) / elapsed:,.0f} {self.item_name}/s"
+        if self.live:
+            if "loss" not in logs:
+                self.bar.console.print(f"update {state.global_step}: {shown}", highlight=False)
+            self.draw(state)
+        else:
+            line = f"update {state.global_step}/{state.max_steps} | {shown}"
+            if "loss" in logs:
+                line += f" | {self.rate} | {self.time_left(state)} left"
+            print(line, flush=True)
+
+    def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Leave the finished bar standing."""
+        self.stop(state)
+
+    def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Give the terminal back before the traceback is shown."""
+        self.stop(state)
+
+    def time_left(self, state: TrainState) -> str:
+        """Minutes and seconds to the end at the pace since training began or resumed."""
+        steps = max(1, state.global_step - self.first_step)
+        seconds = (state.max_steps - state.global_step) * (time.monotonic() - self.began) / steps
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+    def draw(self, state: TrainState) -> None:
+        """Redraw the bar."""
+        self.drawn = time.monotonic()
+        text = f"{self.loss}  lr {state.learning_rate:.2e}  {self.rate}"
+        self.bar.update(self.task, completed=state.global_step, description=text)
+        self.bar.refresh()
+
+    def stop(self, state: TrainState) -> None:
+        """End the live display, once."""
+        if self.live and self.bar is not None:
+            self.draw(state)
+            self.bar.stop()
+            self.bar = None
+            self.live = False
+
+
+HIDDEN = ("step", "epoch")  # the line begins with them, or the bar shows them

@@ -1,0 +1,86 @@
+"""Where a run stands: plain objects that can be printed, and that a checkpoint stores as JSON."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+@dataclass
+class TrainState:
+    """Progress of a run.
+
+    Attributes:
+        global_step: updates done.
+        max_steps: updates in the whole run.
+        epoch: passes over the data done, with the fraction of the current one.
+        num_train_epochs: passes the run will take.
+        learning_rate: the one used in the last update.
+        items_seen: items (labels, else samples) that gradients were made of, over all ranks since the start.
+        skipped_updates: updates that loss scaling skipped.
+        train_loss_sum, train_loss_count: the finite losses of updates that were logged, and how many they are.
+        log_history: every log of the run.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    num_train_epochs: int = 0
+    learning_rate: float = 0.0
+    items_seen: int = 0
+    skipped_updates: int = 0
+    train_loss_sum: float = 0.0
+    train_loss_count: int = 0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return dataclasses.asdict(self)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the fields of ``to_dict``."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class TrainOutput(NamedTuple):
+    """What ``fit.train`` returns.
+
+    Attributes:
+        global_step: updates done since the start of the run, resumed ones included.
+        training_loss: mean loss over the updates.
+        metrics: run time in seconds and rates.
+    """
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+class PredictionOutput(NamedTuple):
+    """What ``fit.predict`` returns.
+
+    Attributes:
+        predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host.
+        metrics: loss and metrics where the data has labels.
+    """
+
+    predictions: Any
+    metrics: dict[str, float]
+
+
+@dataclass
+class Control:
+    """What a callback asks the loop to do next.
+
+    Attributes:
+        should_log, should_evaluate, should_save: at the end of this update or epoch; cleared when it is done, and when
+            the next update begins.
+        should_epoch_stop: leave the epoch after this update; cleared when the next epoch begins.
+        should_training_stop: leave training after this update; cleared when training begins.
+    """
+
+    should_log: bool = False
+    should_evaluate: bool = False
+    should_save: bool = False
+    should_epoch_stop: bool = False
+    should_training_stop: bool = False

@@ -1,0 +1,85 @@
+"""What every number format promises: dtypes, a forward context, loss scaling, state."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+MaxReduce = Callable[[Tensor], None]  # replaces a tensor by its largest value over all ranks, in place
+
+
+class Precision:
+    """Describes a number format, and does what it needs around forward, backward and step.
+
+    The base class is the identity: whatever dtype the module has, no context, no scaling. A format overrides what
+    differs. A strategy with machinery of its own (FSDP policies, DeepSpeed) reads the three dtypes and leaves
+    ``forward_context`` alone.
+
+    Attributes:
+        name: the word that chooses it (``precision="bf16-mixed"``).
+        parameter_dtype: dtype in which parameters and optimizer state are kept; None leaves them as the user made them.
+        compute_dtype: dtype of matrix products in forward and backward; None follows the parameters.
+        reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
+        scales_loss: whether a step may be skipped because gradients overflowed.
+    """
+
+    name: ClassVar[str]
+    parameter_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    scales_loss: ClassVar[bool] = False
+
+    def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
+        """Called once by the strategy, after the process group exists and before the module is placed.
+
+        Args:
+            device: where the module will live.
+            max_over_ranks: in-place MAX all-reduce over every rank that shares the model.
+
+        Raises:
+            ValueError: the device can't compute in this format.
+        """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """The module in the dtypes of this format; called before the strategy wraps it."""
+        return module
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Entered around forward and loss."""
+        return nullcontext()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss that backward is called on."""
+        return loss
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Bring gradients to their true size, once an update, after the last backward and before clipping."""
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Step the optimizer, or skip it where the gradients overflowed."""
+        optimizer.step()
+
+    def skip_is_known(self) -> bool:
+        """Whether ``step_was_skipped`` answers without waiting for the device."""
+        return True
+
+    def step_was_skipped(self) -> bool:
+        """Whether the last ``step`` left the parameters alone. Waits at most for that step, never for later work."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; JSON types only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+    def log_values(self) -> dict[str, float]:
+        """Extra numbers for a log line (the loss scale). May wait for the device: it is called only when logging."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"

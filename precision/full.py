@@ -1,0 +1,34 @@
+"""32-bit parameters and arithmetic: what every other format is compared with."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .base import Precision
+
+
+class Full(Precision):
+    """``precision="32-true"``: float32 parameters, compute and reductions."""
+
+    name = "32-true"
+    parameter_dtype = torch.float32
+    compute_dtype = torch.float32
+    reduce_dtype = torch.float32
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Cast floating-point parameters and buffers to float32; integer and complex ones stay."""
+        return cast_floating(module, torch.float32)
+
+
+def cast_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the floating-point parameters and buffers of a module in place.
+
+    ``module.to(dtype)`` would turn complex buffers (rotary embeddings) into real ones, so complex tensors are kept.
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    apply: Callable[..., nn.Module] = module._apply  # what nn.Module.to itself is made of; keeps ties and optimizers
+    return apply(cast)

@@ -1,0 +1,77 @@
+"""Names to classes, imported when they are asked for; a wrong name suggests the nearest."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from .base import Precision
+
+# name -> "file:Class"; the class receives the name's own options.
+PRECISIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "32-true": ("full:Full", {}),
+    "bf16-mixed": ("mixed:BF16Mixed", {}),
+    "16-mixed": ("mixed:FP16Mixed", {}),
+}
+ALIASES: Mapping[str, str] = {
+    "fp32": "32-true",
+    "32": "32-true",
+    "bf16": "bf16-mixed",
+    "fp16": "16-mixed",
+    "16": "16-mixed",
+}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The half sentence that ends an unknown-name error: the nearest name, then all of them.
+
+    Example:
+        >>> did_you_mean("learning_rte", ["learning_rate", "seed"])
+        "Did you mean 'learning_rate'? Known: learning_rate, seed."
+    """
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{hint}Known: {', '.join(names)}."
+
+
+def resolve(
+    kind: str,
+    choice: Any,
+    base: type,
+    table: Mapping[str, tuple[str, Mapping[str, Any]]],
+    aliases: Mapping[str, str],
+    package: str,
+) -> Any:
+    """An instance of ``base`` from a name in ``table``, or ``choice`` itself where it is one already.
+
+    Args:
+        kind: what is being chosen, for the messages ("precision").
+        choice: a name, an alias, or an instance of ``base``.
+        base: the class that every entry derives from.
+        table: name to ("file:Class", options).
+        aliases: other spellings of the names.
+        package: where the table's files live.
+
+    Raises:
+        ValueError: the name is not in the table.
+        TypeError: ``choice`` is neither a name nor an instance.
+    """
+    if isinstance(choice, base):
+        return choice
+    if not isinstance(choice, str):
+        raise TypeError(
+            f"{kind} takes a name or a {base.__name__} instance, e.g. {kind}={next(iter(table))!r}. "
+            f"Received: {choice!r}"
+        )
+    name = aliases.get(choice, choice)
+    if name not in table:
+        raise ValueError(f"Unknown {kind} {choice!r}. {did_you_mean(choice, [*table, *aliases])}")
+    location, options = table[name]
+    file, _, class_name = location.partition(":")
+    return getattr(import_module(f"{package}.{file}"), class_name)(**options)
+
+
+def get_precision(choice: "str | Precision") -> Precision:
+    """The precision for a name ("bf16-mixed", "fp16", ...) or an instance, which is returned as it is."""
+    return resolve("precision", choice, Precision, PRECISIONS, ALIASES, __package__ or "")

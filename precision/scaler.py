@@ -1,0 +1,89 @@
+"""Dynamic loss scaling in which all ranks skip together, whatever the gradients are sharded over."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from .base import MaxReduce
+
+
+class RankAwareGradScaler(GradScaler):
+    """A GradScaler that looks for overflow in each rank's own shards and agrees on the finding.
+
+    torch's scaler checks the gradients one rank holds. Under sharding another rank's overflow would go unseen and the
+    scales would drift apart; with DTensor and plain gradients in one optimizer it raises. Here local tensors are
+    checked and the flag is all-reduced (MAX) once per update.
+
+    Args:
+        device: where the flags live.
+        max_over_ranks: in-place MAX all-reduce over every rank that shares the model.
+        **options: those of torch.amp.GradScaler.
+    """
+
+    def __init__(self, device: torch.device, max_over_ranks: MaxReduce, **options: Any) -> None:
+        super().__init__(device.type, **options)
+        self._max_over_ranks = max_over_ranks
+        self._overflow: Tensor | None = None  # 0-dim on the host; pinned and in flight on CUDA
+        self._arrived: torch.cuda.Event | None = None
+        # The scale exists from the start, so that a checkpoint taken before the first backward holds it.
+        self._lazy_init_scale_growth_tracker(device)
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        # Overrides torch.amp.GradScaler's private method (2.9 to 2.13); tests/precision pins its behaviour.
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+                if local.is_sparse:
+                    local = local._values()
+                if local.dtype == torch.float16 and not allow_fp16:
+                    raise ValueError(
+                        "Loss scaling needs float32 gradients, but found float16 ones: the module's parameters were "
+                        "cast to float16 after Fit was given it. Use precision='16-mixed' and leave the casts to it."
+                    )
+                if local.numel():
+                    groups[local.device, local.dtype].append(local)
+        flags = {found_inf.device: found_inf}
+        with torch.no_grad():
+            for (device, _), gradients in groups.items():
+                flag = flags.setdefault(device, found_inf.to(device))
+                torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, inv_scale.to(device))
+            for flag in flags.values():
+                self._max_over_ranks(flag)
+        self._send_to_host(list(flags.values()))
+        return flags
+
+    def _send_to_host(self, flags: list[Tensor]) -> None:
+        """Start copying the overflow flag to the host without waiting for it."""
+        flag = flags[0] if len(flags) == 1 else torch.stack([f.to(flags[0].device) for f in flags]).amax()
+        if flag.device.type == "cuda":
+            self._overflow = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._overflow = flag.to("cpu")
+
+    def step_was_skipped(self) -> bool:
+        """Whether the last update overflowed; waits for that update's flag alone."""
+        if self._overflow is None:
+            return False
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._overflow.numpy())  # numpy: a host read, never a device synchronisation
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore scale and growth counter into the live tensors."""
+        super().load_state_dict(state)
+        scale, growth_tracker = self._check_scale_growth_tracker("load_state_dict")
+        scale.fill_(state["scale"])
+        growth_tracker.fill_(state["_growth_tracker"])

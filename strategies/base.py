@@ -1,0 +1,190 @@
+"""What every strategy promises: the verbs of a run, in the order in which the loop uses them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.optim import Optimizer
+
+from ..precision.base import Precision
+
+ConfigureOptimizer = Callable[[nn.Module], Optimizer]
+
+
+class Strategy:
+    """Places a module on devices and runs the steps of an update there.
+
+    The verbs, in the order in which a run uses them::
+
+        set_up                      process group, device, mesh
+        place                       convert, shard or wrap the module, then make the optimizer
+        for each update:
+            for each micro-batch:
+                accumulate(last)    entered around forward and backward; gradients are reduced on the last
+                forward_context     entered around forward and loss
+                backward
+            prepare_gradients       unscale
+            clip_grad_norm          the true norm over all shards
+            step                    may be skipped by loss scaling
+        sum_over_data_ranks, gather, broadcast, barrier
+        model_state, optimizer_state, load_optimizer_state
+        tear_down
+
+    The base class is one process on one device. It doubles as the degree-1 case of all others: the loop knows no other
+    path.
+
+    Attributes:
+        name: the word that chooses it (``strategy="ddp"``).
+        device: where this rank's tensors live; set by ``set_up``.
+        rank, world_size: this process among all processes.
+        data_rank, data_size: this rank's place among those that see different data; tensor- and context-parallel
+            ranks share theirs.
+        tensor_parallel_size, context_parallel_size: ranks that share one sample, split by features or by positions.
+        module: the user's module; set by ``place``.
+        model: what the loop calls: ``module``, or a wrapper around it; set by ``place``.
+        optimizer: over the parameters as they are placed; None for a run that only evaluates; set by ``place``.
+    """
+
+    name: ClassVar[str]
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    world_size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+    tensor_parallel_size: int = 1
+    context_parallel_size: int = 1
+
+    precision: Precision
+    module: nn.Module
+    model: nn.Module
+    optimizer: Optimizer | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and shows progress. Exactly one does."""
+        return self.rank == 0
+
+    # Set up and place.
+
+    def set_up(self, precision: Precision) -> None:
+        """Choose the device and make the process group; ``precision`` is bound to both.
+
+        Raises:
+            ValueError: this strategy can't run in that precision; the message names one that works.
+        """
+        self.precision = precision
+        self.device = self.choose_device()
+        precision.set_up(self.device, self.max_over_ranks)
+
+    def choose_device(self) -> torch.device:
+        """This rank's device."""
+        return default_device()
+
+    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+        """Put the module where it runs, and make its optimizer when its parameters are final. Called once.
+
+        Args:
+            module: the user's module, on any device.
+            configure_optimizer: module to optimizer; None when nothing is trained.
+        """
+        self.module = self.model = self.precision.convert_module(module).to(self.device)
+        self.optimizer = configure_optimizer(module) if configure_optimizer else None
+
+    # One update.
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Entered around the forward and backward of one micro-batch; ``last`` is the one that reduces gradients."""
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Entered around forward and loss; a strategy that casts by its own policy leaves autocast out."""
+        return self.precision.forward_context()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss`` (scaled where the precision scales) to those of the update."""
+        self.precision.scale(loss).backward()
+
+    def prepare_gradients(self) -> None:
+        """After the last backward of an update: gradients at their true size."""
+        assert self.optimizer is not None
+        self.precision.unscale(self.optimizer)
+
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradients so that their 2-norm over the whole model is at most ``max_norm``.
+
+        Returns:
+            The norm before clipping, 0-dim, equal on every rank. It stays on the device.
+        """
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def step(self) -> None:
+        """Step the optimizer."""
+        assert self.optimizer is not None
+        self.precision.step(self.optimizer)
+
+    # Between ranks.
+
+    def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum over data-parallel ranks, on the tensor's device; may be the tensor itself, changed in place."""
+        return tensor
+
+    def max_over_ranks(self, tensor: Tensor) -> None:
+        """Replace the tensor by its largest value over all ranks, in place."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank. Small host objects only."""
+        return value
+
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+
+    # State, by fully qualified parameter name. Tensors may be sharded (DTensor): no rank holds the whole model.
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The placed parameters under the names that the user's module gives them; tied ones once."""
+        return dict(self.module.named_parameters())
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name."""
+        return get_model_state_dict(self.model)
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back a ``model_state`` that was read into. By default its tensors are the model's own: nothing to do."""
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state: parameter name to (state key to tensor or number)."""
+        assert self.optimizer is not None
+        state = self.optimizer.state
+        return {name: state[p] for name, p in self.named_parameters().items() if p in state}
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace the optimizer's state by ``state``, whose tensors are placed as the parameters are."""
+        assert self.optimizer is not None
+        parameters = self.named_parameters()
+        self.optimizer.state.clear()
+        for name, entries in state.items():
+            self.optimizer.state[parameters[name]] = dict(entries)
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by name on the host, one at a time. Every rank iterates; rank 0 uses them."""
+        for name, tensor in self.model_state().items():
+            yield name, tensor.detach().cpu()
+
+    def tear_down(self) -> None:
+        """Leave the process group. The strategy can be set up again."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def default_device() -> torch.device:
+    """The accelerator this machine has, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
