@@ -181,6 +181,7 @@ class Fit:
         if self.placed:
             return
         trains = self.train_data is not None
+        random_state.seed_everything(self.args.seed)  # late layers draw the same initial values on every rank
         self.strategy.place(self.module, (lambda module: module.configure_optimizer(self.args)) if trains else None)
         self.placed = True
         if trains:
@@ -219,20 +220,20 @@ class Fit:
             inputs = inputs.batch
         if self.strategy.device.type != "cpu":
             inputs = move_to(inputs, self.strategy.device)
-        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = self.strategy.local_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
         if not self._loss_was_checked:
             self.objective.check(loss)
             self._loss_was_checked = True
-        data_size = self.strategy.data_size
+        ranks = self.strategy.gradient_ranks
         num_items = count if num_items_in_batch is None else num_items_in_batch
         if not self.objective.takes_num_items:
-            loss = weigh(loss, count, num_items, data_size)
-        elif data_size > 1:
-            loss = loss * data_size
+            loss = weigh(loss, count, num_items, ranks)
+        elif ranks > 1:
+            loss = loss * ranks
         self.strategy.backward(loss)
         for name, value in self.extras.items():
             self.averages.add(name, weigh(value, count, num_items, 1))
-        return loss.detach() if data_size == 1 else loss.detach() / data_size
+        return loss.detach() if ranks == 1 else loss.detach() / ranks
 
     def compute_loss(
         self,
@@ -279,10 +280,10 @@ class Fit:
                     "once, have its __iter__ begin anew each time."
                 )
             return batches, None
-        if len(batches) == 1 and self.strategy.data_size == 1:
+        if len(batches) == 1 and self.strategy.gradient_ranks == 1:
             return batches, None
         items = sum(self.objective.count(batch) for batch in batches)
-        if self.strategy.data_size == 1:
+        if self.strategy.gradient_ranks == 1:
             return batches, max(items, 1) if isinstance(items, int) else items.clamp(min=1)
         counted = torch.as_tensor(items, dtype=torch.float32).to(device, non_blocking=True)
         return batches, self.strategy.sum_over_data_ranks(counted).clamp(min=1)

@@ -105,6 +105,39 @@ class TrainModule(nn.Module):
             "without 'labels' doesn't say which they are. Write metric_inputs(self, outputs, batch)."
         )
 
+    def build(self) -> None:
+        """Create big layers here instead of in ``__init__``, and no rank ever holds all of them: their parameters get
+        memory after they are sharded, and values by ``init_weights``. Called once, before the module is placed.
+        """
+
+    def init_weights(self, layer: nn.Module) -> None:
+        """Give the parameters of one layer that ``build`` made their initial values; the same random numbers are drawn
+        under every strategy. Default: the layer's own ``reset_parameters``.
+
+        Args:
+            layer: holds parameters of its own, whole and uninitialised.
+        """
+        reset = getattr(layer, "reset_parameters", None)
+        if reset is None:
+            raise ValueError(
+                f"build() made a {type(layer).__name__}, which has no reset_parameters() to give its parameters values. "
+                "Write init_weights(self, layer) on your TrainModule."
+            )
+        reset()
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """The blocks that fully sharded strategies gather one at a time, and that activation checkpointing recomputes.
+        Default: the layers of the outermost lists whose layers are all of one class.
+        """
+        return repeated_blocks(self)
+
+    def tensor_parallel_plan(self) -> Mapping[str, Any]:
+        """How tensor parallelism cuts layers: patterns over names (``"blocks.*.up"``) to "colwise", "rowwise", ... (see
+        ``stratagem.strategies.tensor_parallel_plan.STYLES``) or a torch ParallelStyle. Models that name their layers as
+        transformers' Llama does need none.
+        """
+        return {}
+
     @staticmethod
     def wrap(model: nn.Module) -> "TrainModule":
         """A TrainModule around any module whose forward returns a loss, e.g. a transformers model given labels.
@@ -133,6 +166,19 @@ def _wrapped(model: nn.Module) -> TrainModule:
     model.__class__ = type(own.__name__, (own, TrainModule), {"__module__": own.__module__, "wraps": own})
     assert isinstance(model, TrainModule)
     return model
+
+
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """The layers of every ModuleList or Sequential, not inside another one found, that are two or more of one class."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        layers = list(child.children())
+        repeats = isinstance(child, nn.ModuleList | nn.Sequential) and len(layers) > 1
+        if repeats and all(type(layer) is type(layers[0]) and any(True for _ in layer.parameters()) for layer in layers):
+            found += layers
+        else:
+            found += repeated_blocks(child)
+    return found
 
 
 def first_dimension(batch: Any) -> int:

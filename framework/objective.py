@@ -108,21 +108,21 @@ def labels_of(batch: Any) -> Any:
     return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
 
-def weigh(loss: Tensor, count: Count, num_items: Count, data_size: int) -> Tensor:
+def weigh(loss: Tensor, count: Count, num_items: Count, ranks: int) -> Tensor:
     """The micro-batch's share of the update's loss, times the number of ranks that gradients are averaged over.
 
     Args:
         loss: mean over ``count`` items.
         count: items in this micro-batch on this rank.
         num_items: items in the update over all ranks; a tensor where ranks were summed.
-        data_size: data-parallel ranks.
+        ranks: that gradients are averaged over.
     """
     if isinstance(count, int):
         if count == 0:  # the mean over nothing is NaN; its share is nothing
             return torch.nan_to_num(loss) * 0.0
         if isinstance(num_items, int):
-            return loss if count == num_items and data_size == 1 else loss * (count * data_size / num_items)
-        return loss * (count * data_size / num_items)
-    share = count * data_size / num_items
+            return loss if count == num_items and ranks == 1 else loss * (count * ranks / num_items)
+        return loss * (count * ranks / num_items)
+    share = count * ranks / num_items
     return torch.where(count == 0, torch.nan_to_num(loss) * 0.0, loss * share)
 

@@ -1,17 +1,24 @@
 """What every strategy promises: the verbs of a run, in the order in which the loop uses them."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim import Optimizer
 
 from ..precision.base import Precision
+from ..precision.registry import did_you_mean
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a strategy that has none."""
 
 
 class Strategy:
@@ -36,31 +43,51 @@ class Strategy:
     The base class is one process on one device. It doubles as the degree-1 case of all others: the loop knows no other
     path.
 
+    Args:
+        **options: fields of the class's ``Options``, a frozen dataclass.
+
     Attributes:
         name: the word that chooses it (``strategy="ddp"``).
+        options: see ``Options``.
         device: where this rank's tensors live; set by ``set_up``.
         rank, world_size: this process among all processes.
-        data_rank, data_size: this rank's place among those that see different data; tensor- and context-parallel
+        data_rank, data_size: this rank's place among those that read different samples; tensor- and context-parallel
             ranks share theirs.
+        gradient_ranks: ranks that gradients are averaged over: those with different samples or positions.
         tensor_parallel_size, context_parallel_size: ranks that share one sample, split by features or by positions.
+        devices_per_rank: devices that one process feeds; a micro-batch holds samples for all of them.
         module: the user's module; set by ``place``.
         model: what the loop calls: ``module``, or a wrapper around it; set by ``place``.
         optimizer: over the parameters as they are placed; None for a run that only evaluates; set by ``place``.
     """
 
     name: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
+    needs_ranks: ClassVar[bool] = False
+    """Whether it is worth starting a process per device for."""
+
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world_size: int = 1
     data_rank: int = 0
     data_size: int = 1
+    gradient_ranks: int = 1
     tensor_parallel_size: int = 1
     context_parallel_size: int = 1
+    devices_per_rank: int = 1
 
     precision: Precision
     module: nn.Module
     model: nn.Module
     optimizer: Optimizer | None = None
+
+    def __init__(self, **options: Any) -> None:
+        known = [field.name for field in dataclasses.fields(self.Options)]
+        for option in options:
+            if option not in known:
+                hint = did_you_mean(option, known) if known else "It has none."
+                raise TypeError(f"{type(self).__name__} has no option {option!r}. {hint}")
+        self.options = self.Options(**options)
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +100,7 @@ class Strategy:
         """Choose the device and make the process group; ``precision`` is bound to both.
 
         Raises:
-            ValueError: this strategy can't run in that precision; the message names one that works.
+            ValueError: this strategy can't run in that precision, or on this many ranks; the message names what works.
         """
         self.precision = precision
         self.device = self.choose_device()
@@ -90,7 +117,12 @@ class Strategy:
             module: the user's module, on any device.
             configure_optimizer: module to optimizer; None when nothing is trained.
         """
-        self.module = self.model = self.precision.convert_module(module).to(self.device)
+        from .materialize import build_on_meta, materialize
+
+        late = build_on_meta(module)
+        self.precision.convert_module(module)
+        materialize(module, late, self.device)
+        self.module = self.model = module.to(self.device)
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
     # One update.
@@ -102,6 +134,10 @@ class Strategy:
     def forward_context(self) -> AbstractContextManager[Any]:
         """Entered around forward and loss; a strategy that casts by its own policy leaves autocast out."""
         return self.precision.forward_context()
+
+    def local_loss(self, loss: Tensor) -> Tensor:
+        """The loss as a plain 0-dim tensor on this rank, where the strategy's forward leaves it spread or repeated."""
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` (scaled where the precision scales) to those of the update."""
@@ -128,7 +164,7 @@ class Strategy:
     # Between ranks.
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
-        """The sum over data-parallel ranks, on the tensor's device; may be the tensor itself, changed in place."""
+        """The sum over the ranks that gradients are averaged over; may be the tensor itself, changed in place."""
         return tensor
 
     def max_over_ranks(self, tensor: Tensor) -> None:
@@ -152,7 +188,9 @@ class Strategy:
         return dict(self.module.named_parameters())
 
     def model_state(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name."""
+        """Parameters and persistent buffers by name, with whole shapes."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
         return get_model_state_dict(self.model)
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
@@ -165,7 +203,7 @@ class Strategy:
         return {name: state[p] for name, p in self.named_parameters().items() if p in state}
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Replace the optimizer's state by ``state``, whose tensors are placed as the parameters are."""
+        """Replace the optimizer's state by ``state``, whose tensors are placed as those of ``model_state``."""
         assert self.optimizer is not None
         parameters = self.named_parameters()
         self.optimizer.state.clear()
@@ -181,7 +219,12 @@ class Strategy:
         """Leave the process group. The strategy can be set up again."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        given = (
+            f"{field.name}={getattr(self.options, field.name)!r}"
+            for field in dataclasses.fields(self.Options)
+            if getattr(self.options, field.name) != field.default
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
 
 
 def default_device() -> torch.device:

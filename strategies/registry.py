@@ -9,8 +9,13 @@ from .base import Strategy
 # name -> "file:Class"; the class receives the name's own options.
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "single": ("single:Single", {}),
+    "ddp": ("ddp:DDP", {}),
+    "fsdp1": ("fsdp1:FSDP1", {}),
+    "fsdp2": ("fsdp2:FSDP2", {}),
+    "tp": ("tensor_parallel:TensorParallel", {}),
+    "dp": ("dp:DP", {}),
 }
-ALIASES: Mapping[str, str] = {}
+ALIASES: Mapping[str, str] = {"fsdp": "fsdp2"}
 
 
 def get_strategy(choice: "str | Strategy") -> Strategy:

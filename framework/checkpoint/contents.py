@@ -250,6 +250,7 @@ def optimizer_templates(path: Path, strategy: Strategy, stored: Mapping[str, Sto
     """
     assert strategy.optimizer is not None
     parameters = strategy.named_parameters()
+    model = strategy.model_state()
     on_device = {
         id(p): bool(group.get("fused") or group.get("capturable"))
         for group in strategy.optimizer.param_groups
@@ -260,11 +261,11 @@ def optimizer_templates(path: Path, strategy: Strategy, stored: Mapping[str, Sto
         name, _, _ = key.rpartition("/")
         if name not in parameters:
             raise CheckpointError(f"{path} holds optimizer state for {name!r}, which the model doesn't have.")
-        parameter = parameters[name]
-        if entry.shape == tuple(parameter.shape) and entry.shape:
-            templates[key] = torch.empty_like(parameter.detach(), dtype=entry.dtype)
+        whole = model[name]
+        if entry.shape == tuple(whole.shape) and entry.shape:
+            templates[key] = torch.empty_like(whole, dtype=entry.dtype)
         else:
             # Step counters: on the host, unless the optimizer's kernel reads them.
-            device = parameter.device if on_device.get(id(parameter)) else torch.device("cpu")
+            device = whole.device if on_device.get(id(parameters[name])) else torch.device("cpu")
             templates[key] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
     return templates

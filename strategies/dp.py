@@ -1,0 +1,36 @@
+"""nn.DataParallel: one process, several GPUs, the model copied to them in every forward."""
+
+import torch
+from torch import nn
+
+from .base import ConfigureOptimizer, Strategy
+
+
+class DP(Strategy):
+    """``strategy="dp"``: a micro-batch is scattered over this machine's GPUs and the outputs are gathered on the first.
+
+    "ddp" does the same work faster; this is for programs that can't be started more than once. With one device or none
+    it is plain single-device training. The outputs must be tensors whose first dimension is the batch, or scalars,
+    which are averaged.
+
+    Example:
+        ``Fit(module, data, strategy="dp", per_device_train_batch_size=32)``
+    """
+
+    name = "dp"
+
+    def choose_device(self) -> torch.device:
+        """The first GPU, else the CPU."""
+        device = super().choose_device()
+        self.devices_per_rank = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
+        return device
+
+    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+        """Wrap the module where there are several GPUs."""
+        super().place(module, configure_optimizer)
+        if self.devices_per_rank > 1:
+            self.model = nn.DataParallel(module)
+
+    def local_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The mean over the devices' losses."""
+        return loss.mean()

@@ -1,0 +1,136 @@
+"""Fully sharded data parallel by torch's first implementation, the ``FullyShardedDataParallel`` wrapper."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp.wrap import CustomPolicy
+
+from .base import ConfigureOptimizer
+from .gradient_norm import clip_by_norm
+from .materialize import build_on_meta, has_meta, materialize
+from .process_group import (
+    CONTEXT,
+    REPLICATE,
+    SHARD,
+    TENSOR,
+    ProcessGroupOptions,
+    ProcessGroupStrategy,
+    broadcast_module,
+    split_world,
+)
+
+WRAPPER = "_fsdp_wrapped_module."
+
+
+@dataclass(frozen=True)
+class FSDP1Options(ProcessGroupOptions):
+    """Options of FSDP1.
+
+    Args:
+        reshard_after_forward: drop a block's gathered parameters after its forward (ZeRO-3), or keep them (ZeRO-2).
+        replicas: hybrid sharding: this many copies of the model.
+    """
+
+    reshard_after_forward: bool = True
+    replicas: int = 1
+
+
+class FSDP1(ProcessGroupStrategy):
+    """``strategy="fsdp1"``: flat shards (Zhao et al., 2023). New work is better served by "fsdp2". See FSDP1Options.
+
+    Example:
+        ``Fit(module, data, strategy=FSDP1(reshard_after_forward=False), devices=2)``
+    """
+
+    name = "fsdp1"
+    Options = FSDP1Options
+    options: FSDP1Options
+
+    def mesh_shape(self, world_size: int) -> dict[str, int]:
+        """Replicas outermost; shards are what is left."""
+        replicas = self.options.replicas
+        return {REPLICATE: replicas, SHARD: split_world(world_size, "FSDP1", replicas=replicas), CONTEXT: 1, TENSOR: 1}
+
+    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+        """Wrap blocks and root; the optimizer is made over the views into flat shards."""
+        options = self.options
+        late = build_on_meta(module)
+        self.precision.convert_module(module)
+        if not late:
+            module.to(self.device)
+            broadcast_module(module)
+        units = set(map(id, module.shard_units()))  # type: ignore[operator]
+        hybrid, full = options.replicas > 1, options.reshard_after_forward
+        sharding = {
+            (False, True): ShardingStrategy.FULL_SHARD,
+            (False, False): ShardingStrategy.SHARD_GRAD_OP,
+            (True, True): ShardingStrategy.HYBRID_SHARD,
+            (True, False): ShardingStrategy._HYBRID_SHARD_ZERO2,
+        }[hybrid, full]
+        compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
+        mixed = compute is not None and compute != self.precision.parameter_dtype
+        self.model = FullyShardedDataParallel(
+            module,
+            device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
+            sharding_strategy=sharding,
+            auto_wrap_policy=CustomPolicy(lambda layer: id(layer) in units),
+            mixed_precision=MixedPrecision(compute, reduce, cast_root_forward_inputs=True) if mixed else None,
+            device_id=self.device,
+            use_orig_params=True,
+            # Called for each block before it is cut, so that no more than one block is whole at a time.
+            param_init_fn=lambda unit: materialize(
+                module, [layer for layer in unit.modules() if layer in late and has_meta(layer)], self.device
+            ),
+        )
+        self.module = module
+        self.optimizer = configure_optimizer(module) if configure_optimizer else None
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """No reduction before the last micro-batch."""
+        assert isinstance(self.model, FullyShardedDataParallel)
+        return nullcontext() if last else self.model.no_sync()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """The wrapper's policy casts; autocast would only cast again."""
+        return nullcontext()
+
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """The norm over all shards, in the gradients' own dtype."""
+        return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),))
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's views into the flat shards, under the user's names."""
+        return {name.replace(WRAPPER, ""): p for name, p in self.module.named_parameters()}
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state that was read into back into the flat shards."""
+        set_model_state_dict(self.model, {**self.model_state(), **state})
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state, cut by parameter instead of by flat shard."""
+        assert self.optimizer is not None
+        if not self.optimizer.state:
+            return {}
+        return get_optimizer_state_dict(self.model, self.optimizer)["state"]  # type: ignore[return-value]
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Cut the state into flat shards again."""
+        assert self.optimizer is not None
+        if not state:
+            return
+        current = get_optimizer_state_dict(self.model, self.optimizer)
+        set_optimizer_state_dict(
+            self.model,
+            self.optimizer,
+            {"state": {name: dict(held) for name, held in state.items()}, "param_groups": current["param_groups"]},
+        )
+

@@ -1,0 +1,157 @@
+"""Tensor parallelism by a plan: patterns over layer names to the way each layer is cut."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.optim import Optimizer
+
+from ..precision.registry import did_you_mean
+from .process_group import mesh_of
+
+Plan = Mapping[str, "str | ParallelStyle"]
+
+STYLES: Mapping[str, Any] = {
+    # whole input -> features cut over the ranks
+    "colwise": lambda: ColwiseParallel(),
+    # whole input -> whole output; for an output head
+    "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
+    # cut features -> whole output, by a sum over the ranks
+    "rowwise": lambda: RowwiseParallel(),
+    # an embedding, cut by rows of its table
+    "embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
+    # activations between the cut layers are cut by position (Korthikanti et al., 2023)
+    "sequence": lambda: SequenceParallel(),
+    "colwise_from_sequence": lambda: ColwiseParallel(input_layouts=Shard(1)),
+    "colwise_gather_from_sequence": lambda: ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    "rowwise_to_sequence": lambda: RowwiseParallel(output_layouts=Shard(1)),
+    "embedding_to_sequence": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+}
+"""What a plan may name, beside instances of torch's ParallelStyle."""
+
+CUT_DIMENSION = {"colwise": 0, "rowwise": 1, "embedding": 0}  # of the weight, by the first part of a style's name
+
+LLAMA_PLAN: Plan = {
+    "*embed_tokens": "embedding",
+    "*layers.*.self_attn.q_proj": "colwise",
+    "*layers.*.self_attn.k_proj": "colwise",
+    "*layers.*.self_attn.v_proj": "colwise",
+    "*layers.*.self_attn.o_proj": "rowwise",
+    "*layers.*.mlp.gate_proj": "colwise",
+    "*layers.*.mlp.up_proj": "colwise",
+    "*layers.*.mlp.down_proj": "rowwise",
+    "*lm_head": "colwise_gather",
+}
+"""For models that name their layers as transformers' Llama does (Mistral, Qwen2, Gemma, ...)."""
+
+
+def apply_plan(module: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool = False) -> None:
+    """Cut the layers that the module's ``tensor_parallel_plan()`` names, in place, over a one-dimensional mesh.
+
+    Args:
+        module: its plan maps name patterns (``blocks.*.up``) to a name in STYLES or a ParallelStyle.
+        mesh: the tensor-parallel ranks.
+        loss_parallel: leave the outputs of "colwise_gather" layers cut by class, for a loss under loss_parallel().
+
+    Raises:
+        ValueError: no plan, a pattern that matches nothing, two that match one name, or a size that can't be cut.
+    """
+    layers = dict(module.named_modules())
+    plan: Plan = module.tensor_parallel_plan() or ready_plan(layers)  # type: ignore[operator]
+    if not plan:
+        raise ValueError(
+            f"Tensor parallelism needs to know how {type(module).__name__} is cut. Write tensor_parallel_plan(self), "
+            'e.g. return {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}; or use strategy="fsdp2", which needs '
+            "no plan."
+        )
+    chosen: dict[str, tuple[str, str | ParallelStyle]] = {}
+    for pattern, style in plan.items():
+        names = [name for name in layers if fnmatchcase(name, pattern)]
+        if not names:
+            raise ValueError(f"tensor_parallel_plan: {pattern!r} matches no layer of {type(module).__name__}.")
+        for name in names:
+            if name in chosen:
+                raise ValueError(
+                    f"tensor_parallel_plan: both {chosen[name][0]!r} and {pattern!r} match {name!r}. "
+                    "Make the patterns narrower, so that each layer is cut one way."
+                )
+            chosen[name] = pattern, style
+    tied = tied_parameters(module)
+    parallelize_module(
+        module,
+        mesh,
+        {name: _style(name, style, layers[name], mesh.size(), loss_parallel) for name, (_, style) in chosen.items()},
+    )
+    # parallelize_module makes a new parameter for each layer, which unties those that were one.
+    for (layer, name), (first_layer, first_name) in tied:
+        if type(layer._parameters[name]) is not type(first_layer._parameters[first_name]):
+            raise ValueError(
+                "tensor_parallel_plan cuts one of two layers that share a weight, but not the other. Cut both by the "
+                'same dimension ("embedding" and "colwise_gather"), or neither.'
+            )
+        layer._parameters[name] = first_layer._parameters[first_name]
+
+
+def ready_plan(names: Iterable[str]) -> Plan:
+    """LLAMA_PLAN where the layers bear its names, else no plan."""
+    names = list(names)
+    matched = {pattern: style for pattern, style in LLAMA_PLAN.items() if any(fnmatchcase(n, pattern) for n in names)}
+    return matched if len(matched) >= len(LLAMA_PLAN) - 1 else {}  # a headless model has no lm_head
+
+
+def _style(
+    name: str, style: "str | ParallelStyle", layer: nn.Module, degree: int, loss_parallel: bool
+) -> ParallelStyle:
+    if isinstance(style, ParallelStyle):
+        return style
+    if style not in STYLES:
+        raise ValueError(f"tensor_parallel_plan: {name!r} has an unknown style {style!r}. {did_you_mean(style, STYLES)}")
+    weight = getattr(layer, "weight", None)
+    dimension = CUT_DIMENSION.get(style.partition("_")[0])
+    if dimension is not None and isinstance(weight, Tensor) and weight.shape[dimension] % degree:
+        raise ValueError(
+            f"tensor_parallel_plan: {name!r} is cut {style}, but its weight {tuple(weight.shape)} has "
+            f"{weight.shape[dimension]} entries in dimension {dimension}, which {degree} ranks don't divide. "
+            f"Use a tensor_parallel degree that divides it, or leave the layer out of the plan."
+        )
+    if loss_parallel and style.startswith("colwise_gather"):
+        layout = Shard(1) if style.endswith("sequence") else Replicate()
+        return ColwiseParallel(input_layouts=layout, output_layouts=Shard(-1), use_local_output=False)
+    return STYLES[style]()
+
+
+def tied_parameters(module: nn.Module) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+    """(owner, name) of every further place of a shared parameter, with the (owner, name) of its first place."""
+    first: dict[int, tuple[nn.Module, str]] = {}
+    tied = []
+    for layer in module.modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) in first:
+                tied.append(((layer, name), first[id(parameter)]))
+            else:
+                first[id(parameter)] = layer, name
+    return tied
+
+
+def split_groups_by_mesh(optimizer: Optimizer) -> None:
+    """Cut the optimizer's groups so that each holds parameters of one mesh: fused kernels take no mixture."""
+    groups = []
+    for group in optimizer.param_groups:
+        by_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            by_mesh[mesh_of(parameter)].append(parameter)
+        groups += [{**group, "params": parameters} for parameters in by_mesh.values()]
+    optimizer.param_groups[:] = groups
