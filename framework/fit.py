@@ -26,7 +26,7 @@ from .callbacks import Cadence, Callback, Callbacks
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .module import TrainModule, move_to
-from .objective import Count, Objective, Weightless, weigh
+from .objective import Count, Objective, Weightless, weigh, without_loss
 from .progress import Progress
 from .state import Control, PredictionOutput, TrainOutput, TrainState
 
@@ -220,13 +220,19 @@ class Fit:
             inputs = inputs.batch
         if self.strategy.device.type != "cpu":
             inputs = move_to(inputs, self.strategy.device)
-        loss = self.strategy.local_loss(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
+        is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
+        if is_empty:
+            loss, outputs = self.compute_loss(model, inputs, True, num_items_in_batch)
+            loss = without_loss(loss, outputs)
+        else:
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = self.strategy.local_loss(loss)
         if not self._loss_was_checked:
             self.objective.check(loss)
             self._loss_was_checked = True
         ranks = self.strategy.gradient_ranks
         num_items = count if num_items_in_batch is None else num_items_in_batch
-        if not self.objective.takes_num_items:
+        if is_empty or not self.objective.takes_num_items:
             loss = weigh(loss, count, num_items, ranks)
         elif ranks > 1:
             loss = loss * ranks

@@ -6,7 +6,7 @@ change nothing. Strategies average gradients over data-parallel ranks, so a rank
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,29 @@ def labels_of(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return batch.get("labels")
     return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+
+
+def without_loss(loss: Tensor, outputs: Any) -> Tensor:
+    """A scalar that leads backward to every parameter past the loss: the gradient of a mean over nothing is 0/0, which
+    no weight of 0 makes finite again.
+
+    Args:
+        loss: over no items; returned where the outputs hold nothing to go back from.
+        outputs: what forward returned.
+    """
+    parts = list(differentiable(outputs))
+    is_scalar = isinstance(loss, Tensor) and loss.ndim == 0  # else the check of the first loss has something to say
+    return torch.stack([part.float().sum() for part in parts]).sum() if parts and is_scalar else loss
+
+
+def differentiable(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in a forward's outputs that carry a gradient, but for scalars: those are losses."""
+    if isinstance(outputs, Tensor):
+        if outputs.ndim and outputs.requires_grad and outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, Mapping | tuple | list):
+        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from differentiable(part)
 
 
 def weigh(loss: Tensor, count: Count, num_items: Count, ranks: int) -> Tensor:

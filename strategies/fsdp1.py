@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.utils._pytree import tree_map
 
 from .base import ConfigureOptimizer
 from .gradient_norm import clip_by_norm
@@ -91,6 +92,8 @@ class FSDP1(ProcessGroupStrategy):
                 module, [layer for layer in unit.modules() if layer in late and has_meta(layer)], self.device
             ),
         )
+        if mixed:  # FSDP2's output_dtype: the loss is computed in float32
+            self.model.register_forward_hook(lambda model, inputs, outputs: tree_map(to_float32, outputs))
         self.module = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
@@ -134,3 +137,8 @@ class FSDP1(ProcessGroupStrategy):
             {"state": {name: dict(held) for name, held in state.items()}, "param_groups": current["param_groups"]},
         )
 
+
+
+def to_float32(value: Any) -> Any:
+    """A floating-point tensor in float32; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

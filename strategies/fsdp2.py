@@ -22,7 +22,7 @@ from .process_group import (
     broadcast_module,
     split_world,
 )
-from .tensor_parallel_plan import apply_plan, split_groups_by_mesh
+from .tensor_parallel_plan import apply_plan, groups_split_by_mesh
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,6 @@ class FSDP2(ProcessGroupStrategy):
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
         self.module = self.model = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
-        if self.optimizer is not None and options.tensor_parallel > 1:
-            split_groups_by_mesh(self.optimizer)
 
     def shard(self, module: nn.Module) -> None:
         """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
@@ -130,3 +128,9 @@ class FSDP2(ProcessGroupStrategy):
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards; torch's own fails where parameters live on different meshes."""
         return clip_by_norm(parameters, max_norm)
+
+    def step(self) -> None:
+        """Step the optimizer, mesh by mesh where there are several."""
+        assert self.optimizer is not None
+        with groups_split_by_mesh(self.optimizer) if self.options.tensor_parallel > 1 else nullcontext():
+            super().step()

@@ -1,7 +1,8 @@
 """Tensor parallelism by a plan: patterns over layer names to the way each layer is cut."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -146,12 +147,20 @@ def tied_parameters(module: nn.Module) -> list[tuple[tuple[nn.Module, str], tupl
     return tied
 
 
-def split_groups_by_mesh(optimizer: Optimizer) -> None:
-    """Cut the optimizer's groups so that each holds parameters of one mesh: fused kernels take no mixture."""
-    groups = []
-    for group in optimizer.param_groups:
+@contextmanager
+def groups_split_by_mesh(optimizer: Optimizer) -> Iterator[None]:
+    """In here, each of the optimizer's groups holds parameters of one mesh: fused kernels take no mixture. Outside, the
+    groups are the user's, so that schedules and checkpoints know nothing of it.
+    """
+    whole = optimizer.param_groups
+    cut = []
+    for group in whole:
         by_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             by_mesh[mesh_of(parameter)].append(parameter)
-        groups += [{**group, "params": parameters} for parameters in by_mesh.values()]
-    optimizer.param_groups[:] = groups
+        cut += [{**group, "params": parameters} for parameters in by_mesh.values()]
+    optimizer.param_groups = cut
+    try:
+        yield
+    finally:
+        optimizer.param_groups = whole
