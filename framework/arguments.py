@@ -128,7 +128,14 @@ class FitArguments:
         for name in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor"):
             value = getattr(self, name)
             require(name, value is None or value >= 1, "must be at least 1, or None")
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers", "seed"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "warmup_steps",
+            "max_grad_norm",
+            "dataloader_num_workers",
+            "seed",
+        ):
             require(name, getattr(self, name) >= 0, "must not be negative")
         for name in ("adam_beta1", "adam_beta2"):
             require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
@@ -174,4 +181,3 @@ class FitArguments:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         return dataclasses.asdict(self)
-

@@ -26,6 +26,7 @@ class Averages:
     def __init__(self, sum_over_ranks: SumOverRanks, device: torch.device) -> None:
         self.sum_over_ranks = sum_over_ranks
         self.device = device
+        self.shares: dict[str, Tensor] = {}  # of the update that is under way
         self.pending: dict[str, list[Tensor]] = {}
         self.settled: dict[str, list[float]] = {}
         self.items = 0  # this rank's, since the last settle
@@ -39,6 +40,19 @@ class Averages:
         values.append(value)
         if len(values) >= self.FOLD:
             self.pending[name] = [torch.cat([value.reshape(-1) for value in values])]
+
+    def add_share(self, name: str, share: Tensor) -> None:
+        """Note a micro-batch's share of a value of the update that is under way."""
+        so_far = self.shares.get(name)
+        self.shares[name] = share if so_far is None else so_far + share
+
+    def end_update(self, loss: Tensor) -> None:
+        """Note the update's loss, and what its micro-batches shared in."""
+        self.add("loss", loss)
+        if self.shares:
+            for name, value in self.shares.items():
+                self.add(name, value)
+            self.shares = {}
 
     def count(self, items: int | Tensor) -> None:
         """Note how many items a micro-batch held; a tensor stays on the device."""

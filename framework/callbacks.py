@@ -133,29 +133,3 @@ class Callbacks:
                 found.append((f"{name}-{seen.get(name, 0)}", callback))
                 seen[name] = seen.get(name, 0) + 1
         return found
-
-
-class Cadence(Callback):
-    """Sets the flags for logging, evaluation and checkpoints when the arguments say so, and stops at max_steps."""
-
-    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """After an update: by steps, and at the end of the run."""
-        step = state.global_step
-        if args.logging_strategy == "steps" and (
-            step % args.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        ):
-            control.should_log = True
-        if args.eval_strategy == "steps" and step % (args.eval_steps or args.logging_steps) == 0:
-            control.should_evaluate = True
-        if args.save_strategy == "steps" and step % args.save_steps == 0:
-            control.should_save = True
-        if step >= args.max_steps:
-            control.should_training_stop = True
-            control.should_log |= args.logging_strategy == "steps"
-            control.should_save |= args.save_strategy == "steps"
-
-    def on_epoch_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """After an epoch."""
-        control.should_log |= args.logging_strategy == "epoch"
-        control.should_evaluate |= args.eval_strategy == "epoch"
-        control.should_save |= args.save_strategy == "epoch"

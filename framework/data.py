@@ -97,7 +97,8 @@ class DataStream:
         """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""
         if self.num_examples is None:
             return 0.0
-        return min(1.0, self.position / (len(self) * self.global_micro_batch))
+        # Without the samples that drop_last leaves out, and without a short last micro-batch's empty places.
+        return min(1.0, self.position / min(self.num_examples, len(self) * self.global_micro_batch))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, good for any batch size and number of ranks."""
@@ -283,6 +284,7 @@ class CollateShare:
         self.collate_fn = collate_fn
 
     def __call__(self, item: tuple[list[Any], int, bool]) -> tuple[Any, int, bool]:
+        """(samples, global size, is mine) to (batch, global size, is mine)."""
         samples, size, is_mine = item
         return self.collate_fn(samples), size, is_mine
 
@@ -419,6 +421,7 @@ def _has_plain_sampler(loader: DataLoader[Any]) -> bool:
     sampler = loader.sampler
     standard_batches = type(loader.batch_sampler) is torch.utils.data.BatchSampler
     if type(sampler) is RandomSampler:
-        return standard_batches and not sampler.replacement and sampler.generator is None and sampler._num_samples is None
+        return (
+            standard_batches and not sampler.replacement and sampler.generator is None and sampler._num_samples is None
+        )
     return standard_batches and type(sampler) is SequentialSampler
-

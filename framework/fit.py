@@ -18,11 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..precision.base import Precision
 from ..precision.registry import get_precision
 from ..strategies.base import Strategy
+from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import checkpoint, evaluation, loop, random_state
+from . import cadence, checkpoint, evaluation, loop, random_state
+from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages, mean_of_finite
-from .callbacks import Cadence, Callback, Callbacks
+from .callbacks import Callback, Callbacks
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .module import TrainModule, move_to
@@ -40,6 +42,9 @@ class Fit:
         eval_data: the same, for ``evaluate``.
         strategy: "single", ... or an instance from stratagem.strategies.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
+        devices: ranks on this machine. Where torchrun didn't start them, the calling script is run again once for each,
+            and this process ends with their status. "auto" takes one for each accelerator.
+        max_restarts: how often the ranks are started again after one of them failed.
         args: options; their defaults are FitArguments'.
         callbacks: Callback instances; they hear events in this order.
         loggers: names ("jsonl", "tensorboard") or Logger instances.
@@ -69,6 +74,8 @@ class Fit:
         *,
         strategy: str | Strategy = "single",
         precision: str | Precision = "32-true",
+        devices: int | str = "auto",
+        max_restarts: int = 0,
         args: FitArguments | None = None,
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
@@ -76,9 +83,12 @@ class Fit:
         **arguments: Any,
     ) -> None:
         if not isinstance(module, TrainModule):
-            hint = "Write TrainModule.wrap(model)." if isinstance(module, nn.Module) else "Pass an instance, not a class."
+            hint = (
+                "Write TrainModule.wrap(model)." if isinstance(module, nn.Module) else "Pass an instance, not a class."
+            )
             raise TypeError(f"Fit takes a stratagem.TrainModule. Received: {module!r:.200}. {hint}")
         self.args = (args or FitArguments()).replace(**arguments)
+        self.requested = self.running = self.args  # as given, and of this run: max_steps is not resolved yet
         if self.args.eval_strategy != "no" and eval_data is None:
             raise ValueError(
                 f"eval_strategy={self.args.eval_strategy!r} needs something to evaluate on, but eval_data is None. "
@@ -87,9 +97,19 @@ class Fit:
         self.module = module
         self.objective = Objective(module, compute_loss_func)
         self.strategy = get_strategy(strategy)
+        start_ranks(self.strategy, devices, max_restarts)
         self.loggers = get_loggers(loggers)
         self.strategy.set_up(get_precision(precision))
         self.train_data, self.eval_data = train_data, eval_data
+        check_ranks_agree(
+            self.strategy,
+            {
+                "argument": self.args.to_dict(),
+                "Fit": {"strategy": repr(self.strategy), "precision": repr(self.strategy.precision)},
+                "data": {"train_data": length(train_data), "eval_data": length(eval_data)},
+                "parameter": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in module.named_parameters()},
+            },
+        )
         if train_data is not None:
             self.stream = self.get_train_dataloader()
             self.resolve_length()
@@ -97,8 +117,9 @@ class Fit:
             self.get_eval_dataloader()  # so that unusable data is refused now, not after an hour of training
         self.state = TrainState()
         self.control = Control()
+        self.asked = self.agreed = self.control.flags()  # on this rank since the last update; on any rank before it
         shown = [Progress()] if self.args.progress and self.strategy.is_main else []
-        self.callbacks = Callbacks([Cadence(), *callbacks, *shown])
+        self.callbacks = Callbacks([*callbacks, *shown])
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
@@ -132,9 +153,11 @@ class Fit:
         """
         if self.train_data is None:
             raise ValueError("This Fit has no train_data. Pass train_data= to Fit.")
-        if trial:
-            self.args = self.args.replace(**trial)
+        wanted = self.requested.replace(**(trial or {}))
+        if wanted != self.running:  # another trial than the last run's
+            self.running = self.args = wanted
             self.stream = self.get_train_dataloader()
+            self._initial_groups = None
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         self.begin_run(resume_from_checkpoint)
         began, first_step, first_samples = time.monotonic(), self.state.global_step, self.state.items_seen
@@ -238,7 +261,7 @@ class Fit:
             loss = loss * ranks
         self.strategy.backward(loss)
         for name, value in self.extras.items():
-            self.averages.add(name, weigh(value, count, num_items, 1))
+            self.averages.add_share(name, weigh(value, count, num_items, 1))
         return loss.detach() if ranks == 1 else loss.detach() / ranks
 
     def compute_loss(
@@ -286,13 +309,17 @@ class Fit:
                     "once, have its __iter__ begin anew each time."
                 )
             return batches, None
-        if len(batches) == 1 and self.strategy.gradient_ranks == 1:
+        if len(batches) == 1 and self.strategy.world_size == 1:
             return batches, None
         items = sum(self.objective.count(batch) for batch in batches)
-        if self.strategy.gradient_ranks == 1:
-            return batches, max(items, 1) if isinstance(items, int) else items.clamp(min=1)
-        counted = torch.as_tensor(items, dtype=torch.float32).to(device, non_blocking=True)
-        return batches, self.strategy.sum_over_data_ranks(counted).clamp(min=1)
+        if isinstance(items, Tensor):  # the batches already live on the device, and so does their count
+            items = self.strategy.sum_over_data_ranks(items.to(device)).clamp(min=1)
+            return batches, items
+        if self.strategy.world_size > 1:
+            summed, *self.agreed = self.strategy.sum_on_host([items, *self.asked])
+            # Ranks that share samples have each counted them.
+            items = summed * self.strategy.gradient_ranks // self.strategy.world_size
+        return batches, max(items, 1)
 
     def settle_schedule(self) -> None:
         """Move the schedule for the last update, or count it as skipped, once it is known which."""
@@ -391,9 +418,37 @@ class Fit:
 
     # Logs.
 
+    def end_update(self) -> None:
+        """Tell callbacks that an update is over, and act on the flags."""
+        cadence.after_update(self.args, self.state, self.control)
+        if self.strategy.world_size == 1:
+            self.emit("on_step_end")
+        else:
+            due = self.control.flags()
+            self.emit("on_step_end")
+            # What is due is due on every rank. What a callback asks for may not be: it goes out with the next update's
+            # item count, and what came in with this update's is now known to all.
+            self.asked = [int(flag and not now) for flag, now in zip(self.control.flags(), due, strict=True)]
+            self.control.set([int(now or known) for now, known in zip(due, self.agreed, strict=True)])
+        self.log_evaluate_save()
+
+    def end_epoch(self) -> None:
+        """Tell callbacks that an epoch is over, and act on the flags."""
+        cadence.after_epoch(self.args, self.control)
+        self.emit("on_epoch_end")
+        self.agree_at_once()
+        self.log_evaluate_save()
+
+    def agree_at_once(self) -> None:
+        """A flag that is up on one rank is up on all. A collective, so only where logs and the like are due anyway."""
+        if self.strategy.world_size > 1:
+            self.control.set(self.strategy.sum_on_host(self.control.flags()))
+
     def log_evaluate_save(self) -> None:
         """Do what the flags ask for, in this order."""
         control = self.control
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
         if control.should_log:
             control.should_log = False
             self.log_training()
@@ -403,6 +458,7 @@ class Fit:
         if control.should_save:
             control.should_save = False
             self.save_checkpoint()
+        self.agree_at_once()
 
     def book_averages(self) -> dict[str, float]:
         """Means over the updates since the last log, added to the run's totals."""
@@ -517,8 +573,7 @@ class Fit:
         path, passed_over = self.strategy.broadcast((path, passed_over))
         if path is None and passed_over:
             raise checkpoint.CheckpointError(
-                f"No checkpoint in {self.args.output_dir} is whole: {' '.join(passed_over)} "
-                "Remove them to begin anew."
+                f"No checkpoint in {self.args.output_dir} is whole: {' '.join(passed_over)} Remove them to begin anew."
             )
         return path
 
@@ -530,9 +585,19 @@ class Fit:
 
         self.place()
         path, aliases = Path(path), tied_names(self.module)
-        tensors = {n: t.contiguous() for n, t in self.strategy.full_state() if self.strategy.is_main and n not in aliases}
+        tensors = {
+            n: t.contiguous() for n, t in self.strategy.full_state() if self.strategy.is_main and n not in aliases
+        }
         if self.strategy.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path, metadata={"format": "pt"})
         self.strategy.barrier()
         return path
+
+
+def length(data: Any) -> int | None:
+    """The number of samples, or batches of a loader; None where there is none."""
+    try:
+        return len(data)
+    except TypeError:
+        return None

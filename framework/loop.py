@@ -81,16 +81,14 @@ def run(fit: "Fit") -> None:
                 parameter.grad = None
 
             assert update_loss is not None
-            fit.averages.add("loss", update_loss)
+            fit.averages.end_update(update_loss)
             state.global_step += 1
             state.epoch = epoch + fit.stream.fraction()
-            emit("on_step_end")
-            fit.log_evaluate_save()
+            fit.end_update()
 
         if control.should_epoch_stop:
             fit.begin_next_epoch()
-        emit("on_epoch_end")
-        fit.log_evaluate_save()
+        fit.end_epoch()
         if control.should_training_stop:
             break
     fit.settle_schedule()

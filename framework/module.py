@@ -120,7 +120,7 @@ class TrainModule(nn.Module):
         reset = getattr(layer, "reset_parameters", None)
         if reset is None:
             raise ValueError(
-                f"build() made a {type(layer).__name__}, which has no reset_parameters() to give its parameters values. "
+                f"build() made a {type(layer).__name__}, which has no reset_parameters() to fill its parameters. "
                 "Write init_weights(self, layer) on your TrainModule."
             )
         reset()
@@ -160,7 +160,7 @@ def _wrapped(model: nn.Module) -> TrainModule:
     clashes = [n for n in ("loss", "metrics", "count_items") if n in vars(own) or n in vars(model)]
     if clashes:
         raise TypeError(
-            f"TrainModule.wrap can't wrap {own.__name__}: it has {', '.join(clashes)} of its own, with another meaning. "
+            f"TrainModule.wrap can't wrap {own.__name__}: it has {', '.join(clashes)} of its own. "
             "Write a TrainModule that holds the model and calls it in forward."
         )
     model.__class__ = type(own.__name__, (own, TrainModule), {"__module__": own.__module__, "wraps": own})
@@ -174,7 +174,9 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     for child in module.children():
         layers = list(child.children())
         repeats = isinstance(child, nn.ModuleList | nn.Sequential) and len(layers) > 1
-        if repeats and all(type(layer) is type(layers[0]) and any(True for _ in layer.parameters()) for layer in layers):
+        if repeats and all(
+            type(layer) is type(layers[0]) and any(True for _ in layer.parameters()) for layer in layers
+        ):
             found += layers
         else:
             found += repeated_blocks(child)

@@ -1,8 +1,8 @@
 """The loss contract: the gradient of an update is that of ONE mean over all items of the global batch.
 
-``loss`` returns a mean over its micro-batch. With n items in a micro-batch and N in the whole update (all micro-batches,
-all ranks), the micro-batch's loss is weighed n / N, so padded labels, a short last group and ranks with unequal counts
-change nothing. Strategies average gradients over data-parallel ranks, so a rank multiplies by their number.
+``loss`` returns a mean over its micro-batch. With n items in a micro-batch and N in the whole update (over all
+micro-batches and ranks), the micro-batch's loss is weighed n / N, so padded labels, a short last group and ranks with
+unequal counts change nothing. Strategies average gradients over their ranks, so a rank multiplies by their number.
 """
 
 import inspect
@@ -96,7 +96,7 @@ class Objective:
             )
         if not loss.requires_grad:
             raise ValueError(
-                f"{self.name} returned a tensor that carries no gradient: it was detached, made from numbers, or computed "
+                f"{self.name} returned a tensor that carries no gradient: it was detached, made of numbers, or made "
                 "under torch.no_grad(), or every parameter is frozen. Compute it from forward's outputs."
             )
 
@@ -148,4 +148,3 @@ def weigh(loss: Tensor, count: Count, num_items: Count, ranks: int) -> Tensor:
         return loss * (count * ranks / num_items)
     share = count * ranks / num_items
     return torch.where(count == 0, torch.nan_to_num(loss) * 0.0, loss * share)
-

@@ -72,6 +72,10 @@ class PredictionOutput(NamedTuple):
 class Control:
     """What a callback asks the loop to do next.
 
+    With several ranks, a flag that ``on_step_end`` or an earlier event of an update raises on any of them is obeyed by
+    all at the end of the next update: it travels with a message that the ranks exchange anyway. Flags raised in
+    ``on_log``, ``on_evaluate``, ``on_save`` and ``on_epoch_end`` are agreed at once.
+
     Attributes:
         should_log, should_evaluate, should_save: at the end of this update or epoch; cleared when it is done, and when
             the next update begins.
@@ -84,3 +88,15 @@ class Control:
     should_save: bool = False
     should_epoch_stop: bool = False
     should_training_stop: bool = False
+
+    def flags(self) -> list[int]:
+        """The flags as numbers, in the order of the fields."""
+        return [int(getattr(self, flag)) for flag in FLAGS]
+
+    def set(self, flags: list[int]) -> None:
+        """Set the flags from numbers, in the order of the fields."""
+        for flag, value in zip(FLAGS, flags, strict=True):
+            setattr(self, flag, bool(value))
+
+
+FLAGS = tuple(field.name for field in dataclasses.fields(Control))

@@ -138,7 +138,6 @@ class FSDP1(ProcessGroupStrategy):
         )
 
 
-
 def to_float32(value: Any) -> Any:
     """A floating-point tensor in float32; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -84,6 +84,12 @@ class ProcessGroupStrategy(Strategy):
         """All-reduce (MAX) over the world."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
+    def sum_on_host(self, values: list[int]) -> list[int]:
+        """All-reduce over the world, by gloo."""
+        summed = torch.tensor(values)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value on every rank."""
         values: list[Any] = [None] * self.world_size

@@ -117,7 +117,9 @@ def _style(
     if isinstance(style, ParallelStyle):
         return style
     if style not in STYLES:
-        raise ValueError(f"tensor_parallel_plan: {name!r} has an unknown style {style!r}. {did_you_mean(style, STYLES)}")
+        raise ValueError(
+            f"tensor_parallel_plan: {name!r} has an unknown style {style!r}. {did_you_mean(style, STYLES)}"
+        )
     weight = getattr(layer, "weight", None)
     dimension = CUT_DIMENSION.get(style.partition("_")[0])
     if dimension is not None and isinstance(weight, Tensor) and weight.shape[dimension] % degree:
