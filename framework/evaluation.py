@@ -1,10 +1,12 @@
 """Evaluation and prediction: item-weighted means, torchmetrics, and outputs on the host."""
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .data import DataStream
 from .module import move_to
@@ -51,10 +53,10 @@ def run(
                 values: dict[str, Tensor] = {}
                 if not predict or labels_of(inputs) is not None:
                     loss, extras = objective.loss(outputs, inputs)
-                    values = {"loss": loss, **extras}
+                    values = {"loss": strategy.local_loss(loss), **extras}
             if is_mine:
                 if values:
-                    sums["items"] = sums.get("items", 0) + torch.as_tensor(count, device=strategy.device)
+                    sums["items"] = sums.get("items", 0.0) + torch.as_tensor(count, device=strategy.device).double()
                 for name, value in values.items():
                     share = torch.nan_to_num(value) * 0.0 if isinstance(count, int) and count == 0 else value * count
                     sums[name] = sums.get(name, 0.0) + share.double()
@@ -65,15 +67,78 @@ def run(
             fit.emit("on_prediction_step")
     finally:
         model.train(was_training)
-    results: dict[str, float] = {}
-    if sums:
-        names = list(sums)
-        totals = strategy.sum_over_data_ranks(torch.stack([sums[name].double() for name in names])).tolist()
-        items = totals[names.index("items")]
-        results = {f"{prefix}_{n}": total / items for n, total in zip(names, totals, strict=True) if n != "items"}
+    report = {
+        "sums": dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {},
+        "metrics": {name: host_states(metric) for name, metric in metrics.items()},
+        "predictions": kept,
+    }
+    # One exchange for everything. The tensor-parallel ranks of a sample have all counted it: the first speaks for them.
+    reports = strategy.gather(report)[:: strategy.tensor_parallel_size]
+    totals: dict[str, float] = {}
+    for other in reports:
+        for name, value in other["sums"].items():
+            totals[name] = totals.get(name, 0.0) + value
+    items = totals.pop("items", 0.0)
+    results = {f"{prefix}_{name}": total / items if items else math.nan for name, total in totals.items()}
     for name, metric in metrics.items():
-        results[f"{prefix}_{name}"] = float(metric.compute())
-    return results, concatenate(kept) if predict else None
+        if len(reports) > 1:
+            merge_states(metric, [other["metrics"][name] for other in reports])
+        results |= scalars(f"{prefix}_{name}", metric.compute())
+    return results, concatenate(in_order([other["predictions"] for other in reports])) if predict else None
+
+
+def host_states(metric: Any) -> list[dict[str, Any]]:
+    """What a torchmetrics metric (or a collection, or a wrapper of some) has summed up, on the host."""
+    return [
+        tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, dict(part.metric_state))
+        for part in parts_with_state(metric)
+    ]
+
+
+def merge_states(metric: Any, ranks: list[list[dict[str, Any]]]) -> None:
+    """Give a metric the states of all ranks, joined as each state says (``dist_reduce_fx``), and keep it from asking
+    the ranks once more itself.
+    """
+    for index, part in enumerate(parts_with_state(metric)):
+        for name, reduce in part._reductions.items():
+            values = [states[index][name] for states in ranks]
+            if isinstance(values[0], list):
+                merged: Any = [item.to(part.device) for value in values for item in value]
+            else:
+                stacked = torch.stack(values).to(part.device)
+                merged = reduce(stacked) if reduce else stacked
+            setattr(part, name, merged)
+        part._computed = None
+        part._update_count = max(1, part._update_count)  # a rank without samples has something to compute now
+        part.sync_on_compute = part._to_sync = False
+
+
+def parts_with_state(metric: Any) -> list[Any]:
+    """The metrics inside a metric, itself included."""
+    return [part for part in metric.modules() if hasattr(part, "_reductions")]
+
+
+def scalars(name: str, result: Any) -> dict[str, float]:
+    """A metric's result as numbers by name; a collection's carry its keys.
+
+    Raises:
+        ValueError: the metric computes more than one number.
+    """
+    if isinstance(result, dict):
+        return {k: v for key, value in result.items() for k, v in scalars(f"{name}_{key}", value).items()}
+    if isinstance(result, Tensor) and result.numel() != 1:
+        raise ValueError(
+            f"The metric {name!r} computes a tensor of shape {tuple(result.shape)}, but a log takes numbers. "
+            "Give it an average (average='macro'), or wrap it in torchmetrics.ClasswiseWrapper."
+        )
+    return {name: float(result)}
+
+
+def in_order(ranks: list[list[Any]]) -> list[Any]:
+    """Every rank's parts in the order of the data: a global micro-batch is cut in the order of ranks, and only in the
+    last one may a rank have none.
+    """
+    return [parts[i] for i in range(max(map(len, ranks))) for parts in ranks if i < len(parts)]
 
 
 def to_host(outputs: Any, ignore_keys: set[str]) -> Any:
