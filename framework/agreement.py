@@ -1,9 +1,11 @@
-"""What all ranks must have in common, compared before anything is trained."""
+"""Ranks that stay together: the same run on all of them, and what fails on one fails on all."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from ..strategies.base import Strategy
+
+Result = TypeVar("Result")
 
 
 def check_ranks_agree(strategy: Strategy, description: Mapping[str, Mapping[str, Any]]) -> None:
@@ -28,3 +30,35 @@ def check_ranks_agree(strategy: Strategy, description: Mapping[str, Mapping[str,
     if differences:
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise ValueError("The ranks were given different runs:\n  " + "\n  ".join(differences[:10]) + more)
+
+
+def on_all_ranks(
+    strategy: Strategy, action: Callable[[], Result], error: type[Exception], group: Any = None
+) -> list[Result]:
+    """Do something on every rank; where one fails, all raise, so that none waits for another. Collective.
+
+    Args:
+        strategy: exchanges the outcomes.
+        action: this rank's part.
+        error: class to raise.
+        group: the ranks' group to use, in another thread than training's.
+
+    Returns:
+        Every rank's result.
+
+    Raises:
+        error: names the first rank that failed, and why.
+    """
+    failure: Exception | None = None
+    result: Any = None
+    try:
+        result = action()
+    except Exception as caught:
+        failure = caught
+    said = None if failure is None else str(failure) if isinstance(failure, error) else repr(failure)
+    outcomes = strategy.gather((result, said), group)
+    failed = {rank: why for rank, (_, why) in enumerate(outcomes) if why is not None}
+    if failed:
+        where = "" if len(outcomes) == 1 else f"rank {min(failed)}: "
+        raise error(where + failed[min(failed)]) from failure
+    return [outcome for outcome, _ in outcomes]

@@ -38,6 +38,8 @@ class FitArguments:
         save_strategy: "no", "steps" or "epoch".
         save_steps: updates between checkpoints.
         save_total_limit: checkpoints kept; None keeps all. The newest whole one always stays.
+        async_save: write checkpoints in the background; training stops only for the copy to host memory. A write that
+            fails ends training after the next update.
         seed: of the model's randomness and the order of the data.
         data_seed: of the order of the data alone; None means ``seed``.
         shuffle: draw a new order of the training data each epoch.
@@ -81,6 +83,7 @@ class FitArguments:
     save_strategy: str = "steps"
     save_steps: int = 500
     save_total_limit: int | None = None
+    async_save: bool = False
 
     seed: int = 42
     data_seed: int | None = None

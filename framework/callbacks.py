@@ -81,7 +81,7 @@ class Callback:
         """A prediction is over; ``metrics`` holds what its labels allowed."""
 
     def on_save(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """A checkpoint was published at ``path``."""
+        """A checkpoint was saved as ``path``; with ``async_save`` it may still be on its way there."""
 
     def on_epoch_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """A pass over the data is over; flags set here are acted on at once."""

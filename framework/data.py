@@ -207,9 +207,62 @@ def batch_seed(seed: int, epoch: int, position: int) -> int:
     return int(numpy.random.SeedSequence((seed, epoch, position)).generate_state(1)[0])
 
 
-class IterableStream(DataStream):
-    """Batches of an iterable dataset. Every rank reads the whole sequence and keeps its slice; resuming reads over what
-    was used. With workers, the dataset itself must share its samples among them (torch.utils.data.get_worker_info).
+class RereadStream(DataStream):
+    """A stream whose order is its own affair, perhaps drawn at random: resuming starts its epoch from the random state
+    it started from, and reads over what was used.
+    """
+
+    random_at_start: dict[str, Any] | None = None  # of the current epoch
+    random_to_restore: dict[str, Any] | None = None
+
+    def generators(self) -> list[torch.Generator]:
+        """Generators of its own that the order may be drawn from."""
+        return []
+
+    def read(self, epoch: int, skip: int) -> Iterator[Any]:
+        """The batches from a position on."""
+        raise NotImplementedError
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """This rank's micro-batches of one epoch."""
+        skip = self.begin()
+        if self.random_to_restore is not None:
+            self.restore_random_state(self.random_to_restore)
+        if not skip:
+            return self._from_the_beginning(epoch)
+        self.random_at_start, self.random_to_restore = self.random_to_restore, None
+        return self.read(epoch, skip)
+
+    def _from_the_beginning(self, epoch: int) -> Iterator[Any]:
+        # Not before the first batch is asked for: a resumed run sets its random state between epoch() and that.
+        self.random_at_start, self.random_to_restore = self.capture_random_state(), None
+        yield from self.read(epoch, 0)
+
+    def capture_random_state(self) -> dict[str, Any]:
+        """This process's random state and that of the stream's own generators, as JSON types."""
+        own = [random_state.encode(generator.get_state()) for generator in self.generators()]
+        return {**random_state.capture(), "own": own}
+
+    def restore_random_state(self, state: dict[str, Any]) -> None:
+        """Set what ``capture_random_state`` captured."""
+        random_state.restore(state)
+        for generator, own in zip(self.generators(), state["own"], strict=False):
+            generator.set_state(random_state.decode(own))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the random state in which the epoch began (or, between two, begins)."""
+        start = self.random_at_start if self.position else self.capture_random_state()
+        return {**super().state_dict(), "random_at_start": start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next ``epoch`` is the saved one, from its position."""
+        super().load_state_dict(state)
+        self.random_to_restore = state.get("random_at_start")
+
+
+class IterableStream(RereadStream):
+    """Batches of an iterable dataset. Every rank reads the whole sequence and keeps its slice. With workers, the
+    dataset itself must share its samples among them (torch.utils.data.get_worker_info).
     """
 
     def __init__(self, dataset: IterableDataset, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
@@ -218,9 +271,8 @@ class IterableStream(DataStream):
         if hasattr(dataset, "__len__"):
             self.num_examples = len(dataset)
 
-    def epoch(self, epoch: int) -> Iterator[Any]:
-        """This rank's micro-batches of one epoch."""
-        skip, step = self.begin(), self.global_micro_batch
+    def read(self, epoch: int, skip: int) -> Iterator[Any]:
+        """This rank's micro-batches from a position on."""
         in_process = not self.options.workers.get("num_workers")
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
@@ -234,14 +286,16 @@ class IterableStream(DataStream):
         )
         batches = iter(loader)
         if not in_process:
-            if skip % step:
+            used = 0
+            while used < skip and (chunk := next(batches, None)):
+                used += chunk[1]
+            if used > skip:  # another batch size or number of ranks than before
                 warnings.warn(
-                    f"resuming an iterable dataset with workers after {skip} samples, which is no multiple of the "
-                    f"global micro-batch of {step}: up to {step - 1} samples are read again",
+                    f"resuming an iterable dataset with workers after {skip} samples, which is no whole number of its "
+                    f"batches here: {used - skip} samples are left out",
                     stacklevel=2,
                 )
-            for _ in range(skip // step):
-                next(batches, None)
+            skip = max(skip, used)
         self.position = skip
         return self._hand_out(batches)
 
@@ -289,31 +343,31 @@ class CollateShare:
         return self.collate_fn(samples), size, is_mine
 
 
-class LoaderStream(DataStream):
+class LoaderStream(RereadStream):
     """A ready DataLoader with a sampler of its own, taken as it is: rank r of n uses batches r, r + n, r + 2n, ...
 
-    Its order is its own affair: resuming starts its epoch from the random state it started from, and reads over the
-    batches that were used. A position counts batches here.
+    A position counts batches here.
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int) -> None:
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
         super().__init__(LoaderOptions(batch_size, False, loader.drop_last, default_collate, {}), seed, rank, size)
         self.loader = loader
-        self.random_at_start: dict[str, Any] | None = None
         if hasattr(loader.dataset, "__len__"):
             self.num_examples = len(loader.dataset)
 
     def __len__(self) -> int:
         return -(-len(self.loader) // self.size)
 
-    def epoch(self, epoch: int) -> Iterator[Any]:
-        """This rank's batches of one epoch."""
-        skip = self.begin()
-        if skip and self.random_at_start is not None:
-            random_state.restore(self.random_at_start)
-        else:
-            self.random_at_start = random_state.capture()
+    def generators(self) -> list[torch.Generator]:
+        """Those of the loader and its samplers."""
+        parts = (self.loader, self.loader.sampler, self.loader.batch_sampler)
+        inner = getattr(self.loader.batch_sampler, "sampler", None)
+        found = [getattr(part, "generator", None) for part in (*parts, inner)]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def read(self, epoch: int, skip: int) -> Iterator[Any]:
+        """This rank's batches from a position on."""
         for part in (self.loader.sampler, self.loader.batch_sampler, self.loader.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -335,15 +389,6 @@ class LoaderStream(DataStream):
     def fraction(self) -> float:
         """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""
         return self.position / len(self.loader) if self.num_examples is not None else 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in batches, and the random state in which the epoch began."""
-        return {**super().state_dict(), "random_at_start": self.random_at_start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next ``epoch`` is the saved one, from its position."""
-        super().load_state_dict(state)
-        self.random_at_start = state.get("random_at_start")
 
 
 def make_stream(

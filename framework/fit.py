@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from .loggers import Logger, get_loggers
 from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .progress import Progress
+from .run_length import run_length
 from .state import Control, PredictionOutput, TrainOutput, TrainState
 
 
@@ -125,6 +125,7 @@ class Fit:
         self.grad_norm: Tensor | None = None
         self.schedule_is_due = False
         self.placed = False
+        self.writer: checkpoint.BackgroundWriter | None = None
         self._loss_was_checked = False
         self._random_to_restore: dict[str, Any] | None = None
         self.emit("on_init_end")
@@ -157,13 +158,16 @@ class Fit:
         if wanted != self.running:  # another trial than the last run's
             self.running = self.args = wanted
             self.stream = self.get_train_dataloader()
-            self._initial_groups = None
+            if self.placed:
+                self._initial_options = options_by_parameter(self.module.configure_optimizer(wanted))
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         self.begin_run(resume_from_checkpoint)
         began, first_step, first_samples = time.monotonic(), self.state.global_step, self.state.items_seen
         try:
             self.open_loggers()
             loop.run(self)
+            if self.writer is not None:
+                self.writer.finish()
         except BaseException as error:
             with contextlib.suppress(Exception):  # the first error is the one to show
                 self.emit("on_exception", exception=error)
@@ -191,7 +195,7 @@ class Fit:
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
         self.reset_optimizer()
         self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
-        path = self.find_checkpoint(resume_from_checkpoint)
+        path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
         if path is None:
             self.stream.load_state_dict({"position": 0})
             random_state.seed_everything(self.args.seed + self.strategy.data_rank)
@@ -209,16 +213,20 @@ class Fit:
         self.placed = True
         if trains:
             assert self.strategy.optimizer is not None
-            self._initial_groups = [
-                {k: v for k, v in group.items() if k != "params"} for group in self.strategy.optimizer.param_groups
-            ]
+            self._initial_options = options_by_parameter(self.strategy.optimizer)
+            self._initial_scaling = self.strategy.precision.state_dict()
 
     def reset_optimizer(self) -> None:
-        """The optimizer as it was made: no moments, its first learning rates. A second ``train`` begins here too."""
+        """The optimizer as it was made: no moments, no gradients, its first learning rates and loss scale. A second
+        ``train`` begins here too.
+        """
         self.optimizer.state.clear()
-        for group, options in zip(self.optimizer.param_groups, self._initial_groups, strict=True):
-            group.update(options)
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            if group["params"]:
+                group.update(self._initial_options[id(group["params"][0])])
             group.pop("initial_lr", None)  # the last run's schedule left it
+        self.strategy.precision.load_state_dict(self._initial_scaling)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -362,52 +370,10 @@ class Fit:
     def set_initial_training_values(
         self, args: FitArguments, dataloader: Any, total_train_batch_size: int
     ) -> tuple[int, int, int, float, bool, int | None, int]:
-        """The length of a run.
-
-        Args:
-            args: max_steps, or num_train_epochs.
-            dataloader: its length, if it has one, is in micro-batches.
-            total_train_batch_size: samples in an update.
-
-        Returns:
-            (num_train_epochs, num_update_steps_per_epoch, num_examples, num_train_samples, epoch_based, len_dataloader,
-            max_steps).
-
-        Raises:
-            ValueError: neither max_steps nor the data says when to stop.
+        """The length of a run, see RunLength: (num_train_epochs, num_update_steps_per_epoch, num_examples,
+        num_train_samples, epoch_based, len_dataloader, max_steps).
         """
-        epoch_based = args.max_steps <= 0
-        try:
-            len_dataloader: int | None = len(dataloader)
-        except TypeError:
-            len_dataloader = None
-        if len_dataloader is None:
-            if epoch_based:
-                raise ValueError(
-                    "train_data has no length, so epochs can't be counted in advance. Set max_steps to the number of "
-                    f"updates. Received: max_steps={args.max_steps}"
-                )
-            samples = args.max_steps * total_train_batch_size
-            return sys.maxsize, args.max_steps, samples, samples, epoch_based, None, args.max_steps
-        num_examples = getattr(dataloader, "num_examples", None) or len(dataloader.dataset)
-        updates_per_epoch = max(1, -(-len_dataloader // args.gradient_accumulation_steps))
-        if epoch_based:
-            max_steps = math.ceil(args.num_train_epochs * updates_per_epoch)
-            num_train_epochs = math.ceil(args.num_train_epochs)
-            num_train_samples: float = num_examples * args.num_train_epochs
-        else:
-            max_steps = args.max_steps
-            num_train_epochs = -(-max_steps // updates_per_epoch)
-            num_train_samples = max_steps * total_train_batch_size
-        return (
-            num_train_epochs,
-            updates_per_epoch,
-            num_examples,
-            num_train_samples,
-            epoch_based,
-            len_dataloader,
-            max_steps,
-        )
+        return run_length(args, dataloader, total_train_batch_size)
 
     def resolve_length(self) -> None:
         """Turn epochs into updates: ``args.max_steps`` is the length of the run from here on."""
@@ -420,6 +386,8 @@ class Fit:
 
     def end_update(self) -> None:
         """Tell callbacks that an update is over, and act on the flags."""
+        if self.writer is not None:
+            self.writer.check()
         cadence.after_update(self.args, self.state, self.control)
         if self.strategy.world_size == 1:
             self.emit("on_step_end")
@@ -553,46 +521,27 @@ class Fit:
         self.settle_schedule()
         output_dir = Path(self.args.output_dir)
         path = output_dir / f"checkpoint-{self.state.global_step}"
-        checkpoint.write(checkpoint.take(self), path, self.strategy)
-        if self.strategy.is_main:
-            checkpoint.rotate(output_dir, self.args.save_total_limit)
-        self.emit("on_save", path=path)
-        return path
+        snapshot = checkpoint.take(self)
 
-    def find_checkpoint(self, wanted: bool | str | Path | None) -> Path | None:
-        """The checkpoint to resume from; says which damaged ones were passed over."""
-        if wanted is None or wanted is False:
-            return None
-        if wanted is not True:
-            return Path(wanted)
-        path, passed_over = None, []
-        if self.strategy.is_main:
-            path, passed_over = checkpoint.newest_whole(Path(self.args.output_dir))
-            for reason in passed_over:
-                print(f"Passed over a checkpoint: {reason}", file=sys.stderr)
-        path, passed_over = self.strategy.broadcast((path, passed_over))
-        if path is None and passed_over:
-            raise checkpoint.CheckpointError(
-                f"No checkpoint in {self.args.output_dir} is whole: {' '.join(passed_over)} Remove them to begin anew."
-            )
+        def rotate() -> None:
+            if self.strategy.is_main:
+                checkpoint.rotate(output_dir, self.args.save_total_limit)
+
+        if self.args.async_save:
+            if self.writer is None:
+                self.writer = checkpoint.BackgroundWriter(self.strategy)
+            self.writer.start(snapshot, path, then=rotate)
+        else:
+            checkpoint.write(snapshot, path, self.strategy)
+            rotate()
+        self.emit("on_save", path=path)
         return path
 
     def export(self, path: str | Path) -> Path:
         """Write the module's plain full weights, by parameter name, as one safetensors file."""
-        from safetensors.torch import save_file
-
-        from .checkpoint.contents import tied_names
-
         self.place()
-        path, aliases = Path(path), tied_names(self.module)
-        tensors = {
-            n: t.contiguous() for n, t in self.strategy.full_state() if self.strategy.is_main and n not in aliases
-        }
-        if self.strategy.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path, metadata={"format": "pt"})
-        self.strategy.barrier()
-        return path
+        checkpoint.export(self.strategy, self.module, Path(path))
+        return Path(path)
 
 
 def length(data: Any) -> int | None:
@@ -601,3 +550,12 @@ def length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+def options_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The options of each parameter's group, by the parameter's id: a strategy may have cut the groups further."""
+    return {
+        id(parameter): {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }

@@ -174,7 +174,11 @@ class Strategy:
         """The sums over all ranks. Never waits for the device."""
         return values
 
-    def gather(self, value: Any) -> list[Any]:
+    def new_group(self) -> Any:
+        """Another group of all ranks on the host, for ``gather`` in another thread. Collective."""
+        return None
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]
 

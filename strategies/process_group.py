@@ -90,10 +90,14 @@ class ProcessGroupStrategy(Strategy):
         dist.all_reduce(summed)
         return summed.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
+    def new_group(self) -> Any:
+        """All ranks once more, over gloo."""
+        return dist.new_group(backend="gloo")
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Every rank's value on every rank."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
 
     def broadcast(self, value: Any) -> Any:

@@ -1,6 +1,9 @@
 """Checkpoints: one format for every strategy, without pickle, there whole or not at all."""
 
-from .contents import read_state, restore, take, write
-from .directory import CheckpointError, newest_whole, rotate, verify
+from .contents import restore, take
+from .directory import CheckpointError, rotate
+from .export import export
+from .finding import find
+from .writing import BackgroundWriter, write
 
-__all__ = ["CheckpointError", "newest_whole", "read_state", "restore", "rotate", "take", "verify", "write"]
+__all__ = ["BackgroundWriter", "CheckpointError", "export", "find", "restore", "rotate", "take", "write"]

@@ -11,6 +11,7 @@
         optimizer/shard-*.safetensors "<parameter>/<state key>", e.g. "head.weight/exp_avg"
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ...strategies.base import Strategy
 from .. import random_state
 from . import directory
 from .directory import CheckpointError
-from .tensors import Stored, load_tensors, rank_files, save_tensors, stored_tensors
+from .tensors import Stored, load_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from ..fit import Fit
@@ -39,14 +40,14 @@ class Snapshot:
     Attributes:
         model: name to (possibly sharded) tensor, tied parameters once.
         optimizer: "<parameter>/<state key>" to tensor.
-        state: everything else that all ranks share, as JSON types.
-        random: this rank's random state, as JSON types.
+        state: everything else that all ranks share, as JSON.
+        random: this rank's random state, as JSON.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict[str, Any]
-    random: dict[str, Any]
+    state: str
+    random: str
 
 
 def take(fit: "Fit") -> Snapshot:
@@ -77,29 +78,24 @@ def take(fit: "Fit") -> Snapshot:
         "optimizer_numbers": numbers,
     }
     model = {name: tensor for name, tensor in strategy.model_state().items() if name not in aliases}
-    return Snapshot(model, tensors, state, random_state.capture())
+    return Snapshot(model, tensors, as_json(state), json.dumps(random_state.capture()))
 
 
-def write(snapshot: Snapshot, final: Path, strategy: Strategy) -> None:
-    """Write a snapshot and publish it. Collective; when it returns on rank 0, the checkpoint is there whole."""
-    if strategy.is_main:
-        directory.begin(final)
-    strategy.barrier()
-    partial, rank = directory.partial_path(final), strategy.rank
-    directory.write_json(partial / f"random-{rank:05d}.json", snapshot.random)
-    written = [partial / f"random-{rank:05d}.json"]
-    for folder, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
-        if tensors:
-            save_tensors(partial / folder, tensors)
-            written += rank_files(partial / folder, rank)
-    if strategy.is_main:
-        directory.write_json(partial / "state.json", snapshot.state)
-        written.append(partial / "state.json")
-    mine = {str(file.relative_to(partial)): directory.hash_file(file) for file in written}
-    everyones = strategy.gather(mine)
-    if strategy.is_main:
-        directory.publish(final, {name: entry for files in everyones for name, entry in files.items()})
-    strategy.barrier()
+def as_json(state: Mapping[str, Any]) -> str:
+    """The state as JSON.
+
+    Raises:
+        CheckpointError: names the part that JSON can't hold.
+    """
+    for name, part in state.items():
+        try:
+            json.dumps(part)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
+                "mappings with string keys; nothing in a checkpoint is pickled."
+            ) from error
+    return json.dumps(state)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -108,17 +104,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def restore(fit: "Fit", path: Path) -> dict[str, Any]:
-    """Give a checkpoint back to a placed run; nothing is changed before everything has been checked. Collective.
+    """Give a verified checkpoint back to a placed run; nothing is changed before all of it fits. Collective.
 
     Returns:
         This rank's random state, to be restored when the data stands where it stood.
 
     Raises:
-        CheckpointError: a part is missing, altered, or belongs to another model.
+        CheckpointError: it belongs to another model.
     """
     strategy = fit.strategy
-    directory.verify(path, strategy.rank, strategy.world_size)
-    strategy.barrier()
     state = read_state(path)
     model = {name: t for name, t in strategy.model_state().items() if name not in tied_names(fit.module)}
     check_model(path, model, stored_tensors(path / "model"))

@@ -43,10 +43,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file and flush it."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file and flush it."""
     with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -89,7 +89,7 @@ def publish(final: Path, files: dict[str, dict[str, Any]]) -> None:
         files: relative path to size and hash, for every file but the manifest. They are flushed.
     """
     partial = partial_path(final)
-    write_json(partial / MANIFEST, {"format": FORMAT, "files": dict(sorted(files.items()))})
+    write_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}))
     for directory in {(partial / name).parent for name in files} | {partial}:
         flush(directory)
     if final.exists():
@@ -144,19 +144,6 @@ def published(output_dir: Path) -> list[Path]:
         return []
     found = [(int(m.group(1)), p) for p in output_dir.iterdir() if (m := NAME.match(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
-
-
-def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that agrees with its manifest, and why each newer one was passed over."""
-    passed_over = []
-    for path in reversed(published(output_dir)):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            passed_over.append(str(error))
-        else:
-            return path, passed_over
-    return None, passed_over
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path] = ()) -> list[Path]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,18 +26,19 @@ class Stored:
     dtype: torch.dtype
 
 
-def save_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(directory: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Write tensors, sharded ones by the ranks that own the shards. Collective: every rank calls it.
 
     Args:
         directory: exists already.
         tensors: name to tensor; the same names in the same order on every rank.
+        group: the ranks' group to use, in another thread than training's.
     """
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     with warnings.catch_warnings():
         # DCP says that it assumes one process; without a process group that is so.
         warnings.filterwarnings("ignore", message=".*torch.distributed is.*unavailable or uninitialized.*")
-        dcp.save(dict(tensors), storage_writer=writer)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
 
 
 def load_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,62 @@
+"""How long a run is: updates from epochs, and epochs from updates."""
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+from .arguments import FitArguments
+
+
+class RunLength(NamedTuple):
+    """The length of a run, in every unit.
+
+    Attributes:
+        num_train_epochs: passes over the data, the last one perhaps not to its end; sys.maxsize where they can't be
+            counted.
+        num_update_steps_per_epoch: updates in a pass; all of them where the data has no length.
+        num_examples: samples in a pass.
+        num_train_samples: samples in the run.
+        epoch_based: whether the epochs set the length, not max_steps.
+        len_dataloader: micro-batches in a pass; None where the data has no length.
+        max_steps: updates in the run.
+    """
+
+    num_train_epochs: int
+    num_update_steps_per_epoch: int
+    num_examples: int
+    num_train_samples: float
+    epoch_based: bool
+    len_dataloader: int | None
+    max_steps: int
+
+
+def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int) -> RunLength:
+    """The length of a run.
+
+    Args:
+        args: max_steps, or else num_train_epochs.
+        dataloader: its length, if it has one, is in micro-batches.
+        total_train_batch_size: samples in an update.
+
+    Raises:
+        ValueError: neither max_steps nor the data says when to stop.
+    """
+    epoch_based = args.max_steps <= 0
+    try:
+        micro_batches = len(dataloader)
+    except TypeError:
+        if epoch_based:
+            raise ValueError(
+                "train_data has no length, so epochs can't be counted in advance. Set max_steps to the number of "
+                f"updates. Received: max_steps={args.max_steps}"
+            ) from None
+        samples = args.max_steps * total_train_batch_size
+        return RunLength(sys.maxsize, args.max_steps, samples, samples, epoch_based, None, args.max_steps)
+    samples = getattr(dataloader, "num_examples", None) or len(dataloader.dataset)
+    updates = max(1, -(-micro_batches // args.gradient_accumulation_steps))
+    if not epoch_based:
+        epochs, all_samples = -(-args.max_steps // updates), args.max_steps * total_train_batch_size
+        return RunLength(epochs, updates, samples, all_samples, epoch_based, micro_batches, args.max_steps)
+    max_steps = math.ceil(args.num_train_epochs * updates)
+    epochs = math.ceil(args.num_train_epochs)
+    return RunLength(epochs, updates, samples, samples * args.num_train_epochs, epoch_based, micro_batches, max_steps)
