@@ -1,11 +1,12 @@
 """Every option of a run, under the field's names, checked together when they are made."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..precision.registry import did_you_mean
-from .schedulers import SCHEDULERS
+from .optimizers import OPTIMIZERS
+from .schedulers import PLATEAU, SCHEDULERS, WITHOUT_WARMUP, scheduler_problem
 
 CADENCES = ("no", "steps", "epoch")
 
@@ -27,14 +28,25 @@ class FitArguments:
         learning_rate: the schedule's peak.
         weight_decay: decay of weights; norms and biases are never decayed.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).
-        lr_scheduler_type: shape of the schedule: linear, cosine, constant or constant_with_warmup.
+        optim: the optimizer: adamw, adam, sgd, adafactor, rmsprop, adagrad, muon; from packages of their own: lion,
+            adamw_8bit, schedule_free_adamw, lomo, adalomo.
+        optim_args: the optimizer's own options, by name.
+        lr_scheduler_type: shape of the schedule: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
+            constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay or reduce_lr_on_plateau.
+        lr_scheduler_kwargs: the schedule's own options, by name.
         warmup_steps: updates over which the learning rate rises from 0 to its peak.
+        warmup_ratio: the same as a fraction of the run.
         max_grad_norm: gradients are scaled down to this 2-norm; 0 switches clipping off (and the norm's log).
         logging_strategy: "no", "steps" or "epoch".
         logging_steps: updates between logs.
         logging_first_step: also log after the first update.
         eval_strategy: "no", "steps" or "epoch".
         eval_steps: updates between evaluations; None means ``logging_steps``.
+        eval_on_start: evaluate before the first update.
+        metric_for_best_model: the evaluation's metric that tells which checkpoint is best, and that a
+            reduce_lr_on_plateau schedule waits for, with or without "eval_"; None means "loss".
+        greater_is_better: whether more of it is better; None means yes, unless its name ends in "loss".
+        load_best_model_at_end: end with the weights of the best checkpoint. Rotation keeps that one.
         save_strategy: "no", "steps" or "epoch".
         save_steps: updates between checkpoints.
         save_total_limit: checkpoints kept; None keeps all. The newest whole one always stays.
@@ -71,8 +83,12 @@ class FitArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    optim: str = "adamw"
+    optim_args: dict = field(default_factory=dict)
     lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict = field(default_factory=dict)
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
     max_grad_norm: float = 1.0
 
     logging_strategy: str = "steps"
@@ -80,6 +96,10 @@ class FitArguments:
     logging_first_step: bool = False
     eval_strategy: str = "no"
     eval_steps: int | None = None
+    eval_on_start: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    load_best_model_at_end: bool = False
     save_strategy: str = "steps"
     save_steps: int = 500
     save_total_limit: int | None = None
@@ -109,12 +129,12 @@ class FitArguments:
             if not holds:
                 found.append((name, why))
 
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
+        for declared in dataclasses.fields(self):
+            value, kind = getattr(self, declared.name), declared.type
             fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(1.0, kind))  # type: ignore[arg-type]
             if not fits or (isinstance(value, bool) and kind is not bool):  # True is an int to Python, here a mistake
                 wanted = kind.__name__ if isinstance(kind, type) else kind
-                found.append((field.name, f"must be {wanted}, not {type(value).__name__}"))
+                found.append((declared.name, f"must be {wanted}, not {type(value).__name__}"))
         if found:
             return found
 
@@ -147,6 +167,53 @@ class FitArguments:
         require(
             "lr_scheduler_type", self.lr_scheduler_type in SCHEDULERS, did_you_mean(self.lr_scheduler_type, SCHEDULERS)
         )
+        if self.lr_scheduler_type in SCHEDULERS:
+            problem = scheduler_problem(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+            require("lr_scheduler_kwargs", problem is None, str(problem))
+        require("optim", self.optim in OPTIMIZERS, did_you_mean(self.optim, OPTIMIZERS))
+        require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "is a fraction of the run, from 0 to 1")
+        require(
+            "warmup_ratio",
+            not (self.warmup_ratio and self.warmup_steps),
+            f"says the same as warmup_steps={self.warmup_steps}; give one of them",
+        )
+        warms_up = self.lr_scheduler_type not in WITHOUT_WARMUP
+        for name in ("warmup_steps", "warmup_ratio"):
+            require(
+                name,
+                warms_up or not getattr(self, name),
+                f"has no effect with lr_scheduler_type={self.lr_scheduler_type!r}; constant_with_warmup has one",
+            )
+        waits = self.lr_scheduler_type == PLATEAU
+        require(
+            "lr_scheduler_type",
+            not waits or self.eval_strategy != "no",
+            "steps on an evaluation's metric; set eval_strategy to 'steps' or 'epoch'",
+        )
+        require(
+            "load_best_model_at_end",
+            not self.load_best_model_at_end or self.eval_strategy != "no",
+            "needs evaluations to tell which is best; set eval_strategy to 'steps' or 'epoch'",
+        )
+        require(
+            "load_best_model_at_end",
+            not self.load_best_model_at_end or self.save_strategy != "no",
+            "needs checkpoints to load from; set save_strategy as eval_strategy",
+        )
+        require(
+            "save_strategy",
+            not self.load_best_model_at_end
+            or self.save_strategy == "no"
+            or (self.save_strategy == self.eval_strategy and self.save_steps % (self.eval_every or 1) == 0)
+            or self.eval_strategy == "no",
+            f"with load_best_model_at_end each checkpoint needs an evaluation of its own: save as evaluation goes "
+            f"(eval_strategy={self.eval_strategy!r}), every multiple of {self.eval_every} updates",
+        )
+        require(
+            "greater_is_better",
+            self.greater_is_better is None or self.metric_for_best_model is not None,
+            "has no effect without metric_for_best_model",
+        )
         require(
             "warmup_steps",
             self.max_steps == -1 or self.warmup_steps <= self.max_steps,
@@ -168,6 +235,22 @@ class FitArguments:
             "has no effect without workers; set dataloader_num_workers",
         )
         return found
+
+    @property
+    def best_metric(self) -> str:
+        """The full name of the metric that tells which evaluation is best."""
+        name = self.metric_for_best_model or "loss"
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether more of the best metric is better."""
+        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+
+    @property
+    def eval_every(self) -> int | None:
+        """Updates between evaluations; None where they don't go by updates."""
+        return (self.eval_steps or self.logging_steps) if self.eval_strategy == "steps" else None
 
     def replace(self, **changes: Any) -> "FitArguments":
         """A copy with some fields changed.

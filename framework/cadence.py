@@ -9,7 +9,7 @@ def after_update(args: FitArguments, state: TrainState, control: Control) -> Non
     step = state.global_step
     if args.logging_strategy == "steps" and (step % args.logging_steps == 0 or (step == 1 and args.logging_first_step)):
         control.should_log = True
-    if args.eval_strategy == "steps" and step % (args.eval_steps or args.logging_steps) == 0:
+    if args.eval_strategy == "steps" and step % (args.eval_every or 1) == 0:
         control.should_evaluate = True
     if args.save_strategy == "steps" and step % args.save_steps == 0:
         control.should_save = True

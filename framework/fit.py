@@ -19,7 +19,7 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import cadence, checkpoint, evaluation, loop, random_state
+from . import best, cadence, checkpoint, evaluation, loop, random_state
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages, mean_of_finite
@@ -30,6 +30,7 @@ from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .progress import Progress
 from .run_length import run_length
+from .schedulers import waits_for_metric
 from .state import Control, PredictionOutput, TrainOutput, TrainState
 
 
@@ -39,7 +40,7 @@ class Fit:
     Args:
         module: a TrainModule.
         train_data: a Dataset, an IterableDataset or a ready DataLoader (which brings its own batch size and order).
-        eval_data: the same, for ``evaluate``.
+        eval_data: the same, for ``evaluate``; or several, in a mapping by name.
         strategy: "single", ... or an instance from stratagem.strategies.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
         devices: ranks on this machine. Where torchrun didn't start them, the calling script is run again once for each,
@@ -114,7 +115,8 @@ class Fit:
             self.stream = self.get_train_dataloader()
             self.resolve_length()
         if eval_data is not None:
-            self.get_eval_dataloader()  # so that unusable data is refused now, not after an hour of training
+            for data in eval_data.values() if isinstance(eval_data, Mapping) else [eval_data]:
+                self.get_eval_dataloader(data)  # so that unusable data is refused now, not after an hour of training
         self.state = TrainState()
         self.control = Control()
         self.asked = self.agreed = self.control.flags()  # on this rank since the last update; on any rank before it
@@ -168,6 +170,8 @@ class Fit:
             loop.run(self)
             if self.writer is not None:
                 self.writer.finish()
+            if self.args.load_best_model_at_end:
+                checkpoint.load_weights(self, best.best_checkpoint(self.args, self.state))
         except BaseException as error:
             with contextlib.suppress(Exception):  # the first error is the one to show
                 self.emit("on_exception", exception=error)
@@ -197,11 +201,14 @@ class Fit:
         self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
         path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
         if path is None:
+            self._random_to_restore = None
             self.stream.load_state_dict({"position": 0})
             random_state.seed_everything(self.args.seed + self.strategy.data_rank)
         else:
             self._random_to_restore = checkpoint.restore(self, path)
             self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
+            if self.state.global_step >= self.state.max_steps:  # finished: no epoch follows, which would do it
+                self.restore_random_state()
 
     def place(self) -> None:
         """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""
@@ -335,7 +342,7 @@ class Fit:
             self.schedule_is_due = False
             if self.strategy.precision.step_was_skipped():
                 self.state.skipped_updates += 1
-            else:
+            elif not waits_for_metric(self.scheduler):
                 self.scheduler.step()
 
     def begin_next_epoch(self) -> None:
@@ -354,9 +361,9 @@ class Fit:
         s = self.strategy
         return make_stream(self.train_data, self.args, s.device, s.data_rank, s.data_size, training=True)
 
-    def get_eval_dataloader(self, data: Any = None) -> DataStream:
-        """The stream of evaluation batches of this rank, over ``data`` or ``eval_data``."""
-        s, data = self.strategy, self.eval_data if data is None else data
+    def get_eval_dataloader(self, data: Any) -> DataStream:
+        """The stream of evaluation batches of this rank."""
+        s = self.strategy
         return make_stream(data, self.args, s.device, s.data_rank, s.data_size, training=False)
 
     def get_total_train_batch_size(self, args: FitArguments) -> int:
@@ -422,7 +429,10 @@ class Fit:
             self.log_training()
         if control.should_evaluate:
             control.should_evaluate = False
-            self.evaluate(ignore_keys=self.ignore_keys_for_eval)
+            metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
+            best.note_evaluation(self.args, self.state, metrics)
+            if waits_for_metric(self.scheduler):
+                self.scheduler.step(best.chosen_metric(self.args, metrics))  # type: ignore[arg-type]
         if control.should_save:
             control.should_save = False
             self.save_checkpoint()
@@ -488,7 +498,8 @@ class Fit:
         """Loss and metrics over held-out data.
 
         Args:
-            eval_data: None means the Fit's own.
+            eval_data: None means the Fit's own. A mapping holds several sets by name; their metrics carry it:
+                "eval_<name>_loss".
             ignore_keys: entries of a mapping output that are left out of predictions.
             metric_key_prefix: of the names.
 
@@ -498,8 +509,12 @@ class Fit:
         if eval_data is None and self.eval_data is None:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         self.place()
-        stream = self.get_eval_dataloader(eval_data)
-        metrics, _ = evaluation.run(self, stream, metric_key_prefix, ignore_keys or ())
+        data = self.eval_data if eval_data is None else eval_data
+        named = data if isinstance(data, Mapping) else {"": data}
+        metrics: dict[str, float] = {}
+        for name, part in named.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            metrics |= evaluation.run(self, self.get_eval_dataloader(part), prefix, ignore_keys or ())[0]
         self.log(metrics)
         self.emit("on_evaluate", metrics=metrics)
         return metrics
@@ -525,7 +540,8 @@ class Fit:
 
         def rotate() -> None:
             if self.strategy.is_main:
-                checkpoint.rotate(output_dir, self.args.save_total_limit)
+                kept = best.best_checkpoint(self.args, self.state) if self.args.load_best_model_at_end else None
+                checkpoint.rotate(output_dir, self.args.save_total_limit, keep=[kept] if kept else [])
 
         if self.args.async_save:
             if self.writer is None:

@@ -14,6 +14,7 @@ def run(fit: "Fit") -> None:
     The order of everything that happens::
 
         on_train_begin
+        evaluate                             with eval_on_start
         for each epoch:
             on_epoch_begin
             for each update:
@@ -45,6 +46,8 @@ def run(fit: "Fit") -> None:
     control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
     model.train()
     emit("on_train_begin")
+    if args.eval_on_start and state.global_step == 0:
+        fit.evaluate(ignore_keys=fit.ignore_keys_for_eval)
     for epoch in range(fit.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
         fit.epoch_index = epoch
         control.should_epoch_stop = False

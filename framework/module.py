@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .optimizers import adamw
+from .optimizers import make_optimizer
 from .schedulers import make_scheduler
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class TrainModule(nn.Module):
 
     def configure_optimizer(self, args: "FitArguments") -> Optimizer:
         """The optimizer over this module's parameters, which are placed (and may be sharded) when this is called.
-        Default: AdamW, fused where possible, no decay on norms and biases.
+        Default: the one that ``args.optim`` names, without decay on norms and biases.
         """
-        return adamw(self, args)
+        return make_optimizer(self, args)
 
     def configure_scheduler(self, optimizer: Optimizer, args: "FitArguments") -> LRScheduler:
         """The schedule, stepped once an update. ``args.max_steps`` is the length of the run, resolved from epochs."""

@@ -99,9 +99,7 @@ class Case:
             ValueError: neither knows the name.
         """
         if name not in (*STRATEGIES, *ALIASES, *COMBINATIONS):
-            raise ValueError(
-                f"Unknown strategy {name!r}. {did_you_mean(name, [*STRATEGIES, *ALIASES, *COMBINATIONS])}"
-            )
+            raise ValueError(f"Unknown strategy {name!r}. {did_you_mean(name, [*STRATEGIES, *ALIASES, *COMBINATIONS])}")
         strategy, options, factor = COMBINATIONS.get(name, (name, {}, 1))
         return cls(name, strategy, options, ranks * factor if get_strategy(strategy).needs_ranks else 1)
 
@@ -318,26 +316,268 @@ def compare(reference: Recording, other: Recording, tolerance: float) -> Differe
 
 
 def relative(reference: float, other: float) -> float:
-    """The difference of two numbers, relative to the first."""
+    """The difference of two numbers, relative to the first; infinite where one of them isn't finite."""
     if not (math.isfinite(reference) and math.isfinite(other)):
         return math.inf
-    return abs(other - reference) / max(abs(reference), sys.float_info.min) if other != reference else 0.0
+    return abs(other - reference) / max(abs(reference), sys.float_info.min)
 
 
 def distance(reference: Tensor | None, other: Tensor | None, scale: float | None = None) -> float:
     """The 2-norm of the difference, relative to ``scale`` or to the first one's norm. An absent gradient is zero."""
-    if reference is None or other is None:
-        present = reference if other is None else other
-        if present is None:
-            return 0.0
-        reference, other = (torch.zeros_like(present) if t is None else t for t in (reference, other))
+    present = other if reference is None else reference
+    if present is None:
+        return 0.0
+    reference, other = (torch.zeros_like(present) if t is None else t for t in (reference, other))
     if reference.shape != other.shape:
         return math.inf
-    reference, other = reference.double(), other.double()
-    difference = float((other - reference).norm())
-    return relative(0.0, difference) if not math.isfinite(difference) else ratio(difference, scale, reference)
+    difference = (other.double() - reference.double()).norm().item()
+    scale = reference.double().norm().item() if scale is None else scale
+    return difference / max(scale, sys.float_info.min) if math.isfinite(difference) else math.inf
 
 
-def ratio(difference: float, scale: float | None, reference: Tensor) -> float:
-    """``difference`` over ``scale``, or over the reference's norm."""
-    return difference / max(float(reference.norm()) if scale is None else scale, sys.float_info.min)
+# Each strategy on ranks of its own.
+
+
+class RunFailed(Exception):
+    """A run ended without a recording.
+
+    Args:
+        error: the last line of the first failing rank's error.
+        report: its traceback, or what the launcher printed.
+    """
+
+    def __init__(self, error: str, report: str) -> None:
+        super().__init__(error)
+        self.error, self.report = error, report
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table says about one strategy.
+
+    Attributes:
+        case: the strategy.
+        difference: to the reference, which is the first row; None for itself, and where a run failed.
+        failure: why there is no difference.
+        seconds: that the run took, with the start of its ranks.
+    """
+
+    case: Case
+    difference: Difference | None
+    failure: RunFailed | None
+    seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it ran and differs by no more than is tolerated."""
+        return self.failure is None and (self.difference is None or self.difference.is_tolerated)
+
+
+def compare_strategies(
+    recipe: Recipe,
+    cases: Sequence[Case],
+    tolerance: float | None = None,
+    timeout: float = 1800.0,
+    on_begin: Callable[[Case], None] = lambda case: None,
+) -> list[Row]:
+    """Run one case after another, and compare each with the first, whose weights all of them begin with.
+
+    Args:
+        recipe: what is trained.
+        cases: the first is the reference.
+        tolerance: None takes 1e-6, or 1e-4 where layers are cut, times what the precision rounds more than float32.
+        timeout: seconds for one case.
+        on_begin: told of each case before it runs.
+
+    Returns:
+        A row for each case; only the first where that one failed.
+    """
+    rows: list[Row] = []
+    most = max(case.ranks for case in cases)
+    with tempfile.TemporaryDirectory(prefix="stratagem-parity-") as directory:
+        reference, seed_checkpoint = None, None
+        for number, case in enumerate(cases):
+            on_begin(case)
+            folder, began = Path(directory) / str(number), time.monotonic()
+            difference, failure = None, None
+            try:
+                recording = launch(case, recipe, folder, seed_checkpoint, timeout, most)
+            except RunFailed as error:
+                failure = error
+            else:
+                if reference is None:
+                    reference, seed_checkpoint = recording, folder / "checkpoint-0"
+                else:
+                    default = default_tolerance(recipe.precision, recording.tensor_parallel_size)
+                    difference = compare(reference, recording, default if tolerance is None else tolerance)
+            rows.append(Row(case, difference, failure, time.monotonic() - began))
+            if reference is None:
+                break
+    return rows
+
+
+def default_tolerance(precision: str, tensor_parallel_size: int) -> float:
+    """The relative difference that rounding explains.
+
+    Args:
+        precision: its compute dtype tells how coarsely it rounds.
+        tensor_parallel_size: sums inside a layer are added in another order where it is cut.
+    """
+    dtype = get_precision(precision).compute_dtype or torch.float32
+    coarser = max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+    return min(0.1, coarser * (TOLERANCE if tensor_parallel_size == 1 else TENSOR_PARALLEL_TOLERANCE))
+
+
+def launch(
+    case: Case, recipe: Recipe, directory: Path, seed_checkpoint: Path | None, timeout: float, most_ranks: int
+) -> Recording:
+    """Record a case on ranks of its own.
+
+    Args:
+        case: the strategy.
+        recipe: what is trained.
+        directory: for everything that the run writes; made here.
+        seed_checkpoint: see ``record``.
+        timeout: seconds, after which the ranks are ended.
+        most_ranks: of any case that this one is compared with: all of them use as many threads, on the same kind of
+            device.
+
+    Raises:
+        RunFailed: a rank failed, or they took too long.
+    """
+    directory.mkdir()
+    run = {
+        "case": dataclasses.asdict(case),
+        "recipe": dataclasses.asdict(recipe),
+        "seed_checkpoint": None if seed_checkpoint is None else str(seed_checkpoint),
+    }
+    (directory / "run.json").write_text(json.dumps(run))
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // most_ranks)))
+    if torch.accelerator.device_count() < most_ranks:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+    command += ["-m", "stratagem.framework.parity", str(directory / "run.json")]
+    with (directory / "log.txt").open("w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            message = f"the run took longer than {timeout:g} seconds"
+            raise RunFailed(message, message) from None
+        finally:
+            end(process)
+        if status == 0:
+            return Recording.load(directory)
+        log.seek(0)
+        printed = log.read()
+    raise failure_of(directory, printed)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher where it still runs; it ends its ranks first."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(40)  # the launcher gives ranks 30 seconds
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def failure_of(directory: Path, printed: str) -> RunFailed:
+    """The first failing rank's error, which the others' (a lost connection) only follow."""
+    failures = [json.loads(file.read_text()) for file in directory.glob("failure-*.json")]
+    if not failures:  # killed, or it died outside Python
+        lines = [line for line in printed.splitlines() if line.strip()]
+        return RunFailed(lines[-1] if lines else "the ranks ended without an error", printed)
+    first = min(failures, key=lambda failure: failure["time"])
+    return RunFailed(first["error"], first["traceback"])
+
+
+def load_function(target: str, name: str | None = None) -> Callable[[], Any]:
+    """The function that ``file.py:function`` or ``package.module:function`` means.
+
+    Args:
+        target: a file is run once, with its own folder first on the path, as if it were started.
+        name: another function of the same file.
+
+    Raises:
+        ValueError: not of that form, or there is no such file.
+        AttributeError: there is no such function.
+    """
+    place, _, function = target.rpartition(":")
+    if not place or not function:
+        raise ValueError(f"Write path/to/file.py:function or package.module:function. Received: {target!r}")
+    if place.endswith(".py"):
+        module = sys.modules.get(FILE_MODULE)
+        if module is None:
+            path = Path(place).resolve()
+            if not path.is_file():
+                raise ValueError(f"There is no file {path}.")
+            sys.path.insert(0, str(path.parent))
+            spec = importlib.util.spec_from_file_location(FILE_MODULE, path)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[FILE_MODULE] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    function = name or function
+    if not callable(getattr(module, function, None)):
+        raise AttributeError(f"{place} has no function {function}().")
+    return getattr(module, function)
+
+
+FILE_MODULE = "stratagem_parity_target"  # what the user's file is called while it is imported
+
+
+def main() -> None:
+    """One rank of one run."""
+    file = Path(sys.argv[1])
+    try:
+        run = json.loads(file.read_text())
+        recipe, strategy = Recipe(**run["recipe"]), Case(**run["case"]).make()
+        build, data = load_function(recipe.module), load_function(recipe.module, recipe.data)
+        torch.manual_seed(recipe.seed)
+        seed_checkpoint = run["seed_checkpoint"] and Path(run["seed_checkpoint"])
+        recording = record(build(), data(), strategy, recipe, file.parent, seed_checkpoint)
+        if strategy.is_main:
+            recording.save(file.parent)
+        strategy.barrier()
+        strategy.tear_down()
+    except BaseException as error:
+        failure = {
+            "time": time.time_ns(),
+            "error": traceback.format_exception_only(error)[-1].strip().splitlines()[-1],
+            "traceback": traceback.format_exc(),
+        }
+        (file.parent / f"failure-{os.environ['RANK']}.json").write_text(json.dumps(failure))
+        raise
+
+
+# The table.
+
+
+def table(recipe: Recipe, rows: Sequence[Row]) -> Table:
+    """The rows as people read them."""
+    drawn = Table(
+        title=f"{recipe.module}: {recipe.updates} updates of {recipe.batch_size} samples in {recipe.precision}",
+        caption="Largest relative differences to the first row: loss over all updates, gradients of the first update.",
+    )
+    for heading in ("strategy", "ranks", "loss", "gradient", "norm", "tolerance", "first to diverge"):
+        drawn.add_column(heading, justify="left" if heading in ("strategy", "first to diverge") else "right")
+    for row in rows:
+        style = "" if row.is_right else "red"
+        name, ranks = row.case.name, str(row.case.ranks)
+        if row.failure is not None:
+            drawn.add_row(name, ranks, "failed", "", "", "", row.failure.error, style=style)
+        elif row.difference is None:
+            drawn.add_row(name, ranks, "reference", "", "", "", "", style=style)
+        else:
+            found = row.difference
+            numbers = (f"{value:.1e}" for value in (found.loss, found.gradient, found.norm, found.tolerance))
+            drawn.add_row(name, ranks, *numbers, found.diverges_at or "-", style=style)
+    return drawn
+
+
+if __name__ == "__main__":
+    main()

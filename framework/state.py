@@ -18,6 +18,8 @@ class TrainState:
         items_seen: items (labels, else samples) that gradients were made of, over all ranks since the start.
         skipped_updates: updates that loss scaling skipped.
         train_loss_sum, train_loss_count: the finite losses of updates that were logged, and how many they are.
+        best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
+        best_global_step: the update it was reached at.
         log_history: every log of the run.
     """
 
@@ -30,6 +32,8 @@ class TrainState:
     skipped_updates: int = 0
     train_loss_sum: float = 0.0
     train_loss_count: int = 0
+    best_metric: float | None = None
+    best_global_step: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,8 +82,10 @@ class RankAwareGradScaler(GradScaler):
         return bool(self._overflow.numpy())  # numpy: a host read, never a device synchronisation
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore scale and growth counter into the live tensors."""
+        """Restore scale and growth counter into the live tensors; an update that broke off half-way is forgotten."""
         super().load_state_dict(state)
+        self._per_optimizer_states.clear()
+        self._overflow = None
         scale, growth_tracker = self._check_scale_growth_tracker("load_state_dict")
         scale.fill_(state["scale"])
         growth_tracker.fill_(state["_growth_tracker"])

@@ -223,6 +223,14 @@ class Strategy:
         for name, tensor in self.model_state().items():
             yield name, tensor.detach().cpu()
 
+    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients by parameter name on the host, one at a time, of the parameters that have one. Every rank
+        iterates to the end; rank 0 uses them, and copies what it keeps.
+        """
+        for name, parameter in self.named_parameters().items():
+            if parameter.grad is not None:
+                yield name, parameter.grad.cpu()
+
     def tear_down(self) -> None:
         """Leave the process group. The strategy can be set up again."""
 

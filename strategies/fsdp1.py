@@ -1,6 +1,6 @@
 """Fully sharded data parallel by torch's first implementation, the ``FullyShardedDataParallel`` wrapper."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +113,11 @@ class FSDP1(ProcessGroupStrategy):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's views into the flat shards, under the user's names."""
         return {name.replace(WRAPPER, ""): p for name, p in self.module.named_parameters()}
+
+    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients; all of them are whole at once, until the last was taken."""
+        with FullyShardedDataParallel.summon_full_params(self.model, writeback=False, with_grads=True):
+            yield from super().full_gradients()
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state that was read into back into the flat shards."""

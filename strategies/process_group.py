@@ -116,6 +116,12 @@ class ProcessGroupStrategy(Strategy):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             yield name, whole.detach().cpu()
 
+    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients, gathered one at a time."""
+        for name, parameter in self.named_parameters().items():
+            if (gradient := parameter.grad) is not None:
+                yield name, (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).cpu()
+
     def tear_down(self) -> None:
         """Leave the process group."""
         leave()

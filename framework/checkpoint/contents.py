@@ -131,7 +131,7 @@ def restore(fit: "Fit", path: Path) -> dict[str, Any]:
     assert strategy.optimizer is not None
     for group, options in zip(strategy.optimizer.param_groups, groups, strict=True):
         group.update(options)
-    fit.scheduler.load_state_dict(state["scheduler"])
+    fit.scheduler.load_state_dict(in_the_types_of(fit.scheduler.state_dict(), state["scheduler"]))
     strategy.precision.load_state_dict(state["loss_scaling"])
     fit.callbacks.load_state_dict(state["callbacks"])
     fit.averages.load_state_dict(state["averages"])
@@ -139,6 +139,34 @@ def restore(fit: "Fit", path: Path) -> dict[str, Any]:
     fit.epoch_index = state["data"]["epoch"]
     fit.stream.load_state_dict(state["data"])
     return random_of_rank(path, strategy.rank, fit.args.seed, fit.state.global_step)
+
+
+def in_the_types_of(example: Any, value: Any) -> Any:
+    """A value read from JSON, with the tuples, the mappings and the keys that aren't text as ``example`` has them: a
+    MultiStepLR looks for the update 10 among its milestones and would never find "10".
+    """
+    if isinstance(example, dict) and isinstance(value, dict):
+        keys = {str(key): key for key in example}
+        entries = {keys.get(key, key): in_the_types_of(example.get(keys.get(key, key)), v) for key, v in value.items()}
+        return type(example)(entries)
+    if isinstance(example, list | tuple) and isinstance(value, list):
+        examples = [*example, *[None] * (len(value) - len(example))]
+        return type(example)(in_the_types_of(e, v) for e, v in zip(examples, value, strict=False))
+    return value
+
+
+def load_weights(fit: "Fit", path: Path | None) -> None:
+    """Take only the parameters and buffers of a checkpoint; None changes nothing. Collective.
+
+    Raises:
+        CheckpointError: it belongs to another model.
+    """
+    if path is None:
+        return
+    model = {name: t for name, t in fit.strategy.model_state().items() if name not in tied_names(fit.module)}
+    check_model(path, model, stored_tensors(path / "model"))
+    load_tensors(path / "model", model)
+    fit.strategy.load_model_state(model)
 
 
 def random_of_rank(path: Path, rank: int, seed: int, step: int) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""Which evaluation was best, and the checkpoint that belongs to it."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from .arguments import FitArguments
+from .state import TrainState
+
+
+def chosen_metric(args: FitArguments, metrics: Mapping[str, float]) -> float:
+    """The metric that ``metric_for_best_model`` names.
+
+    Raises:
+        ValueError: the evaluation didn't produce it; the message lists those it did.
+    """
+    if args.best_metric not in metrics:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} asks for {args.best_metric!r}, which the evaluation "
+            f"doesn't produce. It produces {', '.join(sorted(metrics))}."
+        )
+    return metrics[args.best_metric]
+
+
+def is_better(args: FitArguments, value: float, than: float | None, by: float = 0.0) -> bool:
+    """Whether a metric is better than another by more than ``by``; NaN is better than nothing and no number."""
+    if than is None or math.isnan(than):
+        return True
+    return value > than + by if args.more_is_better else value < than - by
+
+
+def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str, float]) -> None:
+    """Remember an evaluation that is the best so far; without a choice of metric, by a loss if there is one."""
+    if args.best_metric not in metrics and args.metric_for_best_model is None and not args.load_best_model_at_end:
+        return
+    value = chosen_metric(args, metrics)
+    if is_better(args, value, state.best_metric):
+        state.best_metric = value
+        state.best_global_step = state.global_step
+
+
+def best_checkpoint(args: FitArguments, state: TrainState) -> Path | None:
+    """The checkpoint of the best evaluation, where one was saved with it."""
+    path = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+    return path if state.best_metric is not None and path.is_dir() else None

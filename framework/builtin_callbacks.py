@@ -1,0 +1,89 @@
+"""Callbacks that most runs want one of: early stopping, learning-rate monitor, throughput."""
+
+import time
+from typing import Any
+
+from .arguments import FitArguments
+from .best import chosen_metric, is_better
+from .callbacks import Callback
+from .state import Control, TrainState
+
+
+class EarlyStopping(Callback):
+    """Stops training when ``metric_for_best_model`` hasn't improved for some evaluations in a row.
+
+    Args:
+        patience: evaluations without improvement after which training stops.
+        threshold: an improvement by no more than this doesn't count.
+
+    Example:
+        ``Fit(..., metric_for_best_model="accuracy", callbacks=[EarlyStopping(patience=3)])``
+    """
+
+    def __init__(self, patience: int = 1, threshold: float = 0.0) -> None:
+        if patience < 1:
+            raise ValueError(f"patience counts evaluations and must be at least 1. Received: {patience}")
+        self.patience = patience
+        self.threshold = threshold
+        self.best: float | None = None
+        self.without_improvement = 0
+
+    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Refuse a run that never evaluates; begin anew, unless the run is resumed."""
+        if args.eval_strategy == "no":
+            raise ValueError("EarlyStopping needs evaluations to judge by. Set eval_strategy to 'steps' or 'epoch'.")
+        if state.global_step == 0:
+            self.best, self.without_improvement = None, 0
+
+    def on_evaluate(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Judge an evaluation."""
+        value = chosen_metric(args, context["metrics"])
+        if is_better(args, value, self.best, by=self.threshold):
+            self.best, self.without_improvement = value, 0
+        else:
+            self.without_improvement += 1
+            control.should_training_stop |= self.without_improvement >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and the evaluations since."""
+        return {"best": self.best, "without_improvement": self.without_improvement}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.best, self.without_improvement = state["best"], state["without_improvement"]
+
+
+class LearningRateMonitor(Callback):
+    """Logs the learning rate of every parameter group, as ``learning_rate_group_<i>``."""
+
+    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Add the rates to a training log."""
+        if "learning_rate" in context["logs"]:
+            for index, group in enumerate(context["fit"].optimizer.param_groups):
+                context["logs"][f"learning_rate_group_{index}"] = float(group["lr"])
+
+
+class Throughput(Callback):
+    """Logs items and updates per second since the last log, evaluations and checkpoints left out."""
+
+    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Start the clock."""
+        self.seconds, self.since = 0.0, time.perf_counter()
+        self.steps, self.items = state.global_step, state.items_seen
+
+    def on_step_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Go on, where something else stopped the clock."""
+        if self.since is None:
+            self.since = time.perf_counter()
+
+    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Add the rates to a training log; its numbers were read from the device, so the updates are really done."""
+        now = time.perf_counter()
+        if self.since is not None:
+            self.seconds += now - self.since
+            self.since = None
+        if "loss" in context["logs"] and self.seconds:
+            name = getattr(context["fit"].module, "item_name", "samples")
+            context["logs"]["steps_per_second"] = (state.global_step - self.steps) / self.seconds
+            context["logs"][f"{name}_per_second"] = (state.items_seen - self.items) / self.seconds
+            self.seconds, self.steps, self.items = 0.0, state.global_step, state.items_seen

@@ -1,0 +1,149 @@
+"""The console command ``stratagem``; each of its tasks is a subcommand."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..precision.registry import ALIASES as PRECISION_ALIASES
+from ..precision.registry import PRECISIONS
+from ..strategies.registry import STRATEGIES
+from . import parity
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: of the command line; None takes this process's.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="stratagem", description="Tools for modules trained by stratagem.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_parity(commands)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand ``stratagem parity``."""
+    known = ", ".join([*STRATEGIES, *parity.COMBINATIONS])
+    parser = commands.add_parser(
+        "parity",
+        help="train a module a few updates under several strategies and show how far they come apart",
+        description=(
+            "Train your module a few updates under each strategy, from one seed checkpoint and on the same global "
+            "batches, and show the largest relative differences to the first strategy: of the loss over all updates, "
+            "of the gradients and of their norm in the first update; and, where one exceeds the tolerance, the first "
+            "parameter that diverges, sought from the loss backwards. Dropout is switched off: ranks draw masks of "
+            "their own. The exit status is 1 where a strategy fails or exceeds its tolerance."
+        ),
+        epilog=(
+            "The file holds two functions without arguments: the one you name returns a TrainModule, and parity_data() "
+            "(or the one that --data names) returns a small Dataset, the same at every call. They are called in every "
+            "rank. Example: stratagem parity examples/gpt.py:build --strategies single,ddp,fsdp2 --ranks 2"
+        ),
+    )
+    defaults = parity.Recipe("")
+    parser.add_argument("module", help="path/to/file.py:function or package.module:function; returns a TrainModule")
+    parser.add_argument(
+        "--strategies",
+        default="single,ddp,fsdp2",
+        help=f"comma-separated, the first is the reference: {known} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=positive(int),
+        default=2,
+        help="for strategies that use several; fsdp2xtp takes twice as many (default: %(default)s)",
+    )
+    parser.add_argument("--updates", type=positive(int), default=defaults.updates, help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        default=defaults.precision,
+        choices=[*PRECISIONS, *PRECISION_ALIASES],
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=positive(float),
+        help=(
+            f"relative difference that is allowed (default: {parity.TOLERANCE:g}, and "
+            f"{parity.TENSOR_PARALLEL_TOLERANCE:g} for strategies that cut layers; more in 16-bit formats)"
+        ),
+    )
+    parser.add_argument(
+        "--data", default=defaults.data, help="function in the same file that returns a Dataset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive(int),
+        default=defaults.batch_size,
+        help="samples of an update, shared by the data-parallel ranks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--learning-rate", type=positive(float), default=defaults.learning_rate, help="(default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=positive(float), default=1800.0, help="seconds for each strategy (default: %(default)s)"
+    )
+    parser.set_defaults(run=run_parity, parser=parser)
+
+
+def run_parity(options: argparse.Namespace) -> int:
+    """Run ``stratagem parity``: print the table, and the errors of strategies that failed.
+
+    Returns:
+        0 where every strategy ran within its tolerance, else 1.
+    """
+    try:
+        cases = [parity.Case.named(name.strip(), options.ranks) for name in options.strategies.split(",")]
+    except ValueError as error:
+        options.parser.error(str(error))
+    recipe = parity.Recipe(
+        options.module,
+        options.data,
+        options.precision,
+        options.updates,
+        options.batch_size,
+        options.learning_rate,
+        options.seed,
+    )
+    console, errors = Console(), Console(stderr=True)
+    with errors.status("") as status:
+        rows = parity.compare_strategies(
+            recipe,
+            cases,
+            options.tolerance,
+            options.timeout,
+            lambda case: status.update(f"training under {case.name} on {case.ranks} rank(s)"),
+        )
+    console.print(parity.table(recipe, rows))
+    for row in rows:
+        if row.failure is not None:
+            errors.print(f"\n[bold]{row.case.name} failed:[/]\n{escape(row.failure.report.strip())}", highlight=False)
+    return 0 if len(rows) == len(cases) and all(row.is_right for row in rows) else 1
+
+
+class positive:  # noqa: N801 (used like a type)
+    """Reads a number above 0 from the command line."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind = kind
+        self.__name__ = f"positive {kind.__name__}"  # argparse shows it
+
+    def __call__(self, text: str) -> float:
+        """The number; argparse turns the error into its own."""
+        value = self.kind(text)
+        if value <= 0:
+            raise ValueError
+        return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
