@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from ..precision.registry import ALIASES as PRECISION_ALIASES
 from ..precision.registry import PRECISIONS
 from ..strategies.registry import STRATEGIES
-from . import parity
+from . import parity, parity_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The subcommand ``stratagem parity``."""
-    known = ", ".join([*STRATEGIES, *parity.COMBINATIONS])
+    known = ", ".join([*STRATEGIES, *parity_ranks.COMBINATIONS])
     parser = commands.add_parser(
         "parity",
         help="train a module a few updates under several strategies and show how far they come apart",
@@ -40,7 +41,8 @@ def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             "batches, and show the largest relative differences to the first strategy: of the loss over all updates, "
             "of the gradients and of their norm in the first update; and, where one exceeds the tolerance, the first "
             "parameter that diverges, sought from the loss backwards. Dropout is switched off: ranks draw masks of "
-            "their own. The exit status is 1 where a strategy fails or exceeds its tolerance."
+            "their own. Where this machine has fewer accelerators than ranks, all of it runs on the CPU. The exit "
+            "status is 1 where a strategy fails or exceeds its tolerance."
         ),
         epilog=(
             "The file holds two functions without arguments: the one you name returns a TrainModule, and parity_data() "
@@ -102,7 +104,7 @@ def run_parity(options: argparse.Namespace) -> int:
         0 where every strategy ran within its tolerance, else 1.
     """
     try:
-        cases = [parity.Case.named(name.strip(), options.ranks) for name in options.strategies.split(",")]
+        cases = [parity_ranks.Case.named(name.strip(), options.ranks) for name in options.strategies.split(",")]
     except ValueError as error:
         options.parser.error(str(error))
     recipe = parity.Recipe(
@@ -114,23 +116,45 @@ def run_parity(options: argparse.Namespace) -> int:
         options.learning_rate,
         options.seed,
     )
-    console, errors = Console(), Console(stderr=True)
-    with errors.status("") as status:
-        rows = parity.compare_strategies(
+    with Console(stderr=True).status("") as status:
+        rows = parity_ranks.compare_strategies(
             recipe,
             cases,
             options.tolerance,
             options.timeout,
             lambda case: status.update(f"training under {case.name} on {case.ranks} rank(s)"),
         )
-    console.print(parity.table(recipe, rows))
+    # What isn't a terminal has no width; the rows are easier read unbroken.
+    Console(width=None if sys.stdout.isatty() else 140).print(parity_table(recipe, rows))
     for row in rows:
         if row.failure is not None:
-            errors.print(f"\n[bold]{row.case.name} failed:[/]\n{escape(row.failure.report.strip())}", highlight=False)
+            print(f"\n{row.case.name} failed:\n{row.failure.report.strip()}", file=sys.stderr)
     return 0 if len(rows) == len(cases) and all(row.is_right for row in rows) else 1
 
 
-class positive:  # noqa: N801 (used like a type)
+def parity_table(recipe: parity.Recipe, rows: Sequence[parity_ranks.Row]) -> Table:
+    """The rows as people read them."""
+    table = Table(
+        title=f"{recipe.module}: {recipe.updates} updates of {recipe.batch_size} samples in {recipe.precision}",
+        caption="Largest relative differences to the first row: loss of all updates, gradients of the first one.",
+    )
+    for heading in ("strategy", "ranks", "loss", "gradient", "tolerance", "first to diverge"):
+        is_text = heading in ("strategy", "first to diverge")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        cells = [row.case.name, str(row.case.ranks)]
+        if row.failure is not None:
+            cells += ["failed", "", "", escape(row.failure.error)]
+        elif row.difference is None:
+            cells += ["reference"]
+        else:
+            found = row.difference
+            cells += [f"{found.loss:.1e}", f"{found.gradient:.1e}", f"{found.tolerance:.0e}", escape(found.diverges_at)]
+        table.add_row(*cells, style="" if row.is_right else "red")
+    return table
+
+
+class positive:
     """Reads a number above 0 from the command line."""
 
     def __init__(self, kind: type[int] | type[float]) -> None:

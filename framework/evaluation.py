@@ -44,7 +44,7 @@ def run(
     was_training = model.training
     model.eval()
     try:
-        for batch in stream.epoch(0):
+        for batch in fit.batches(stream, 0):
             count = objective.count(batch)
             is_mine = not isinstance(batch, Weightless)
             inputs = move_to(batch.batch if isinstance(batch, Weightless) else batch, strategy.device)

@@ -90,6 +90,10 @@ class Fit:
             raise TypeError(f"Fit takes a stratagem.TrainModule. Received: {module!r:.200}. {hint}")
         self.args = (args or FitArguments()).replace(**arguments)
         self.requested = self.running = self.args  # as given, and of this run: max_steps is not resolved yet
+        output_dir = Path(self.args.output_dir)
+        taken = next((path for path in (output_dir, *output_dir.parents) if path.is_file()), None)
+        if taken is not None:
+            raise ValueError(f"output_dir={self.args.output_dir!r} can't be a directory: {str(taken)!r} is a file.")
         if self.args.eval_strategy != "no" and eval_data is None:
             raise ValueError(
                 f"eval_strategy={self.args.eval_strategy!r} needs something to evaluate on, but eval_data is None. "
@@ -199,6 +203,8 @@ class Fit:
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
         self.reset_optimizer()
         self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
+        if self.writer is not None:
+            self.writer.finish()
         path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
         if path is None:
             self._random_to_restore = None
@@ -332,7 +338,7 @@ class Fit:
             return batches, items
         if self.strategy.world_size > 1:
             summed, *self.agreed = self.strategy.sum_on_host([items, *self.asked])
-            # Ranks that share samples have each counted them.
+            # Tensor-parallel ranks have each counted the same items, context-parallel ones their own parts.
             items = summed * self.strategy.gradient_ranks // self.strategy.world_size
         return batches, max(items, 1)
 
@@ -365,6 +371,14 @@ class Fit:
         """The stream of evaluation batches of this rank."""
         s = self.strategy
         return make_stream(data, self.args, s.device, s.data_rank, s.data_size, training=False)
+
+    def batches(self, stream: DataStream, epoch: int) -> Iterator[Any]:
+        """This rank's micro-batches of one epoch, each cut to the rank's part where ranks share samples."""
+        split = self.strategy.split_batch
+        return (
+            Weightless(split(batch.batch)) if isinstance(batch, Weightless) else split(batch)
+            for batch in stream.epoch(epoch)
+        )
 
     def get_total_train_batch_size(self, args: FitArguments) -> int:
         """Samples in an update over all data-parallel ranks; ranks that share a sample count once."""

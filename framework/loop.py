@@ -51,7 +51,7 @@ def run(fit: "Fit") -> None:
     for epoch in range(fit.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
         fit.epoch_index = epoch
         control.should_epoch_stop = False
-        batches = fit.stream.epoch(epoch)
+        batches = fit.batches(fit.stream, epoch)
         fit.restore_random_state()
         emit("on_epoch_begin")
         while not (control.should_epoch_stop or control.should_training_stop):

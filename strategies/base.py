@@ -30,6 +30,7 @@ class Strategy:
         place                       convert, shard or wrap the module, then make the optimizer
         for each update:
             for each micro-batch:
+                split_batch         on the host, before its items are counted; in evaluation too
                 accumulate(last)    entered around forward and backward; gradients are reduced on the last
                 forward_context     entered around forward and loss
                 backward
@@ -126,6 +127,10 @@ class Strategy:
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
     # One update.
+
+    def split_batch(self, batch: Any) -> Any:
+        """This rank's part of a micro-batch whose sequences it shares with other ranks."""
+        return batch
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Entered around the forward and backward of one micro-batch; ``last`` is the one that reduces gradients."""

@@ -26,6 +26,7 @@ from .process_group import (
     ProcessGroupOptions,
     ProcessGroupStrategy,
     broadcast_module,
+    move_module,
     split_world,
 )
 
@@ -48,6 +49,8 @@ class FSDP1Options(ProcessGroupOptions):
 class FSDP1(ProcessGroupStrategy):
     """``strategy="fsdp1"``: flat shards (Zhao et al., 2023). New work is better served by "fsdp2". See FSDP1Options.
 
+    A parameter that a backward doesn't reach has a gradient of 0 in here, elsewhere none: weight decay moves it.
+
     Example:
         ``Fit(module, data, strategy=FSDP1(reshard_after_forward=False), devices=2)``
     """
@@ -66,9 +69,8 @@ class FSDP1(ProcessGroupStrategy):
         options = self.options
         late = build_on_meta(module)
         self.precision.convert_module(module)
-        if not late:
-            module.to(self.device)
-            broadcast_module(module)
+        move_module(module, self.device)
+        broadcast_module(module)
         units = set(map(id, module.shard_units()))  # type: ignore[operator]
         hybrid, full = options.replicas > 1, options.reshard_after_forward
         sharding = {

@@ -1,13 +1,17 @@
 """Fully sharded data parallel by torch's ``fully_shard``, alone or with tensor parallelism on one mesh."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils._pytree import tree_map
 
 from .base import ConfigureOptimizer
 from .gradient_norm import clip_by_norm
@@ -20,9 +24,13 @@ from .process_group import (
     ProcessGroupOptions,
     ProcessGroupStrategy,
     broadcast_module,
+    move_module,
     split_world,
 )
 from .tensor_parallel_plan import apply_plan, groups_split_by_mesh
+
+if TYPE_CHECKING:
+    from .context_parallel import ContextParallel
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,12 @@ class FSDP2Options(ProcessGroupOptions):
         tensor_parallel: ranks that hold each layer together, by the module's ``tensor_parallel_plan()``.
         loss_parallel: with tensor_parallel, keep the logits sharded by class up to the loss.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        context_parallel: ranks that share each sample and hold a part of its sequence, for sequences too long for one.
+            They shard the model too. Attention must be ``F.scaled_dot_product_attention(..., is_causal=True)``, without
+            mask or dropout; whatever else mixes positions sees a rank's part alone. A part is two pieces of the
+            sequence that are no neighbours, so forward takes ``positions`` (or ``position_ids``): indices into the
+            whole sequence, (batch, length), which a mapping batch without them is given. Labels are one for each token
+            and shifted in the dataset; lengths are multiples of 2 * context_parallel.
     """
 
     reshard_after_forward: bool = True
@@ -43,6 +57,7 @@ class FSDP2Options(ProcessGroupOptions):
     tensor_parallel: int = 1
     loss_parallel: bool = False
     cpu_offload: bool = False
+    context_parallel: int = 1
 
 
 class FSDP2(ProcessGroupStrategy):
@@ -58,39 +73,57 @@ class FSDP2(ProcessGroupStrategy):
     name = "fsdp2"
     Options = FSDP2Options
     options: FSDP2Options
+    context: "ContextParallel | None" = None
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Replicas outermost, tensor-parallel ranks innermost; shards are what is left."""
         options = self.options
-        shards = split_world(
-            world_size, type(self).__name__, replicas=options.replicas, tensor_parallel=options.tensor_parallel
-        )
-        return {REPLICATE: options.replicas, SHARD: shards, CONTEXT: 1, TENSOR: options.tensor_parallel}
+        degrees = {
+            "replicas": options.replicas,
+            "context_parallel": options.context_parallel,
+            "tensor_parallel": options.tensor_parallel,
+        }
+        shards = split_world(world_size, type(self).__name__, **degrees)
+        return {
+            REPLICATE: options.replicas,
+            SHARD: shards,
+            CONTEXT: options.context_parallel,
+            TENSOR: options.tensor_parallel,
+        }
 
     def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
         """Shard the module in place; the optimizer is made over the shards."""
         options = self.options
         if options.loss_parallel and options.tensor_parallel == 1:
             raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
+        if options.context_parallel > 1:
+            from .context_parallel import ContextParallel
+
+            self.context = ContextParallel(self.mesh[CONTEXT], module)
         meta_layers = build_on_meta(module)
         self.precision.convert_module(module)
-        if not meta_layers:
-            module.to(self.device)
-            broadcast_module(module)
+        move_module(module, self.device)
+        broadcast_module(module)
         if options.tensor_parallel > 1:
             apply_plan(module, self.mesh[TENSOR], loss_parallel=options.loss_parallel)
         # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
+        if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
+            module.register_forward_hook(lambda layer, _, outputs: outputs if layer.training else whole(outputs))
         self.module = self.model = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
     def shard(self, module: nn.Module) -> None:
         """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
         options = self.options
+        sharding = SHARD
+        if options.context_parallel > 1:  # its ranks have gradients of their own, and so are shards like the others
+            sharding = f"{SHARD}_{CONTEXT}"
+            self.mesh[SHARD, CONTEXT]._flatten(sharding)
         # One dimension shards; two replicate over the first and shard over the second.
-        mesh = self.mesh[REPLICATE, SHARD] if options.replicas > 1 else self.mesh[SHARD]
+        mesh = self.mesh[REPLICATE, sharding] if options.replicas > 1 else self.mesh[sharding]
         common: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": options.reshard_after_forward,
@@ -117,13 +150,29 @@ class FSDP2(ProcessGroupStrategy):
         self.model.set_is_last_backward(last)
         return nullcontext()
 
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """The policy casts; autocast would only cast again."""
-        return nullcontext()
+    def split_batch(self, batch: Any) -> Any:
+        """This rank's part of the sequence."""
+        return self.context.split(batch) if self.context else batch
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The policy casts; autocast would only cast again. Loss parallelism needs a cross-entropy of its own, context
+        parallelism an attention.
+        """
+        with (
+            loss_parallel() if self.options.loss_parallel else nullcontext(),
+            self.context.whole_attention() if self.context else nullcontext(),
+        ):
+            yield
 
     def local_loss(self, loss: Tensor) -> Tensor:
         """The loss as a plain tensor; loss parallelism leaves it spread over the mesh."""
-        return loss.full_tensor() if self.options.loss_parallel else loss  # type: ignore[attr-defined]
+        return whole(loss)
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward of such a cross-entropy or attention is its own, too."""
+        with self.forward_context():
+            super().backward(loss)
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards; torch's own fails where parameters live on different meshes."""
@@ -134,3 +183,8 @@ class FSDP2(ProcessGroupStrategy):
         assert self.optimizer is not None
         with groups_split_by_mesh(self.optimizer) if self.options.tensor_parallel > 1 else nullcontext():
             super().step()
+
+
+def whole(value: Any) -> Any:
+    """Tensors that are spread over a mesh, gathered; anything else as it is."""
+    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, value)

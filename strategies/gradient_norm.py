@@ -1,7 +1,7 @@
 """The 2-norm of gradients that are spread over meshes of several kinds, and clipping by it."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def clip_by_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float, groups: tuple[dist.ProcessGroup, ...] = ()
+    parameters: Sequence[nn.Parameter], max_norm: float, groups: tuple[dist.ProcessGroup, ...] = ()
 ) -> Tensor:
     """Scale gradients in place so that their common 2-norm is at most ``max_norm``.
 
@@ -26,6 +26,8 @@ def clip_by_norm(
         The norm before clipping, 0-dim on the gradients' device, equal on all ranks.
     """
     by_sharding: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    if groups:
+        by_sharding[groups] = []  # a rank whose shards are all frozen takes part in the sum all the same
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
@@ -39,7 +41,10 @@ def clip_by_norm(
             by_sharding[groups].append(gradient)
     squares = []
     for sharded_over, gradients in by_sharding.items():
-        square = torch.stack(torch._foreach_norm(gradients, 2.0)).square().sum()
+        if gradients:
+            square = torch.stack(torch._foreach_norm(gradients, 2.0)).square().sum()
+        else:
+            square = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
         for group in sharded_over:
             if dist.get_world_size(group) > 1:
                 dist.all_reduce(square, group=group)
@@ -48,7 +53,7 @@ def clip_by_norm(
         return torch.zeros(())
     norm = torch.stack(squares).sum().sqrt()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-    for gradients in by_sharding.values():
+    for gradients in filter(None, by_sharding.values()):
         torch._foreach_mul_(gradients, scale)
     return norm
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def build_on_meta(module: nn.Module) -> list[nn.Module]:
@@ -16,7 +17,7 @@ def build_on_meta(module: nn.Module) -> list[nn.Module]:
     Returns:
         The layers that own the new parameters, in the order of ``module.modules()``; empty where build() makes none.
     """
-    with parameters_on_meta():
+    with parameters_on_meta({id(parameter) for parameter in module.parameters()}):
         module.build()  # type: ignore[operator]
     return [layer for layer in module.modules() if has_meta(layer)]
 
@@ -27,16 +28,22 @@ def has_meta(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Every parameter that is registered in here loses its values and keeps its shape."""
+def parameters_on_meta(kept: set[int]) -> Iterator[None]:
+    """Every parameter that is registered in here loses its values and keeps its shape and its ties.
+
+    Args:
+        kept: ids of parameters that were there before, which a layer made in here may share.
+    """
     register = nn.Module.register_parameter
+    on_meta = WeakTensorKeyDictionary()  # the meta parameter that stands for one with memory
 
     def register_on_meta(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(layer, name, parameter)
-        if parameter is not None:
-            held = layer._parameters[name]
-            assert held is not None
-            layer._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=held.requires_grad)
+        if parameter is None or parameter.is_meta or id(parameter) in kept:
+            return
+        if parameter not in on_meta:
+            on_meta[parameter] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        layer._parameters[name] = on_meta[parameter]
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
@@ -62,7 +69,7 @@ def materialize(module: nn.Module, layers: list[nn.Module], device: torch.device
     names = {id(layer): name for name, layer in module.named_modules()}
     filled: dict[int, nn.Parameter] = {}  # a tied parameter is filled where it is first met
     for layer in layers:
-        placed = {name: p for name, p in layer._parameters.items() if p is not None and p.is_meta}
+        placed = {name: p for name, p in layer._parameters.items() if p is not None}
         for name, parameter in placed.items():
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             layer._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
@@ -72,7 +79,9 @@ def materialize(module: nn.Module, layers: list[nn.Module], device: torch.device
         for name, parameter in placed.items():
             initial = layer._parameters[name]
             assert initial is not None
-            if id(parameter) not in filled:
+            if not parameter.is_meta:  # shared with a layer that was there before, it has its values
+                filled[id(parameter)] = parameter
+            elif id(parameter) not in filled:
                 filled[id(parameter)] = nn.Parameter(like(parameter, initial), requires_grad=parameter.requires_grad)
             layer._parameters[name] = filled[id(parameter)]
 

@@ -3,7 +3,7 @@
 import atexit
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -164,9 +164,17 @@ def leave() -> None:
         time.sleep(0.2)
 
 
+def move_module(module: nn.Module, device: torch.device) -> None:
+    """``module.to(device)`` for what has memory; late layers get theirs when they are filled."""
+    apply: Callable[..., nn.Module] = module._apply  # what nn.Module.to itself is made of
+    apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+
+
 @torch.no_grad()
 def broadcast_module(module: nn.Module) -> None:
-    """Rank 0's parameters and buffers on every rank, one at a time, so that all begin from one model."""
+    """Rank 0's parameters and buffers on every rank, one at a time, so that all begin from one model. Those without
+    memory yet are left out.
+    """
     if dist.get_world_size() == 1:
         return
     for tensor in (*module.parameters(), *module.buffers()):

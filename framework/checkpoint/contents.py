@@ -239,19 +239,28 @@ def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) ->
     """The saved options for each of the optimizer's groups, found by parameter name: groups may be cut differently.
 
     Raises:
-        CheckpointError: a parameter is in no saved group, or one group mixes parameters with different saved options.
+        CheckpointError: a parameter is in no saved group, one group mixes parameters with different saved options, or
+            the options are another optimizer's.
     """
     by_name = {name: group["options"] for group in saved for name in group["names"]}
     matched = []
     assert strategy.optimizer is not None
-    for group, current in zip(strategy.optimizer.param_groups, parameter_groups(strategy), strict=True):
-        unknown = [name for name in current["names"] if name not in by_name]
-        if unknown:
-            raise CheckpointError(
-                f"{path} has no optimizer state for {', '.join(unknown)}: it was saved with them frozen, or with "
-                "another optimizer. Resume with the same trainable parameters."
-            )
+    groups = parameter_groups(strategy)
+    unknown = [name for group in groups for name in group["names"] if name not in by_name]
+    if unknown:
+        raise CheckpointError(
+            f"{path} has no optimizer state for {', '.join(unknown)}: it was saved with them frozen. Resume with the "
+            "same trainable parameters."
+        )
+    for group, current in zip(strategy.optimizer.param_groups, groups, strict=True):
         options = [by_name[name] for name in current["names"]]
+        # Where each has some that the other lacks; a newer torch only adds some.
+        saved_keys, keys = set(options[0] if options else ()), set(current["options"])
+        if options and saved_keys - keys and keys - saved_keys:
+            raise CheckpointError(
+                f"{path} was saved with another optimizer: its options are {', '.join(sorted(saved_keys))}, those of "
+                f"{type(strategy.optimizer).__name__} are {', '.join(sorted(keys))}."
+            )
         if any(other != options[0] for other in options):
             raise CheckpointError(f"{path} was saved with other parameter groups: {current['names']} were not one.")
         matched.append(

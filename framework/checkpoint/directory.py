@@ -11,7 +11,8 @@ from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"  # ends the name of a directory that is still being written
+PARTIAL = ".partial"  # ends the name of a directory that is still being written, or removed
+REPLACED = ".replaced"  # ends the name of a checkpoint while another of the same update takes its place
 NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -93,7 +94,7 @@ def publish(final: Path, files: dict[str, dict[str, Any]]) -> None:
     for directory in {(partial / name).parent for name in files} | {partial}:
         flush(directory)
     if final.exists():
-        replaced = final.with_name(final.name + ".replaced")
+        replaced = final.with_name(final.name + REPLACED)
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
         partial.rename(final)
@@ -120,6 +121,8 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     if not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint of stratagem, or was never finished.")
     manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path / MANIFEST} was altered: it lists no files.")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest.get('format')!r}; this version of stratagem reads format {FORMAT}."
@@ -136,6 +139,18 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
                 f"{file} was altered: it has {found['bytes']} bytes, SHA-256 {found['sha256']}; "
                 f"the manifest says {expected['bytes']} bytes, {expected['sha256']}."
             )
+
+
+def tidy(output_dir: Path) -> None:
+    """Remove what a killed run left half-written, and give a checkpoint that it was about to replace its name back."""
+    for path in sorted(output_dir.glob(f"checkpoint-*{REPLACED}")):
+        final = path.with_name(path.name.removesuffix(REPLACED))
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
+    for path in sorted(output_dir.glob(f"checkpoint-*{PARTIAL}")):
+        shutil.rmtree(path)
 
 
 def published(output_dir: Path) -> list[Path]:

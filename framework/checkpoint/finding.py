@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
-from .directory import CheckpointError, published, verify
+from .directory import CheckpointError, published, tidy, verify
 
 
 def find(strategy: Strategy, output_dir: Path, wanted: bool | str | Path | None) -> Path | None:
@@ -26,7 +26,12 @@ def find(strategy: Strategy, output_dir: Path, wanted: bool | str | Path | None)
     """
     if wanted is None or wanted is False:
         return None
-    candidates = strategy.broadcast(published(output_dir)) if wanted is True else [Path(wanted)]
+    if wanted is True:
+        if strategy.is_main:
+            tidy(output_dir)
+        candidates = strategy.broadcast(published(output_dir))
+    else:
+        candidates = [Path(wanted)]
     damages = []
     for path in reversed(candidates):
         try:

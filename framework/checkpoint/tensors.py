@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
-from .directory import flush
+from .directory import CheckpointError, flush
 
 FILE_BYTES = 1 << 30  # safetensors builds a file's bytes in memory: this bounds what a save needs beyond the state
 
@@ -35,19 +37,30 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], group: Any = No
         group: the ranks' group to use, in another thread than training's.
     """
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=_files(tensors), save_distributed=True)
-    with warnings.catch_warnings():
-        # DCP says that it assumes one process; without a process group that is so.
-        warnings.filterwarnings("ignore", message=".*torch.distributed is.*unavailable or uninitialized.*")
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    with _plainly(directory):
+        # safetensors refuses tensors in another memory format, such as the weights of a channels_last convolution.
+        dcp.save({name: t.contiguous() for name, t in tensors.items()}, storage_writer=writer, process_group=group)
 
 
 def load_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:
     """Read tensors in place, each rank its shards, whatever the sharding was when they were written. Collective."""
     if not into:
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is.*unavailable or uninitialized.*")
+    with _plainly(directory):
         dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(directory)))
+
+
+@contextmanager
+def _plainly(directory: Path) -> Iterator[None]:
+    """Around a call of torch.distributed.checkpoint: its failure as one line, and no warning about one process."""
+    try:
+        with warnings.catch_warnings():
+            # DCP says that it assumes one process; without a process group that is so.
+            warnings.filterwarnings("ignore", message=".*torch.distributed is.*unavailable or uninitialized.*")
+            yield
+    except CheckpointException as error:  # no Exception: it would pass every handler on the way out
+        rank, (cause, _) = min(error.failures.items())
+        raise CheckpointError(f"{directory}: rank {rank}: {cause}") from cause
 
 
 def rank_files(directory: Path, rank: int) -> list[Path]:

@@ -1,6 +1,7 @@
 """Writing a snapshot: on all ranks or on none, at once or in the background."""
 
 import atexit
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,8 @@ from .tensors import rank_files, save_tensors
 
 
 def write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any = None) -> None:
-    """Write a snapshot and publish it. Collective; when it returns, the checkpoint is there whole.
+    """Write a snapshot and publish it. Collective; when it returns, the checkpoint is there whole, and where it fails,
+    nothing is left of it.
 
     Args:
         snapshot: this rank's.
@@ -29,6 +31,15 @@ def write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any = None
     Raises:
         CheckpointError: on every rank, where one could not write.
     """
+    try:
+        _write(snapshot, final, strategy, group)
+    except BaseException:
+        if strategy.is_main:
+            shutil.rmtree(directory.partial_path(final), ignore_errors=True)
+        raise
+
+
+def _write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any) -> None:
     rank, partial = strategy.rank, directory.partial_path(final)
 
     def write_part() -> dict[str, dict[str, Any]]:

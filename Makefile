@@ -1,0 +1,34 @@
+# `make train` trains the main example, `make test` runs every check; each sets up what it needs, once.
+# Python 3.10 or newer is all that a machine must have. Another one than python3: make train PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+TYPED := precision strategies framework examples benchmarks
+
+.PHONY: train test lint venv clean
+
+train: venv  ## ARGS="--steps 100" passes options on; ARGS=--help lists them
+	$(BIN)/python examples/gpt.py $(ARGS)
+
+test: lint  ## ARGS="-m 'not slow'" passes options on to pytest
+	$(BIN)/pytest $(ARGS)
+
+# The repository's root is the package, whatever a clone's directory is called, and mypy names modules by directory:
+# it is shown the root through a link that has the package's name.
+lint: venv
+	$(BIN)/ruff check .
+	MYPYPATH=.venv/typed $(BIN)/mypy -m stratagem $(TYPED:%=-p stratagem.%)
+
+venv: .venv/.installed
+
+# The stamp is made last, so a set-up that was cut off is done again.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stratagem needs Python 3.10 or newer, not " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/stratagem
+	touch $@
+
+clean:  ## keeps output/, which holds your runs
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""What every test runs under: one thread, a directory of its own, and the small models and data of ``tiny.py``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stratagem import Fit, TrainModule
+
+# --import-mode=importlib leaves sys.path alone; test files share models and data by ``from tiny import ...``.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import MakeFit
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny models gain nothing from threads, and runs that are compared bit by bit must add in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_fit(tmp_path: Path) -> MakeFit:
+    """Makes a Fit that is silent, writes only below the test's directory, and keeps the data's order and learning rate.
+
+    Its ``output_dir`` is ``tmp_path / "output"``.
+    """
+
+    def make(module: TrainModule, train_data: Any = None, eval_data: Any = None, **arguments: Any) -> Fit:
+        quiet: dict[str, Any] = {
+            "output_dir": str(tmp_path / "output"),
+            "progress": False,
+            "loggers": (),
+            "save_strategy": "no",
+            "shuffle": False,
+            "lr_scheduler_type": "constant",
+            "learning_rate": 0.1,
+            "max_grad_norm": 0.0,
+        }
+        return Fit(module, train_data, eval_data, **{**quiet, **arguments})
+
+    return make

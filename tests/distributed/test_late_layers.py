@@ -1,0 +1,241 @@
+"""Layers made in ``build()``: the same initial values under every strategy, and never a whole model on one rank."""
+
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from safetensors.torch import load_file
+from stratagem import TrainModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from training import LENGTH, VOCABULARY, WIDTH, Block, Tagger, make_fit, token_rows, train
+
+pytestmark = pytest.mark.slow
+
+PLACEMENTS: list[tuple[int, str, dict[str, Any]]] = [
+    (2, "ddp", {}),
+    (2, "fsdp1", {}),
+    (4, "fsdp1", {"replicas": 2}),
+    (2, "fsdp2", {}),
+    (4, "fsdp2", {}),
+    (2, "fsdp2", {"cpu_offload": True}),
+    (4, "fsdp2", {"replicas": 2}),
+    (2, "tp", {}),
+    (4, "fsdp2", {"tensor_parallel": 2}),
+]
+everywhere = pytest.mark.parametrize(("world", "strategy", "options"), PLACEMENTS, ids=str)
+
+
+class LateTagger(Tagger):
+    """All of a Tagger is made late, and a parameter of the module's own."""
+
+    def __init__(self) -> None:
+        TrainModule.__init__(self)
+
+    def build(self) -> None:
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head.weight = self.embed.weight
+        self.register_buffer("position", torch.randn(LENGTH, WIDTH))
+        self.register_buffer("order", torch.randperm(LENGTH))
+        self.gain = nn.Parameter(torch.ones(VOCABULARY))
+
+    def init_weights(self, layer: nn.Module) -> None:
+        if layer is self:
+            nn.init.normal_(self.gain, mean=1.0)
+        else:
+            super().init_weights(layer)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.gain
+
+
+class LateVocabulary(LateTagger):
+    """Its tied weight has 12 rows, which tensor parallelism cuts."""
+
+    def build(self) -> None:
+        super().build()
+        self.embed = nn.Embedding(VOCABULARY + 1, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY + 1, bias=False)
+        self.head.weight = self.embed.weight
+        self.gain = nn.Parameter(torch.ones(VOCABULARY + 1))
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        return {**super().tensor_parallel_plan(), "embed": "embedding", "head": "colwise_gather"}
+
+
+class HalfLate(Tagger):
+    """Its embedding is there from the start (with other values on each rank: rank 0's count), the rest is made late."""
+
+    def __init__(self) -> None:
+        TrainModule.__init__(self)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.register_buffer("position", torch.randn(LENGTH, WIDTH))
+        self.register_buffer("order", torch.randperm(LENGTH))
+
+    def build(self) -> None:
+        self.mix = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head.weight = self.embed.weight
+
+
+class LateTower(TrainModule):
+    """Big enough (16 blocks of 128 KiB) that one layer is little beside the whole."""
+
+    def build(self) -> None:
+        self.blocks = nn.ModuleList(Block(64, 256) for _ in range(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        return {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+
+
+def place_and_export(directory: Path, **arguments: Any) -> list[bool]:
+    """Place each module and export it at once; whether its tie held."""
+    ties = []
+    for module in (LateTagger, LateVocabulary, HalfLate):
+        torch.manual_seed(int(os.environ.get("RANK", "0")))
+        fit = make_fit(module(), token_rows(20), **arguments)
+        fit.export(directory / f"{module.__name__}.safetensors")
+        ties.append(fit.module.head.weight is fit.module.embed.weight)
+    return ties
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the initial weights of one device lie."""
+    directory = tmp_path_factory.mktemp("one_device")
+    assert place_and_export(directory) == [True, True, True]
+    return directory
+
+
+@everywhere
+def test_initial_values_are_equal(
+    ranks: dict[int, Ranks], tmp_path: Path, one_device: Path, world: int, strategy: str, options: dict[str, Any]
+) -> None:
+    ties = ranks[world].run(place_and_export, directory=tmp_path, strategy=strategy, options=options)
+    assert ties == [[True, True, True]] * world
+    for file in one_device.iterdir():
+        expected, found = load_file(file), load_file(tmp_path / file.name)
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert torch.equal(found[name], weight), (file.stem, name)
+
+
+def test_initial_values_are_the_layers_own(one_device: Path) -> None:
+    weights = load_file(one_device / "LateTagger.safetensors")
+    first, second = (weights[f"blocks.{i}.up.weight"] for i in range(2))
+    assert not torch.equal(first, second)
+    # torch's Linear: uniform in ±1/√inputs.
+    assert first.abs().max() <= WIDTH**-0.5
+    assert first.std() == pytest.approx(WIDTH**-0.5 / 3**0.5, rel=0.15)
+    assert torch.equal(weights["blocks.0.norm.weight"], torch.ones(WIDTH))
+    # What was there before build() is left as it was, though a late layer shares it.
+    torch.manual_seed(0)
+    assert torch.equal(load_file(one_device / "HalfLate.safetensors")["embed.weight"], HalfLate().embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "options"),
+    [(2, "fsdp1", {}), (4, "fsdp2", {}), (2, "tp", {}), (4, "fsdp2", {"tensor_parallel": 2})],
+    ids=str,
+)
+def test_late_layers_train(ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any]) -> None:
+    expected = train(module=LateTagger, per_device_train_batch_size=16)
+    sharing = 1 if strategy == "tp" else world // options.get("tensor_parallel", 1)
+    found = ranks[world].run(
+        train, module=LateTagger, strategy=strategy, options=options, per_device_train_batch_size=16 // sharing
+    )
+    assert found[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert found[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the memory of the tensors that operations make in here, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and not tensor.is_meta:
+                self.note(tensor.untyped_storage())
+        return result
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.storages:
+            self.storages[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.live -= self.storages.pop(key)
+
+
+def memory_of_placing(**arguments: Any) -> tuple[int, int, int]:
+    """Bytes of this rank's parameters, the most that lived while it was placed, and those of the whole model."""
+    fit = make_fit(LateTower(), [{"x": torch.zeros(64)}] * 8, **arguments)
+    with LiveBytes() as memory:
+        fit.place()
+    local = 0
+    for parameter in fit.strategy.named_parameters().values():
+        shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local += shard.nbytes
+    whole = sum(parameter.nbytes for parameter in reference_tower().parameters())
+    return local, memory.peak, whole
+
+
+def reference_tower() -> LateTower:
+    """The same layers made in the ordinary way."""
+    tower = LateTower()
+    tower.build()
+    return tower
+
+
+def test_live_bytes_counts() -> None:
+    """The instrument itself: one device holds the whole model and, for a moment, a second copy of one layer."""
+    local, peak, whole = memory_of_placing()
+    assert local == whole == 16 * 4 * (2 * 64 * 256 + 256 + 64 + 2 * 64)
+    assert whole <= peak < 1.1 * whole
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "options", "replicas"),
+    [
+        (2, "fsdp1", {}, 1),
+        (2, "fsdp2", {}, 1),
+        (4, "fsdp2", {}, 1),
+        (4, "fsdp2", {"replicas": 2}, 2),
+        (2, "tp", {}, 1),
+        (4, "fsdp2", {"tensor_parallel": 2}, 1),
+    ],
+    ids=str,
+)
+def test_no_rank_holds_the_whole_model(
+    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any], replicas: int
+) -> None:
+    block = 4 * (2 * 64 * 256 + 256 + 64 + 2 * 64)
+    for local, peak, whole in ranks[world].run(memory_of_placing, strategy=strategy, options=options):
+        share = whole * replicas / world
+        # Under tensor parallelism alone, norms and the biases of "rowwise" layers are whole on each rank.
+        assert local == pytest.approx(share, rel=0.02)
+        assert peak < share + 2.5 * block  # a block, whole, on its way into shards
+        assert peak < 0.75 * whole
