@@ -68,7 +68,8 @@ class Throughput(Callback):
 
     def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Start the clock."""
-        self.seconds, self.since = 0.0, time.perf_counter()
+        self.seconds = 0.0
+        self.since: float | None = time.perf_counter()  # None while something else than training runs
         self.steps, self.items = state.global_step, state.items_seen
 
     def on_step_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:

@@ -277,10 +277,11 @@ class IterableStream(RereadStream):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         shares = Shares(self.dataset, self.options, self.rank, self.size, skip if in_process else 0)
+        collate: Callable[[Any], Any] = CollateShare(self.options.collate_fn)
         loader: DataLoader[Any] = DataLoader(
             shares,
             batch_size=None,
-            collate_fn=CollateShare(self.options.collate_fn),
+            collate_fn=collate,
             generator=torch.Generator().manual_seed(self.seed + epoch),
             **self.options.workers,
         )
@@ -368,7 +369,8 @@ class LoaderStream(RereadStream):
 
     def read(self, epoch: int, skip: int) -> Iterator[Any]:
         """This rank's batches from a position on."""
-        for part in (self.loader.sampler, self.loader.batch_sampler, self.loader.dataset):
+        parts: list[Any] = [self.loader.sampler, self.loader.batch_sampler, self.loader.dataset]
+        for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         batches = iter(self.loader)

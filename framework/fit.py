@@ -222,12 +222,16 @@ class Fit:
             return
         trains = self.train_data is not None
         random_state.seed_everything(self.args.seed)  # late layers draw the same initial values on every rank
-        self.strategy.place(self.module, (lambda module: module.configure_optimizer(self.args)) if trains else None)
+        self.strategy.place(self.module, self.configure_optimizer if trains else None)
         self.placed = True
         if trains:
             assert self.strategy.optimizer is not None
             self._initial_options = options_by_parameter(self.strategy.optimizer)
             self._initial_scaling = self.strategy.precision.state_dict()
+
+    def configure_optimizer(self, module: nn.Module) -> Optimizer:
+        """The optimizer of the module as the strategy has placed it."""
+        return self.module.configure_optimizer(self.args)
 
     def reset_optimizer(self) -> None:
         """The optimizer as it was made: no moments, no gradients, its first learning rates and loss scale. A second

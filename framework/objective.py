@@ -68,6 +68,7 @@ class Objective:
         options = {}
         if self.takes_num_items:
             options["num_items_in_batch"] = self.count(batch) if num_items is None else num_items
+        loss: Tensor | Mapping[str, Tensor]
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
         else:

@@ -204,7 +204,7 @@ class Strategy:
         """Parameters and persistent buffers by name, with whole shapes."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        return get_model_state_dict(self.model)
+        return get_model_state_dict(self.model)  # type: ignore[return-value]
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back a ``model_state`` that was read into. By default its tensors are the model's own: nothing to do."""

@@ -152,9 +152,9 @@ class ContextParallel:
         ) -> Tensor:
             self.check_attention(query, key, attn_mask, dropout_p, is_causal)
             self.attention_was_seen = True
-            whole = (DTensor.from_local(t, self.mesh, [SEQUENCE], run_check=False) for t in (query, key, value))
+            whole = [DTensor.from_local(t, self.mesh, [SEQUENCE], run_check=False) for t in (query, key, value)]
             with sdpa_kernel(KERNELS):
-                output = local_attention(*whole, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+                output = local_attention(whole[0], whole[1], whole[2], is_causal=True, scale=scale, enable_gqa=enable_gqa)
             return output.to_local()  # type: ignore[attr-defined]
 
         self.is_entered = True

@@ -45,7 +45,7 @@ def parameters_on_meta(kept: set[int]) -> Iterator[None]:
             on_meta[parameter] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         layer._parameters[name] = on_meta[parameter]
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """TensorBoard event files."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .base import Logger
 
@@ -21,7 +21,7 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = None if directory is None else Path(directory)
-        self.writer = None
+        self.writer: Any = None
 
     def open(self, fit: "Fit") -> None:
         """Start an event file."""

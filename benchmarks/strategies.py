@@ -1,0 +1,286 @@
+"""What the framework costs on several ranks: step time and memory of "ddp" and "fsdp2" beside hand-written torch loops.
+
+    python benchmarks/strategies.py
+
+Both train the GPT of ``examples/gpt.py`` on the same in-memory tokens with the same fused AdamW, clipping and schedule,
+on ranks that torch's launcher starts on this machine, in turns: each round runs every loop for a few updates. The clock
+is in the network: an update lasts from one forward pass to the next, so that the start and the end of a run stay out. A
+round's ratio is that of its two medians; what is printed is the median over rounds, with quartiles. The hand-written
+loop runs twice in each round, and the ratio of the two shows what is noise.
+
+Memory is that of parameters, gradients and optimizer state on one rank, when the optimizer has stepped.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from stratagem import Callback, Fit
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from gpt import GPT, VOCABULARY
+
+LEARNING_RATE, MAX_NORM = 1e-3, 1.0
+WARM_UP = 2  # updates of each turn that aren't timed
+
+
+class Tokens(Dataset):
+    """Random tokens, cut up beforehand."""
+
+    def __init__(self, count: int, length: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randint(VOCABULARY, (count, length + 1), generator=generator).unbind()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"tokens": self.rows[index][:-1], "labels": self.rows[index][1:]}
+
+
+class TimedGPT(GPT):
+    """Notes when each forward pass begins."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if not hasattr(self, "readings"):
+            self.readings: list[float] = []
+        self.readings.append(time.perf_counter())
+        return super().forward(tokens)
+
+
+class Setting(NamedTuple):
+    """What every loop trains on."""
+
+    tokens: Tokens
+    batch_size: int  # per rank
+    updates: int  # of a turn
+
+    def module(self) -> TimedGPT:
+        torch.manual_seed(0)
+        return TimedGPT(context=self.tokens[0]["tokens"].shape[0], layers=4, width=256, heads=4)
+
+
+class Loop:
+    """A placed module that is trained for one turn after another.
+
+    Attributes:
+        module: holds the clock.
+        memory: bytes on this rank, as of the last turn.
+    """
+
+    module: TimedGPT
+    memory = 0
+
+    def train(self) -> None:
+        raise NotImplementedError
+
+    def turn(self) -> float:
+        """Seconds per update: the median of a turn."""
+        self.module.readings = []
+        dist.barrier()
+        self.train()
+        begins = self.module.readings[WARM_UP:]
+        return statistics.median(end - begin for begin, end in zip(begins, begins[1:], strict=False))
+
+
+class Bare(Loop):
+    """What a user writes who wants nothing but training on these ranks."""
+
+    def __init__(self, setting: Setting, place: Callable[[TimedGPT], nn.Module]) -> None:
+        self.setting = setting
+        self.module = setting.module()
+        self.model = place(self.module)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def train(self) -> None:
+        setting, optimizer = self.setting, self.optimizer
+        sampler: DistributedSampler[Any] = DistributedSampler(setting.tokens)
+        loader = DataLoader(setting.tokens, batch_size=setting.batch_size, sampler=sampler)
+        schedule = LambdaLR(optimizer, lambda update: 1.0 - update / setting.updates)
+        self.model.train()
+        for batch in loader:
+            loss = self.module.loss(self.model(batch["tokens"]), batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+            optimizer.step()
+            self.memory = memory_of(self.module, optimizer)
+            schedule.step()
+            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+
+
+class Ours(Loop, Callback):
+    """The same by Fit, with its log."""
+
+    def __init__(self, setting: Setting, strategy: str, directory: str) -> None:
+        self.module = setting.module()
+        self.fit = Fit(
+            self.module,
+            train_data=setting.tokens,
+            strategy=strategy,
+            callbacks=[self],
+            output_dir=directory,
+            max_steps=setting.updates,
+            per_device_train_batch_size=setting.batch_size,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=MAX_NORM,
+            logging_steps=setting.updates,
+            save_strategy="no",
+            progress=False,
+        )
+
+    def train(self) -> None:
+        self.fit.train()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        self.memory = memory_of(self.module, self.fit.optimizer)
+
+
+def memory_of(module: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of this rank's parameters, gradients and optimizer state; what two tensors share counts once."""
+
+    def tensors() -> Iterator[Any]:
+        for parameter in module.parameters():
+            yield parameter
+            yield parameter.grad
+        for state in optimizer.state.values():
+            yield from state.values()
+
+    storages = {}
+    for tensor in tensors():
+        if isinstance(tensor, Tensor):
+            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def replicate(module: TimedGPT) -> nn.Module:
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def shard(module: TimedGPT) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in module.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+PLACED: dict[str, Callable[[TimedGPT], nn.Module]] = {"ddp": replicate, "fsdp2": shard}
+
+
+def report(times: dict[str, dict[str, list[float]]], memory: dict[str, dict[str, int]]) -> list[str]:
+    """The printed rows."""
+
+    def ratios(strategy: str, loop: str) -> list[float]:
+        return [a / b for a, b in zip(times[strategy][loop], times[strategy]["bare"], strict=True)]
+
+    head = (
+        "strategy",
+        "bare, ms",
+        "ours, ms",
+        "time ratio",
+        "quartiles",
+        "noise",
+        "MiB bare",
+        "MiB ours",
+        "memory ratio",
+    )
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(head, WIDTHS, strict=True))]
+    for strategy, held in memory.items():
+        low, middle, high = statistics.quantiles(ratios(strategy, "ours"), n=4, method="inclusive")
+        cells = (
+            strategy,
+            f"{1000 * statistics.median(times[strategy]['bare']):.1f}",
+            f"{1000 * statistics.median(times[strategy]['ours']):.1f}",
+            f"{middle:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{statistics.median(ratios(strategy, 'bare again')):.3f}",
+            f"{held['bare'] / 2**20:.2f}",
+            f"{held['ours'] / 2**20:.2f}",
+            f"{held['ours'] / held['bare']:.4f}",
+        )
+        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
+    part = memory["fsdp2"]["ours"] / memory["ddp"]["ours"]
+    lines.append(f"fsdp2 holds {part:.4f} of a whole replica on each of {dist.get_world_size()} ranks")
+    return lines
+
+
+WIDTHS = (8, 8, 8, 10, 16, 6, 8, 8, 12)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One rank of the measurement."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)  # a core for each rank is steadiest
+    ranks, is_main = dist.get_world_size(), dist.get_rank() == 0
+    updates = WARM_UP + options.updates + 1
+    tokens = Tokens(updates * options.batch_size * ranks, options.length)
+    setting = Setting(tokens, options.batch_size, updates)
+    with tempfile.TemporaryDirectory() as directory:
+        loops: dict[tuple[str, str], Loop] = {}
+        for strategy, place in PLACED.items():
+            loops[strategy, "bare"] = Bare(setting, place)
+            loops[strategy, "ours"] = Ours(setting, strategy, directory)
+            loops[strategy, "bare again"] = Bare(setting, place)
+        times: dict[str, dict[str, list[float]]] = {s: {"bare": [], "ours": [], "bare again": []} for s in PLACED}
+        for number in range(options.rounds + 1):
+            for (strategy, name), loop in list(loops.items())[:: 1 if number % 2 == 0 else -1]:
+                seconds = loop.turn()
+                if number:  # the first round allocates and compiles
+                    times[strategy][name].append(seconds)
+            if is_main:
+                print(f"round {number} of {options.rounds}", end="\r", file=sys.stderr, flush=True)
+        memory: dict[str, dict[str, int]] = {strategy: {} for strategy in PLACED}
+        for (strategy, name), loop in loops.items():
+            memory[strategy][name] = loop.memory
+    if is_main:
+        parameters = sum(parameter.numel() for parameter in setting.module().parameters())
+        print(
+            f"\nPython {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPUs, {ranks} gloo ranks "
+            f"of one thread; {parameters:,} parameters, {options.batch_size} x {options.length} tokens a rank; "
+            f"{options.rounds} rounds of {options.updates} updates"
+        )
+        print("\n".join(report(times, memory)))
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's threads end a little later (pytorch #190489)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="processes; no more than cores")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each loop")
+    parser.add_argument("--updates", type=int, default=8, help="timed updates in a turn")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences on a rank")
+    parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        measure(options)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
+        sys.exit(subprocess.call([sys.executable, *launcher, __file__, *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()
