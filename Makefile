@@ -11,7 +11,7 @@ train: venv  ## ARGS="--steps 100" passes options on; ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
 
 test: lint  ## ARGS="-m 'not slow'" passes options on to pytest
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 # The repository's root is the package, whatever a clone's directory is called, and mypy names modules by directory:
 # it is shown the root through a link that has the package's name.

@@ -60,6 +60,21 @@ class FitArguments:
         dataloader_drop_last: leave out the last micro-batch of an epoch where it is short.
         dataloader_prefetch_factor: micro-batches each worker loads ahead; None means 2.
         dataloader_persistent_workers: keep worker processes, and the dataset copies in them, between epochs.
+        label_smoothing_factor: replaces the module's loss, for batches with "labels", by cross entropy against labels
+            that give this much of their weight to all classes alike (Szegedy et al., 2016).
+        past_index: this entry of the outputs is handed to the next batch as ``mems``; -1 hands on nothing.
+        neftune_noise_alpha: noise on input embeddings in training, see NEFTune; the paper uses 5 to 15.
+        gradient_checkpointing: recompute blocks in backward instead of keeping what they computed.
+        gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint.
+        torch_compile: compile the blocks (``shard_units()``, else the whole module).
+        torch_compile_mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
+        torch_empty_cache_steps: updates between emptyings of the accelerator's cache; None never does.
+        include_num_input_tokens_seen: count input tokens: "no", "all", or "non_padding" (by the attention mask, else
+            the module's ``pad_token_id``).
+        include_tokens_per_second: log tokens per second; counts them as "all" where they aren't counted otherwise.
+        logging_nan_inf_filter: leave losses that aren't finite out of logged means, and log how many they were.
+        ignore_data_skip: a resumed run begins its epoch anew instead of where it stood.
+        debug: "underflow_overflow" ends training at the first layer that computes an inf or NaN.
         progress: show a progress display on the main process.
 
     Raises:
@@ -114,6 +129,20 @@ class FitArguments:
     dataloader_prefetch_factor: int | None = None
     dataloader_persistent_workers: bool = False
 
+    label_smoothing_factor: float = 0.0
+    past_index: int = -1
+    neftune_noise_alpha: float | None = None
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_kwargs: dict = field(default_factory=dict)
+    torch_compile: bool = False
+    torch_compile_mode: str = "default"
+    torch_empty_cache_steps: int | None = None
+    include_num_input_tokens_seen: str = "no"
+    include_tokens_per_second: bool = False
+    logging_nan_inf_filter: bool = True
+    ignore_data_skip: bool = False
+    debug: str = ""
+
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -148,7 +177,7 @@ class FitArguments:
             "save_steps",
         ):
             require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor"):
+        for name in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps"):
             value = getattr(self, name)
             require(name, value is None or value >= 1, "must be at least 1, or None")
         for name in (
@@ -170,6 +199,24 @@ class FitArguments:
         if self.lr_scheduler_type in SCHEDULERS:
             problem = scheduler_problem(self.lr_scheduler_type, self.lr_scheduler_kwargs)
             require("lr_scheduler_kwargs", problem is None, str(problem))
+        require("label_smoothing_factor", 0 <= self.label_smoothing_factor < 1, "must be in [0, 1)")
+        require("past_index", self.past_index >= -1, "is the place of an output, or -1 for none")
+        require(
+            "neftune_noise_alpha", self.neftune_noise_alpha is None or self.neftune_noise_alpha > 0, "must be above 0"
+        )
+        for name, depends in (("gradient_checkpointing_kwargs", "gradient_checkpointing"),):
+            require(name, not getattr(self, name) or getattr(self, depends), f"has no effect without {depends}=True")
+        require(
+            "torch_compile_mode",
+            self.torch_compile or self.torch_compile_mode == "default",
+            "has no effect without torch_compile=True",
+        )
+        for name, known in (
+            ("include_num_input_tokens_seen", ("no", "all", "non_padding")),
+            ("debug", ("", "underflow_overflow")),
+            ("torch_compile_mode", ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+        ):
+            require(name, getattr(self, name) in known, f"must be one of {', '.join(map(repr, known))}")
         require("optim", self.optim in OPTIMIZERS, did_you_mean(self.optim, OPTIMIZERS))
         require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "is a fraction of the run, from 0 to 1")
         require(

@@ -29,8 +29,9 @@ class Averages:
         self.shares: dict[str, Tensor] = {}  # of the update that is under way
         self.pending: dict[str, list[Tensor]] = {}
         self.settled: dict[str, list[float]] = {}
-        self.items = 0  # this rank's, since the last settle
-        self.items_settled = 0
+        self.items: int | Tensor = 0  # this rank's, since the last settle
+        self.tokens = 0
+        self.counts_settled = [0, 0]
 
     def add(self, name: str, value: Tensor) -> None:
         """Note one update's value, a 0-dim tensor."""
@@ -54,9 +55,10 @@ class Averages:
                 self.add(name, value)
             self.shares = {}
 
-    def count(self, items: int | Tensor) -> None:
-        """Note how many items a micro-batch held; a tensor stays on the device."""
-        self.items = self.items + items  # type: ignore[assignment]
+    def count(self, items: int | Tensor, tokens: int) -> None:
+        """Note how many items and input tokens a micro-batch held; a tensor stays on the device."""
+        self.items = self.items + items
+        self.tokens += tokens
 
     def settle(self) -> None:
         """Sum what is pending over ranks and bring it to the host. The one place that waits for the device."""
@@ -64,34 +66,36 @@ class Averages:
             return
         names = list(self.pending)
         rows = [torch.cat([value.reshape(-1) for value in self.pending[name]]) for name in names]
-        items = torch.as_tensor(self.items, device=self.device).reshape(1)
-        # float64 holds a float32 loss and any count of items exactly.
-        values = self.sum_over_ranks(torch.cat([row.double() for row in (*rows, items)])).tolist()
+        counts = [torch.as_tensor(count, device=self.device).reshape(1) for count in (self.items, self.tokens)]
+        # float64 holds a float32 loss and any count exactly.
+        values = self.sum_over_ranks(torch.cat([row.double() for row in (*rows, *counts)])).tolist()
         for name, row in zip(names, rows, strict=True):
             self.settled.setdefault(name, []).extend(values[: len(row)])
             del values[: len(row)]
-        self.items_settled += int(values[0])
-        self.items = 0
+        self.counts_settled = [before + int(more) for before, more in zip(self.counts_settled, values, strict=True)]
+        self.items = self.tokens = 0
         self.pending.clear()
 
-    def take(self) -> tuple[dict[str, list[float]], int]:
-        """Every update's values since the last ``take``, and the items since then, over all ranks; starts anew."""
+    def take(self) -> tuple[dict[str, list[float]], int, int]:
+        """Every update's values since the last ``take``, the items and the tokens since then, over all ranks; starts
+        anew.
+        """
         self.settle()
-        taken = self.settled, self.items_settled
-        self.settled, self.items_settled = {}, 0
-        return taken
+        taken = self.settled, *self.counts_settled
+        self.settled, self.counts_settled = {}, [0, 0]
+        return taken  # type: ignore[return-value]
 
     def state_dict(self) -> dict[str, Any]:
         """The values not yet taken, over all ranks: the same on each, and so good for any number of ranks later."""
         self.settle()
-        return {"settled": self.settled, "items_settled": self.items_settled}
+        return {"settled": self.settled, "counts_settled": self.counts_settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self.pending.clear()
-        self.items = 0
+        self.items = self.tokens = 0
         self.settled = {name: list(values) for name, values in state["settled"].items()}
-        self.items_settled = state["items_settled"]
+        self.counts_settled = list(state["counts_settled"])
 
 
 def mean_of_finite(values: list[float]) -> float:

@@ -1,7 +1,9 @@
-"""Callbacks that most runs want one of: early stopping, learning-rate monitor, throughput."""
+"""Callbacks that most runs want one of: early stopping, learning-rate monitor, throughput, emptied caches."""
 
 import time
 from typing import Any
+
+import torch
 
 from .arguments import FitArguments
 from .best import chosen_metric, is_better
@@ -88,3 +90,19 @@ class Throughput(Callback):
             context["logs"]["steps_per_second"] = (state.global_step - self.steps) / self.seconds
             context["logs"][f"{name}_per_second"] = (state.items_seen - self.items) / self.seconds
             self.seconds, self.steps, self.items = 0.0, state.global_step, state.items_seen
+
+
+class EmptyCache(Callback):
+    """Gives cached memory back to the accelerator every few updates; slower, for models that barely fit.
+
+    Args:
+        steps: updates between.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Empty the cache when it is time to."""
+        if state.global_step % self.steps == 0 and torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()

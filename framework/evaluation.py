@@ -41,7 +41,7 @@ def run(
         metric.to(strategy.device)
     sums: dict[str, Tensor] = {}
     kept: list[Any] = []
-    was_training = model.training
+    was_training, past, objective.past = model.training, objective.past, None
     model.eval()
     try:
         for batch in fit.batches(stream, 0):
@@ -49,7 +49,7 @@ def run(
             is_mine = not isinstance(batch, Weightless)
             inputs = move_to(batch.batch if isinstance(batch, Weightless) else batch, strategy.device)
             with strategy.forward_context():
-                outputs = objective.call(model, inputs)
+                outputs = objective.forward(model, inputs)
                 values: dict[str, Tensor] = {}
                 if not predict or labels_of(inputs) is not None:
                     loss, extras = objective.loss(outputs, inputs)
@@ -67,6 +67,7 @@ def run(
             fit.emit("on_prediction_step")
     finally:
         model.train(was_training)
+        objective.past = past
     report = {
         "sums": dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {},
         "metrics": {name: host_states(metric) for name, metric in metrics.items()},
@@ -84,7 +85,12 @@ def run(
         if len(reports) > 1:
             merge_states(metric, [other["metrics"][name] for other in reports])
         results |= scalars(f"{prefix}_{name}", metric.compute())
-    return results, concatenate(in_order([other["predictions"] for other in reports])) if predict else None
+    if not predict:
+        return results, None
+    parts, sharing = [other["predictions"] for other in reports], strategy.context_parallel_size
+    groups = [parts[i : i + sharing] for i in range(0, len(parts), sharing)]
+    joined = [[strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
+    return results, concatenate(in_order(joined))
 
 
 def host_states(metric: Any) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Fit: joins a module, data, a strategy and a precision, and trains, evaluates, predicts and saves."""
 
 import contextlib
+import dataclasses
 import itertools
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,19 +19,21 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import best, cadence, checkpoint, evaluation, loop, random_state
+from . import best, cadence, checkpoint, evaluation, journal, loop, random_state
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
-from .averages import Averages, mean_of_finite
+from .averages import Averages
 from .callbacks import Callback, Callbacks
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
+from .preparation import callbacks_of, prepare_module
 from .progress import Progress
 from .run_length import run_length
 from .schedulers import waits_for_metric
 from .state import Control, PredictionOutput, TrainOutput, TrainState
+from .tokens import TokenCounter
 
 
 class Fit:
@@ -100,7 +102,8 @@ class Fit:
                 "Pass eval_data=, or leave eval_strategy at 'no'."
             )
         self.module = module
-        self.objective = Objective(module, compute_loss_func)
+        self.objective = Objective(module, compute_loss_func, self.args.label_smoothing_factor, self.args.past_index)
+        self.count_tokens = TokenCounter(module, self.args)
         self.strategy = get_strategy(strategy)
         start_ranks(self.strategy, devices, max_restarts)
         self.loggers = get_loggers(loggers)
@@ -125,7 +128,7 @@ class Fit:
         self.control = Control()
         self.asked = self.agreed = self.control.flags()  # on this rank since the last update; on any rank before it
         shown = [Progress()] if self.args.progress and self.strategy.is_main else []
-        self.callbacks = Callbacks([*callbacks, *shown])
+        self.callbacks = Callbacks([*callbacks_of(self.args), *callbacks, *shown])
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
@@ -168,7 +171,8 @@ class Fit:
                 self._initial_options = options_by_parameter(self.module.configure_optimizer(wanted))
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         self.begin_run(resume_from_checkpoint)
-        began, first_step, first_samples = time.monotonic(), self.state.global_step, self.state.items_seen
+        began, first = time.perf_counter(), dataclasses.replace(self.state)
+        self.logged_at = began
         try:
             self.open_loggers()
             loop.run(self)
@@ -182,16 +186,8 @@ class Fit:
             raise
         finally:
             self.close_loggers()
-        self.book_averages()
-        state, seconds = self.state, time.monotonic() - began
-        loss = state.train_loss_sum / state.train_loss_count if state.train_loss_count else math.nan
-        metrics = {
-            "train_runtime": seconds,
-            "train_steps_per_second": (state.global_step - first_step) / seconds,
-            "train_items_per_second": (state.items_seen - first_samples) / seconds,
-            "train_loss": loss,
-        }
-        return TrainOutput(state.global_step, loss, metrics)
+        metrics = journal.final_metrics(self, began, first)
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def begin_run(self, resume_from_checkpoint: bool | str | Path | None) -> None:
         """Place the module and set every counter to where the run begins or continues."""
@@ -222,12 +218,17 @@ class Fit:
             return
         trains = self.train_data is not None
         random_state.seed_everything(self.args.seed)  # late layers draw the same initial values on every rank
-        self.strategy.place(self.module, self.configure_optimizer if trains else None)
+        self.strategy.place(self.module, self.configure_optimizer if trains else None, self.prepare_module)
         self.placed = True
         if trains:
             assert self.strategy.optimizer is not None
             self._initial_options = options_by_parameter(self.strategy.optimizer)
             self._initial_scaling = self.strategy.precision.state_dict()
+
+    def prepare_module(self, module: nn.Module) -> None:
+        """The module's blocks as the arguments want them, when all layers are there."""
+        self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
+        prepare_module(self.module, self.args)
 
     def configure_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer of the module as the strategy has placed it."""
@@ -263,7 +264,7 @@ class Fit:
             This micro-batch's share of the update's mean loss, detached, 0-dim, on the device.
         """
         count = self.objective.count(inputs)
-        self.averages.count(count)
+        self.averages.count(count, self.count_tokens(inputs))
         if isinstance(inputs, Weightless):
             inputs = inputs.batch
         if self.strategy.device.type != "cpu":
@@ -308,7 +309,7 @@ class Fit:
             The 0-dim mean loss, or (loss, outputs).
         """
         with self.strategy.forward_context():
-            outputs = self.objective.call(model, inputs)
+            outputs = self.objective.forward(model, inputs)
             loss, self.extras = self.objective.loss(outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -456,28 +457,12 @@ class Fit:
             self.save_checkpoint()
         self.agree_at_once()
 
-    def book_averages(self) -> dict[str, float]:
-        """Means over the updates since the last log, added to the run's totals."""
-        taken, items = self.averages.take()
-        losses = [value for value in taken.get("loss", []) if math.isfinite(value)]
-        self.state.train_loss_sum += math.fsum(losses)
-        self.state.train_loss_count += len(losses)
-        self.state.items_seen += items
-        return {name: mean_of_finite(values) for name, values in taken.items()}
-
     def log_training(self) -> None:
         """Log the means since the last log, the last norm and the learning rate of the last update."""
         self.settle_schedule()
-        logs = self.book_averages()
-        if not logs:  # an epoch's end right after a log
-            return
-        if self.grad_norm is not None:
-            logs["grad_norm"] = self.grad_norm.item()
-        logs["learning_rate"] = float(self.state.learning_rate)
-        logs |= self.strategy.precision.log_values()
-        if self.state.skipped_updates:
-            logs["skipped_updates"] = self.state.skipped_updates
-        self.log(logs)
+        logs = journal.training_log(self)
+        if logs:  # none at an epoch's end right after a log
+            self.log(logs)
 
     def log(self, logs: dict[str, float]) -> None:
         """Hand numbers to callbacks and loggers, as of the current update."""

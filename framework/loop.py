@@ -53,6 +53,7 @@ def run(fit: "Fit") -> None:
         control.should_epoch_stop = False
         batches = fit.batches(fit.stream, epoch)
         fit.restore_random_state()
+        fit.objective.past = None
         emit("on_epoch_begin")
         while not (control.should_epoch_stop or control.should_training_stop):
             micro_batches, num_items = fit.get_batch_samples(batches, micro_batches_per_update, strategy.device)

@@ -35,6 +35,9 @@ class TrainModule(nn.Module):
         ...         return nn.functional.mse_loss(outputs, batch["y"])
     """
 
+    causal = False
+    """Whether position i of the logits predicts label i + 1, as in a causal language model given unshifted labels."""
+
     item_name = "samples"
     """What ``count_items`` counts, for the progress display: "tokens" for a language model."""
 
@@ -71,6 +74,8 @@ class TrainModule(nn.Module):
         if isinstance(labels, Tensor):
             if labels.is_floating_point() or labels.ndim == 0:
                 return len(labels) if labels.ndim else 1
+            if self.causal:  # the first label has no position that predicts it
+                labels = labels[..., 1:]
             if labels.device.type == "cpu":
                 # numpy, since a torch count read on the host is a synchronisation wherever tensors live.
                 return int((labels.numpy() != IGNORED_LABEL).sum())
@@ -86,6 +91,12 @@ class TrainModule(nn.Module):
     def configure_scheduler(self, optimizer: Optimizer, args: "FitArguments") -> LRScheduler:
         """The schedule, stepped once an update. ``args.max_steps`` is the length of the run, resolved from epochs."""
         return make_scheduler(optimizer, args, args.max_steps)
+
+    def flops_per_token(self, parameter_count: int) -> float:
+        """Floating-point operations of forward and backward for one token (or item, where tokens aren't counted).
+        Default: 6 for each parameter (Kaplan et al., 2020).
+        """
+        return 6.0 * parameter_count
 
     def metrics(self) -> Mapping[str, Any]:
         """torchmetrics metrics by name, made anew for each evaluation; they are updated with ``metric_inputs``."""

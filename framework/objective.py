@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .module import TrainModule, forward_call
 
@@ -34,25 +35,55 @@ class Objective:
     Args:
         module: the user's module.
         compute_loss_func: takes (outputs, labels[, num_items_in_batch]) and replaces the module's own loss.
+        label_smoothing: above 0, replaces the loss of batches with "labels" by smoothed cross entropy of the logits.
+        past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
 
     Attributes:
+        past: what the next batch is handed.
         takes_num_items: whether the loss divides by the global count itself.
     """
 
-    def __init__(self, module: TrainModule, compute_loss_func: Callable[..., Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        module: TrainModule,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        label_smoothing: float = 0.0,
+        past_index: int = -1,
+    ) -> None:
         self.module = module
+        self.label_smoothing = label_smoothing
+        self.past_index = past_index
+        self.past: Any = None
         self.call = forward_call(module)
         self.compute_loss_func = compute_loss_func
         self.name = "compute_loss_func" if compute_loss_func else f"{type(module).__name__}.loss"
         loss = compute_loss_func or module.loss
         # Only an explicit parameter: **kwargs may be passed on to something that ignores the count.
-        self.takes_num_items = "num_items_in_batch" in inspect.signature(loss).parameters
+        replaced = label_smoothing > 0 and compute_loss_func is None
+        self.takes_num_items = not replaced and "num_items_in_batch" in inspect.signature(loss).parameters
 
     def count(self, batch: Any) -> Count:
         """Items in a batch as the data gave it."""
         if isinstance(batch, Weightless):
             return 0
         return self.module.count_items(batch)
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """The model's outputs for a batch on the device."""
+        if self.past_index < 0:
+            return self.call(model, batch)
+        if self.past is not None:
+            batch = {**batch, "mems": self.past}
+        outputs = self.call(model, batch)
+        entries = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
+        if not isinstance(entries, tuple | list) or self.past_index >= len(entries):
+            found = f"{len(entries)} entries" if isinstance(entries, tuple | list) else f"a {type(outputs).__name__}"
+            raise ValueError(f"past_index={self.past_index} names an entry of the outputs, but forward gave {found}.")
+        # Cut from the graph: the next update's backward must not reach into this one's.
+        self.past = tree_map(
+            lambda value: value.detach() if isinstance(value, Tensor) else value, entries[self.past_index]
+        )
+        return outputs
 
     def loss(self, outputs: Any, batch: Any, num_items: Count | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of forward's outputs.
@@ -71,6 +102,9 @@ class Objective:
         loss: Tensor | Mapping[str, Tensor]
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
+        elif self.label_smoothing and isinstance(batch, Mapping) and "labels" in batch:
+            loss = smoothed_loss(outputs, batch["labels"], self.label_smoothing, self.module.causal)
+            return loss, NO_EXTRAS
         else:
             loss = self.module.loss(outputs, batch, **options)
         if not isinstance(loss, Mapping):
@@ -100,6 +134,29 @@ class Objective:
                 f"{self.name} returned a tensor that carries no gradient: it was detached, made of numbers, or made "
                 "under torch.no_grad(), or every parameter is frozen. Compute it from forward's outputs."
             )
+
+
+def smoothed_loss(outputs: Any, labels: Tensor, smoothing: float, causal: bool) -> Tensor:
+    """Mean over labels other than -100 of (1 - smoothing)·(-log p[label]) + smoothing·mean over classes of -log p.
+
+    Args:
+        outputs: logits of shape (..., classes), a mapping that holds them as "logits", or a tuple they come first in.
+        labels: of shape (...).
+        smoothing: weight that is spread over all classes (Szegedy et al., 2016).
+        causal: position i predicts label i + 1.
+    """
+    if isinstance(outputs, Mapping):
+        if "logits" not in outputs:
+            raise ValueError(
+                f"label_smoothing_factor needs the logits, and forward's outputs have the keys {', '.join(outputs)}."
+            )
+        logits = outputs["logits"]
+    else:
+        logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    if causal:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    flat = logits.reshape(-1, logits.shape[-1])
+    return nn.functional.cross_entropy(flat, labels.reshape(-1), label_smoothing=smoothing)
 
 
 def labels_of(batch: Any) -> Any:

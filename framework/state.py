@@ -16,6 +16,7 @@ class TrainState:
         num_train_epochs: passes the run will take.
         learning_rate: the one used in the last update.
         items_seen: items (labels, else samples) that gradients were made of, over all ranks since the start.
+        num_input_tokens_seen: input tokens over all ranks since the start, as far as they are counted.
         skipped_updates: updates that loss scaling skipped.
         train_loss_sum, train_loss_count: the finite losses of updates that were logged, and how many they are.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
@@ -29,6 +30,7 @@ class TrainState:
     num_train_epochs: int = 0
     learning_rate: float = 0.0
     items_seen: int = 0
+    num_input_tokens_seen: int = 0
     skipped_updates: int = 0
     train_loss_sum: float = 0.0
     train_loss_count: int = 0

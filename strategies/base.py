@@ -1,7 +1,7 @@
 """What every strategy promises: the verbs of a run, in the order in which the loop uses them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +14,11 @@ from ..precision.base import Precision
 from ..precision.registry import did_you_mean
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
+Prepare = Callable[[nn.Module], None]
+
+
+def nothing_to_prepare(module: nn.Module) -> None:
+    """Leaves the module as it is."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +116,23 @@ class Strategy:
         """This rank's device."""
         return default_device()
 
-    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
         """Put the module where it runs, and make its optimizer when its parameters are final. Called once.
 
         Args:
             module: the user's module, on any device.
             configure_optimizer: module to optimizer; None when nothing is trained.
+            prepare: changes the module's blocks (activation checkpointing, compilation) when all layers are there, and
+                before they are sharded or wrapped.
         """
         from .materialize import build_on_meta, materialize
 
         late = build_on_meta(module)
         self.precision.convert_module(module)
         materialize(module, late, self.device)
+        prepare(module)
         self.module = self.model = module.to(self.device)
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
@@ -131,6 +141,10 @@ class Strategy:
     def split_batch(self, batch: Any) -> Any:
         """This rank's part of a micro-batch whose sequences it shares with other ranks."""
         return batch
+
+    def join_outputs(self, outputs: Sequence[Any]) -> Any:
+        """On the host: what forward gave the ranks that share a micro-batch, in their order, as one device gives it."""
+        return outputs[0]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Entered around the forward and backward of one micro-batch; ``last`` is the one that reduces gradients."""

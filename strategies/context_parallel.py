@@ -1,7 +1,7 @@
 """Context parallelism: each rank holds a part of every sequence, and attention reaches over all parts in a ring."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,8 @@ class ContextParallel:
                 "given them."
             )
         self.positions = names[0] if names else POSITIONS[0]
-        self.positions_index = list(parameters).index(names[0]) if names else None  # in a tuple batch
+        by_place = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        self.positions_index = by_place.index(names[0]) if names and names[0] in by_place else None  # in a tuple batch
         if mesh.device_type == "cpu":
             register_cpu_kernel()
 
@@ -126,6 +127,18 @@ class ContextParallel:
         part = torch.cat((pieces[self.rank], pieces[-1 - self.rank]), dim=1)
         return part.pin_memory() if tensor.is_pinned() else part
 
+    def join(self, outputs: Sequence[Any]) -> Any:
+        """What forward returned for the parts of one batch, in the order of ranks, as it is for the whole batch: tensors
+        are joined along dimension 1.
+        """
+        first = outputs[0]
+        if isinstance(first, Tensor) and first.ndim > 1:
+            heads, tails = zip(*(output.tensor_split(2, dim=1) for output in outputs), strict=True)
+            return torch.cat([*heads, *reversed(tails)], dim=1)
+        if isinstance(first, dict):
+            return {key: self.join([output[key] for output in outputs]) for key in first}
+        return tuple(map(self.join, zip(*outputs, strict=True))) if isinstance(first, tuple) else first
+
     # Attention.
 
     @contextmanager
@@ -152,9 +165,11 @@ class ContextParallel:
         ) -> Tensor:
             self.check_attention(query, key, attn_mask, dropout_p, is_causal)
             self.attention_was_seen = True
-            whole = [DTensor.from_local(t, self.mesh, [SEQUENCE], run_check=False) for t in (query, key, value)]
+            query, key, value = (
+                DTensor.from_local(part, self.mesh, [SEQUENCE], run_check=False) for part in (query, key, value)
+            )
             with sdpa_kernel(KERNELS):
-                output = local_attention(whole[0], whole[1], whole[2], is_causal=True, scale=scale, enable_gqa=enable_gqa)
+                output = local_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
             return output.to_local()  # type: ignore[attr-defined]
 
         self.is_entered = True
@@ -206,27 +221,17 @@ def register_cpu_kernel() -> None:
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-    def attend(group: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None) -> Any:
+    def attend(
+        group: Any, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, **options: Any
+    ) -> tuple[Tensor, ...]:
         return ring._templated_ring_attention(
-            group, 2, forward, query, key, value, is_causal=True, dropout_p=0.0, scale=scale
+            group, SEQUENCE.dim, forward, query, key, value, is_causal, dropout_p=dropout_p, **options
         )
 
-    def attend_backward(group: Any, gradient: Tensor, *saved: Any, scale: float | None = None) -> Any:
-        query, key, value, output, logsumexp, dropout_p, is_causal = saved
+    def attend_backward(group: Any, gradient: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, ...]:
+        *tensors, dropout_p, is_causal = saved
         return ring._templated_ring_attention_backward(
-            group,
-            2,
-            backward,
-            gradient,
-            "grad_out",
-            query,
-            key,
-            value,
-            output,
-            logsumexp,
-            is_causal,
-            dropout_p=dropout_p,
-            scale=scale,
+            group, SEQUENCE.dim, backward, gradient, "grad_out", *tensors, is_causal, dropout_p=dropout_p, **options
         )
 
     ring.custom_ops[forward] = on_local_parts(attend)

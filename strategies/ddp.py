@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .base import ConfigureOptimizer
+from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .process_group import ProcessGroupOptions, ProcessGroupStrategy
 
 
@@ -49,9 +49,11 @@ class DDP(ProcessGroupStrategy):
     Options = DDPOptions
     options: DDPOptions
 
-    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
         """Move and convert the module, make the optimizer, wrap."""
-        super().place(module, configure_optimizer)
+        super().place(module, configure_optimizer, prepare)
         if not any(p.requires_grad for p in module.parameters()):
             return  # nothing to average; DDP refuses such a module
         options = self.options

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .base import ConfigureOptimizer, Strategy
+from .base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
 
 
 class DP(Strategy):
@@ -25,9 +25,11 @@ class DP(Strategy):
         self.devices_per_rank = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
         return device
 
-    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
         """Wrap the module where there are several GPUs."""
-        super().place(module, configure_optimizer)
+        super().place(module, configure_optimizer, prepare)
         if self.devices_per_rank > 1:
             self.model = nn.DataParallel(module)
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.utils._pytree import tree_map
 
-from .base import ConfigureOptimizer
+from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .gradient_norm import clip_by_norm
 from .materialize import build_on_meta, has_meta, materialize
 from .process_group import (
@@ -64,13 +64,16 @@ class FSDP1(ProcessGroupStrategy):
         replicas = self.options.replicas
         return {REPLICATE: replicas, SHARD: split_world(world_size, "FSDP1", replicas=replicas), CONTEXT: 1, TENSOR: 1}
 
-    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
         """Wrap blocks and root; the optimizer is made over the views into flat shards."""
         options = self.options
         late = build_on_meta(module)
         self.precision.convert_module(module)
         move_module(module, self.device)
         broadcast_module(module)
+        prepare(module)
         units = set(map(id, module.shard_units()))  # type: ignore[operator]
         hybrid, full = options.replicas > 1, options.reshard_after_forward
         sharding = {
@@ -86,7 +89,7 @@ class FSDP1(ProcessGroupStrategy):
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
             sharding_strategy=sharding,
             auto_wrap_policy=CustomPolicy(lambda layer: id(layer) in units),
-            mixed_precision=MixedPrecision(compute, reduce, cast_root_forward_inputs=True) if mixed else None,
+            mixed_precision=MixedPrecision(compute, reduce, cast_forward_inputs=True) if mixed else None,
             device_id=self.device,
             use_orig_params=True,
             # Called for each block before it is cut, so that no more than one block is whole at a time.

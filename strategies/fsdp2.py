@@ -1,19 +1,20 @@
 """Fully sharded data parallel by torch's ``fully_shard``, alone or with tensor parallelism on one mesh."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
-from .base import ConfigureOptimizer
+from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .gradient_norm import clip_by_norm
 from .materialize import build_on_meta, materialize
 from .process_group import (
@@ -91,7 +92,9 @@ class FSDP2(ProcessGroupStrategy):
             TENSOR: options.tensor_parallel,
         }
 
-    def place(self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None) -> None:
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
         """Shard the module in place; the optimizer is made over the shards."""
         options = self.options
         if options.loss_parallel and options.tensor_parallel == 1:
@@ -106,6 +109,7 @@ class FSDP2(ProcessGroupStrategy):
         broadcast_module(module)
         if options.tensor_parallel > 1:
             apply_plan(module, self.mesh[TENSOR], loss_parallel=options.loss_parallel)
+        prepare(module)
         # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
         self.shard(module)
@@ -118,12 +122,12 @@ class FSDP2(ProcessGroupStrategy):
     def shard(self, module: nn.Module) -> None:
         """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
         options = self.options
-        sharding = SHARD
-        if options.context_parallel > 1:  # its ranks have gradients of their own, and so are shards like the others
-            sharding = f"{SHARD}_{CONTEXT}"
-            self.mesh[SHARD, CONTEXT]._flatten(sharding)
+        mesh = self.mesh[SHARD]
+        if options.context_parallel > 1:  # its ranks have gradients of their own, and shard the model like any other
+            mesh = self.mesh[SHARD, CONTEXT]._flatten("shards")
         # One dimension shards; two replicate over the first and shard over the second.
-        mesh = self.mesh[REPLICATE, sharding] if options.replicas > 1 else self.mesh[sharding]
+        if options.replicas > 1:
+            mesh = DeviceMesh._concatenate([self.mesh[REPLICATE], mesh])
         common: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": options.reshard_after_forward,
@@ -141,7 +145,8 @@ class FSDP2(ProcessGroupStrategy):
             )
         # Outputs come back in float32, so that the loss is computed there.
         root = MixedPrecisionPolicy(compute, reduce, output_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
-        fully_shard(module, mp_policy=root, **common)
+        # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
+        fully_shard(module, mp_policy=root, **{**common, "reshard_after_forward": False})
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are reduced, and parameters resharded, in the last micro-batch's backward."""
@@ -153,6 +158,10 @@ class FSDP2(ProcessGroupStrategy):
     def split_batch(self, batch: Any) -> Any:
         """This rank's part of the sequence."""
         return self.context.split(batch) if self.context else batch
+
+    def join_outputs(self, outputs: Sequence[Any]) -> Any:
+        """Outputs for the whole sequence."""
+        return self.context.join(outputs) if self.context else super().join_outputs(outputs)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:

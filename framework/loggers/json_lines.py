@@ -29,7 +29,10 @@ class JsonLinesLogger(Logger):
         """Open the file for appending and note that training begins or resumes."""
         path = self.path or Path(fit.args.output_dir) / "log.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self.file = path.open("a", encoding="utf-8")
+        if is_cut_off:  # a kill in the middle of a line, which must not swallow the next one
+            self.file.write("\n")
         self._write({"step": fit.state.global_step, "event": "resume" if fit.state.global_step else "begin"})
 
     def log(self, metrics: dict[str, float], step: int) -> None:

@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 from ranks import Ranks
 from stratagem import Callback
 from torch import Tensor
@@ -78,19 +77,125 @@ def listen(module: type[Tagger] = Tagger, **arguments: Any) -> dict[str, list[Me
     return traffic.messages
 
 
-def count(messages: list[Message], *operations: str, dtype: str | None = None) -> int:
-    return sum(name in operations and dtype in (None, kind) for name, kind, _ in messages)
+def update(messages: dict[str, list[Message]], number: int = 6) -> Counter[Message]:
+    """What one update sent, from its first forward to its optimizer step. The 6th is like any other."""
+    return Counter(messages[f"update {number}"])
 
 
-# The names that torch gives its operations; several for one purpose, by version.
-ALL_REDUCE = ("allreduce", "all_reduce")
-GATHER = ("_allgather_base", "allgather_base", "all_gather_into_tensor", "allgather_into_tensor_coalesced")
-SCATTER = ("_reduce_scatter_base", "reduce_scatter_base", "reduce_scatter_tensor")
+ITEMS_AND_FLAGS = ("allreduce", "int64", 6)  # the update's item count and the five flags of callbacks
+NORM = ("allreduce", "float32", 1)
 
 
-def test_dump(ranks: dict[int, Ranks]) -> None:
-    for strategy in ("ddp", "fsdp1", "fsdp2", "tp"):
-        messages = ranks[2].run(listen, strategy=strategy)[0]
-        print(strategy)
-        for where, sent in messages.items():
-            print("  ", where, Counter(sent).most_common())
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_ddp_reduces_once_an_update(ranks: dict[int, Ranks], accumulation: int) -> None:
+    for messages in ranks[2].run(listen, strategy="ddp", gradient_accumulation_steps=accumulation):
+        assert update(messages) == {
+            ("allreduce", "float32", 2 * BLOCK + ROOT): 1,  # one bucket holds all gradients
+            ("broadcast", "float32", 30): 1,  # DDP's own: rank 0's buffers
+            ("broadcast", "int64", 5): 1,
+        }
+
+
+def test_ddp_reduces_each_bucket_once(ranks: dict[int, Ranks]) -> None:
+    kibibyte = 2.0**-10
+    for messages in ranks[2].run(listen, strategy="ddp", options={"bucket_cap_mb": kibibyte}):
+        buckets = [message for message in update(messages).elements() if message[:2] == ("allreduce", "float32")]
+        assert sum(numbers for _, _, numbers in buckets) == 2 * BLOCK + ROOT
+        assert len(buckets) >= 3  # 737 numbers of 4 bytes don't fit into two
+
+
+def test_static_graph_reduces_once_an_update(ranks: dict[int, Ranks]) -> None:
+    for messages in ranks[2].run(listen, strategy="ddp", options={"static_graph": True}):
+        assert update(messages)["allreduce", "float32", 2 * BLOCK + ROOT] == 1
+
+
+# Three groups: two blocks, and the root with what is left. Of 2 ranks each holds half; of the 11 rows the first has 6.
+HALVES = {(BLOCK + 1) // 2: 2, 6 * 6 + 6: 1}
+
+
+@pytest.mark.parametrize(("accumulation", "reshard"), [(1, True), (4, True), (4, False)])
+def test_fsdp2_reduces_each_group_once_an_update(ranks: dict[int, Ranks], accumulation: int, reshard: bool) -> None:
+    options = {"reshard_after_forward": reshard}
+    arguments = {"strategy": "fsdp2", "options": options, "gradient_accumulation_steps": accumulation}
+    for messages in ranks[2].run(listen, **arguments):
+        sent = update(messages)
+        gathers_of_blocks = 2 * accumulation * (2 if reshard else 1)  # for forward, and again for backward
+        assert sent == {
+            **{("reduce_scatter_base", "float32", numbers): times for numbers, times in HALVES.items()},
+            ("allgather_base", "float32", 2 * ((BLOCK + 1) // 2)): gathers_of_blocks,
+            ("allgather_base", "float32", 2 * (6 * 6 + 6 + 3 * 6 + 3)): accumulation,  # with 3 rows of the frozen layer
+            NORM: 1,
+        }
+
+
+def test_fsdp1_reduces_each_group_once_an_update(ranks: dict[int, Ranks]) -> None:
+    for messages in ranks[2].run(listen, strategy="fsdp1"):
+        sent = update(messages)
+        assert sum(times for (name, _, _), times in sent.items() if name == "reduce_scatter_base") == 3
+        assert sent[NORM] == 1
+        assert {name for name, _, _ in sent} == {"reduce_scatter_base", "allgather", "allreduce"}
+
+
+def test_tensor_parallel_sums_activations(ranks: dict[int, Ranks]) -> None:
+    for messages in ranks[2].run(listen, strategy="tp"):
+        sent = {message: times for message, times in update(messages).items() if "all" in message[0]}
+        # 2 samples of 5 positions of 6 features: after each "rowwise" layer, and in backward before each "colwise" one.
+        assert sent == {("all_reduce", "float32", 2 * 5 * 6): 2 * 2 * 4, NORM: 1}
+
+
+def test_two_dimensions_reduce_each_group_once_an_update(ranks: dict[int, Ranks]) -> None:
+    for messages in ranks[4].run(listen, strategy="fsdp2", options={"tensor_parallel": 2}):
+        sent = update(messages)
+        assert sum(times for (name, _, _), times in sent.items() if name == "reduce_scatter_base") == 3
+        # The norm: squares of layers cut both ways are summed over both dimensions, of the others over one.
+        assert sent[NORM] == 3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "tp"])
+def test_nothing_else_is_sent_between_logs(ranks: dict[int, Ranks], strategy: str) -> None:
+    for messages in ranks[2].run(listen, strategy=strategy):
+        assert [messages[f"after {number}"] for number in (1, 2, 3, 5, 6, 7)] == [[ITEMS_AND_FLAGS]] * 6
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_log_is_one_collective(ranks: dict[int, Ranks], strategy: str) -> None:
+    for messages in ranks[2].run(listen, module=Reporting, strategy=strategy):
+        # The loss and three more, of four updates, and the number of items.
+        assert messages["after 4"] == [("allreduce", "float64", 4 * 4 + 1)]
+        # Flags that on_log may have raised, and the next update's items.
+        assert messages["logged 4"] == [("allreduce", "int64", 5), ITEMS_AND_FLAGS]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_loss_scaling_agrees_in_one_collective(ranks: dict[int, Ranks], strategy: str) -> None:
+    found = [ranks[2].run(listen, strategy=strategy, precision=name)[0] for name in ("bf16-mixed", "16-mixed")]
+    assert update(found[1])[NORM] == update(found[0])[NORM] + 1
+
+
+class Measured(Reporting):
+    """Two metrics."""
+
+    def metrics(self) -> dict[str, Any]:
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+        options = {"num_classes": 11, "ignore_index": -100}
+        return {"accuracy": MulticlassAccuracy(**options), "f1": MulticlassF1Score(**options)}
+
+    def metric_inputs(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return outputs.flatten(0, 1), batch["labels"].flatten()
+
+
+def listen_to_evaluation(**arguments: Any) -> Counter[str]:
+    fit = make_fit(Measured(), None, token_rows(50), per_device_eval_batch_size=3, **arguments)
+    fit.place()
+    traffic = Traffic()
+    with traffic:
+        fit.evaluate()
+    return Counter(name for name, _, _ in traffic.messages["start"])
+
+
+def test_evaluation_is_one_exchange(ranks: dict[int, Ranks]) -> None:
+    # Nine batches on each rank, a loss with extras and two metrics: lengths, then contents. (DDP has sent its buffers
+    # before its first forward.)
+    for sent in ranks[2].run(listen_to_evaluation, strategy="ddp"):
+        assert sent == {"allgather": 2, "broadcast": 2}

@@ -1,0 +1,48 @@
+"""Activation checkpointing: blocks keep their inputs only and compute the rest again in backward."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .module import TrainModule
+
+
+def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any]) -> None:
+    """Have a module's blocks recomputed in backward (Chen et al., 2016); its parameters keep their names.
+
+    A model with a method of its own for it (``gradient_checkpointing_enable``, as transformers' have) is asked to;
+    else each of ``shard_units()`` is recomputed as a whole, in training only.
+
+    Args:
+        module: before the strategy places it.
+        options: of torch.utils.checkpoint.checkpoint; ``use_reentrant`` is False unless given.
+
+    Raises:
+        ValueError: the module has no blocks to recompute.
+    """
+    options = {"use_reentrant": False, **options}
+    own = getattr(module, "gradient_checkpointing_enable", None)
+    if own is not None:
+        own(gradient_checkpointing_kwargs=options)
+        return
+    units = module.shard_units()
+    if not units:
+        raise ValueError(
+            f"gradient_checkpointing needs blocks to recompute, and {type(module).__name__} has no list of two or more "
+            "layers of one class. Write shard_units(self) on your TrainModule."
+        )
+    for unit in units:
+        unit.forward = recomputed(unit, unit.forward, options)
+
+
+def recomputed(unit: nn.Module, forward: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """A block's forward, checkpointed while the block is in training."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not unit.training:
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return call

@@ -1,0 +1,39 @@
+"""What arguments add to a run before it begins: changes to the module's blocks, and callbacks."""
+
+from .arguments import FitArguments
+from .callbacks import Callback
+from .gradient_checkpointing import enable_gradient_checkpointing
+from .module import TrainModule
+
+
+def prepare_module(module: TrainModule, args: FitArguments) -> None:
+    """Activation checkpointing, then compilation, as the arguments ask for; parameters keep their names.
+
+    Args:
+        module: all its layers are there; it is not yet sharded or wrapped.
+        args: of the run.
+    """
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(module, args.gradient_checkpointing_kwargs)
+    if args.torch_compile:
+        # Block by block: every block is the same code, so it is compiled once, and sharding can work between blocks.
+        for part in module.shard_units() or [module]:
+            part.compile(mode=args.torch_compile_mode)
+
+
+def callbacks_of(args: FitArguments) -> list[Callback]:
+    """The callbacks that arguments stand for."""
+    found: list[Callback] = []
+    if args.neftune_noise_alpha is not None:
+        from .neftune import NEFTune
+
+        found.append(NEFTune(args.neftune_noise_alpha))
+    if args.debug == "underflow_overflow":
+        from .numeric_debugger import NumericDebugger
+
+        found.append(NumericDebugger())
+    if args.torch_empty_cache_steps is not None:
+        from .builtin_callbacks import EmptyCache
+
+        found.append(EmptyCache(args.torch_empty_cache_steps))
+    return found
