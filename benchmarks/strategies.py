@@ -6,8 +6,8 @@ Both train the GPT of ``examples/gpt.py`` on the same in-memory tokens with the 
 on ranks that torch's launcher starts on this machine, in turns: each round runs every loop for a few updates. The clock
 is in the network: an update lasts from one forward pass to the next, so that the start and the end of a run stay out. A
 round's ratio is that of its two medians; what is printed is the median over rounds, with quartiles. Other programs on
-the machine only ever add to it: "fastest" is the ratio of the fastest rounds, and "computing" that of the time the first
-rank spent computing. The hand-written loop runs twice in each round: the ratio of the two, after the /, is noise.
+the machine only ever add to it: "fastest" is the ratio of the fastest rounds, and "computing" that of the time in which
+the first rank computed. The hand-written loop runs twice in each round: the ratio of the two, after the /, is noise.
 
 Memory is that of parameters, gradients and optimizer state on one rank, when the optimizer has stepped.
 """

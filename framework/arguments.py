@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from ..precision.registry import did_you_mean
 from .optimizers import OPTIMIZERS
@@ -160,8 +160,11 @@ class FitArguments:
 
         for declared in dataclasses.fields(self):
             value, kind = getattr(self, declared.name), declared.type
-            fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(1.0, kind))  # type: ignore[arg-type]
-            if not fits or (isinstance(value, bool) and kind is not bool):  # True is an int to Python, here a mistake
+            allowed = get_args(kind) or (kind,)
+            fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
+            if isinstance(value, bool):  # an int to Python, and a mistake where a number is asked for
+                fits = bool in allowed
+            if not fits:
                 wanted = kind.__name__ if isinstance(kind, type) else kind
                 found.append((declared.name, f"must be {wanted}, not {type(value).__name__}"))
         if found:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -154,19 +154,17 @@ def parity_table(recipe: parity.Recipe, rows: Sequence[parity_ranks.Row]) -> Tab
     return table
 
 
-class positive:
-    """Reads a number above 0 from the command line."""
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Reads a number above 0 from the command line, as argparse's ``type``."""
 
-    def __init__(self, kind: type[int] | type[float]) -> None:
-        self.kind = kind
-        self.__name__ = f"positive {kind.__name__}"  # argparse shows it
-
-    def __call__(self, text: str) -> float:
-        """The number; argparse turns the error into its own."""
-        value = self.kind(text)
+    def read(text: str) -> float:
+        value = kind(text)
         if value <= 0:
             raise ValueError
         return value
+
+    read.__name__ = f"positive {kind.__name__}"  # argparse's message shows it
+    return read
 
 
 if __name__ == "__main__":

@@ -559,7 +559,7 @@ class Fit:
     def export(self, path: str | Path) -> Path:
         """Write the module's plain full weights, by parameter name, as one safetensors file."""
         self.place()
-        checkpoint.export(self.strategy, self.module, Path(path))
+        checkpoint.export(self.strategy, Path(path))
         return Path(path)
 
 

@@ -210,9 +210,18 @@ class Strategy:
 
     # State, by fully qualified parameter name. Tensors may be sharded (DTensor): no rank holds the whole model.
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The placed parameters under the names that the user's module gives them; tied ones once."""
-        return dict(self.module.named_parameters())
+    def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+        """The placed parameters under the names that the user's module gives them; tied ones once, or by each name."""
+        return dict(self.module.named_parameters(remove_duplicate=remove_duplicate))
+
+    def tied_names(self) -> dict[str, str]:
+        """Tied parameters: every further name to the first one."""
+        first = {id(parameter): name for name, parameter in self.named_parameters().items()}
+        return {
+            name: first[id(parameter)]
+            for name, parameter in self.named_parameters(remove_duplicate=False).items()
+            if first[id(parameter)] != name
+        }
 
     def model_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, with whole shapes."""

@@ -21,6 +21,8 @@ SEQUENCE = Shard(2)  # of queries, keys and values: (batch, heads, length, featu
 # Without torch's plain kernel: it would mask by the order in which the ranks hold the sequence.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
+attention_of_one = F.scaled_dot_product_attention
+
 
 class ContextParallel:
     """Cuts batches along the sequence, and has causal attention see all of it (Liu et al., 2023).
@@ -53,6 +55,7 @@ class ContextParallel:
         self.positions = names[0] if names else POSITIONS[0]
         by_place = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
         self.positions_index = by_place.index(names[0]) if names and names[0] in by_place else None  # in a tuple batch
+        self.attention = torch.compiler.disable(self.attend)  # once: a compiled block recompiles for another function
         if mesh.device_type == "cpu":
             register_cpu_kernel()
 
@@ -128,8 +131,8 @@ class ContextParallel:
         return part.pin_memory() if tensor.is_pinned() else part
 
     def join(self, outputs: Sequence[Any]) -> Any:
-        """What forward returned for the parts of one batch, in the order of ranks, as it is for the whole batch: tensors
-        are joined along dimension 1.
+        """What forward returned for the parts of one batch, in the order of ranks, as for the whole batch: tensors are
+        joined along dimension 1.
         """
         first = outputs[0]
         if isinstance(first, Tensor) and first.ndim > 1:
@@ -151,36 +154,16 @@ class ContextParallel:
         if self.is_entered:
             yield
             return
-        local_attention, fast_path = F.scaled_dot_product_attention, mha.get_fastpath_enabled()
-
-        def attention(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            scale: float | None = None,
-            enable_gqa: bool = False,
-        ) -> Tensor:
-            self.check_attention(query, key, attn_mask, dropout_p, is_causal)
-            self.attention_was_seen = True
-            query, key, value = (
-                DTensor.from_local(part, self.mesh, [SEQUENCE], run_check=False) for part in (query, key, value)
-            )
-            with sdpa_kernel(KERNELS):
-                output = local_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-            return output.to_local()  # type: ignore[attr-defined]
-
+        attention, fast_path = F.scaled_dot_product_attention, mha.get_fastpath_enabled()
         self.is_entered = True
         ring._enable_context_parallel_dispatcher()
-        F.scaled_dot_product_attention = attention
+        F.scaled_dot_product_attention = self.attention
         mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's, which evaluates in a kernel of its own
         try:
             yield
         finally:
             mha.set_fastpath_enabled(fast_path)
-            F.scaled_dot_product_attention = local_attention
+            F.scaled_dot_product_attention = attention
             ring._disable_context_parallel_dispatcher()
             self.is_entered = False
         if not self.attention_was_seen:
@@ -189,6 +172,27 @@ class ContextParallel:
                 "which forward never called: each rank would have seen its own part alone. Call it by that name, as "
                 "F.scaled_dot_product_attention(..., is_causal=True)."
             )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """``F.scaled_dot_product_attention`` of this rank's queries to the keys of all ranks."""
+        self.check_attention(query, key, attn_mask, dropout_p, is_causal)
+        self.attention_was_seen = True
+        query, key, value = (
+            DTensor.from_local(part, self.mesh, [SEQUENCE], run_check=False) for part in (query, key, value)
+        )
+        with sdpa_kernel(KERNELS):
+            output = attention_of_one(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        return output.to_local()  # type: ignore[attr-defined]
 
     def check_attention(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool

@@ -115,9 +115,9 @@ class FSDP1(ProcessGroupStrategy):
         """The norm over all shards, in the gradients' own dtype."""
         return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),))
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """This rank's views into the flat shards, under the user's names."""
-        return {name.replace(WRAPPER, ""): p for name, p in self.module.named_parameters()}
+        return {name.replace(WRAPPER, ""): p for name, p in super().named_parameters(remove_duplicate).items()}
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Whole gradients; all of them are whole at once, until the last was taken."""
@@ -126,7 +126,9 @@ class FSDP1(ProcessGroupStrategy):
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state that was read into back into the flat shards."""
-        set_model_state_dict(self.model, {**self.model_state(), **state})
+        whole = {**self.model_state(), **state}
+        # Every name is copied in turn, so the further ones of a tied parameter need its new values, too.
+        set_model_state_dict(self.model, whole | {alias: whole[name] for alias, name in self.tied_names().items()})
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state, cut by parameter instead of by flat shard."""

@@ -122,12 +122,12 @@ class FSDP2(ProcessGroupStrategy):
     def shard(self, module: nn.Module) -> None:
         """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
         options = self.options
-        mesh = self.mesh[SHARD]
+        # One dimension shards; two replicate over the first and shard over the second.
+        mesh = self.mesh[REPLICATE, SHARD] if options.replicas > 1 else self.mesh[SHARD]
         if options.context_parallel > 1:  # its ranks have gradients of their own, and shard the model like any other
             mesh = self.mesh[SHARD, CONTEXT]._flatten("shards")
-        # One dimension shards; two replicate over the first and shard over the second.
-        if options.replicas > 1:
-            mesh = DeviceMesh._concatenate([self.mesh[REPLICATE], mesh])
+            if options.replicas > 1:
+                mesh = DeviceMesh._concatenate([self.mesh[REPLICATE], mesh])
         common: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": options.reshard_after_forward,

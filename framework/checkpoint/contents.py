@@ -53,7 +53,6 @@ class Snapshot:
 def take(fit: "Fit") -> Snapshot:
     """The run as it stands between two updates. Collective."""
     strategy = fit.strategy
-    aliases = tied_names(fit.module)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, entries in strategy.optimizer_state().items():
@@ -66,6 +65,7 @@ def take(fit: "Fit") -> Snapshot:
         "strategy": strategy.name,
         "precision": strategy.precision.name,
         "world_size": strategy.world_size,
+        "data_size": strategy.data_size,
         "arguments": fit.args.to_dict(),
         "averages": fit.averages.state_dict(),
         "progress": fit.state.to_dict(),
@@ -73,12 +73,11 @@ def take(fit: "Fit") -> Snapshot:
         "scheduler": fit.scheduler.state_dict(),
         "loss_scaling": strategy.precision.state_dict(),
         "callbacks": fit.callbacks.state_dict(),
-        "tied": aliases,
+        "tied": strategy.tied_names(),
         "parameter_groups": parameter_groups(strategy),
         "optimizer_numbers": numbers,
     }
-    model = {name: tensor for name, tensor in strategy.model_state().items() if name not in aliases}
-    return Snapshot(model, tensors, as_json(state), json.dumps(random_state.capture()))
+    return Snapshot(untied_state(strategy), tensors, as_json(state), json.dumps(random_state.capture()))
 
 
 def as_json(state: Mapping[str, Any]) -> str:
@@ -114,7 +113,7 @@ def restore(fit: "Fit", path: Path) -> dict[str, Any]:
     """
     strategy = fit.strategy
     state = read_state(path)
-    model = {name: t for name, t in strategy.model_state().items() if name not in tied_names(fit.module)}
+    model = untied_state(strategy)
     check_model(path, model, stored_tensors(path / "model"))
     parameters = strategy.named_parameters()
     groups = match_groups(path, strategy, state["parameter_groups"])
@@ -138,7 +137,7 @@ def restore(fit: "Fit", path: Path) -> dict[str, Any]:
     fit.state.load(state["progress"])
     fit.epoch_index = state["data"]["epoch"]
     fit.stream.load_state_dict(state["data"])
-    return random_of_rank(path, strategy.rank, fit.args.seed, fit.state.global_step)
+    return random_of_rank(path, strategy, state, fit.args.seed, fit.state.global_step)
 
 
 def in_the_types_of(example: Any, value: Any) -> Any:
@@ -163,32 +162,32 @@ def load_weights(fit: "Fit", path: Path | None) -> None:
     """
     if path is None:
         return
-    model = {name: t for name, t in fit.strategy.model_state().items() if name not in tied_names(fit.module)}
+    model = untied_state(fit.strategy)
     check_model(path, model, stored_tensors(path / "model"))
     load_tensors(path / "model", model)
     fit.strategy.load_model_state(model)
 
 
-def random_of_rank(path: Path, rank: int, seed: int, step: int) -> dict[str, Any]:
-    """The random state of a rank; one that the saved run didn't have begins a fresh stream."""
-    file = path / f"random-{rank:05d}.json"
-    if file.exists():
-        return directory.read_json(file)
+def random_of_rank(path: Path, strategy: Strategy, state: Mapping[str, Any], seed: int, step: int) -> dict[str, Any]:
+    """The random state of this rank: its own, where as many ranks saved. Else that of the saved rank with its samples:
+    ranks that share samples must draw alike. One that the saved run didn't have begins a fresh stream.
+    """
+    saved = state["world_size"], state["data_size"]
+    same = saved == (strategy.world_size, strategy.data_size)
+    number = strategy.rank if same else strategy.data_rank * (saved[0] // saved[1])
+    if number < saved[0]:
+        return directory.read_json(path / f"random-{number:05d}.json")
     now = random_state.capture()
-    random_state.seed_everything(hash((seed, rank, step)) % 2**32)
+    random_state.seed_everything(hash((seed, strategy.data_rank, step)) % 2**32)
     fresh = random_state.capture()
     random_state.restore(now)
     return fresh
 
 
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """Tied parameters: every further name to the first one."""
-    first: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            aliases[name] = first[id(parameter)]
-    return aliases
+def untied_state(strategy: Strategy) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied parameters once."""
+    aliases = strategy.tied_names()
+    return {name: tensor for name, tensor in strategy.model_state().items() if name not in aliases}
 
 
 def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:

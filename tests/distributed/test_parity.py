@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def test_a_batch_that_ranks_cannot_share_and_a_loader_are_refused(tmp_path: Path
 
 
 def test_functions_are_found_or_their_absence_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.path", [*os.sys.path])
+    monkeypatch.setattr("sys.path", [*sys.path])
     build, data = load_functions(f"{__file__}:right", "parity_data")
     assert type(build()).__name__ == "Right" and len(data()) == 37
     with pytest.raises(ValueError, match=r"has no function absent\(\)"):

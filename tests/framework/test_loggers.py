@@ -264,8 +264,8 @@ def in_a_terminal(program: str) -> tuple[int, str]:
     os.close(terminal)
     shown = b""
     while True:
-        ready, _, _ = select.select([controller], [], [], 60)
-        assert ready, "nothing was shown for a minute"
+        ready, _, _ = select.select([controller], [], [], 300)
+        assert ready, "nothing was shown for five minutes"
         try:
             part = os.read(controller, 65536)
         except OSError:  # Linux says so when the other end is closed

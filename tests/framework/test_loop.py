@@ -290,12 +290,7 @@ def test_logs_are_means_since_the_last_log_and_the_result_is_the_mean_over_all_u
     assert result.global_step == 7
     assert result.training_loss == pytest.approx(sum(losses) / 7, rel=1e-12)
     assert result.metrics["train_loss"] == result.training_loss
-    assert set(result.metrics) == {
-        "train_runtime",
-        "train_steps_per_second",
-        "train_items_per_second",
-        "train_loss",
-    }
+    assert {"train_runtime", "train_samples_per_second", "total_flos"} < set(result.metrics)
     assert result.metrics["train_steps_per_second"] == pytest.approx(7 / result.metrics["train_runtime"])
     # One sample per update.
     assert result.metrics["train_items_per_second"] == pytest.approx(7 / result.metrics["train_runtime"])

@@ -1,0 +1,322 @@
+"""TrainModule: how forward is called, what is counted, wrapped models, default optimizers and schedules."""
+
+import math
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from stratagem import FitArguments, TrainModule
+from stratagem.framework.averages import Averages, mean_of_finite
+from stratagem.framework.module import forward_call, move_to
+from stratagem.framework.objective import Objective
+from stratagem.framework.optimizers import decay_groups
+from stratagem.framework.schedulers import make_scheduler
+from tiny import MakeFit, Regressor, collate, parameters_of, regression_rows
+from torch import Tensor, nn
+
+# How forward is called.
+
+
+def call(forward: Any, batch: Any) -> Any:
+    """What ``forward`` receives of a batch."""
+
+    class Module(nn.Module):
+        pass
+
+    Module.forward = forward  # type: ignore[assignment]
+    module = Module()
+    return forward_call(module)(module, batch)
+
+
+def test_a_mapping_gives_forward_what_it_names() -> None:
+    batch = {"x": 1, "y": 2, "z": 3}
+    assert call(lambda self, x: (x,), batch) == (1,)
+    assert call(lambda self, z, x: (z, x), batch) == (3, 1)
+    assert call(lambda self, x, other=7: (x, other), batch) == (1, 7)
+    assert call(lambda self, x, y=7: (x, y), batch) == (1, 2)
+    assert call(lambda self, x, *, z: (x, z), batch) == (1, 3)
+    assert call(lambda self, x, **rest: (x, rest), batch) == (1, {"y": 2, "z": 3})
+    assert call(lambda self, **everything: everything, batch) == batch
+
+
+def test_a_tuple_gives_forward_its_entries_by_position() -> None:
+    for batch in ((1, 2, 3), [1, 2, 3]):
+        assert call(lambda self, x: (x,), batch) == (1,)
+        assert call(lambda self, x, y: (x, y), batch) == (1, 2)
+        assert call(lambda self, x, *rest: (x, rest), batch) == (1, (2, 3))
+        assert call(lambda self, a, b, c, d=4: (a, b, c, d), batch) == (1, 2, 3, 4)
+
+
+def test_anything_else_is_given_whole() -> None:
+    assert call(lambda self, x: (x,), "text") == ("text",)
+    assert call(lambda self, x: (x,), 5) == (5,)
+
+
+def test_move_to_keeps_the_containers() -> None:
+    Point = namedtuple("Point", ["x", "name"])
+    batch = {"a": [torch.ones(1), "b"], "c": Point(torch.zeros(2), "d"), "e": (torch.ones(1), None)}
+    moved = move_to(batch, torch.device("meta"))
+    assert moved["a"][0].device.type == moved["c"].x.device.type == moved["e"][0].device.type == "meta"
+    assert isinstance(moved["c"], Point)
+    assert (moved["a"][1], moved["c"].name, moved["e"][1]) == ("b", "d", None)
+    assert (type(moved["a"]), type(moved["e"])) == (list, tuple)
+
+
+# What is counted.
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ({"labels": torch.tensor([[1, -100], [-100, 2]])}, 2),
+        ({"labels": torch.full((2, 3), -100)}, 0),
+        ({"labels": torch.tensor([0.5, -100.0, 1.5])}, 3),  # a regression's targets aren't padding
+        ({"labels": torch.tensor(4)}, 1),
+        ({"x": torch.ones(5, 2), "y": torch.ones(5)}, 5),
+        ({"name": "text", "x": torch.ones(5, 2)}, 5),
+        (torch.ones(6, 2), 6),
+        ((torch.ones(4, 2), torch.ones(4)), 4),
+        ([torch.ones(4, 2)], 4),
+    ],
+)
+def test_items_of_a_batch(batch: Any, count: int) -> None:
+    assert Regressor().count_items(batch) == count
+
+
+@pytest.mark.parametrize("batch", [torch.tensor(1.0), {"name": "text"}, "text", 5, []])
+def test_batches_that_cant_be_counted(batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"Can't tell how many items.*Write count_items"):
+        Regressor().count_items(batch)
+
+
+def test_counting_of_ones_own_weighs_the_micro_batches(make_fit: MakeFit) -> None:
+    class ByWeight(Regressor):
+        """Items are the sum of "weight"; the loss is the weighted mean."""
+
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            errors = (outputs - batch["y"]).square()[:, 0]
+            return (errors * batch["weight"]).sum() / batch["weight"].sum()
+
+        def count_items(self, batch: dict[str, Tensor]) -> int:
+            return int(batch["weight"].sum())
+
+    rows = [{**row, "weight": torch.tensor(i + 1)} for i, row in enumerate(regression_rows(4))]
+    module = ByWeight()
+    batch = collate(rows)
+    errors = (module(batch["x"]) - batch["y"]).square()[:, 0]
+    expected = (errors * batch["weight"]).sum() / (1 + 2 + 3 + 4)
+    [gradient] = torch.autograd.grad(expected, [module.head.weight])
+    before = parameters_of(module)
+    fit = make_fit(module, rows, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1)
+    assert fit.train().training_loss == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(
+        module.head.weight.detach(), before["head.weight"] - 0.1 * gradient, rtol=1e-6, atol=1e-7
+    )
+    assert fit.state.items_seen == 10
+
+
+# Finding the loss.
+
+
+def test_the_loss_of_a_model_that_computes_its_own() -> None:
+    module, loss = TrainModule(), torch.tensor(2.0)
+    assert module.loss({"loss": loss, "logits": torch.ones(3)}, None) is loss
+    assert module.loss((loss, torch.ones(3)), None) is loss
+    with pytest.raises(ValueError, match="defines no loss"):
+        module.loss((torch.ones(3),), None)
+
+
+def test_num_items_is_asked_for_by_name_alone() -> None:
+    def named(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any: ...
+    def by_keyword(outputs: Any, labels: Any, *, num_items_in_batch: Any = None) -> Any: ...
+    def anything(outputs: Any, labels: Any, **options: Any) -> Any: ...
+
+    takes = [Objective(Regressor(), loss).takes_num_items for loss in (named, by_keyword, anything, None)]
+    assert takes == [True, True, False, False]
+
+
+# Wrapped models.
+
+
+class PlainModel(nn.Module):
+    """As transformers' models: given labels, its outputs hold a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        outputs = self.net(x)
+        return {"logits": outputs} if y is None else {"loss": (outputs - y).square().mean(), "logits": outputs}
+
+    def greet(self) -> str:
+        return "hello"
+
+
+def test_a_wrapped_model_is_itself_and_trains(make_fit: MakeFit) -> None:
+    model = PlainModel()
+    wrapped = TrainModule.wrap(model)
+    assert wrapped is model
+    assert isinstance(model, TrainModule) and isinstance(model, PlainModel)
+    assert list(dict(model.named_parameters())) == ["net.weight", "net.bias"]
+    assert model.greet() == "hello"
+    assert type(model).__name__ == "PlainModel"
+    fit = make_fit(wrapped, regression_rows(8), max_steps=30, per_device_train_batch_size=8)
+    first = fit.evaluate(regression_rows(8))["eval_loss"]
+    fit.train()
+    assert fit.evaluate(regression_rows(8))["eval_loss"] < first
+
+
+def test_wrapping_a_train_module_gives_it_back() -> None:
+    module = Regressor()
+    assert TrainModule.wrap(module) is module
+
+
+def test_a_model_with_methods_of_these_names_is_not_wrapped() -> None:
+    class Clashing(PlainModel):
+        def loss(self) -> str:
+            return "of another meaning"
+
+    with pytest.raises(TypeError, match=r"can't wrap Clashing: it has loss of its own"):
+        TrainModule.wrap(Clashing())
+
+
+# Optimizers and schedules.
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.linear = nn.Linear(2, 2)
+        self.norm = nn.LayerNorm(2)
+        self.frozen = nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+
+
+def test_norms_and_biases_are_not_decayed() -> None:
+    module = Mixture()
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = [([names[id(p)] for p in group["params"]], group["weight_decay"]) for group in decay_groups(module, 0.1)]
+    assert groups == [(["weight", "linear.weight"], 0.1), (["linear.bias", "norm.weight", "norm.bias"], 0.0)]
+
+
+def test_the_default_optimizer_is_adamw_as_written_by_hand(make_fit: MakeFit) -> None:
+    class WithAdamW(Regressor):
+        configure_optimizer = TrainModule.configure_optimizer
+
+    module = WithAdamW()
+    rows = regression_rows(4)
+    batch = collate(rows)
+    beta1, beta2, epsilon, rate, decay = 0.8, 0.95, 1e-6, 0.05, 0.2
+    values = {name: value.double() for name, value in parameters_of(module).items()}
+    moments = {name: (torch.zeros_like(v), torch.zeros_like(v)) for name, v in values.items()}
+    reference = Regressor().double()
+    for step in (1, 2, 3):
+        reference.load_state_dict(values)
+        loss = (reference(batch["x"].double()) - batch["y"].double()).square().mean()
+        gradients = dict(zip(values, torch.autograd.grad(loss, list(reference.parameters())), strict=True))
+        for name, gradient in gradients.items():
+            first, second = moments[name]
+            first = beta1 * first + (1 - beta1) * gradient
+            second = beta2 * second + (1 - beta2) * gradient**2
+            moments[name] = first, second
+            shrunk = values[name] * (1 - rate * (0.0 if name.endswith("bias") else decay))
+            direction = (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + epsilon)
+            values[name] = shrunk - rate * direction
+    make_fit(
+        module,
+        rows,
+        learning_rate=rate,
+        weight_decay=decay,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_epsilon=epsilon,
+        max_steps=3,
+    ).train()
+    found = {name: value.double() for name, value in parameters_of(module).items()}
+    torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [1.0] * 7),
+        ("constant_with_warmup", [0, 0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0, 0.5, 1, *[0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4)]]),
+    ],
+)
+def test_schedules_over_six_updates_with_two_of_warmup(name: str, expected: list[float]) -> None:
+    warmup = 0 if name == "constant" else 2
+    args = FitArguments(lr_scheduler_type=name, warmup_steps=warmup, max_steps=6, learning_rate=3.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=3.0)
+    scheduler = make_scheduler(optimizer, args, 6)
+    rates = []
+    for _ in range(7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([3.0 * factor for factor in expected], abs=1e-12)
+
+
+# Averages.
+
+
+def averages() -> Averages:
+    return Averages(lambda tensor: tensor, torch.device("cpu"))
+
+
+def test_averages_keep_each_updates_values() -> None:
+    held = averages()
+    for k in range(2 * Averages.FOLD + 3):
+        held.add_share("extra", torch.tensor(1.0))
+        held.add_share("extra", torch.tensor(float(k)))
+        held.end_update(torch.tensor(float(k)))
+    values = held.take()[0]
+    assert values["loss"] == [float(k) for k in range(2 * Averages.FOLD + 3)]
+    assert values["extra"] == [float(k) + 1 for k in range(2 * Averages.FOLD + 3)]
+    assert held.take()[0] == {}
+
+
+def test_averages_survive_being_saved() -> None:
+    first, second = averages(), averages()
+    for held in (first, second):
+        held.end_update(torch.tensor(1 / 3))
+    second.load_state_dict(first.state_dict())
+    second.end_update(torch.tensor(2.0))
+    assert second.take()[0] == {"loss": [float(torch.tensor(1 / 3)), 2.0]}
+    assert first.take()[0] == {"loss": [float(torch.tensor(1 / 3))]}
+
+
+def test_the_mean_leaves_out_what_isnt_finite() -> None:
+    assert mean_of_finite([1.0, math.nan, 3.0, math.inf]) == 2.0
+    assert math.isnan(mean_of_finite([math.nan]))
+    assert math.isnan(mean_of_finite([]))
+    # Summed exactly: in another order, plain addition gives 0.0 here.
+    assert mean_of_finite([1e16, 1.0, -1e16]) == 1 / 3
+
+
+def test_a_loss_that_isnt_finite_once_does_not_spoil_the_log(make_fit: MakeFit) -> None:
+    class Once(TrainModule):
+        """Losses 1, inf, 1 whatever the data; nothing moves."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.weight * (math.inf if self.calls == 2 else 1.0)
+
+        def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return outputs
+
+        def configure_optimizer(self, args: FitArguments) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-30)
+
+    fit = make_fit(Once(), regression_rows(4), max_steps=2, logging_steps=2)
+    assert fit.train().training_loss == 1.0
+    assert fit.state.log_history[0]["loss"] == 1.0

@@ -1,0 +1,135 @@
+"""Learning-rate schedules: their values against formulas worked out by hand, and what they refuse."""
+
+import math
+from typing import Any
+
+import pytest
+from stratagem import FitArguments
+from stratagem.framework.schedulers import SCHEDULERS, SHAPES
+from tiny import MakeFit, Regressor, regression_rows
+
+WARMUP, TOTAL = 4, 12  # 8 updates after warm-up
+
+
+def rates(name: str, **options: Any) -> list[float]:
+    return [SHAPES[name](update, WARMUP, TOTAL, **options) for update in range(TOTAL + 1)]
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "constant"])
+def test_every_schedule_warms_up_in_a_straight_line(name: str) -> None:
+    options = {"num_decay_steps": 4} if name == "warmup_stable_decay" else {}
+    assert rates(name, **options)[:5] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "update", "expected"),
+    [
+        ("constant", {}, 0, 1.0),
+        ("constant_with_warmup", {}, 11, 1.0),
+        ("linear", {}, 10, 0.25),
+        ("linear", {}, 12, 0.0),
+        ("cosine", {}, 8, 0.5),
+        ("cosine", {}, 6, 0.5 * (1 + math.sqrt(0.5))),
+        ("cosine_with_restarts", {"num_cycles": 2}, 6, 0.5),
+        ("cosine_with_restarts", {"num_cycles": 2}, 8, 1.0),
+        ("cosine_with_restarts", {"num_cycles": 2}, 12, 0.0),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}, 8, 0.6),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}, 12, 0.2),
+        ("polynomial", {"power": 2.0}, 8, 0.25),
+        ("polynomial", {"power": 1.0, "lr_end_rate": 0.5}, 8, 0.75),
+        ("inverse_sqrt", {}, 16, 0.5),  # (4 / 16) ** 0.5
+        ("inverse_sqrt", {"timescale": 12}, 40, 0.5),  # shifted by 8: (12 / 48) ** 0.5
+        ("warmup_stable_decay", {"num_decay_steps": 4}, 8, 1.0),
+        ("warmup_stable_decay", {"num_decay_steps": 4}, 10, 0.5),
+        ("warmup_stable_decay", {"num_decay_steps": 4, "min_lr_rate": 0.1}, 12, 0.1),
+    ],
+)
+def test_values(name: str, options: dict[str, Any], update: int, expected: float) -> None:
+    assert SHAPES[name](update, WARMUP, TOTAL, **options) == pytest.approx(expected, abs=1e-12)
+
+
+def test_warmup_ratio_is_a_part_of_the_run(make_fit: MakeFit) -> None:
+    fit = make_fit(
+        Regressor(),
+        regression_rows(8),
+        max_steps=8,
+        warmup_ratio=0.5,
+        lr_scheduler_type="constant_with_warmup",
+        learning_rate=1.0,
+        logging_steps=1,
+    )
+    fit.train()
+    assert [line["learning_rate"] for line in fit.state.log_history] == pytest.approx(
+        [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    )
+
+
+def test_plateau_steps_on_the_evaluations_metric_only(make_fit: MakeFit) -> None:
+    # A learning rate of 1e-12 changes nothing, so every evaluation is a plateau: with patience 0 each but the first
+    # divides the rate by ten.
+    fit = make_fit(
+        Regressor(),
+        regression_rows(8),
+        regression_rows(4),
+        max_steps=6,
+        learning_rate=1e-12,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "factor": 0.1, "eps": 0.0},
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=1,
+    )
+    fit.train()
+    rates = [line["learning_rate"] for line in fit.state.log_history if "learning_rate" in line]
+    assert rates == pytest.approx([1e-12, 1e-12, 1e-12, 1e-12, 1e-13, 1e-13])
+
+
+def test_plateau_names_the_metrics_there_are(make_fit: MakeFit) -> None:
+    fit = make_fit(
+        Regressor(),
+        regression_rows(8),
+        regression_rows(4),
+        max_steps=2,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        metric_for_best_model="accuracy",
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    with pytest.raises(ValueError, match=r"asks for 'eval_accuracy', which the evaluation doesn't produce.*eval_loss"):
+        fit.train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "linear has no option num_cycles; it takes none"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay needs num_decay_steps"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "has no effect with lr_scheduler_type='constant'"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "says the same as warmup_steps=5"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "set eval_strategy"),
+        ({"load_best_model_at_end": True}, "needs evaluations to tell which is best"),
+        ({"greater_is_better": True}, "has no effect without metric_for_best_model"),
+        ({"torch_compile_mode": "max-autotune"}, "has no effect without torch_compile=True"),
+        ({"gradient_checkpointing_kwargs": {"a": 1}}, "has no effect without gradient_checkpointing=True"),
+        ({"debug": "overflow"}, "must be one of"),
+    ],
+)
+def test_what_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FitArguments(**arguments)
+
+
+def test_every_name_is_listed() -> None:
+    assert set(SCHEDULERS) == {
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+        "reduce_lr_on_plateau",
+    }
