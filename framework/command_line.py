@@ -61,7 +61,7 @@ def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--ranks",
         type=positive(int),
         default=2,
-        help="for strategies that use several; fsdp2xtp takes twice as many (default: %(default)s)",
+        help="for strategies that use several; fsdp2xtp and fsdp2xcp take twice as many (default: %(default)s)",
     )
     parser.add_argument("--updates", type=positive(int), default=defaults.updates, help="(default: %(default)s)")
     parser.add_argument(

@@ -29,6 +29,7 @@ from .parity import Difference, Recipe, Recording, compare, default_tolerance, r
 
 COMBINATIONS: Mapping[str, tuple[str, Mapping[str, Any], int]] = {
     "fsdp2xtp": ("fsdp2", {"tensor_parallel": 2}, 2),
+    "fsdp2xcp": ("fsdp2", {"context_parallel": 2}, 2),
 }
 """Strategies with options that deserve a row of their own: name to (strategy, options, factor on the ranks)."""
 
