@@ -1,4 +1,4 @@
-"""The table of all arguments, for the documents: ``python -m stratagem.framework.arguments_table > docs/arguments.md``."""
+"""The table of all arguments, for the documents: ``python -m stratagem.framework.arguments_table``."""
 
 import dataclasses
 import inspect

@@ -208,6 +208,8 @@ class Fit:
             random_state.seed_everything(self.args.seed + self.strategy.data_rank)
         else:
             self._random_to_restore = checkpoint.restore(self, path)
+            if self.args.ignore_data_skip:
+                self.stream.load_state_dict({"position": 0})
             self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
             if self.state.global_step >= self.state.max_steps:  # finished: no epoch follows, which would do it
                 self.restore_random_state()

@@ -134,6 +134,18 @@ def test_everywhere_in_a_run(make_fit: MakeFit, tmp_path: Path, stop: int) -> No
     check_resume(make_fit, tmp_path, stop, lambda: regression_rows(22))
 
 
+def test_a_checkpoint_written_in_the_background(make_fit: MakeFit, tmp_path: Path) -> None:
+    # Training goes on while it is written: what is written must be the moment of the save.
+    options = {**SIZES, "loggers": (), "save_strategy": "steps", "save_steps": 2, "async_save": True}
+    torch.manual_seed(1)
+    whole = make_fit(Dropping(), NoisyRows(22), **options)
+    whole.train()
+    for step in (2, 4, 6):
+        resumed = make_fit(Dropping(), NoisyRows(22), **{**options, "save_strategy": "no"})
+        resumed.train(resume_from_checkpoint=tmp_path / "output" / f"checkpoint-{step}")
+        assert_same(everything(resumed), everything(whole))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [4, 6])
 def test_randomness_inside_the_dataset(make_fit: MakeFit, tmp_path: Path, workers: int, stop: int) -> None:
@@ -195,13 +207,16 @@ ITERABLES = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 3, 5, 6])
 @pytest.mark.parametrize("kind", ITERABLES)
-def test_iterable_datasets(make_fit: MakeFit, tmp_path: Path, kind: str, stop: int, workers: int) -> None:
-    if workers and kind == "shuffled as it begins":
-        pytest.skip("each worker would draw an order of its own")
-    check_resume(make_fit, tmp_path, stop, ITERABLES[kind], dataloader_num_workers=workers, max_steps=UPDATES)
+def test_iterable_datasets(make_fit: MakeFit, tmp_path: Path, kind: str, stop: int) -> None:
+    check_resume(make_fit, tmp_path, stop, ITERABLES[kind], max_steps=UPDATES)
+
+
+@pytest.mark.parametrize("stop", [5, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 3, 6))])
+@pytest.mark.parametrize("kind", ["in order", "shuffled as it goes"])  # as it begins, each worker draws an order
+def test_iterable_datasets_with_workers(make_fit: MakeFit, tmp_path: Path, kind: str, stop: int) -> None:
+    check_resume(make_fit, tmp_path, stop, ITERABLES[kind], dataloader_num_workers=2, max_steps=UPDATES)
 
 
 class EveryOther(BatchSampler):
@@ -237,7 +252,7 @@ def test_ready_loaders(make_fit: MakeFit, tmp_path: Path, loader: Callable[[], D
     check_resume(make_fit, tmp_path, stop, loader)
 
 
-@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize("stop", [6, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_ready_loaders_with_workers(
     make_fit: MakeFit, tmp_path: Path, loader: Callable[[int], DataLoader], stop: int

@@ -269,3 +269,22 @@ def test_losses_that_are_not_finite(filters: bool, make_fit: MakeFit) -> None:
 
 def test_classes_are_seven() -> None:
     assert CLASSES == 7
+
+
+def test_ignore_data_skip_begins_the_epoch_anew(make_fit: MakeFit) -> None:
+    class Noting(Regressor):
+        seen: list[float] = []
+
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            self.seen.append(batch["x"][0, 0].item())
+            return super().loss(outputs, batch)
+
+    rows = regression_rows(6)
+    options: dict[str, Any] = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
+    fit = make_fit(Noting(), rows, max_steps=2, **options)
+    fit.train()
+    for skips, expected in ((True, rows[0]), (False, rows[2])):
+        Noting.seen.clear()
+        again = make_fit(Noting(), rows, max_steps=3, ignore_data_skip=skips, **options)
+        again.train(resume_from_checkpoint=f"{fit.args.output_dir}/checkpoint-2")
+        assert Noting.seen == [expected["x"][0].item()]
