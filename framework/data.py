@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import (
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -427,7 +428,7 @@ def make_stream(
             return LoaderStream(data, seed, rank, size)
         options = LoaderOptions(
             batch_size=data.batch_size or 1,
-            shuffle=isinstance(data.sampler, RandomSampler),
+            shuffle=isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True,
             drop_last=data.drop_last,
             collate_fn=data.collate_fn,
             workers={
@@ -471,4 +472,5 @@ def _has_plain_sampler(loader: DataLoader[Any]) -> bool:
         return (
             standard_batches and not sampler.replacement and sampler.generator is None and sampler._num_samples is None
         )
-    return standard_batches and type(sampler) is SequentialSampler
+    # A DistributedSampler has shared the samples among ranks already, which is done here.
+    return standard_batches and type(sampler) in (SequentialSampler, DistributedSampler)

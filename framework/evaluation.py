@@ -30,11 +30,12 @@ def run(
         stream: the data.
         prefix: of the metrics' names, "eval" gives "eval_loss".
         ignore_keys: entries of a mapping output that are left out of predictions.
-        predict: keep the outputs; the loss is then computed only where a batch has labels.
+        predict: hand out the outputs; the loss is then computed only where a batch has labels.
 
     Returns:
         (metrics, predictions); predictions is None unless asked for.
     """
+    keeps = predict or fit.compute_metrics is not None
     strategy, objective, model = fit.strategy, fit.objective, fit.strategy.model
     metrics = {} if predict else dict(fit.module.metrics())
     for metric in metrics.values():
@@ -62,8 +63,8 @@ def run(
                     sums[name] = sums.get(name, 0.0) + share.double()
                 for metric in metrics.values():
                     metric.update(*fit.module.metric_inputs(outputs, inputs))
-                if predict:
-                    kept.append(to_host(outputs, set(ignore_keys)))
+                if keeps:
+                    kept.append((to_host(outputs, set(ignore_keys)), to_host(labels_of(inputs), set())))
             fit.emit("on_prediction_step")
     finally:
         model.train(was_training)
@@ -85,12 +86,15 @@ def run(
         if len(reports) > 1:
             merge_states(metric, [other["metrics"][name] for other in reports])
         results |= scalars(f"{prefix}_{name}", metric.compute())
-    if not predict:
+    if not keeps:
         return results, None
     parts, sharing = [other["predictions"] for other in reports], strategy.context_parallel_size
     groups = [parts[i : i + sharing] for i in range(0, len(parts), sharing)]
     joined = [[strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
-    return results, concatenate(in_order(joined))
+    predictions, labels = concatenate(in_order(joined))
+    if fit.compute_metrics is not None and isinstance(labels, Tensor):
+        results |= {f"{prefix}_{name}": float(n) for name, n in fit.compute_metrics(predictions, labels).items()}
+    return results, predictions if predict else None
 
 
 def host_states(metric: Any) -> list[dict[str, Any]]:

@@ -52,6 +52,8 @@ class Fit:
         callbacks: Callback instances; they hear events in this order.
         loggers: names ("jsonl", "tensorboard") or Logger instances.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
+        compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
+            can be summed up batch by batch are better returned by the module's ``metrics()``.
         **arguments: fields of FitArguments; they override ``args``.
 
     Attributes:
@@ -83,6 +85,7 @@ class Fit:
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
         compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         **arguments: Any,
     ) -> None:
         if not isinstance(module, TrainModule):
@@ -103,6 +106,7 @@ class Fit:
             )
         self.module = module
         self.objective = Objective(module, compute_loss_func, self.args.label_smoothing_factor, self.args.past_index)
+        self.compute_metrics = compute_metrics
         self.count_tokens = TokenCounter(module, self.args)
         self.strategy = get_strategy(strategy)
         start_ranks(self.strategy, devices, max_restarts)

@@ -98,6 +98,14 @@ class Writer(TrainModule):
         return {**cut, "blocks.*.out": "rowwise", "blocks.*.down": "rowwise"}
 
 
+class CountedWriter(Writer):
+    """Divides by the global count itself."""
+
+    def loss(self, outputs: Tensor, batch: Any, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        labels = batch["labels"].flatten()
+        return F.cross_entropy(outputs.flatten(0, 1), labels, reduction="sum") / num_items_in_batch
+
+
 class Recomputed(Block):
     """Keeps no activations; its attention runs again in backward."""
 
@@ -199,9 +207,10 @@ def test_one_curve(ranks: dict[int, Ranks], tmp_path: Path, placement: str) -> N
 
 
 @pytest.mark.slow
-def test_recomputed_activations(ranks: dict[int, Ranks]) -> None:
+@pytest.mark.parametrize("module", [RecomputedWriter, CountedWriter])
+def test_other_writers(ranks: dict[int, Ranks], module: type[TrainModule]) -> None:
     expected, _ = single()
-    found = train_on_ranks(ranks, "context-2", module=RecomputedWriter)
+    found = train_on_ranks(ranks, "context-2", module=module)
     assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
 
 

@@ -174,9 +174,9 @@ def at_random(root: Path, kills: int) -> None:
     steps = []
     for _ in range(kills):
         child, reading = in_child(
-            lambda report: make_fit(  # type: ignore[arg-type, return-value]
-                directory, max_steps=10**6, save_steps=1, save_total_limit=3
-            ).train(resume_from_checkpoint=True)
+            lambda report: make_fit(directory, max_steps=10**6, save_steps=1, save_total_limit=3).train(
+                resume_from_checkpoint=True
+            )
         )
         time.sleep(draws.uniform(0.05, 0.8))
         kill(child, reading)

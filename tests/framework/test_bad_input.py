@@ -100,9 +100,9 @@ def test_a_batch_that_cant_be_counted(make_fit: MakeFit) -> None:
 
 def test_a_module_that_isnt_one(make_fit: MakeFit) -> None:
     with pytest.raises(TypeError, match=r"takes a stratagem\.TrainModule.*Linear.*Write TrainModule\.wrap\(model\)"):
-        make_fit(nn.Linear(1, 1), ROWS)  # type: ignore[arg-type]
+        make_fit(nn.Linear(1, 1), ROWS)
     with pytest.raises(TypeError, match="Pass an instance, not a class"):
-        make_fit(Regressor, ROWS)  # type: ignore[arg-type]
+        make_fit(Regressor, ROWS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem.framework.builtin_callbacks import EarlyStopping, LearningRateMonitor, Throughput
-from tiny import MakeFit, Regressor, regression_rows
+from tiny import MakeFit, Regressor, Tagger, collate, regression_rows, token_rows
 from torch import Tensor
 
 
@@ -140,3 +140,29 @@ def test_monitors_add_their_numbers(make_fit: MakeFit) -> None:
     for line in fit.state.log_history:
         assert line["learning_rate_group_0"] == 0.1
         assert line["samples_per_second"] == pytest.approx(2 * line["steps_per_second"])
+
+
+def test_compute_metrics_sees_the_whole_evaluation(make_fit: MakeFit) -> None:
+    class Keyed(Tagger):
+        def forward(self, tokens: Tensor) -> Any:
+            logits = super().forward(tokens)
+            return {"logits": logits, "hidden": logits * 0.0}
+
+        def loss(self, outputs: Any, batch: dict[str, Tensor]) -> Any:
+            return super().loss(outputs["logits"], batch)
+
+    rows, seen = token_rows(7)[1:], []
+
+    def correct(predictions: Any, labels: Tensor) -> dict[str, float]:
+        seen.append(sorted(predictions))
+        right = (predictions["logits"].argmax(-1) == labels)[labels != -100]
+        return {"correct": right.double().mean().item()}
+
+    module = Keyed()
+    fit = make_fit(module, rows, rows, compute_metrics=correct, per_device_eval_batch_size=4)
+    metrics = fit.evaluate(ignore_keys=["hidden"])
+    batch = collate(rows)
+    with torch.no_grad():
+        right = (module(batch["tokens"])["logits"].argmax(-1) == batch["labels"])[batch["labels"] != -100]
+    assert metrics["eval_correct"] == pytest.approx(right.double().mean().item())
+    assert seen == [["logits"]]

@@ -17,6 +17,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     SequentialSampler,
     WeightedRandomSampler,
@@ -249,6 +250,18 @@ def test_samplers_and_datasets_are_told_the_epoch() -> None:
     assert sampler.epochs == [0, 1, 5]
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_distributed_samplers_share_is_not_shared_again(size: int, shuffle: bool) -> None:
+    def make(rank: int) -> DataStream:
+        sampler = DistributedSampler(Numbers(13), num_replicas=size, rank=rank, shuffle=shuffle)
+        return stream_of(DataLoader(Numbers(13), batch_size=4 // size, sampler=sampler), rank, size)
+
+    seen = flat(updates_over_ranks(make, size, 1))
+    assert sorted(seen) == list(range(13))  # each sample once: the sampler alone would repeat one for two ranks
+    assert (seen == list(range(13))) != shuffle
+
+
 # Positions.
 
 
@@ -318,6 +331,17 @@ class Lopsided(IterableDataset):
     def __iter__(self) -> Iterator[int]:
         info = get_worker_info()
         return iter(range(6) if info is None or info.id == 0 else [10])
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}])
+def test_an_epoch_that_was_left_early_does_not_show_in_the_next(options: dict[str, Any]) -> None:
+    stream = stream_of(Numbers(30), per_device_train_batch_size=4, **options)
+    whole = [[batch.tolist() for batch in stream.epoch(e)] for e in (0, 1)]
+    again = stream_of(Numbers(30), per_device_train_batch_size=4, **options)
+    batches = again.epoch(0)
+    assert [next(batches).tolist() for _ in range(2)] == whole[0][:2]
+    assert [batch.tolist() for batch in again.epoch(1)] == whole[1]
+    assert again.position == 30
 
 
 def test_fraction_counts_what_was_handed_out() -> None:

@@ -52,7 +52,7 @@ def test_the_loss_is_the_mean_over_all_labels_whatever_the_batches(make_fit: Mak
 
 def test_a_loss_that_names_the_count_is_evaluated_as_a_mean_too(make_fit: MakeFit) -> None:
     class Counted(Tagger):
-        def loss(self, outputs: Tensor, batch: Any, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        def loss(self, outputs: Tensor, batch: Any, num_items_in_batch: Any = None) -> Tensor:
             labels = batch["labels"].flatten()
             return nn.functional.cross_entropy(outputs.flatten(0, 1), labels, reduction="sum") / num_items_in_batch
 

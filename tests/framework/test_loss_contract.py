@@ -25,7 +25,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 class CountedTagger(Tagger):
     """Divides by the global count itself."""
 
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor], num_items_in_batch: int | None = None) -> Tensor:  # type: ignore[override]
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor], num_items_in_batch: int | None = None) -> Tensor:
         return cross_entropy_sum(outputs, batch["labels"]) / num_items_in_batch
 
 
@@ -43,7 +43,7 @@ class ForgetfulTagger(Tagger):
 
     received: list[str]
 
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor], **options: Any) -> Tensor:  # type: ignore[override]
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor], **options: Any) -> Tensor:
         self.received = [*getattr(self, "received", []), *options]
         return super().loss(outputs, batch)
 

@@ -24,7 +24,7 @@ def call(forward: Any, batch: Any) -> Any:
     class Module(nn.Module):
         pass
 
-    Module.forward = forward  # type: ignore[assignment]
+    Module.forward = forward
     module = Module()
     return forward_call(module)(module, batch)
 

@@ -13,7 +13,18 @@ import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework import random_state
 from stratagem.precision import FP16Mixed
-from tiny import Dropping, MakeFit, NoisyRows, RowStream, StopAt, Tagger, parameters_of, regression_rows, token_rows
+from tiny import (
+    Dropping,
+    Float64,
+    MakeFit,
+    NoisyRows,
+    RowStream,
+    StopAt,
+    Tagger,
+    parameters_of,
+    regression_rows,
+    token_rows,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -442,3 +453,30 @@ def test_a_run_after_a_resumed_finished_one_begins_anew(make_fit: MakeFit, tmp_p
     fit.train()
     fresh.train()
     assert_same(everything(fit), everything(fresh))
+
+
+def test_another_split_into_micro_batches_goes_on_with_the_same_global_batches(
+    make_fit: MakeFit, tmp_path: Path
+) -> None:
+    # Two updates of 8 before the checkpoint; the short group of 6 and the next epoch after it.
+    def make(size: int, accumulation: int, *callbacks: Callback, **more: Any) -> Fit:
+        torch.manual_seed(1)
+        return make_fit(
+            Tagger(),
+            token_rows(22),
+            precision=Float64(),
+            shuffle=True,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=2,
+            callbacks=callbacks,
+            **more,
+        )
+
+    whole = make(8, 1)
+    whole.train()
+    make(8, 1, StopAt(2), save_strategy="steps", save_steps=2).train()
+    for split in ((4, 2), (2, 4), (1, 8)):
+        resumed = make(*split)
+        assert resumed.train(resume_from_checkpoint=tmp_path / "output" / "checkpoint-2").global_step == 6
+        torch.testing.assert_close(parameters_of(resumed.module), parameters_of(whole.module), rtol=1e-12, atol=1e-13)
