@@ -234,8 +234,9 @@ def register_cpu_kernel() -> None:
 
     def attend_backward(group: Any, gradient: Tensor, *saved: Any, **options: Any) -> tuple[Tensor, ...]:
         *tensors, dropout_p, is_causal = saved
+        given: tuple[Any, ...] = (gradient, "grad_out", *tensors, is_causal)
         return ring._templated_ring_attention_backward(
-            group, SEQUENCE.dim, backward, gradient, "grad_out", *tensors, is_causal, dropout_p=dropout_p, **options
+            group, SEQUENCE.dim, backward, *given, dropout_p=dropout_p, **options
         )
 
     ring.custom_ops[forward] = on_local_parts(attend)

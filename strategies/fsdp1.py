@@ -126,7 +126,7 @@ class FSDP1(ProcessGroupStrategy):
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state that was read into back into the flat shards."""
-        whole = {**self.model_state(), **state}
+        whole: dict[str, Any] = {**self.model_state(), **state}
         # Every name is copied in turn, so the further ones of a tied parameter need its new values, too.
         set_model_state_dict(self.model, whole | {alias: whole[name] for alias, name in self.tied_names().items()})
 
