@@ -47,3 +47,8 @@ def make_fit(tmp_path: Path) -> MakeFit:
         return Fit(module, train_data, eval_data, **{**quiet, **arguments})
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what is broken for everybody shows within a minute."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
