@@ -7,6 +7,7 @@ Starting Python and torch takes seconds a rank, so ranks are forked from a serve
 nothing else. A job that fails or hangs on any rank ends all of them; the next job finds new ones.
 """
 
+import atexit
 import faulthandler
 import gc
 import inspect
@@ -96,6 +97,7 @@ class Ranks:
 
     def start(self) -> None:
         """Fork the ranks and have them join their process group."""
+        atexit.register(self.end)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         with socket.socket() as probe:
@@ -105,7 +107,7 @@ class Ranks:
         for rank in range(self.world_size):
             mine, theirs = context.Pipe()
             arguments = (rank, self.world_size, port, theirs, self._log(rank))
-            process = context.Process(target=serve, args=arguments, daemon=True)
+            process = context.Process(target=serve, args=arguments)  # no daemon: data workers are its children
             process.start()
             theirs.close()
             self.processes.append(process)

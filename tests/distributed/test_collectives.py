@@ -160,8 +160,8 @@ def test_nothing_else_is_sent_between_logs(ranks: dict[int, Ranks], strategy: st
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_log_is_one_collective(ranks: dict[int, Ranks], strategy: str) -> None:
     for messages in ranks[2].run(listen, module=Reporting, strategy=strategy):
-        # The loss and three more, of four updates, and the number of items.
-        assert messages["after 4"] == [("allreduce", "float64", 4 * 4 + 1)]
+        # The loss and three more, of four updates, and the numbers of items and tokens.
+        assert messages["after 4"] == [("allreduce", "float64", 4 * 4 + 2)]
         # Flags that on_log may have raised, and the next update's items.
         assert messages["logged 4"] == [("allreduce", "int64", 5), ITEMS_AND_FLAGS]
 

@@ -1,0 +1,61 @@
+"""A program that test_launching.py starts: trains on several ranks, on one of which something happens in update 6."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from stratagem import Callback, Fit
+from training import Tagger, token_rows
+
+
+class Accident(Callback):
+    """On rank 1, after the 5th update, in the first attempt."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        happens = os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if state.global_step == 5 and happens:
+            if self.kind == "raise":
+                raise RuntimeError("the accident on rank 1")
+            if self.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Train 8 updates, and leave a file for each rank that came to the end."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--strategy", default="ddp")
+    parser.add_argument("--devices", type=int)
+    parser.add_argument("--max-restarts", type=int, default=0)
+    parser.add_argument("--accident", default="none")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    starting = {"devices": options.devices, "max_restarts": options.max_restarts} if options.devices else {}
+    fit = Fit(
+        Tagger(),
+        token_rows(80),
+        strategy=options.strategy,
+        callbacks=[Accident(options.accident)],
+        output_dir=str(options.output),
+        max_steps=8,
+        logging_steps=1,
+        save_steps=4,
+        per_device_train_batch_size=8,
+        learning_rate=0.01,
+        max_grad_norm=0.5,
+        **starting,
+    )
+    result = fit.train(resume_from_checkpoint=True)
+    fit.export(options.output / "end.safetensors")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    (options.output / f"rank-{fit.strategy.rank}.txt").write_text(f"{result.global_step} updates, attempt {attempt}")
+
+
+if __name__ == "__main__":
+    main()

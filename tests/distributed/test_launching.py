@@ -1,0 +1,116 @@
+"""Starting ranks for real: from a plain script and by torchrun, and what becomes of the others when one dies."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import token_rows, train
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(__file__).parent / "launched.py"
+SECONDS = 180  # until a launch counts as hung; other work may share the cores
+
+
+@dataclass
+class Launch:
+    """How a launch ended.
+
+    Attributes:
+        status: of the process that was started.
+        seconds: from the last update's log to the end.
+        output, errors: what all of its processes wrote.
+    """
+
+    status: int
+    seconds: float
+    output: str
+    errors: str
+
+
+def launch(output: Path, *options: str, launcher: tuple[str, ...] = (sys.executable,)) -> Launch:
+    """Start the program and wait for it."""
+    output.mkdir(exist_ok=True)
+    # A launch inside a rank would be no launch.
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*launcher, str(PROGRAM), str(output), *options],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    seconds = time.time() - (output / "log.jsonl").stat().st_mtime
+    return Launch(done.returncode, seconds, done.stdout, done.stderr)
+
+
+def check_end(output: Path, attempt: int = 0) -> None:
+    """Both ranks came to the end; the run was logged once and its weights are one device's."""
+    for rank in (0, 1):
+        assert (output / f"rank-{rank}.txt").read_text() == f"8 updates, attempt {attempt}"
+    weights = load_file(output / "end.safetensors")
+    train(data=token_rows(80), per_device_train_batch_size=16, max_steps=8, export=output / "single.safetensors")
+    for name, weight in load_file(output / "single.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5)
+
+
+def logged_steps(output: Path) -> list[int]:
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [entry["step"] for entry in entries if "loss" in entry]
+
+
+def test_plain_script(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--devices", "2")
+    assert done.status == 0, done.errors
+    check_end(tmp_path)
+    assert logged_steps(tmp_path) == list(range(1, 9))
+    # One display: its last line is shown by one process.
+    shown = [line for line in (done.output + done.errors).splitlines() if re.search(r"\b8\s*/\s*8\b", line)]
+    assert len(shown) == 1, done.output + done.errors
+    assert "Traceback" not in done.errors and "terminate called" not in done.errors
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    done = launch(tmp_path, "--strategy", "fsdp2", launcher=torchrun)
+    assert done.status == 0, done.errors
+    check_end(tmp_path)
+    assert logged_steps(tmp_path) == list(range(1, 9))
+
+
+def test_exception_on_one_rank_ends_all(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--devices", "2", "--accident", "raise", "--strategy", "fsdp2")
+    assert done.status == 1
+    assert done.seconds < 20
+    # Rank 1's traceback comes before any other.
+    first = done.errors.index("Traceback (most recent call last)")
+    others = done.errors.find("Traceback (most recent call last)", first + 1)
+    accident = done.errors.index("RuntimeError: the accident on rank 1")
+    assert first < accident and (others < 0 or accident < others)
+    assert "Rank 1 failed first" in done.errors
+    assert not list(tmp_path.glob("rank-*.txt"))
+
+
+def test_killed_rank_ends_all(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--devices", "2", "--accident", "kill")
+    assert done.status != 0
+    assert done.seconds < 20
+    assert "Rank 1 failed first, with exit code -9" in done.errors
+    assert not list(tmp_path.glob("rank-*.txt"))
+
+
+def test_restart_continues(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--devices", "2", "--accident", "kill", "--max-restarts", "1")
+    assert done.status == 0, done.errors
+    check_end(tmp_path, attempt=1)
+    # The second attempt began at the checkpoint of update 4, not anew.
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert logged_steps(tmp_path).count(5) == 2 and logged_steps(tmp_path).count(4) == 1
