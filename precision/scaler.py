@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .base import MaxReduce
@@ -37,6 +36,8 @@ class RankAwareGradScaler(GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         # Overrides torch.amp.GradScaler's private method (2.9 to 2.13); tests/precision pins its behaviour.
+        from torch.distributed.tensor import DTensor  # its import costs as much as torch's own
+
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -155,6 +155,21 @@ class FSDP2(ProcessGroupStrategy):
         self.model.set_is_last_backward(last)
         return nullcontext()
 
+    def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+        """The shards, under the user's names."""
+        self.reshard()
+        return super().named_parameters(remove_duplicate)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Shards and buffers by name."""
+        self.reshard()
+        return super().model_state()
+
+    def reshard(self) -> None:
+        """An evaluation ends with a forward, which leaves the root's parameters whole until a backward follows."""
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()
+
     def split_batch(self, batch: Any) -> Any:
         """This rank's part of the sequence."""
         return self.context.split(batch) if self.context else batch

@@ -1,19 +1,25 @@
 """Checkpoints: one format for every strategy, without pickle, there whole or not at all."""
 
-from .contents import load_weights, restore, take
-from .directory import CheckpointError, rotate
-from .export import export
-from .finding import find
-from .writing import BackgroundWriter, write
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "BackgroundWriter",
-    "CheckpointError",
-    "export",
-    "find",
-    "load_weights",
-    "restore",
-    "rotate",
-    "take",
-    "write",
-]
+# Imported when first used: torch.distributed.checkpoint takes longer to import than the rest of this package.
+HOMES = {
+    "BackgroundWriter": "writing",
+    "CheckpointError": "directory",
+    "export": "exporting",
+    "find": "finding",
+    "load_weights": "contents",
+    "restore": "contents",
+    "rotate": "directory",
+    "take": "contents",
+    "write": "writing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public function or class of that name, from its file."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{HOMES[name]}", __name__), name)
+    return value
