@@ -5,9 +5,10 @@
 Both train the GPT of ``examples/gpt.py`` on the same in-memory tokens with the same fused AdamW, clipping and schedule,
 on ranks that torch's launcher starts on this machine, in turns: each round runs every loop for a few updates. The clock
 is in the network: an update lasts from one forward pass to the next, so that the start and the end of a run stay out. A
-round's ratio is that of its two medians; what is printed is the median over rounds, with quartiles. Other programs on
-the machine only ever add to it: "fastest" is the ratio of the fastest rounds, and "computing" that of the time in which
-the first rank computed. The hand-written loop runs twice in each round: the ratio of the two, after the /, is noise.
+round's number is the median of its updates; what is printed is the median over rounds, with the quartiles of the ratio.
+"Computing" is the ratio of the time in which the first rank computed: other programs on the machine change it less.
+There are two hand-written loops, one made before ours and one after it, since what a process allocates later is slower
+to reach: ours is compared with their mean, and "noise" is the second over the first.
 
 Memory is that of parameters, gradients and optimizer state on one rank, when the optimizer has stepped.
 """
@@ -198,57 +199,39 @@ def shard(module: TimedGPT) -> nn.Module:
 PLACED: dict[str, Callable[[TimedGPT], nn.Module]] = {"ddp": replicate, "fsdp2": shard}
 
 
-def report(times: dict[str, dict[str, list[Timing]]], memory: dict[str, dict[str, int]]) -> list[str]:
-    """The printed rows."""
-
-    def ratios(strategy: str, loop: str, clock: int = 0) -> list[float]:
-        return [a[clock] / b[clock] for a, b in zip(times[strategy][loop], times[strategy]["bare"], strict=True)]
-
-    def milliseconds(strategy: str, loop: str) -> str:
-        return f"{1000 * statistics.median(timing.wall for timing in times[strategy][loop]):.1f}"
-
-    def beside_noise(ratio: Callable[[str, str], float], strategy: str) -> str:
-        return f"{ratio(strategy, 'ours'):.3f} / {ratio(strategy, 'bare again'):.3f}"
-
-    def passed(strategy: str, loop: str) -> float:
-        return statistics.median(ratios(strategy, loop))
-
-    def computed(strategy: str, loop: str) -> float:
-        return statistics.median(ratios(strategy, loop, clock=1))
-
-    def fastest(strategy: str, loop: str) -> float:
-        ours, bare = (min(timing.wall for timing in times[strategy][name]) for name in (loop, "bare"))
-        return ours / bare
-
-    lines = ["  ".join(f"{heading:>{width}}" for heading, width in COLUMNS.items())]
-    for strategy, held in memory.items():
-        low, _, high = statistics.quantiles(ratios(strategy, "ours"), n=4, method="inclusive")
-        cells = (
-            strategy,
-            milliseconds(strategy, "bare"),
-            milliseconds(strategy, "ours"),
-            beside_noise(passed, strategy),
-            f"{low:.3f} to {high:.3f}",
-            beside_noise(fastest, strategy),
-            beside_noise(computed, strategy),
-            f"{held['bare'] / 2**20:.2f}",
-            f"{held['ours'] / 2**20:.2f}",
-            f"{held['ours'] / held['bare']:.4f}",
-        )
-        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
-    part = memory["fsdp2"]["ours"] / memory["ddp"]["ours"]
-    lines.append(f"fsdp2 holds {part:.4f} of a whole replica on each of {dist.get_world_size()} ranks")
-    return lines
+def row(strategy: str, turns: dict[str, list[Timing]], memory: dict[str, int]) -> list[str]:
+    """The printed cells of a strategy, from each loop's turns and bytes."""
+    rounds = list(zip(turns["bare"], turns["ours"], turns["bare again"], strict=True))
+    ratios = [2 * ours.wall / (bare.wall + again.wall) for bare, ours, again in rounds]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    noise = statistics.median(again.wall / bare.wall for bare, _, again in rounds)
+    computing = statistics.median(
+        2 * ours.computing / (bare.computing + again.computing) for bare, ours, again in rounds
+    )
+    bare_median = statistics.median(timing.wall for timing in turns["bare"] + turns["bare again"])
+    ours_median = statistics.median(timing.wall for timing in turns["ours"])
+    return [
+        strategy,
+        f"{1000 * bare_median:.1f}",
+        f"{1000 * ours_median:.1f}",
+        f"{middle:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        f"{noise:.3f}",
+        f"{computing:.3f}",
+        f"{memory['bare'] / 2**20:.2f}",
+        f"{memory['ours'] / 2**20:.2f}",
+        f"{memory['ours'] / memory['bare']:.4f}",
+    ]
 
 
 COLUMNS = {  # heading to width
     "strategy": 8,
     "bare, ms": 8,
     "ours, ms": 8,
-    "time ratio": 13,
+    "time ratio": 10,
     "quartiles": 14,
-    "fastest": 13,
-    "computing": 13,
+    "noise": 6,
+    "computing": 9,
     "bare, MiB": 9,
     "ours, MiB": 9,
     "ratio": 6,
@@ -286,7 +269,10 @@ def measure(options: argparse.Namespace) -> None:
             f"ranks of one thread; {parameters:,} parameters, {options.batch_size} x {options.length} tokens a rank; "
             f"{options.rounds} rounds of {options.updates} updates"
         )
-        print("\n".join(report(times, memory)))
+        for cells in [list(COLUMNS), *(row(strategy, times[strategy], memory[strategy]) for strategy in PLACED)]:
+            print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+        part = memory["fsdp2"]["ours"] / memory["ddp"]["ours"]
+        print(f"fsdp2 holds {part:.4f} of a whole replica on each of {ranks} ranks")
     dist.barrier()
     dist.destroy_process_group()
     time.sleep(0.2)  # gloo's threads end a little later (pytorch #190489)
