@@ -205,9 +205,7 @@ def row(strategy: str, turns: dict[str, list[Timing]], memory: dict[str, int]) -
     ratios = [2 * ours.wall / (bare.wall + again.wall) for bare, ours, again in rounds]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     noise = statistics.median(again.wall / bare.wall for bare, _, again in rounds)
-    computing = statistics.median(
-        2 * ours.computing / (bare.computing + again.computing) for bare, ours, again in rounds
-    )
+    computed = [2 * ours.computing / (bare.computing + again.computing) for bare, ours, again in rounds]
     bare_median = statistics.median(timing.wall for timing in turns["bare"] + turns["bare again"])
     ours_median = statistics.median(timing.wall for timing in turns["ours"])
     return [
@@ -217,7 +215,7 @@ def row(strategy: str, turns: dict[str, list[Timing]], memory: dict[str, int]) -
         f"{middle:.3f}",
         f"{low:.3f} to {high:.3f}",
         f"{noise:.3f}",
-        f"{computing:.3f}",
+        f"{statistics.median(computed):.3f}",
         f"{memory['bare'] / 2**20:.2f}",
         f"{memory['ours'] / 2**20:.2f}",
         f"{memory['ours'] / memory['bare']:.4f}",

@@ -46,8 +46,7 @@ class Progress(Callback):
 
     def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Redraw the bar when it is time to."""
-        if self.live and time.monotonic() - self.drawn > 1 / self.PER_SECOND:
-            self.draw(state)
+        self.draw_in_time(state)
 
     def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Take the new numbers in; outside a terminal, print them."""
@@ -60,7 +59,7 @@ class Progress(Callback):
         if self.live:
             if "loss" not in logs:
                 self.bar.console.print(f"update {state.global_step}: {shown}", highlight=False)
-            self.draw(state)
+            self.draw_in_time(state)
         else:
             line = f"update {state.global_step}/{state.max_steps} | {shown}"
             if "loss" in logs:
@@ -80,6 +79,11 @@ class Progress(Callback):
         steps = max(1, state.global_step - self.first_step)
         seconds = (state.max_steps - state.global_step) * (time.monotonic() - self.began) / steps
         return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+    def draw_in_time(self, state: TrainState) -> None:
+        """Redraw the bar where the last picture is old enough: one takes a millisecond."""
+        if self.live and time.monotonic() - self.drawn > 1 / self.PER_SECOND:
+            self.draw(state)
 
     def draw(self, state: TrainState) -> None:
         """Redraw the bar."""

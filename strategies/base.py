@@ -173,7 +173,13 @@ class Strategy:
         Returns:
             The norm before clipping, 0-dim, equal on every rank. It stays on the device.
         """
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return torch.zeros(())
+        with torch.no_grad():  # torch.nn.utils.clip_grad_norm_ to the bit, without its sorting by device and dtype
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def step(self) -> None:
         """Step the optimizer."""
