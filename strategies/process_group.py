@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class ProcessGroupStrategy(Strategy):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = self.choose_device()
         shape = self.mesh_shape(self.world_size)
-        self.mesh = init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+        self.mesh = mesh_for(dist.group.WORLD, self.device.type, tuple(shape.items()))
         self.tensor_parallel_size = shape[TENSOR]
         self.context_parallel_size = shape[CONTEXT]
         self.data_size = shape[REPLICATE] * shape[SHARD]
@@ -156,9 +157,24 @@ def join(timeout: float) -> None:
     atexit.register(leave)
 
 
+@cache
+def mesh_for(world: dist.ProcessGroup | None, device_type: str, shape: tuple[tuple[str, int], ...]) -> DeviceMesh:
+    """The mesh of that shape, one in the world's life: each dimension is a process group with threads and connections
+    of its own, which a second Fit in the same process needn't make again.
+
+    Args:
+        world: the group of all ranks, which tells one life from the next.
+        device_type: of the ranks' devices.
+        shape: the dimensions' names and sizes, outermost first.
+    """
+    names, sizes = zip(*shape, strict=True)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+
+
 def leave() -> None:
     """Destroy the process group."""
     if dist.is_initialized():
+        mesh_for.cache_clear()
         dist.destroy_process_group()
         # gloo's threads end a little later; an interpreter that ends before them aborts (pytorch #190489).
         time.sleep(0.2)
