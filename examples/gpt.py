@@ -223,7 +223,7 @@ def parse_options() -> argparse.Namespace:
     def option(flag: str, default: int | float | str, meaning: str) -> None:
         parser.add_argument(flag, type=type(default), default=default, help=meaning)
 
-    option("--steps", 1200, "updates to train for")
+    option("--steps", 2000, "updates to train for")
     option("--batch-size", 8, "windows of text in a micro-batch, per device")
     option("--accumulation", 1, "micro-batches in an update")
     option("--context", 256, "bytes in a window")

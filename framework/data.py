@@ -209,15 +209,15 @@ def batch_seed(seed: int, epoch: int, position: int) -> int:
 
 
 class RereadStream(DataStream):
-    """A stream whose order is its own affair, perhaps drawn at random: resuming starts its epoch from the random state
-    it started from, and reads over what was used.
+    """A stream whose order is its own affair, perhaps drawn at random: every rank reads all of it under one random
+    state, which follows from seed and epoch, and resuming reads over what was used.
     """
 
-    random_at_start: dict[str, Any] | None = None  # of the current epoch
-    random_to_restore: dict[str, Any] | None = None
+    generators_at_start: list[str] | None = None  # their states when the current epoch began
+    generators_to_restore: list[str] | None = None
 
     def generators(self) -> list[torch.Generator]:
-        """Generators of its own that the order may be drawn from."""
+        """Generators of its own that the order may be drawn from; their states are saved."""
         return []
 
     def read(self, epoch: int, skip: int) -> Iterator[Any]:
@@ -226,39 +226,42 @@ class RereadStream(DataStream):
 
     def epoch(self, epoch: int) -> Iterator[Any]:
         """This rank's micro-batches of one epoch."""
-        skip = self.begin()
-        if self.random_to_restore is not None:
-            self.restore_random_state(self.random_to_restore)
-        if not skip:
-            return self._from_the_beginning(epoch)
-        self.random_at_start, self.random_to_restore = self.random_to_restore, None
-        return self.read(epoch, skip)
+        if self.generators_to_restore is not None:
+            for generator, state in zip(self.generators(), self.generators_to_restore, strict=False):
+                generator.set_state(random_state.decode(state))
+            self.generators_to_restore = None
+        self.generators_at_start = self.generator_states()
+        own = random_state.OwnRandomState(batch_seed(self.seed, epoch, 0))
+        with own.entered():
+            batches = self.read(epoch, self.begin())
+        return drawn_within(own, batches)
 
-    def _from_the_beginning(self, epoch: int) -> Iterator[Any]:
-        # Not before the first batch is asked for: a resumed run sets its random state between epoch() and that.
-        self.random_at_start, self.random_to_restore = self.capture_random_state(), None
-        yield from self.read(epoch, 0)
-
-    def capture_random_state(self) -> dict[str, Any]:
-        """This process's random state and that of the stream's own generators, as JSON types."""
-        own = [random_state.encode(generator.get_state()) for generator in self.generators()]
-        return {**random_state.capture(), "own": own}
-
-    def restore_random_state(self, state: dict[str, Any]) -> None:
-        """Set what ``capture_random_state`` captured."""
-        random_state.restore(state)
-        for generator, own in zip(self.generators(), state["own"], strict=False):
-            generator.set_state(random_state.decode(own))
+    def generator_states(self) -> list[str]:
+        """The states of the stream's own generators, as JSON types."""
+        return [random_state.encode(generator.get_state()) for generator in self.generators()]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the random state in which the epoch began (or, between two, begins)."""
-        start = self.random_at_start if self.position else self.capture_random_state()
-        return {**super().state_dict(), "random_at_start": start}
+        """The position, and the states in which the stream's own generators began the epoch (or, between two, begin)."""
+        start = self.generators_at_start if self.position else self.generator_states()
+        return {**super().state_dict(), "generators": start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next ``epoch`` is the saved one, from its position."""
         super().load_state_dict(state)
-        self.random_to_restore = state.get("random_at_start")
+        self.generators_to_restore = state.get("generators")
+
+
+def drawn_within(own: random_state.OwnRandomState, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, each read under a random state of their own."""
+    while True:
+        with own.entered():
+            batch = next(batches, END)
+        if batch is END:
+            return
+        yield batch
+
+
+END = object()
 
 
 class IterableStream(RereadStream):

@@ -2,6 +2,8 @@
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -38,6 +40,41 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(decode(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(decode(state["cuda"]))
+
+
+class OwnRandomState:
+    """Random numbers for one purpose: what is drawn from Python's, numpy's and torch's global generators inside
+    ``entered`` follows from the seed alone, and nothing outside is disturbed by it.
+
+    Args:
+        seed: of all three.
+
+    Example:
+        >>> own = OwnRandomState(seed=0)
+        >>> with own.entered():
+        ...     sample = next(samples)
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.python = random.Random(seed).getstate()
+        self.numpy: Any = numpy.random.MT19937(numpy.random.SeedSequence(seed))
+        self.torch = torch.Generator().manual_seed(seed).get_state()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The global generators go on where they were left in here; outside, where they were left outside."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        outside = random.getstate(), numpy.random.get_bit_generator(), torch.get_rng_state()
+        random.setstate(self.python)
+        numpy.random.set_bit_generator(self.numpy)  # the object: copying its state takes a hundred times as long
+        torch.set_rng_state(self.torch)
+        self.python, self.numpy, self.torch = outside
 
 
 def encode(state: torch.Tensor) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 
+@torch.no_grad()  # also: to_local() outside would record itself for autograd
 def clip_by_norm(
     parameters: Sequence[nn.Parameter], max_norm: float, groups: tuple[dist.ProcessGroup, ...] = ()
 ) -> Tensor:

@@ -401,6 +401,62 @@ def test_an_iterable_that_draws_random_numbers_goes_on_in_its_order() -> None:
     assert sorted(flat(begun + rest)) == rows
 
 
+class Drawn(IterableDataset):
+    """Samples in an order drawn from the three global generators while it is read."""
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = torch.randperm(21).tolist()
+        while numbers:
+            draw = random.random() + numpy.random.random() + torch.rand(()).item()
+            yield numbers.pop(int(draw * len(numbers)) % len(numbers))
+
+
+def drawing(kind: str) -> Any:
+    """Data whose order is drawn at random: an iterable, and a ready loader with a sampler of that kind."""
+    if kind == "iterable":
+        return Drawn()
+    return DataLoader(Numbers(21), batch_size=2, sampler=WeightedRandomSampler([1.0] * 21, 21, replacement=False))
+
+
+@pytest.mark.parametrize("kind", ["iterable", "loader"])
+def test_ranks_with_random_states_of_their_own_share_one_drawn_order(kind: str) -> None:
+    def epoch(rank: int, size: int, epoch: int = 1) -> list[list[int]]:
+        random.seed(rank)
+        numpy.random.seed(rank)
+        torch.manual_seed(rank)
+        stream = stream_of(drawing(kind), rank, size, per_device_train_batch_size=2)
+        found = []
+        for batch in stream.epoch(epoch):
+            torch.rand(rank + 1)  # dropout, say
+            found.append(samples_of(batch))
+        return found
+
+    shared = flat(flat(pair) for pair in zip(epoch(0, 2), epoch(1, 2), strict=True))
+    assert sorted(shared) == list(range(21))
+    assert shared == flat(epoch(0, 1)) == flat(epoch(7, 1))
+    assert shared != flat(epoch(0, 1, epoch=2))
+
+
+@pytest.mark.parametrize("kind", ["iterable", "loader"])
+def test_a_drawn_order_leaves_the_global_random_state_alone(kind: str) -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(numpy.random.random()), torch.rand(()).item()]
+
+    def seed() -> None:
+        random.seed(5)
+        numpy.random.seed(5)
+        torch.manual_seed(5)
+
+    seed()
+    expected = draw() + draw()
+    seed()
+    batches = stream_of(drawing(kind), per_device_train_batch_size=2).epoch(0)
+    next(batches)
+    found = draw()
+    assert len(list(batches)) == 10
+    assert found + draw() == expected
+
+
 # What can't be used.
 
 
