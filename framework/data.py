@@ -241,7 +241,7 @@ class RereadStream(DataStream):
         return [random_state.encode(generator.get_state()) for generator in self.generators()]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the states in which the stream's own generators began the epoch (or, between two, begin)."""
+        """The position, and the states in which the stream's own generators began the epoch (between two: begin)."""
         start = self.generators_at_start if self.position else self.generator_states()
         return {**super().state_dict(), "generators": start}
 

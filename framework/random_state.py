@@ -70,9 +70,10 @@ class OwnRandomState:
             self._swap()
 
     def _swap(self) -> None:
-        outside = random.getstate(), numpy.random.get_bit_generator(), torch.get_rng_state()
+        outside = random.getstate(), numpy.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
         random.setstate(self.python)
-        numpy.random.set_bit_generator(self.numpy)  # the object: copying its state takes a hundred times as long
+        # The object itself: copying its state takes a hundred times as long.
+        numpy.random.set_bit_generator(self.numpy)  # type: ignore[attr-defined]
         torch.set_rng_state(self.torch)
         self.python, self.numpy, self.torch = outside
 
