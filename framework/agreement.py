@@ -1,9 +1,10 @@
-"""Ranks that stay together: the same run on all of them, and what fails on one fails on all."""
+"""Ranks that stay together: the same run on all of them, one message an update, and what fails on one fails on all."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..strategies.base import Strategy
+from .state import Control
 
 Result = TypeVar("Result")
 
@@ -62,3 +63,43 @@ def on_all_ranks(
         where = "" if len(outcomes) == 1 else f"rank {min(failed)}: "
         raise error(where + failed[min(failed)]) from failure
     return [outcome for outcome, _ in outcomes]
+
+
+class UpdateExchange:
+    """What the ranks tell one another once an update, in one message between their hosts: how many items they hold,
+    what their callbacks ask for, and whether something failed in the background.
+
+    What a callback asks for at the end of an update goes out with the next update's message, and is obeyed by all at
+    that one's end: no rank waits for another more often than once an update.
+
+    Args:
+        strategy: set up.
+        control: this rank's flags.
+    """
+
+    def __init__(self, strategy: Strategy, control: Control) -> None:
+        self.strategy = strategy
+        self.control = control
+        self.asked = self.agreed = control.flags()  # on this rank since the last message; on any rank before it
+
+    def send(self, items: int, failed: bool) -> tuple[int, bool]:
+        """Exchange the message of an update. Collective.
+
+        Args:
+            items: in this rank's micro-batches.
+            failed: whether something failed on this rank.
+
+        Returns:
+            The sums over all ranks: the items, and whether anything failed on any.
+        """
+        total, failures, *self.agreed = self.strategy.sum_on_host([items, int(failed), *self.asked])
+        return total, failures > 0
+
+    def agree(self, due: list[int]) -> None:
+        """Leave up those flags that are up on every rank: what is due, and what the last message told.
+
+        Args:
+            due: the flags as they were before callbacks could ask for more; the same on every rank.
+        """
+        self.asked = [int(flag and not now) for flag, now in zip(self.control.flags(), due, strict=True)]
+        self.control.set([int(now or known) for now, known in zip(due, self.agreed, strict=True)])

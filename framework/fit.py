@@ -20,7 +20,7 @@ from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
 from . import best, cadence, checkpoint, evaluation, journal, loop, random_state
-from .agreement import check_ranks_agree
+from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
 from .callbacks import Callback, Callbacks
@@ -130,7 +130,7 @@ class Fit:
                 self.get_eval_dataloader(data)  # so that unusable data is refused now, not after an hour of training
         self.state = TrainState()
         self.control = Control()
-        self.asked = self.agreed = self.control.flags()  # on this rank since the last update; on any rank before it
+        self.exchange = UpdateExchange(self.strategy, self.control)
         shown = [Progress()] if self.args.progress and self.strategy.is_main else []
         self.callbacks = Callbacks([*callbacks_of(self.args), *callbacks, *shown])
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
@@ -344,14 +344,17 @@ class Fit:
         if len(batches) == 1 and self.strategy.world_size == 1:
             return batches, None
         items = sum(self.objective.count(batch) for batch in batches)
-        if isinstance(items, Tensor):  # the batches already live on the device, and so does their count
-            items = self.strategy.sum_over_data_ranks(items.to(device)).clamp(min=1)
-            return batches, items
+        on_host = 0 if isinstance(items, Tensor) else items
         if self.strategy.world_size > 1:
-            summed, *self.agreed = self.strategy.sum_on_host([items, *self.asked])
+            write_failed = self.writer is not None and self.writer.has_failed()
+            summed, any_failed = self.exchange.send(on_host, write_failed)
+            if any_failed and self.writer is not None:
+                self.writer.finish()  # raises what it failed with, on every rank
             # Tensor-parallel ranks have each counted the same items, context-parallel ones their own parts.
-            items = summed * self.strategy.gradient_ranks // self.strategy.world_size
-        return batches, max(items, 1)
+            on_host = summed * self.strategy.gradient_ranks // self.strategy.world_size
+        if isinstance(items, Tensor):  # the batches already live on the device, and so does their count
+            return batches, self.strategy.sum_over_data_ranks(items.to(device)).clamp(min=1)
+        return batches, max(on_host, 1)
 
     def settle_schedule(self) -> None:
         """Move the schedule for the last update, or count it as skipped, once it is known which."""
@@ -418,18 +421,15 @@ class Fit:
 
     def end_update(self) -> None:
         """Tell callbacks that an update is over, and act on the flags."""
-        if self.writer is not None:
-            self.writer.check()
         cadence.after_update(self.args, self.state, self.control)
         if self.strategy.world_size == 1:
+            if self.writer is not None and self.writer.has_failed():
+                self.writer.finish()
             self.emit("on_step_end")
         else:
             due = self.control.flags()
             self.emit("on_step_end")
-            # What is due is due on every rank. What a callback asks for may not be: it goes out with the next update's
-            # item count, and what came in with this update's is now known to all.
-            self.asked = [int(flag and not now) for flag, now in zip(self.control.flags(), due, strict=True)]
-            self.control.set([int(now or known) for now, known in zip(due, self.agreed, strict=True)])
+            self.exchange.agree(due)
         self.log_evaluate_save()
 
     def end_epoch(self) -> None:

@@ -102,14 +102,13 @@ class BackgroundWriter:
 
         def work() -> None:
             write(copied, final, self.strategy, self.group)
-            then()
+            on_all_ranks(self.strategy, then, CheckpointError, self.group)
 
         self.under_way = self.thread.submit(work)
 
-    def check(self) -> None:
-        """Raise what a finished write failed with; costs nothing while one is under way."""
-        if self.under_way is not None and self.under_way.done():
-            self.finish()
+    def has_failed(self) -> bool:
+        """Whether a write has failed, which ``finish`` then raises. It failed on all ranks; one may see it first."""
+        return self.under_way is not None and self.under_way.done() and self.under_way.exception() is not None
 
     def finish(self) -> None:
         """Wait until nothing is under way, and raise what the write failed with."""

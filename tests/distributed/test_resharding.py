@@ -1,6 +1,8 @@
 """Checkpoints under any strategy and number of ranks, continued under any other."""
 
 import json
+import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from ranks import Ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
+from stratagem import Callback
 from stratagem.framework.checkpoint import CheckpointError
 from stratagem.precision.mixed import FP16Mixed
 from test_late_layers import LateTower, LiveBytes
@@ -269,6 +272,40 @@ def test_background_saves_are_the_same(
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+class FillDisk(Callback):
+    """On rank 1, no file may grow beyond 2000 bytes once the first checkpoint is there."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        context["fit"].writer.finish()
+        if os.environ["RANK"] == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def failing_write(**arguments: Any) -> tuple[str, int]:
+    """What a run whose second checkpoint one rank can't write ends with, and the update it ends at."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fit = make_fit(Tagger(), token_rows(), callbacks=[FillDisk()], async_save=True, **arguments)
+    try:
+        fit.train()
+    except CheckpointError as error:
+        return str(error), fit.state.global_step
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "nothing failed", fit.state.global_step
+
+
+def test_a_write_that_fails_in_the_background_of_one_rank_ends_all_at_one_update(
+    ranks: dict[int, Ranks], tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path), "max_steps": 200}
+    found = ranks[2].run(failing_write, strategy="ddp", **saving)
+    assert found[0] == found[1]
+    message, update = found[0]
+    assert "rank 1" in message and "File too large" in message
+    assert 4 <= update < 200
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 # What can't be used.
