@@ -82,7 +82,7 @@ def update(messages: dict[str, list[Message]], number: int = 6) -> Counter[Messa
     return Counter(messages[f"update {number}"])
 
 
-ITEMS_AND_FLAGS = ("allreduce", "int64", 6)  # the update's item count and the five flags of callbacks
+ITEMS_AND_FLAGS = ("allreduce", "int64", 7)  # the item count, failed writes, and the five flags of callbacks
 NORM = ("allreduce", "float32", 1)
 
 
