@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +84,24 @@ def test_torchrun(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     done = launch(tmp_path, "--strategy", "fsdp2", launcher=torchrun)
     assert done.status == 0, done.errors
+    check_end(tmp_path)
+    assert logged_steps(tmp_path) == list(range(1, 9))
+
+
+def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Two agents that meet at one address, as they would on two machines: each rank is the first of its node.
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+    meeting = ("--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
+    with ThreadPoolExecutor() as nodes:
+        launched = [
+            nodes.submit(launch, tmp_path, "--strategy", "ddp", launcher=(*torchrun, *meeting, str(node)))
+            for node in (0, 1)
+        ]
+    for done in launched:
+        assert done.result().status == 0, done.result().errors
     check_end(tmp_path)
     assert logged_steps(tmp_path) == list(range(1, 9))
 
