@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from ranks import Ranks
 from stratagem import Callback
 from torch import Tensor
@@ -199,3 +200,19 @@ def test_evaluation_is_one_exchange(ranks: dict[int, Ranks]) -> None:
     # before its first forward.)
     for sent in ranks[2].run(listen_to_evaluation, strategy="ddp"):
         assert sent == {"allgather": 2, "broadcast": 2}
+
+
+def groups_after_each(fits: int, **arguments: Any) -> list[int]:
+    """The process groups that were made in this process up to the end of each of several runs."""
+    counts = []
+    for _ in range(fits):
+        make_fit(Tagger(), token_rows(), max_steps=1, **arguments).train()
+        counts.append(dist.get_pg_count())
+    return counts
+
+
+@pytest.mark.parametrize(("strategy", "options"), [("ddp", {}), ("fsdp2", {"replicas": 2, "tensor_parallel": 2})])
+def test_a_second_fit_makes_no_new_groups(ranks: dict[int, Ranks], strategy: str, options: dict[str, Any]) -> None:
+    # Each group has threads and connections of its own: hundreds of runs in one process would drown in them.
+    for counts in ranks[4].run(groups_after_each, fits=3, strategy=strategy, options=options):
+        assert counts[0] == counts[1] == counts[2]
