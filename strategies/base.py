@@ -151,7 +151,7 @@ class Strategy:
         return nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Entered around forward and loss; a strategy that casts by its own policy leaves autocast out."""
+        """Entered around forward and loss."""
         return self.precision.forward_context()
 
     def local_loss(self, loss: Tensor) -> Tensor:

@@ -107,10 +107,6 @@ class FSDP1(ProcessGroupStrategy):
         assert isinstance(self.model, FullyShardedDataParallel)
         return nullcontext() if last else self.model.no_sync()
 
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """The wrapper's policy casts; autocast would only cast again."""
-        return nullcontext()
-
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards, in the gradients' own dtype."""
         return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),))
