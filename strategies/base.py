@@ -71,6 +71,11 @@ class Strategy:
     Options: ClassVar[type] = NoOptions
     needs_ranks: ClassVar[bool] = False
     """Whether it is worth starting a process per device for."""
+    parameter_form: ClassVar[str] = "whole"
+    """What the optimizer is given: "whole" parameters, "dtensor" for shards that know their whole, or "flat" for pieces
+    that know nothing of rows and columns."""
+    runs_copies: ClassVar[bool] = False
+    """Whether forward runs on copies of the module, made anew each time."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0

@@ -56,6 +56,7 @@ class FSDP1(ProcessGroupStrategy):
     """
 
     name = "fsdp1"
+    parameter_form = "flat"
     Options = FSDP1Options
     options: FSDP1Options
 

@@ -72,6 +72,7 @@ class FSDP2(ProcessGroupStrategy):
     """
 
     name = "fsdp2"
+    parameter_form = "dtensor"
     Options = FSDP2Options
     options: FSDP2Options
     context: "ContextParallel | None" = None
