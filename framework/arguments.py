@@ -60,13 +60,14 @@ class FitArguments:
         dataloader_drop_last: leave out the last micro-batch of an epoch where it is short.
         dataloader_prefetch_factor: micro-batches each worker loads ahead; None means 2.
         dataloader_persistent_workers: keep worker processes, and the dataset copies in them, between epochs.
-        label_smoothing_factor: replaces the module's loss, for batches with "labels", by cross entropy against labels
-            that give this much of their weight to all classes alike (Szegedy et al., 2016).
+        label_smoothing_factor: replaces the module's loss by cross entropy against the batch's "labels", which give
+            this much of their weight to all classes alike (Szegedy et al., 2016).
         past_index: this entry of the outputs is handed to the next batch as ``mems``; -1 hands on nothing.
         neftune_noise_alpha: noise on input embeddings in training, see NEFTune; the paper uses 5 to 15.
         gradient_checkpointing: recompute blocks in backward instead of keeping what they computed.
         gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint.
-        torch_compile: compile the blocks (``shard_units()``, else the whole module).
+        torch_compile: compile the blocks (``shard_units()``, else the whole module); the first log says how long the
+            first update took, compilation included.
         torch_compile_mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
         torch_empty_cache_steps: updates between emptyings of the accelerator's cache; None never does.
         include_num_input_tokens_seen: count input tokens: "no", "all", or "non_padding" (by the attention mask, else

@@ -1,4 +1,4 @@
-"""Callbacks that most runs want one of: early stopping, learning-rate monitor, throughput, emptied caches."""
+"""Callbacks that most runs want one of: early stopping, monitors of rate, throughput and first step, emptied caches."""
 
 import time
 from typing import Any
@@ -90,6 +90,31 @@ class Throughput(Callback):
             context["logs"]["steps_per_second"] = (state.global_step - self.steps) / self.seconds
             context["logs"][f"{name}_per_second"] = (state.items_seen - self.items) / self.seconds
             self.seconds, self.steps, self.items = 0.0, state.global_step, state.items_seen
+
+
+class FirstStepTime(Callback):
+    """Adds to the first training log how long the first update took: with ``torch_compile``, mostly compilation."""
+
+    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Wait for an update."""
+        self.first = state.global_step
+        self.seconds: float | None = None
+
+    def on_step_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Start the clock."""
+        if state.global_step == self.first:
+            self.began = time.perf_counter()
+
+    def on_optimizer_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Stop it. Compilation runs on the host, so that no device has to be waited for."""
+        if state.global_step == self.first:
+            self.seconds = time.perf_counter() - self.began
+
+    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Tell it, once."""
+        if self.seconds is not None and "loss" in context["logs"]:
+            context["logs"]["first_step_seconds"] = self.seconds
+            self.seconds = None
 
 
 class EmptyCache(Callback):

@@ -101,6 +101,11 @@ class DataStream:
         # Without the samples that drop_last leaves out, and without a short last micro-batch's empty places.
         return min(1.0, self.position / min(self.num_examples, len(self) * self.global_micro_batch))
 
+    @property
+    def samples(self) -> int:
+        """Samples of the current epoch that were handed out, over all ranks."""
+        return self.position
+
     def state_dict(self) -> dict[str, Any]:
         """The position, good for any batch size and number of ranks."""
         return {"position": self.position, "global_micro_batch": self.global_micro_batch}
@@ -395,6 +400,12 @@ class LoaderStream(RereadStream):
     def fraction(self) -> float:
         """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""
         return self.position / len(self.loader) if self.num_examples is not None else 0.0
+
+    @property
+    def samples(self) -> int:
+        """As many as whole batches hold; the last one may be short."""
+        whole = self.position * self.options.batch_size
+        return whole if self.num_examples is None else min(whole, self.num_examples)
 
 
 def make_stream(

@@ -43,6 +43,7 @@ def run(
     sums: dict[str, Tensor] = {}
     kept: list[Any] = []
     was_training, past, objective.past = model.training, objective.past, None
+    stage = fit.memory.begin("predict" if predict else "eval")
     model.eval()
     try:
         for batch in fit.batches(stream, 0):
@@ -69,6 +70,7 @@ def run(
     finally:
         model.train(was_training)
         objective.past = past
+        fit.memory.begin(stage)
     report = {
         "sums": dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {},
         "metrics": {name: host_states(metric) for name, metric in metrics.items()},

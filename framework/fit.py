@@ -1,7 +1,6 @@
 """Fit: joins a module, data, a strategy and a precision, and trains, evaluates, predicts and saves."""
 
 import contextlib
-import dataclasses
 import itertools
 import time
 import traceback
@@ -24,13 +23,15 @@ from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
 from .callbacks import Callback, Callbacks
+from .combinations import check_combination, check_optimizer
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
+from .memory import MemoryByStage
 from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .preparation import callbacks_of, prepare_module
 from .progress import Progress
-from .run_length import run_length
+from .run_length import RunLength, length_of_resumed, run_length
 from .schedulers import waits_for_metric
 from .state import Control, PredictionOutput, TrainOutput, TrainState
 from .tokens import TokenCounter
@@ -99,16 +100,12 @@ class Fit:
         taken = next((path for path in (output_dir, *output_dir.parents) if path.is_file()), None)
         if taken is not None:
             raise ValueError(f"output_dir={self.args.output_dir!r} can't be a directory: {str(taken)!r} is a file.")
-        if self.args.eval_strategy != "no" and eval_data is None:
-            raise ValueError(
-                f"eval_strategy={self.args.eval_strategy!r} needs something to evaluate on, but eval_data is None. "
-                "Pass eval_data=, or leave eval_strategy at 'no'."
-            )
+        self.strategy = get_strategy(strategy)
+        check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
         self.module = module
         self.objective = Objective(module, compute_loss_func, self.args.label_smoothing_factor, self.args.past_index)
         self.compute_metrics = compute_metrics
         self.count_tokens = TokenCounter(module, self.args)
-        self.strategy = get_strategy(strategy)
         start_ranks(self.strategy, devices, max_restarts)
         self.loggers = get_loggers(loggers)
         self.strategy.set_up(get_precision(precision))
@@ -134,6 +131,7 @@ class Fit:
         shown = [Progress()] if self.args.progress and self.strategy.is_main else []
         self.callbacks = Callbacks([*callbacks_of(self.args), *callbacks, *shown])
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
+        self.memory = MemoryByStage(self.strategy.device)
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
         self.schedule_is_due = False
@@ -175,8 +173,9 @@ class Fit:
                 self._initial_options = options_by_parameter(self.module.configure_optimizer(wanted))
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         self.begin_run(resume_from_checkpoint)
-        began, first = time.perf_counter(), dataclasses.replace(self.state)
-        self.logged_at = began
+        began, first = time.perf_counter(), journal.first_state(self)
+        self.logged_at, self.tokens_logged = began, first.num_input_tokens_seen
+        self.memory.begin("train")
         try:
             self.open_loggers()
             loop.run(self)
@@ -195,17 +194,19 @@ class Fit:
 
     def begin_run(self, resume_from_checkpoint: bool | str | Path | None) -> None:
         """Place the module and set every counter to where the run begins or continues."""
+        self.args = self.args.replace(max_steps=self.running.max_steps)  # a resume may have set another
         self.resolve_length()
         self.place()
         self.state.__init__()  # type: ignore[misc]
-        self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
         self.epoch_index, self.schedule_is_due = 0, False
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
         self.reset_optimizer()
-        self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
         if self.writer is not None:
             self.writer.finish()
         path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
+        if path is not None:
+            self.resolve_resumed_length(path)
+        self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
         if path is None:
             self._random_to_restore = None
             self.stream.load_state_dict({"position": 0})
@@ -214,9 +215,10 @@ class Fit:
             self._random_to_restore = checkpoint.restore(self, path)
             if self.args.ignore_data_skip:
                 self.stream.load_state_dict({"position": 0})
-            self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
-            if self.state.global_step >= self.state.max_steps:  # finished: no epoch follows, which would do it
-                self.restore_random_state()
+        self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
+        if self.state.global_step >= self.state.max_steps:  # finished: no epoch follows, which would do it
+            self.restore_random_state()
+        self.earlier_samples = -self.stream.samples  # so that the sum of the two is what this run handed out
 
     def place(self) -> None:
         """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""
@@ -238,7 +240,7 @@ class Fit:
 
     def configure_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer of the module as the strategy has placed it."""
-        return self.module.configure_optimizer(self.args)
+        return check_optimizer(self.module.configure_optimizer(self.args), self.strategy)
 
     def reset_optimizer(self) -> None:
         """The optimizer as it was made: no moments, no gradients, its first learning rates and loss scale. A second
@@ -368,6 +370,7 @@ class Fit:
     def begin_next_epoch(self) -> None:
         """The data stands at the beginning of the next epoch; a checkpoint saved from here on continues there."""
         self.epoch_index += 1
+        self.earlier_samples += self.stream.samples
         self.stream.position = 0
 
     def restore_random_state(self) -> None:
@@ -415,6 +418,18 @@ class Fit:
         total = self.get_total_train_batch_size(self.args)
         values = self.set_initial_training_values(self.args, self.stream, total)
         self.num_train_epochs, max_steps = values[0], values[-1]
+        self.args = self.args.replace(max_steps=max_steps)
+
+    def resolve_resumed_length(self, path: Path) -> None:
+        """The same for a run that goes on from a checkpoint, where its global batch was another."""
+        saved = checkpoint.read_state(path)
+        data, total = saved["data"], self.get_total_train_batch_size(self.args)
+        if data["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"] == total:
+            return
+        self.stream.load_state_dict({"position": 0} if self.args.ignore_data_skip else data)
+        done = (saved["progress"]["global_step"], data["epoch"], self.stream.fraction())
+        length = RunLength(*self.set_initial_training_values(self.running, self.stream, total))
+        self.num_train_epochs, max_steps = length_of_resumed(self.running, length, done)
         self.args = self.args.replace(max_steps=max_steps)
 
     # Logs.

@@ -1,10 +1,9 @@
-"""A run's numbers: the means of each log, the totals at the end, and the memory it took."""
+"""A run's numbers: the means of each log, and the totals at the end."""
 
 import math
-import resource
-import sys
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +14,15 @@ if TYPE_CHECKING:
     from .fit import Fit
 
 # Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+}
 
 
 def book(fit: "Fit") -> dict[str, float]:
@@ -40,7 +47,6 @@ def book(fit: "Fit") -> dict[str, float]:
 def training_log(fit: "Fit") -> dict[str, float]:
     """The numbers of a training log; empty where no update was made since the last one."""
     state = fit.state
-    tokens = state.num_input_tokens_seen
     logs = book(fit)
     if not logs:
         return logs
@@ -54,9 +60,18 @@ def training_log(fit: "Fit") -> dict[str, float]:
         logs["num_input_tokens_seen"] = state.num_input_tokens_seen
     if fit.args.include_tokens_per_second:
         now = time.perf_counter()
-        logs["tokens_per_second"] = (state.num_input_tokens_seen - tokens) / (now - fit.logged_at)
-        fit.logged_at = now
+        logs["tokens_per_second"] = (state.num_input_tokens_seen - fit.tokens_logged) / (now - fit.logged_at)
+        fit.logged_at, fit.tokens_logged = now, state.num_input_tokens_seen
     return logs
+
+
+def first_state(fit: "Fit") -> TrainState:
+    """The state at the beginning of training; what a checkpoint holds of counts between two logs is counted already."""
+    items, tokens = fit.averages.counts_settled
+    state = fit.state
+    return replace(
+        state, items_seen=state.items_seen + items, num_input_tokens_seen=state.num_input_tokens_seen + tokens
+    )
 
 
 def final_metrics(fit: "Fit", began: float, first: TrainState) -> dict[str, float]:
@@ -65,14 +80,14 @@ def final_metrics(fit: "Fit", began: float, first: TrainState) -> dict[str, floa
     Args:
         fit: at the end of training.
         began: time.perf_counter() when training began.
-        first: the state at that time.
+        first: see first_state.
     """
     book(fit)
     state, seconds = fit.state, time.perf_counter() - began
     updates = state.global_step - first.global_step
     metrics = {
         "train_runtime": seconds,
-        "train_samples_per_second": samples_of(fit, first) / seconds,
+        "train_samples_per_second": (fit.earlier_samples + fit.stream.samples) / seconds,
         "train_steps_per_second": updates / seconds,
         "train_items_per_second": (state.items_seen - first.items_seen) / seconds,
     }
@@ -81,49 +96,18 @@ def final_metrics(fit: "Fit", began: float, first: TrainState) -> dict[str, floa
         metrics["train_tokens_per_second"] = tokens / seconds
     flops = fit.module.flops_per_token(fit.parameter_count) * (tokens or state.items_seen - first.items_seen)
     metrics["total_flos"] = flops
-    if (peak := peak_flops(fit.strategy.device)) is not None:
+    if (peak := peak_flops(device_name(fit.strategy.device))) is not None:
         metrics["mfu"] = flops / seconds / (peak * fit.strategy.world_size)
     count = state.train_loss_count
     metrics["train_loss"] = state.train_loss_sum / count if count else math.nan
-    return metrics | memory("train", fit.strategy.device)
+    return metrics | fit.memory.report()
 
 
-def samples_of(fit: "Fit", first: TrainState) -> float:
-    """Samples trained on since ``first``; by the epoch where its length is known, else by full updates."""
-    if fit.stream.num_examples is not None:
-        return fit.stream.num_examples * (fit.state.epoch - first.epoch)
-    return (fit.state.global_step - first.global_step) * fit.get_total_train_batch_size(fit.args)
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU; the type of any other device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 FLOP/s; None where it isn't known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the device of that name; None where it isn't known."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def memory(stage: str, device: torch.device) -> dict[str, float]:
-    """Bytes at the end of a stage: resident on the host (and its peak since the process began), allocated on a GPU (and
-    its peak since the last stage). Read from counters that are kept anyway: no thread watches.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    found: dict[str, Any] = {
-        f"{stage}_memory_cpu_resident": resident() or peak,
-        f"{stage}_memory_cpu_peak": max(peak, resident() or 0),
-    }
-    if device.type == "cuda":
-        found[f"{stage}_memory_gpu_allocated"] = torch.cuda.memory_allocated(device)
-        found[f"{stage}_memory_gpu_peak"] = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    return found
-
-
-def resident() -> int | None:
-    """Bytes of host memory this process holds; None where the system doesn't say (no /proc)."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return None

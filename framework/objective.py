@@ -35,7 +35,7 @@ class Objective:
     Args:
         module: the user's module.
         compute_loss_func: takes (outputs, labels[, num_items_in_batch]) and replaces the module's own loss.
-        label_smoothing: above 0, replaces the loss of batches with "labels" by smoothed cross entropy of the logits.
+        label_smoothing: above 0, replaces the loss by smoothed cross entropy of the logits.
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
 
     Attributes:
@@ -73,6 +73,11 @@ class Objective:
         if self.past_index < 0:
             return self.call(model, batch)
         if self.past is not None:
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"past_index={self.past_index} adds 'mems' to a mapping batch, and the batch is a "
+                    f"{type(batch).__name__}. Have the dataset return mappings."
+                )
             batch = {**batch, "mems": self.past}
         outputs = self.call(model, batch)
         entries = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
@@ -102,7 +107,13 @@ class Objective:
         loss: Tensor | Mapping[str, Tensor]
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
-        elif self.label_smoothing and isinstance(batch, Mapping) and "labels" in batch:
+        elif self.label_smoothing:
+            if not isinstance(batch, Mapping) or "labels" not in batch:
+                found = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "no keys"
+                raise ValueError(
+                    f"label_smoothing_factor smooths the batch's 'labels', and the batch has {found}. Name them so, or "
+                    "leave the argument out."
+                )
             loss = smoothed_loss(outputs, batch["labels"], self.label_smoothing, self.module.causal)
             return loss, NO_EXTRAS
         else:

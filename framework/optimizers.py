@@ -73,12 +73,16 @@ def make_optimizer(module: nn.Module, args: "FitArguments") -> Optimizer:
     return OPTIMIZERS[args.optim](module, groups, args)
 
 
-def adamw(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), fused where every parameter's device has it."""
-    parameters = [p for group in groups for p in group["params"]]
-    fusable = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
-    options = {"fused": fusable or None, **adam_options(args), **args.optim_args}
-    return torch.optim.AdamW(groups, lr=args.learning_rate, **options)
+def fused_adam(class_name: str) -> Any:
+    """A maker of Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), fused where the device can."""
+
+    def make(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
+        parameters = [p for group in groups for p in group["params"]]
+        fusable = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
+        options = {"fused": fusable or None, **adam_options(args), **args.optim_args}
+        return getattr(torch.optim, class_name)(groups, lr=args.learning_rate, **options)
+
+    return make
 
 
 def adam_options(args: "FitArguments") -> dict[str, Any]:
@@ -181,8 +185,8 @@ def lomo(class_name: str) -> Any:
 
 
 OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer]] = {
-    "adamw": adamw,
-    "adam": from_torch("Adam", adam_options),
+    "adamw": fused_adam("AdamW"),
+    "adam": fused_adam("Adam"),
     "sgd": from_torch("SGD"),
     "adafactor": from_torch("Adafactor"),
     "rmsprop": from_torch("RMSprop"),

@@ -32,6 +32,10 @@ def callbacks_of(args: FitArguments) -> list[Callback]:
         from .numeric_debugger import NumericDebugger
 
         found.append(NumericDebugger())
+    if args.torch_compile:
+        from .builtin_callbacks import FirstStepTime
+
+        found.append(FirstStepTime())
     if args.torch_empty_cache_steps is not None:
         from .builtin_callbacks import EmptyCache
 

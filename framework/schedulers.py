@@ -107,6 +107,9 @@ SCHEDULERS = (*SHAPES, PLATEAU)
 WITHOUT_WARMUP = ("constant", PLATEAU)
 
 
+COUNTS = ("num_cycles", "num_decay_steps", "timescale")  # options that divide something
+
+
 def scheduler_problem(name: str, options: Mapping[str, Any]) -> str | None:
     """Why a schedule can't take these options, or None where it can."""
     made_by: Callable[..., Any] = ReduceLROnPlateau if name == PLATEAU else SHAPES[name]
@@ -117,7 +120,14 @@ def scheduler_problem(name: str, options: Mapping[str, Any]) -> str | None:
     missing = [p.name for p in taken.values() if p.default is p.empty and p.name not in options]
     if unknown:
         return f"{name} has no option {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}"
-    return f"{name} needs {', '.join(missing)}" if missing else None
+    if missing:
+        return f"{name} needs {', '.join(missing)}"
+    for option, value in options.items():
+        if option in COUNTS and not (type(value) is int and value >= 1):
+            return f"{option} is a whole number of at least 1"
+        if name != PLATEAU and (isinstance(value, bool) or not isinstance(value, int | float)):
+            return f"{option} is a number, not {type(value).__name__}"
+    return None
 
 
 def make_scheduler(optimizer: Optimizer, args: "FitArguments", total: int) -> LRScheduler:

@@ -71,6 +71,11 @@ class Strategy:
     Options: ClassVar[type] = NoOptions
     needs_ranks: ClassVar[bool] = False
     """Whether it is worth starting a process per device for."""
+    parameter_form: ClassVar[str] = "whole"
+    """What the optimizer is given: "whole" parameters, "dtensor" for shards that know their whole, or "flat" for pieces
+    that know nothing of rows and columns."""
+    runs_copies: ClassVar[bool] = False
+    """Whether forward runs on copies of the module, made anew each time."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0
@@ -151,7 +156,7 @@ class Strategy:
         return nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Entered around forward and loss; a strategy that casts by its own policy leaves autocast out."""
+        """Entered around forward and loss."""
         return self.precision.forward_context()
 
     def local_loss(self, loss: Tensor) -> Tensor:

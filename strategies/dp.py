@@ -18,6 +18,7 @@ class DP(Strategy):
     """
 
     name = "dp"
+    runs_copies = True
 
     def choose_device(self) -> torch.device:
         """The first GPU, else the CPU."""

@@ -56,6 +56,7 @@ class FSDP1(ProcessGroupStrategy):
     """
 
     name = "fsdp1"
+    parameter_form = "flat"
     Options = FSDP1Options
     options: FSDP1Options
 
@@ -106,10 +107,6 @@ class FSDP1(ProcessGroupStrategy):
         """No reduction before the last micro-batch."""
         assert isinstance(self.model, FullyShardedDataParallel)
         return nullcontext() if last else self.model.no_sync()
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """The wrapper's policy casts; autocast would only cast again."""
-        return nullcontext()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards, in the gradients' own dtype."""

@@ -72,6 +72,7 @@ class FSDP2(ProcessGroupStrategy):
     """
 
     name = "fsdp2"
+    parameter_form = "dtensor"
     Options = FSDP2Options
     options: FSDP2Options
     context: "ContextParallel | None" = None
@@ -179,14 +180,18 @@ class FSDP2(ProcessGroupStrategy):
         return self.context.join(outputs) if self.context else super().join_outputs(outputs)
 
     @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """The policy casts; autocast would only cast again. Loss parallelism needs a cross-entropy of its own, context
-        parallelism an attention.
-        """
+    def own_operators(self) -> Iterator[None]:
+        """Loss parallelism needs a cross-entropy of its own, context parallelism an attention."""
         with (
             loss_parallel() if self.options.loss_parallel else nullcontext(),
             self.context.whole_attention() if self.context else nullcontext(),
         ):
+            yield
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The policy casts at the borders of blocks, the format's own context wherever dtypes meet between them."""
+        with super().forward_context(), self.own_operators():
             yield
 
     def local_loss(self, loss: Tensor) -> Tensor:
@@ -195,7 +200,7 @@ class FSDP2(ProcessGroupStrategy):
 
     def backward(self, loss: Tensor) -> None:
         """The backward of such a cross-entropy or attention is its own, too."""
-        with self.forward_context():
+        with self.own_operators():
             super().backward(loss)
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:

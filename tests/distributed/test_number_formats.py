@@ -23,7 +23,6 @@ PLACEMENTS: list[tuple[int, str, dict[str, Any]]] = [
 ]
 everywhere = pytest.mark.parametrize(("world", "strategy", "options"), PLACEMENTS, ids=str)
 UPDATES, OVERFLOWS_AT = 8, 3
-POLICY = "FSDP's policies cast at the borders of blocks; between them a float32 tensor meets 16-bit weights"
 SCALE = 256.0
 
 
@@ -175,14 +174,7 @@ def test_learns(ranks: dict[int, Ranks], world: int, strategy: str, options: dic
     assert found[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("world", "strategy", "options"),
-    [
-        pytest.param(*placement, marks=() if placement[1] == "ddp" else pytest.mark.xfail(reason=POLICY, strict=True))
-        for placement in PLACEMENTS
-    ],
-    ids=str,
-)
+@everywhere
 def test_float32_buffers_meet_16_bit_layers(
     ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any]
 ) -> None:
@@ -196,4 +188,4 @@ def test_float32_buffers_meet_16_bit_layers(
         per_device_train_batch_size=share_of_16(strategy, world, options),
         **arguments,
     )
-    assert found[0]["loss"] == pytest.approx(expected["loss"], rel=0.03)
+    assert found[0]["loss"] == pytest.approx(expected["loss"], rel=2**-8)  # one rounding of bfloat16

@@ -140,7 +140,7 @@ def test_options_of_a_strategy() -> None:
 
 
 def test_evaluation_without_data(make_fit: MakeFit) -> None:
-    with pytest.raises(ValueError, match=r"eval_strategy='epoch' needs something to evaluate on.*Pass eval_data="):
+    with pytest.raises(ValueError, match=r"eval_strategy='epoch': needs something to evaluate on.*Pass eval_data="):
         make_fit(Regressor(), ROWS, eval_strategy="epoch")
 
 

@@ -1,4 +1,4 @@
-"""Callbacks: which events come when, what flags do, and whose state is whose."""
+"""Callbacks: who hears what, what flags do, and whose state is whose. The exact events are in test_event_traces.py."""
 
 import json
 from pathlib import Path
@@ -25,54 +25,6 @@ def spy(events: list[str], name: str = "") -> Callback:
         return method
 
     return type("Spy", (Callback,), {event: note(event) for event in EVENTS})()
-
-
-def test_the_events_of_two_epochs(make_fit: MakeFit) -> None:
-    # 5 rows in micro-batches of 2 are three: an update of two and an update of the one that is left, per epoch.
-    heard: list[str] = []
-    fit = make_fit(
-        Regressor(),
-        regression_rows(5),
-        regression_rows(3),
-        callbacks=[spy(heard)],
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        gradient_accumulation_steps=2,
-        num_train_epochs=2,
-        logging_steps=2,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-    )
-    assert heard == ["init_end 0"]
-    fit.train()
-
-    def update(step: int, micro_batches: int) -> list[str]:
-        return [
-            f"step_begin {step}",
-            *[f"substep_end {step}"] * (micro_batches - 1),
-            f"pre_optimizer_step {step}",
-            f"optimizer_step {step}",
-            f"step_end {step + 1}",
-        ]
-
-    def end_of_epoch(step: int) -> list[str]:
-        evaluation = [f"prediction_step {step}"] * 2 + [f"log {step}", f"evaluate {step}"]
-        return [f"epoch_end {step}", *evaluation, f"save {step}"]
-
-    assert heard[1:] == [
-        "train_begin 0",
-        "epoch_begin 0",
-        *update(0, 2),
-        *update(1, 1),
-        "log 2",
-        *end_of_epoch(2),
-        "epoch_begin 2",
-        *update(2, 2),
-        *update(3, 1),
-        "log 4",
-        *end_of_epoch(4),
-        "train_end 4",
-    ]
 
 
 def test_callbacks_hear_events_in_their_order(make_fit: MakeFit) -> None:

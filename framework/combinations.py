@@ -1,0 +1,91 @@
+"""What can't work together: arguments with a strategy, a module or data; all of it found before anything is started."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ..strategies.base import Strategy
+from .arguments import FitArguments
+from .module import TrainModule
+
+# Optimizer class and Strategy.parameter_form to why not, and what to write instead.
+UNSUITED: Mapping[tuple[str, str], str] = {
+    ("Adafactor", "dtensor"): "torch's Adafactor can't step on DTensor shards; use optim='adamw', or strategy='ddp'",
+    ("Adafactor", "flat"): "Adafactor sums over the rows and columns of whole weights, which flat shards don't have; "
+    "use optim='adamw', or strategy='ddp'",
+    ("Muon", "flat"): "Muon orthogonalizes whole matrices, and flat shards hold pieces of them; use strategy='fsdp2', "
+    "or optim='adamw'",
+    ("Rprop", "dtensor"): "torch's Rprop can't step on DTensor shards; use another optimizer, or strategy='ddp'",
+    ("fused SGD", "dtensor"): "torch's SGD can't step fused on DTensor shards; leave fused=True out",
+    ("fused Adagrad", "dtensor"): "torch's Adagrad can't step fused on DTensor shards; leave fused=True out",
+}
+CLASSES = {"adafactor": "Adafactor", "adagrad": "Adagrad", "muon": "Muon", "sgd": "SGD"}  # of optim, see UNSUITED
+
+
+def check_combination(
+    args: FitArguments,
+    strategy: Strategy,
+    module: TrainModule,
+    eval_data: Any,
+    compute_loss_func: Callable[..., Any] | None,
+) -> None:
+    """Refuse arguments that can't work with what else Fit was given, all of them in one error.
+
+    Raises:
+        ValueError: a line for each, with what to write instead.
+    """
+    found: list[tuple[str, str]] = []
+
+    def refuse(name: str, applies: bool, why: str) -> None:
+        if applies:
+            found.append((name, why))
+
+    nothing = "needs something to evaluate on, but eval_data is None. Pass eval_data=, or leave the argument out"
+    refuse("eval_strategy", args.eval_strategy != "no" and eval_data is None, nothing)
+    refuse("eval_on_start", args.eval_on_start and eval_data is None, nothing)
+    refuse(
+        "debug",
+        bool(args.debug) and strategy.runs_copies,
+        f"watches the layers of one module, and strategy={strategy.name!r} runs copies of it. Use strategy='ddp', or "
+        "'single'",
+    )
+    refuse(
+        "label_smoothing_factor",
+        args.label_smoothing_factor > 0 and compute_loss_func is not None,
+        "has no effect with compute_loss_func, which is the whole loss. Smooth in there, or leave one of them out",
+    )
+    taken = inspect.signature(module.forward).parameters
+    refuse(
+        "past_index",
+        args.past_index >= 0 and "mems" not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()),
+        f"hands an output on as 'mems', which {type(module).__name__}.forward doesn't take. Write forward(..., "
+        "mems=None)",
+    )
+    if type(module).configure_optimizer is TrainModule.configure_optimizer:
+        why = unsuited(CLASSES.get(args.optim, ""), bool(args.optim_args.get("fused")), strategy)
+        refuse("optim", why is not None, f"doesn't work under strategy={strategy.name!r}: {why}")
+    if found:
+        lines = [f"{name}={getattr(args, name)!r}: {why}" for name, why in found]
+        raise ValueError("These arguments can't work together:\n  " + "\n  ".join(lines))
+
+
+def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> Optimizer:
+    """Refuse an optimizer that can't work on the parameters as a strategy cuts them; a module may bring its own.
+
+    Raises:
+        ValueError: says why, and what works.
+    """
+    for part in getattr(optimizer, "parts", [optimizer]):
+        fused = any(group.get("fused") for group in part.param_groups)
+        why = unsuited(type(part).__name__, fused, strategy)
+        if why is not None:
+            raise ValueError(f"{type(part).__name__} doesn't work under strategy={strategy.name!r}: {why}.")
+    return optimizer
+
+
+def unsuited(optimizer: str, fused: bool, strategy: Strategy) -> str | None:
+    """Why an optimizer of that class can't work under a strategy, and what works; None where it can."""
+    form = strategy.parameter_form
+    return UNSUITED.get((optimizer, form)) or (UNSUITED.get((f"fused {optimizer}", form)) if fused else None)

@@ -1,0 +1,66 @@
+"""The memory that each stage of a run took, read where a stage ends from counters that are kept anyway."""
+
+import resource
+import sys
+
+import torch
+
+
+class MemoryByStage:
+    """Bytes by stage: "init" (placing the module), "train", "eval", "predict". No thread watches, so none can outlive
+    an exception.
+
+    Args:
+        device: its allocated bytes and their peak are read too where it is a GPU.
+
+    Attributes:
+        stage: the one that is under way.
+
+    Example:
+        >>> memory = MemoryByStage(torch.device("cpu"))
+        >>> memory.begin("train")
+        'init'
+        >>> "train_memory_cpu_resident" in memory.report()
+        True
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stage = "init"
+        self.found: dict[str, float] = {}
+
+    def begin(self, stage: str) -> str:
+        """End the stage that is under way and begin another.
+
+        Returns:
+            The one that ended.
+        """
+        ended, self.stage = self.stage, stage
+        unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # since the process began
+        held = resident() or peak
+        self.found[f"{ended}_memory_cpu_resident"] = held
+        self.found[f"{ended}_memory_cpu_peak"] = max(peak, held)
+        if self.device.type == "cuda":
+            allocated, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+            self.found[f"{ended}_memory_gpu_allocated"] = allocated
+            key = f"{ended}_memory_gpu_peak"  # training goes on after an evaluation: the higher of its parts
+            self.found[key] = max(peak, self.found.get(key, 0))
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return ended
+
+    def report(self) -> dict[str, float]:
+        """End the stage that is under way; the bytes of every stage so far, as ``<stage>_memory_cpu_resident``,
+        ``_cpu_peak`` and, on a GPU, ``_gpu_allocated`` and ``_gpu_peak``.
+        """
+        self.begin(self.stage)
+        return dict(self.found)
+
+
+def resident() -> int | None:
+    """Bytes of host memory this process holds; None where the system doesn't say (no /proc)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return None
