@@ -19,7 +19,7 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import best, cadence, checkpoint, evaluation, journal, loop, random_state
+from . import best, cadence, checkpoint, evaluation, journal, loop, pretrained, random_state
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
@@ -567,6 +567,14 @@ class Fit:
         self.place()
         checkpoint.export(self.strategy, Path(path))
         return Path(path)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
+        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
+        it. ``options`` are those of the model's own ``save_pretrained``.
+        """
+        self.place()
+        pretrained.save_pretrained(self.strategy, Path(directory), **options)
+        return Path(directory)
 
 
 def length(data: Any) -> int | None:

@@ -1,0 +1,32 @@
+"""A directory that ``from_pretrained`` loads, written by the model's own ``save_pretrained`` from placed weights."""
+
+from pathlib import Path
+from typing import Any
+
+from ..strategies.base import Strategy
+
+
+def save_pretrained(strategy: Strategy, directory: Path, **options: Any) -> None:
+    """Have the module write its configuration and weights. Collective; rank 0 holds the weights and writes.
+
+    Args:
+        strategy: holds the placed module, which has a ``save_pretrained`` (transformers' and peft's models do).
+        directory: is made.
+        **options: of the module's ``save_pretrained``.
+
+    Raises:
+        ValueError: the module has no such method.
+    """
+    save = getattr(strategy.module, "save_pretrained", None)
+    if save is None:
+        raise ValueError(
+            f"{type(strategy.module).__name__} has no save_pretrained to write a directory with. "
+            'Use fit.export("weights.safetensors").'
+        )
+    weights = {}
+    for name, tensor in strategy.full_state():
+        if strategy.is_main:
+            weights[name] = tensor
+    if strategy.is_main:
+        save(directory, state_dict=weights, **options)
+    strategy.barrier()
