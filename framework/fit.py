@@ -138,6 +138,7 @@ class Fit:
         self.grad_norm: Tensor | None = None
         self.schedule_is_due = False
         self.placed = False
+        self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
         self.writer: checkpoint.BackgroundWriter | None = None
         self._loss_was_checked = False
         self._random_to_restore: dict[str, Any] | None = None
@@ -563,9 +564,11 @@ class Fit:
         return path
 
     def export(self, path: str | Path) -> Path:
-        """Write the module's plain full weights, by parameter name, as one safetensors file."""
+        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
+        with ``save_only_trainable``.
+        """
         self.place()
-        checkpoint.export(self.strategy, Path(path))
+        checkpoint.export(self.strategy, Path(path), only_trainable=self.args.save_only_trainable)
         return Path(path)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
@@ -573,7 +576,7 @@ class Fit:
         it. ``options`` are those of the model's own ``save_pretrained``.
         """
         self.place()
-        pretrained.save_pretrained(self.strategy, Path(directory), **options)
+        pretrained.save_pretrained(self.strategy, Path(directory), self.args.save_only_trainable, **options)
         return Path(directory)
 
 

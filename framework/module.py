@@ -38,6 +38,10 @@ class TrainModule(nn.Module):
     causal = False
     """Whether position i of the logits predicts label i + 1, as in a causal language model given unshifted labels."""
 
+    loss_in_forward = False
+    """Whether forward computes the loss itself, as wrapped models do: where a strategy casts by a policy of its own,
+    autocast then keeps that loss in float32."""
+
     item_name = "samples"
     """What ``count_items`` counts, for the progress display: "tokens" for a language model."""
 
@@ -158,9 +162,9 @@ class TrainModule(nn.Module):
 
         Args:
             model: its forward returns the mean loss over the batch's items.
-            causal: whether that loss shifts the labels, see ``causal``; a weight of a micro-batch is then its labels
-                without each first one. None finds out, for models that shift in their ``loss_function`` as transformers'
-                do; say it for one that shifts the labels in its forward itself.
+            causal: whether that loss shifts the labels itself, see ``causal``; each row's first label then counts for
+                nothing. None finds out, where the model shifts in its ``loss_function`` as transformers' do; say True
+                for one that shifts within its forward.
 
         Example:
             ``Fit(TrainModule.wrap(model), train_data=dataset)``

@@ -31,9 +31,8 @@ def wrapped(model: nn.Module, causal: bool | None) -> TrainModule:
             "Write a TrainModule that holds the model and calls it in forward."
         )
     shifts = shifts_labels(model) if causal is None else causal
-    model.__class__ = type(
-        own.__name__, (own, TrainModule), {"__module__": own.__module__, "wraps": own, "causal": shifts}
-    )
+    declared = {"__module__": own.__module__, "wraps": own, "causal": shifts, "loss_in_forward": True}
+    model.__class__ = type(own.__name__, (own, TrainModule), declared)
     assert isinstance(model, TrainModule)
     return model
 

@@ -13,6 +13,7 @@ HOMES = {
     "restore": "contents",
     "rotate": "directory",
     "take": "contents",
+    "whole_weights": "exporting",
     "write": "writing",
 }
 
