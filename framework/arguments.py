@@ -50,6 +50,8 @@ class FitArguments:
         save_strategy: "no", "steps" or "epoch".
         save_steps: updates between checkpoints.
         save_total_limit: checkpoints kept; None keeps all. The newest whole one always stays.
+        save_only_trainable: checkpoints and exports hold trainable parameters and buffers, without the frozen ones (the
+            base model under a peft model's adapters); those a resumed run takes from the module as you built it.
         async_save: write checkpoints in the background; training stops only for the copy to host memory. A write that
             fails ends training after the next update.
         seed: of the model's randomness and the order of the data.
@@ -119,6 +121,7 @@ class FitArguments:
     save_strategy: str = "steps"
     save_steps: int = 500
     save_total_limit: int | None = None
+    save_only_trainable: bool = False
     async_save: bool = False
 
     seed: int = 42

@@ -29,12 +29,14 @@ def run(
         fit: placed.
         stream: the data.
         prefix: of the metrics' names, "eval" gives "eval_loss".
-        ignore_keys: entries of a mapping output that are left out of predictions.
+        ignore_keys: entries of a mapping output that are left out of predictions; where none are given, those of the
+            module's ``config.keys_to_ignore_at_inference`` (the cache of a transformers model).
         predict: hand out the outputs; the loss is then computed only where a batch has labels.
 
     Returns:
         (metrics, predictions); predictions is None unless asked for.
     """
+    ignored = {*ignore_keys} or {*getattr(getattr(fit.module, "config", None), "keys_to_ignore_at_inference", ())}
     keeps = predict or fit.compute_metrics is not None
     strategy, objective, model = fit.strategy, fit.objective, fit.strategy.model
     metrics = {} if predict else dict(fit.module.metrics())
@@ -65,7 +67,7 @@ def run(
                 for metric in metrics.values():
                     metric.update(*fit.module.metric_inputs(outputs, inputs))
                 if keeps:
-                    kept.append((to_host(outputs, set(ignore_keys)), to_host(labels_of(inputs), set())))
+                    kept.append((to_host(outputs, ignored), to_host(labels_of(inputs), set())))
             fit.emit("on_prediction_step")
     finally:
         model.train(was_training)

@@ -18,7 +18,7 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import best, cadence, checkpoint, evaluation, journal, loop, random_state
+from . import best, cadence, checkpoint, evaluation, journal, loop, pretrained, random_state
 from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
@@ -136,6 +136,7 @@ class Fit:
         self.grad_norm: Tensor | None = None
         self.schedule_is_due = False
         self.placed = False
+        self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
         self.writer: checkpoint.BackgroundWriter | None = None
         self._loss_was_checked = False
         self._random_to_restore: dict[str, Any] | None = None
@@ -578,10 +579,20 @@ class Fit:
         return path
 
     def export(self, path: str | Path) -> Path:
-        """Write the module's plain full weights, by parameter name, as one safetensors file."""
+        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
+        with ``save_only_trainable``.
+        """
         self.place()
-        checkpoint.export(self.strategy, Path(path))
+        checkpoint.export(self.strategy, Path(path), only_trainable=self.args.save_only_trainable)
         return Path(path)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
+        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
+        it. ``options`` are those of the model's own ``save_pretrained``.
+        """
+        self.place()
+        pretrained.save_pretrained(self.strategy, Path(directory), self.args.save_only_trainable, **options)
+        return Path(directory)
 
 
 def length(data: Any) -> int | None:

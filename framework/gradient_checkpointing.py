@@ -12,8 +12,8 @@ from .module import TrainModule
 def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any]) -> None:
     """Have a module's blocks recomputed in backward (Chen et al., 2016); its parameters keep their names.
 
-    A model with a method of its own for it (``gradient_checkpointing_enable``, as transformers' have) is asked to;
-    else each of ``shard_units()`` is recomputed as a whole, in training only.
+    A model with a method of its own for it (as transformers' have, under a new name since version 5) is asked to; else
+    each of ``shard_units()`` is recomputed as a whole, in training only.
 
     Args:
         module: before the strategy places it.
@@ -23,10 +23,11 @@ def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any
         ValueError: the module has no blocks to recompute.
     """
     options = {"use_reentrant": False, **options}
-    own = getattr(module, "gradient_checkpointing_enable", None)
-    if own is not None:
-        own(gradient_checkpointing_kwargs=options)
-        return
+    for kind in ("activation_checkpointing", "gradient_checkpointing"):
+        own = getattr(module, f"{kind}_enable", None)
+        if own is not None:
+            own(**{f"{kind}_kwargs": options})
+            return
     units = module.shard_units()
     if not units:
         raise ValueError(

@@ -150,33 +150,24 @@ class TrainModule(nn.Module):
         return {}
 
     @staticmethod
-    def wrap(model: nn.Module) -> "TrainModule":
-        """A TrainModule around any module whose forward returns a loss, e.g. a transformers model given labels.
+    def wrap(model: nn.Module, causal: bool | None = None) -> "TrainModule":
+        """A TrainModule around any module whose forward returns a loss, e.g. a transformers model given labels, or a
+        peft model around one.
 
         Parameters keep the names they have in ``model``, so checkpoints and exports do too.
+
+        Args:
+            model: its forward returns the mean loss over the batch's items.
+            causal: whether that loss shifts the labels itself, see ``causal``; each row's first label then counts for
+                nothing. None finds out, where the model shifts in its ``loss_function`` as transformers' do; say True
+                for one that shifts within its forward.
 
         Example:
             ``Fit(TrainModule.wrap(model), train_data=dataset)``
         """
-        return model if isinstance(model, TrainModule) else _wrapped(model)
+        from .wrapping import wrapped
 
-
-def _wrapped(model: nn.Module) -> TrainModule:
-    """``model`` itself, with TrainModule's methods beside its own.
-
-    A module around the model would put a prefix before every parameter's name; a subclass made for this object keeps
-    the names, and whatever else the model can do (``generate``, ``save_pretrained``) stays where it was.
-    """
-    own = type(model)
-    clashes = [n for n in ("loss", "metrics", "count_items") if n in vars(own) or n in vars(model)]
-    if clashes:
-        raise TypeError(
-            f"TrainModule.wrap can't wrap {own.__name__}: it has {', '.join(clashes)} of its own. "
-            "Write a TrainModule that holds the model and calls it in forward."
-        )
-    model.__class__ = type(own.__name__, (own, TrainModule), {"__module__": own.__module__, "wraps": own})
-    assert isinstance(model, TrainModule)
-    return model
+        return model if isinstance(model, TrainModule) else wrapped(model, causal)
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """What arguments add to a run before it begins: changes to the module's blocks, and callbacks."""
 
+from ..precision.quantized import keep_trainable
 from .arguments import FitArguments
 from .callbacks import Callback
 from .gradient_checkpointing import enable_gradient_checkpointing
@@ -12,7 +13,16 @@ def prepare_module(module: TrainModule, args: FitArguments) -> None:
     Args:
         module: all its layers are there; it is not yet sharded or wrapped.
         args: of the run.
+
+    Raises:
+        ValueError: an argument has no effect on this module.
     """
+    if args.save_only_trainable and all(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"save_only_trainable=True has no effect: {type(module).__name__} has no frozen parameters. Leave it out, "
+            "or freeze some (requires_grad_(False)) before Fit is given the module."
+        )
+    keep_trainable(module)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(module, args.gradient_checkpointing_kwargs)
     if args.torch_compile:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Precision
+from .quantized import is_quantized
 
 
 class Full(Precision):
@@ -24,11 +25,12 @@ class Full(Precision):
 def cast_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the floating-point parameters and buffers of a module in place.
 
-    ``module.to(dtype)`` would turn complex buffers (rotary embeddings) into real ones, so complex tensors are kept.
+    ``module.to(dtype)`` would turn complex buffers (rotary embeddings) into real ones, so complex tensors are kept, and
+    so are quantized ones, whose dtype is only what their codes are stored in.
     """
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if tensor.is_floating_point() and not is_quantized(tensor) else tensor
 
     apply: Callable[..., nn.Module] = module._apply  # what nn.Module.to itself is made of; keeps ties and optimizers
     return apply(cast)

@@ -1,7 +1,7 @@
 """What every strategy promises: the verbs of a run, in the order in which the loop uses them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -257,10 +257,13 @@ class Strategy:
         for name, entries in state.items():
             self.optimizer.state[parameters[name]] = dict(entries)
 
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors by name on the host, one at a time. Every rank iterates; rank 0 uses them."""
+    def full_state(self, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by name on the host, one at a time, but for those left out. Every rank iterates; rank 0 uses
+        them.
+        """
         for name, tensor in self.model_state().items():
-            yield name, tensor.detach().cpu()
+            if name not in leave_out:
+                yield name, tensor.detach().cpu()
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Whole gradients by parameter name on the host, one at a time, of the parameters that have one. Every rank

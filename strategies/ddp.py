@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
-from .process_group import ProcessGroupOptions, ProcessGroupStrategy
+from .process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_scales
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class DDP(ProcessGroupStrategy):
     ) -> None:
         """Move and convert the module, make the optimizer, wrap."""
         super().place(module, configure_optimizer, prepare)
+        broadcast_scales(module)  # the rest is DDP's own to broadcast
         if not any(p.requires_grad for p in module.parameters()):
             return  # nothing to average; DDP refuses such a module
         options = self.options

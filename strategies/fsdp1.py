@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.utils._pytree import tree_map
 
+from ..precision.quantized import check_storage
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .gradient_norm import clip_by_norm
 from .materialize import build_on_meta, has_meta, materialize
@@ -85,6 +87,7 @@ class FSDP1(ProcessGroupStrategy):
         }[hybrid, full]
         compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
         mixed = compute is not None and compute != self.precision.parameter_dtype
+        check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
         self.model = FullyShardedDataParallel(
             module,
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
@@ -125,12 +128,14 @@ class FSDP1(ProcessGroupStrategy):
         """Copy a state that was read into back into the flat shards."""
         whole: dict[str, Any] = {**self.model_state(), **state}
         # Every name is copied in turn, so the further ones of a tied parameter need its new values, too.
-        set_model_state_dict(self.model, whole | {alias: whole[name] for alias, name in self.tied_names().items()})
+        whole |= {alias: whole[name] for alias, name in self.tied_names().items()}
+        # The scales of quantized weights are in a state_dict, but no load_state_dict takes them; names were checked.
+        set_model_state_dict(self.model, whole, options=StateDictOptions(strict=False))
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state, cut by parameter instead of by flat shard."""
         assert self.optimizer is not None
-        if not self.optimizer.state:
+        if not any(self.sum_on_host([len(self.optimizer.state)])):  # a rank may hold no share of what is trained
             return {}
         return get_optimizer_state_dict(self.model, self.optimizer)["state"]  # type: ignore[return-value]
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
+from ..precision.quantized import check_storage
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .gradient_norm import clip_by_norm
 from .materialize import build_on_meta, materialize
@@ -123,6 +124,9 @@ class FSDP2(ProcessGroupStrategy):
     def shard(self, module: nn.Module) -> None:
         """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
         options = self.options
+        compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
+        mixed = compute is not None and compute != self.precision.parameter_dtype
+        check_storage(module, self.name, flat=None, cast_to=compute if mixed else None)
         # One dimension shards; two replicate over the first and shard over the second.
         mesh = self.mesh[REPLICATE, SHARD] if options.replicas > 1 else self.mesh[SHARD]
         if options.context_parallel > 1:  # its ranks have gradients of their own, and shard the model like any other
@@ -136,8 +140,6 @@ class FSDP2(ProcessGroupStrategy):
             if options.cpu_offload
             else OffloadPolicy(),
         }
-        compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
-        mixed = compute is not None and compute != self.precision.parameter_dtype
         for unit in module.shard_units():  # type: ignore[operator]
             fully_shard(
                 unit,

@@ -3,7 +3,7 @@
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from ..precision.base import Precision
+from ..precision.quantized import scales
 from .base import Strategy
 
 # Mesh dimensions, outermost first. Neighbours in the last one are neighbours in rank, on one node's fast links.
@@ -111,9 +112,11 @@ class ProcessGroupStrategy(Strategy):
         """Wait for every rank."""
         dist.barrier()
 
-    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+    def full_state(self, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors, gathered one at a time."""
         for name, tensor in self.model_state().items():
+            if name in leave_out:
+                continue
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             yield name, whole.detach().cpu()
 
@@ -196,6 +199,14 @@ def broadcast_module(module: nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_meta:
             dist.broadcast(tensor, src=0)
+    broadcast_scales(module)
+
+
+@torch.no_grad()
+def broadcast_scales(module: nn.Module) -> None:
+    """Rank 0's scales of quantized parameters on every rank: they are no buffers."""
+    for tensor in scales(module):
+        dist.broadcast(tensor, src=0)
 
 
 def split_world(world_size: int, strategy: str, **degrees: int) -> int:

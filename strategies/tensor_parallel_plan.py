@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.optim import Optimizer
 
+from ..precision.quantized import is_quantized
 from ..precision.registry import did_you_mean
 from .process_group import mesh_of
 
@@ -122,6 +123,14 @@ def _style(
         )
     weight = getattr(layer, "weight", None)
     dimension = CUT_DIMENSION.get(style.partition("_")[0])
+    if dimension is not None and (
+        not isinstance(layer, nn.Linear | nn.Embedding) or any(map(is_quantized, layer.parameters(recurse=False)))
+    ):
+        raise ValueError(
+            f"tensor_parallel_plan: {name!r} is a {type(layer).__module__}.{type(layer).__name__}, and {style!r} cuts "
+            "nn.Linear and nn.Embedding with plain weights only, no adapters around them and no quantized ones. Use "
+            "strategy='fsdp2', or a plan that leaves such layers out."
+        )
     if dimension is not None and isinstance(weight, Tensor) and weight.shape[dimension] % degree:
         raise ValueError(
             f"tensor_parallel_plan: {name!r} is cut {style}, but its weight {tuple(weight.shape)} has "

@@ -14,6 +14,7 @@ HOMES = {
     "restore": "contents",
     "rotate": "directory",
     "take": "contents",
+    "whole_weights": "exporting",
     "write": "writing",
 }
 

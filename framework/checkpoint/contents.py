@@ -7,7 +7,9 @@
         state.json                    progress, schedule, loss scale, data position, callbacks, running averages,
                                       parameter groups: everything that isn't a tensor
         random-00000.json             each rank's random state
-        model/shard-*.safetensors     parameters and buffers by name, each rank its shards
+        model/shard-*.safetensors     parameters and buffers by name, each rank its shards; without quantized ones,
+                                      and with save_only_trainable without frozen ones; state.json has fingerprints of
+                                      what is missing
         optimizer/shard-*.safetensors "<parameter>/<state key>", e.g. "head.weight/exp_avg"
 """
 
@@ -24,6 +26,7 @@ from ...strategies.base import Strategy
 from .. import random_state
 from . import directory
 from .directory import CheckpointError
+from .frozen import check_frozen, described, fingerprints, left_out, without
 from .tensors import Stored, load_tensors, stored_tensors
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class Snapshot:
     """A run at one moment, on one rank.
 
     Attributes:
-        model: name to (possibly sharded) tensor, tied parameters once.
+        model: name to (possibly sharded) tensor, tied parameters once; perhaps only the trainable ones.
         optimizer: "<parameter>/<state key>" to tensor.
         state: everything else that all ranks share, as JSON.
         random: this rank's random state, as JSON.
@@ -53,6 +56,10 @@ class Snapshot:
 def take(fit: "Fit") -> Snapshot:
     """The run as it stands between two updates. Collective."""
     strategy = fit.strategy
+    model = untied_state(strategy)
+    names = left_out(strategy, fit.args.save_only_trainable).intersection(model)
+    if fit.frozen.keys() != names:  # read once in a run: what is frozen doesn't change
+        fit.frozen = fingerprints(strategy, {name: tensor for name, tensor in model.items() if name in names})
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, entries in strategy.optimizer_state().items():
@@ -76,8 +83,9 @@ def take(fit: "Fit") -> Snapshot:
         "tied": strategy.tied_names(),
         "parameter_groups": parameter_groups(strategy),
         "optimizer_numbers": numbers,
+        "frozen": fit.frozen,
     }
-    return Snapshot(untied_state(strategy), tensors, as_json(state), json.dumps(random_state.capture()))
+    return Snapshot(without(model, names), tensors, as_json(state), json.dumps(random_state.capture()))
 
 
 def as_json(state: Mapping[str, Any]) -> str:
@@ -113,8 +121,7 @@ def restore(fit: "Fit", path: Path) -> dict[str, Any]:
     """
     strategy = fit.strategy
     state = read_state(path)
-    model = untied_state(strategy)
-    check_model(path, model, stored_tensors(path / "model"))
+    model = saved_part(path, strategy, state)
     parameters = strategy.named_parameters()
     groups = match_groups(path, strategy, state["parameter_groups"])
     optimizer = optimizer_templates(path, strategy, stored_tensors(path / "optimizer"))
@@ -162,8 +169,7 @@ def load_weights(fit: "Fit", path: Path | None) -> None:
     """
     if path is None:
         return
-    model = untied_state(fit.strategy)
-    check_model(path, model, stored_tensors(path / "model"))
+    model = saved_part(path, fit.strategy, read_state(path))
     load_tensors(path / "model", model)
     fit.strategy.load_model_state(model)
 
@@ -188,6 +194,21 @@ def untied_state(strategy: Strategy) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied parameters once."""
     aliases = strategy.tied_names()
     return {name: tensor for name, tensor in strategy.model_state().items() if name not in aliases}
+
+
+def saved_part(path: Path, strategy: Strategy, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's tensors that a checkpoint holds: all, or all but the frozen ones. Collective.
+
+    Raises:
+        CheckpointError: it belongs to another model, or to other frozen weights.
+    """
+    model, frozen = untied_state(strategy), state.get("frozen", {})
+    saved = without(model, frozen)
+    rest = {name: tensor for name, tensor in model.items() if name in frozen}
+    check_model(path, {**saved, **rest}, {**stored_tensors(path / "model"), **described(frozen)})
+    if frozen:
+        check_frozen(path, strategy, rest, frozen)
+    return saved
 
 
 def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:

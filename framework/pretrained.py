@@ -1,0 +1,33 @@
+"""A directory that ``from_pretrained`` loads, written by the model's own ``save_pretrained`` from placed weights."""
+
+from pathlib import Path
+from typing import Any
+
+from ..strategies.base import Strategy
+from .checkpoint import whole_weights
+
+
+def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, **options: Any) -> None:
+    """Have the module write its configuration and weights. Collective; rank 0 holds the weights and writes.
+
+    Args:
+        strategy: holds the placed module, which has a ``save_pretrained`` (transformers' and peft's models do).
+        directory: is made.
+        only_trainable: gather no frozen weights for a peft model, which writes its adapters alone anyway. Any other
+            model needs all its weights in the directory, and gets them.
+        **options: of the module's ``save_pretrained``.
+
+    Raises:
+        ValueError: the module has no such method, or quantized weights to write.
+    """
+    save = getattr(strategy.module, "save_pretrained", None)
+    if save is None:
+        raise ValueError(
+            f"{type(strategy.module).__name__} has no save_pretrained to write a directory with. "
+            'Use fit.export("weights.safetensors").'
+        )
+    adapters = hasattr(strategy.module, "peft_config")
+    weights = whole_weights(strategy, only_trainable and adapters, adapters=adapters)
+    if strategy.is_main:
+        save(directory, state_dict=weights, **options)
+    strategy.barrier()

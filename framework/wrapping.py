@@ -1,0 +1,50 @@
+"""Models that compute their own loss (transformers', peft's) as TrainModules: what ``TrainModule.wrap`` does."""
+
+import inspect
+
+from torch import nn
+
+from .module import TrainModule
+
+CLASHES = ("loss", "metrics", "count_items", "build")
+"""Names that a run asks a TrainModule for, and that mean something else on another class."""
+
+
+def wrapped(model: nn.Module, causal: bool | None) -> TrainModule:
+    """``model`` itself, with TrainModule's methods beside its own.
+
+    A module around the model would put a prefix before every parameter's name; a subclass made for this object keeps
+    the names, and whatever else the model can do (``generate``, ``save_pretrained``) stays where it was.
+
+    Args:
+        model: its forward returns a loss.
+        causal: see TrainModule.causal; None finds out.
+
+    Raises:
+        TypeError: the model has methods of the names that a run asks for.
+    """
+    own = type(model)
+    clashes = [n for n in CLASHES if hasattr(own, n) or n in vars(model) or n in model._modules]
+    if clashes:
+        raise TypeError(
+            f"TrainModule.wrap can't wrap {own.__name__}: it has {', '.join(clashes)} of its own. "
+            "Write a TrainModule that holds the model and calls it in forward."
+        )
+    shifts = shifts_labels(model) if causal is None else causal
+    declared = {"__module__": own.__module__, "wraps": own, "causal": shifts}
+    model.__class__ = type(own.__name__, (own, TrainModule), declared)
+    assert isinstance(model, TrainModule)
+    return model
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's loss has position i predict label i + 1, so that no position predicts the first label.
+
+    The outermost layer whose forward calls its ``loss_function`` says so: one that could be given ``shift_labels``
+    instead shifts the labels itself. All of transformers' decoders but a few old ones do it that way.
+    """
+    for layer in model.modules():
+        forward = inspect.unwrap(type(layer).forward)
+        if "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            return "shift_labels" in inspect.signature(layer.loss_function).parameters  # type: ignore[arg-type]
+    return any(getattr(layer, "causal", False) for layer in model.modules() if isinstance(layer, TrainModule))
