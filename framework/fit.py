@@ -408,11 +408,11 @@ class Fit:
         return run_length(args, dataloader, total_train_batch_size)
 
     def resolve_length(self) -> None:
-        """Turn epochs into updates: ``args.max_steps`` is the length of the run from here on."""
+        """Turn epochs, and fractions of the run, into updates: ``args.max_steps`` is its length from here on."""
         total = self.get_total_train_batch_size(self.args)
         values = self.set_initial_training_values(self.args, self.stream, total)
         self.num_train_epochs, max_steps = values[0], values[-1]
-        self.args = self.args.replace(max_steps=max_steps)
+        self.args = cadence.resolve(self.args, max_steps)
 
     # Logs.
 
