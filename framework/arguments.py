@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from ..precision.registry import did_you_mean
 from .cadence import CADENCES, STEPS, in_updates, is_number_or_fraction
-from .optimizers import OPTIMIZERS
+from .lomo import argument_problems
+from .optimizers import OPTIMIZERS, UPDATING_IN_BACKWARD
 from .schedulers import PLATEAU, SCHEDULERS, WITHOUT_WARMUP, scheduler_problem
 
 
@@ -27,8 +28,8 @@ class FitArguments:
         learning_rate: the schedule's peak.
         weight_decay: decay of weights; norms and biases are never decayed.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).
-        optim: the optimizer: adamw, adam, sgd, adafactor, rmsprop, adagrad, muon; from packages of their own: lion,
-            adamw_8bit, schedule_free_adamw, lomo, adalomo.
+        optim: the optimizer: adamw, adam, sgd, adafactor, rmsprop, adagrad, muon, lomo, adalomo; from packages of their
+            own: lion, adamw_8bit, schedule_free_adamw (which wants a constant schedule).
         optim_args: the optimizer's own options, by name.
         lr_scheduler_type: shape of the schedule: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
             constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay or reduce_lr_on_plateau.
@@ -221,6 +222,8 @@ class FitArguments:
         ):
             require(name, getattr(self, name) in known, f"must be one of {', '.join(map(repr, known))}")
         require("optim", self.optim in OPTIMIZERS, did_you_mean(self.optim, OPTIMIZERS))
+        if self.optim in UPDATING_IN_BACKWARD:
+            found += argument_problems(self.max_grad_norm, self.gradient_accumulation_steps)
         require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "is a fraction of the run, from 0 to 1")
         require(
             "warmup_ratio",

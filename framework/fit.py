@@ -28,6 +28,8 @@ from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
+from .optimizer_mode import OptimizerMode
+from .optimizers import check_optimizer
 from .preparation import callbacks_of, prepare_module
 from .progress import Progress
 from .run_length import run_length
@@ -123,6 +125,7 @@ class Fit:
             },
         )
         if train_data is not None:
+            check_optimizer(self.args.optim, self.strategy, self.args)
             self.stream = self.get_train_dataloader()
             self.resolve_length()
         if eval_data is not None:
@@ -180,8 +183,6 @@ class Fit:
         try:
             self.open_loggers()
             loop.run(self)
-            if self.writer is not None:
-                self.writer.finish()
             if self.args.load_best_model_at_end:
                 checkpoint.load_weights(self, best.best_checkpoint(self.args, self.state))
         except BaseException as error:
@@ -226,8 +227,10 @@ class Fit:
         random_state.seed_everything(self.args.seed)  # late layers draw the same initial values on every rank
         self.strategy.place(self.module, self.configure_optimizer if trains else None, self.prepare_module)
         self.placed = True
+        self.optimizer_mode = OptimizerMode(self.strategy.optimizer)
         if trains:
             assert self.strategy.optimizer is not None
+            check_optimizer(self.strategy.optimizer, self.strategy, self.args)
             self._initial_options = options_by_parameter(self.strategy.optimizer)
             self._initial_scaling = self.strategy.precision.state_dict()
 
@@ -244,6 +247,7 @@ class Fit:
         """The optimizer as it was made: no moments, no gradients, its first learning rates and loss scale. A second
         ``train`` begins here too.
         """
+        self.optimizer_mode.eval()
         self.optimizer.state.clear()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
@@ -361,6 +365,13 @@ class Fit:
                 self.state.skipped_updates += 1
             elif not waits_for_metric(self.scheduler):
                 self.scheduler.step()
+
+    def end_training(self) -> None:
+        """After the last update: the schedule settled, the weights those to use, and every checkpoint on the disk."""
+        self.settle_schedule()
+        self.optimizer_mode.eval()
+        if self.writer is not None:
+            self.writer.finish()
 
     def begin_next_epoch(self) -> None:
         """The data stands at the beginning of the next epoch; a checkpoint saved from here on continues there."""
@@ -521,9 +532,10 @@ class Fit:
         data = self.eval_data if eval_data is None else eval_data
         named = data if isinstance(data, Mapping) else {"": data}
         metrics: dict[str, float] = {}
-        for name, part in named.items():
-            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            metrics |= evaluation.run(self, self.get_eval_dataloader(part), prefix, ignore_keys or ())[0]
+        with self.optimizer_mode.evaluating():
+            for name, part in named.items():
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                metrics |= evaluation.run(self, self.get_eval_dataloader(part), prefix, ignore_keys or ())[0]
         self.log(metrics)
         self.emit("on_evaluate", metrics=metrics)
         return metrics
@@ -534,7 +546,8 @@ class Fit:
         """The module's outputs over all of ``data``, in its order, on the host, with the loss where it has labels."""
         self.place()
         stream = self.get_eval_dataloader(data)
-        metrics, predictions = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
+        with self.optimizer_mode.evaluating():
+            metrics, predictions = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, metrics)
 
@@ -543,29 +556,43 @@ class Fit:
     def save_checkpoint(self) -> Path:
         """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``."""
         self.settle_schedule()
-        output_dir = Path(self.args.output_dir)
-        path = output_dir / f"checkpoint-{self.state.global_step}"
-        snapshot = checkpoint.take(self)
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
-        def rotate() -> None:
+        def published() -> None:
             if self.strategy.is_main:
-                kept = best.best_checkpoint(self.args, self.state) if self.args.load_best_model_at_end else None
-                checkpoint.rotate(output_dir, self.args.save_total_limit, keep=[kept] if kept else [])
+                self.callbacks.checkpoint_published(path)
+            self.rotate_checkpoints()
 
-        if self.args.async_save:
-            if self.writer is None:
-                self.writer = checkpoint.BackgroundWriter(self.strategy)
-            self.writer.start(snapshot, path, then=rotate)
-        else:
-            checkpoint.write(snapshot, path, self.strategy)
-            rotate()
+        with self.optimizer_mode.evaluating():
+            snapshot = checkpoint.take(self)
+            if self.args.async_save:
+                if self.writer is None:
+                    self.writer = checkpoint.BackgroundWriter(self.strategy)
+                self.writer.start(snapshot, path, then=published)
+            else:
+                checkpoint.write(snapshot, path, self.strategy)
+                published()
         self.emit("on_save", path=path)
         return path
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``, but for the best one and those that a callback
+        still needs.
+        """
+        if self.strategy.is_main:
+            kept = best.best_checkpoint(self.args, self.state) if self.args.load_best_model_at_end else None
+            checkpoint.rotate(
+                Path(self.args.output_dir),
+                self.args.save_total_limit,
+                keep=[kept] if kept else [],
+                spare=self.callbacks.checkpoints_to_keep(),
+            )
 
     def export(self, path: str | Path) -> Path:
         """Write the module's plain full weights, by parameter name, as one safetensors file."""
         self.place()
-        checkpoint.export(self.strategy, Path(path))
+        with self.optimizer_mode.evaluating():
+            checkpoint.export(self.strategy, Path(path))
         return Path(path)
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..strategies.base import Strategy
+from .lomo import AdaLomo, Lomo, check_update_in_backward
+
 if TYPE_CHECKING:
     from .arguments import FitArguments
 
@@ -157,28 +160,39 @@ def from_package(
         except ImportError as error:
             raise ValueError(
                 f"optim={args.optim!r} comes from the package {distribution}, which isn't installed ({error}). "
-                f"Run: pip install {distribution}"
+                f"Run: pip install {distribution} (or 'stratagem[optimizers]', which holds all of them)"
             ) from error
         return made_by(groups, lr=args.learning_rate, **{**options(args), **args.optim_args})
 
     return make
 
 
-def lomo(class_name: str) -> Any:
-    """A maker of LOMO and AdaLOMO (Lv et al., 2023), which update during backward and so take the module itself."""
+def updating_in_backward(made_by: Callable[..., Optimizer]) -> Any:
+    """A maker of LOMO or AdaLOMO."""
 
     def make(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
-        try:
-            package = import_module("lomo_optim")
-        except ImportError as error:
-            raise ValueError(
-                f"optim={args.optim!r} comes from the package lomo-optim, which isn't installed ({error}). "
-                "Run: pip install lomo-optim"
-            ) from error
-        return getattr(package, class_name)(module, lr=args.learning_rate, **args.optim_args)
+        return made_by(groups, lr=args.learning_rate, **args.optim_args)
 
     return make
 
+
+def check_optimizer(optimizer: str | Optimizer, strategy: Strategy, args: "FitArguments") -> None:
+    """Refuse an optimizer that would compute something else here.
+
+    Args:
+        optimizer: as ``args.optim`` names it, or as a module made it.
+        strategy: set up.
+        args: of the run.
+
+    Raises:
+        ValueError: says what can't work and what to write instead.
+    """
+    if optimizer in UPDATING_IN_BACKWARD or getattr(optimizer, "updates_in_backward", False):
+        name = f"optim={optimizer!r}" if isinstance(optimizer, str) else type(optimizer).__name__
+        check_update_in_backward(name, strategy, args.max_grad_norm, args.gradient_accumulation_steps)
+
+
+UPDATING_IN_BACKWARD = ("lomo", "adalomo")
 
 OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer]] = {
     "adamw": adamw,
@@ -191,7 +205,7 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer
     "lion": from_package("lion_pytorch", "lion-pytorch", "Lion", lambda args: {"betas": (args.adam_beta1, 0.99)}),
     "adamw_8bit": from_package("bitsandbytes.optim", "bitsandbytes", "AdamW8bit", adam_options),
     "schedule_free_adamw": from_package("schedulefree", "schedulefree", "AdamWScheduleFree", adam_options),
-    "lomo": lomo("Lomo"),
-    "adalomo": lomo("AdaLomo"),
+    "lomo": updating_in_backward(Lomo),
+    "adalomo": updating_in_backward(AdaLomo),
 }
 """Name to maker."""

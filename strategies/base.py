@@ -71,6 +71,9 @@ class Strategy:
     Options: ClassVar[type] = NoOptions
     needs_ranks: ClassVar[bool] = False
     """Whether it is worth starting a process per device for."""
+    gradients_are_final_in_backward: ClassVar[bool] = False
+    """Whether what backward accumulates in a parameter is the gradient of the whole update, or its last part: then an
+    optimizer may consume it there and then (LOMO)."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0

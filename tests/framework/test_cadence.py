@@ -94,7 +94,7 @@ BEST: dict[str, Any] = {"load_best_model_at_end": True, "eval_strategy": "steps"
 
 
 def test_each_checkpoint_has_an_evaluation_for_fractions_too(make_fit: MakeFit) -> None:
-    due = run(make_fit, max_steps=25, eval_steps=0.2, save_steps=0.4, **{**BEST})
+    due = run(make_fit, max_steps=25, eval_steps=0.2, save_steps=0.4, **BEST)
     assert (due.evaluations, due.saves) == ([5, 10, 15, 20, 25], [10, 20, 25])
     # 2 and 5 of 20; known at once where the length is given, else when Fit has worked it out: 4 updates by 5 epochs.
     told = r"every multiple of 2 updates; here every 5"
