@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from ..precision.registry import did_you_mean
-from .optimizers import OPTIMIZERS
+from .cadence import CADENCES, STEPS, in_updates, is_number_or_fraction
+from .lomo import argument_problems
+from .optimizers import OPTIMIZERS, UPDATING_IN_BACKWARD
 from .schedulers import PLATEAU, SCHEDULERS, WITHOUT_WARMUP, scheduler_problem
-
-CADENCES = ("no", "steps", "epoch")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class FitArguments:
         learning_rate: the schedule's peak.
         weight_decay: decay of weights; norms and biases are never decayed.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).
-        optim: the optimizer: adamw, adam, sgd, adafactor, rmsprop, adagrad, muon; from packages of their own: lion,
-            adamw_8bit, schedule_free_adamw, lomo, adalomo.
+        optim: the optimizer: adamw, adam, sgd, adafactor, rmsprop, adagrad, muon, lomo, adalomo; from packages of their
+            own: lion, adamw_8bit, schedule_free_adamw (which wants a constant schedule).
         optim_args: the optimizer's own options, by name.
         lr_scheduler_type: shape of the schedule: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
             constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay or reduce_lr_on_plateau.
@@ -38,17 +38,17 @@ class FitArguments:
         warmup_ratio: the same as a fraction of the run.
         max_grad_norm: gradients are scaled down to this 2-norm; 0 switches clipping off (and the norm's log).
         logging_strategy: "no", "steps" or "epoch".
-        logging_steps: updates between logs.
+        logging_steps: updates between logs; below 1, a fraction of the run, rounded up to whole updates.
         logging_first_step: also log after the first update.
         eval_strategy: "no", "steps" or "epoch".
-        eval_steps: updates between evaluations; None means ``logging_steps``.
+        eval_steps: updates between evaluations, or a fraction of the run; None means ``logging_steps``.
         eval_on_start: evaluate before the first update.
         metric_for_best_model: the evaluation's metric that tells which checkpoint is best, and that a
             reduce_lr_on_plateau schedule waits for, with or without "eval_"; None means "loss".
         greater_is_better: whether more of it is better; None means yes, unless its name ends in "loss".
         load_best_model_at_end: end with the weights of the best checkpoint. Rotation keeps that one.
         save_strategy: "no", "steps" or "epoch".
-        save_steps: updates between checkpoints.
+        save_steps: updates between checkpoints, or a fraction of the run.
         save_total_limit: checkpoints kept; None keeps all. The newest whole one always stays.
         save_only_trainable: checkpoints and exports hold trainable parameters and buffers, without the frozen ones (the
             base model under a peft model's adapters); those a resumed run takes from the module as you built it.
@@ -110,16 +110,16 @@ class FitArguments:
     max_grad_norm: float = 1.0
 
     logging_strategy: str = "steps"
-    logging_steps: int = 500
+    logging_steps: float = 500
     logging_first_step: bool = False
     eval_strategy: str = "no"
-    eval_steps: int | None = None
+    eval_steps: float | None = None
     eval_on_start: bool = False
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
     load_best_model_at_end: bool = False
     save_strategy: str = "steps"
-    save_steps: int = 500
+    save_steps: float = 500
     save_total_limit: int | None = None
     save_only_trainable: bool = False
     async_save: bool = False
@@ -180,11 +180,12 @@ class FitArguments:
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
-            "logging_steps",
-            "save_steps",
         ):
             require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("eval_steps", "save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps"):
+        uncounted = [name for name in STEPS if not is_number_or_fraction(getattr(self, name))]
+        for name in uncounted:
+            require(name, False, "must be a number of updates, at least 1, or a fraction of the run between 0 and 1")
+        for name in ("save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps"):
             value = getattr(self, name)
             require(name, value is None or value >= 1, "must be at least 1, or None")
         for name in (
@@ -225,6 +226,8 @@ class FitArguments:
         ):
             require(name, getattr(self, name) in known, f"must be one of {', '.join(map(repr, known))}")
         require("optim", self.optim in OPTIMIZERS, did_you_mean(self.optim, OPTIMIZERS))
+        if self.optim in UPDATING_IN_BACKWARD:
+            found += argument_problems(self.max_grad_norm, self.gradient_accumulation_steps)
         require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "is a fraction of the run, from 0 to 1")
         require(
             "warmup_ratio",
@@ -254,15 +257,15 @@ class FitArguments:
             not self.load_best_model_at_end or self.save_strategy != "no",
             "needs checkpoints to load from; set save_strategy as eval_strategy",
         )
-        require(
-            "save_strategy",
-            not self.load_best_model_at_end
-            or self.save_strategy == "no"
-            or (self.save_strategy == self.eval_strategy and self.save_steps % (self.eval_every or 1) == 0)
-            or self.eval_strategy == "no",
-            f"with load_best_model_at_end each checkpoint needs an evaluation of its own: save as evaluation goes "
-            f"(eval_strategy={self.eval_strategy!r}), every multiple of {self.eval_every} updates",
-        )
+        if self.load_best_model_at_end and not uncounted and "no" not in (self.save_strategy, self.eval_strategy):
+            evaluated, saved = self._spacing()
+            matches = self.save_strategy == self.eval_strategy and (min(evaluated, saved) < 1 or saved % evaluated == 0)
+            require(
+                "save_strategy",
+                matches,
+                "with load_best_model_at_end each checkpoint needs an evaluation of its own: save as evaluation goes "
+                f"(eval_strategy={self.eval_strategy!r}), every multiple of {evaluated} updates; here every {saved}",
+            )
         require(
             "greater_is_better",
             self.greater_is_better is None or self.metric_for_best_model is not None,
@@ -290,6 +293,15 @@ class FitArguments:
         )
         return found
 
+    def _spacing(self) -> tuple[float, float]:
+        """What lies between two evaluations and between two checkpoints: updates, or still a fraction of the run where
+        its length isn't known yet. Fit asks again when it is.
+        """
+        steps = self.eval_every or 1, self.save_steps
+        if self.max_steps < 1:
+            return steps
+        return in_updates(steps[0], self.max_steps), in_updates(steps[1], self.max_steps)
+
     @property
     def best_metric(self) -> str:
         """The full name of the metric that tells which evaluation is best."""
@@ -302,8 +314,8 @@ class FitArguments:
         return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
 
     @property
-    def eval_every(self) -> int | None:
-        """Updates between evaluations; None where they don't go by updates."""
+    def eval_every(self) -> float | None:
+        """Updates between evaluations, or a fraction of the run; None where they don't go by updates."""
         return (self.eval_steps or self.logging_steps) if self.eval_strategy == "steps" else None
 
     def replace(self, **changes: Any) -> "FitArguments":

@@ -1,6 +1,7 @@
 """Callbacks: the events of a run, in order, and the built-in ones."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import FitArguments
@@ -92,6 +93,15 @@ class Callback:
     def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Training is ending with ``exception``; what holds something open lets go of it here."""
 
+    # Of checkpoints, on the main process. With async_save they are called in the thread that writes.
+
+    def checkpoint_published(self, path: Path) -> None:
+        """A checkpoint is there, whole. Return soon: the next can't be written before."""
+
+    def checkpoints_to_keep(self) -> Iterable[Path]:
+        """Checkpoints that this callback still needs; ``save_total_limit`` doesn't remove them yet."""
+        return ()
+
 
 class Callbacks:
     """The run's callbacks, and for each event the methods that somebody wrote."""
@@ -113,6 +123,15 @@ class Callbacks:
         """Call the listeners of an event, in the order of the callbacks."""
         for listener in self.listeners[event]:
             listener(fit.args, fit.state, fit.control, fit=fit, **context)
+
+    def checkpoint_published(self, path: Path) -> None:
+        """Tell the callbacks of a checkpoint, before rotation asks for those to keep."""
+        for callback in self.all:
+            callback.checkpoint_published(path)
+
+    def checkpoints_to_keep(self) -> set[Path]:
+        """Checkpoints that a callback still needs."""
+        return {path for callback in self.all for path in callback.checkpoints_to_keep()}
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the callbacks that have one, by class and place, so that two of one class keep apart."""

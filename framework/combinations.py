@@ -8,7 +8,9 @@ from torch.optim import Optimizer
 
 from ..strategies.base import Strategy
 from .arguments import FitArguments
+from .lomo import check_update_in_backward
 from .module import TrainModule
+from .optimizers import UPDATING_IN_BACKWARD
 
 # Optimizer class and Strategy.parameter_form to why not, and what to write instead.
 UNSUITED: Mapping[tuple[str, str], str] = {
@@ -71,17 +73,33 @@ def check_combination(
         raise ValueError("These arguments can't work together:\n  " + "\n  ".join(lines))
 
 
-def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> Optimizer:
-    """Refuse an optimizer that can't work on the parameters as a strategy cuts them; a module may bring its own.
+def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:
+    """Refuse what ``check_optimizer`` would, before anything is placed.
+
+    Args:
+        args: of the run, whose ``optim`` is the optimizer.
+        strategy: set up, with the precision it runs in.
+    """
+    if args.optim in UPDATING_IN_BACKWARD:
+        check_update_in_backward(
+            f"optim={args.optim!r}", strategy, args.max_grad_norm, args.gradient_accumulation_steps
+        )
+
+
+def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments) -> Optimizer:
+    """Refuse an optimizer that can't work on the parameters as a strategy cuts them, or on gradients as the run makes
+    them; a module may bring its own.
 
     Raises:
         ValueError: says why, and what works.
     """
     for part in getattr(optimizer, "parts", [optimizer]):
-        fused = any(group.get("fused") for group in part.param_groups)
-        why = unsuited(type(part).__name__, fused, strategy)
+        name = type(part).__name__
+        why = unsuited(name, any(group.get("fused") for group in part.param_groups), strategy)
         if why is not None:
-            raise ValueError(f"{type(part).__name__} doesn't work under strategy={strategy.name!r}: {why}.")
+            raise ValueError(f"{name} doesn't work under strategy={strategy.name!r}: {why}.")
+        if getattr(part, "updates_in_backward", False):
+            check_update_in_backward(name, strategy, args.max_grad_norm, args.gradient_accumulation_steps)
     return optimizer
 
 

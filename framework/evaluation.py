@@ -158,7 +158,9 @@ def in_order(ranks: list[list[Any]]) -> list[Any]:
 def to_host(outputs: Any, ignore_keys: set[str]) -> Any:
     """Outputs with their tensors on the host, without the entries that are not wanted."""
     if isinstance(outputs, Tensor):
-        return outputs.detach().cpu()
+        tensor = outputs.detach().cpu()
+        # A view on the host would keep all that it was cut from: the whole sequence for the sake of its first token.
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
     if isinstance(outputs, dict):
         return {k: to_host(v, ignore_keys) for k, v in outputs.items() if k not in ignore_keys and k != "loss"}
     if isinstance(outputs, tuple | list):

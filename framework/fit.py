@@ -23,12 +23,13 @@ from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
 from .callbacks import Callback, Callbacks
-from .combinations import check_combination, check_optimizer
+from .combinations import check_combination, check_optimizer, check_optimizer_by_name
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .memory import MemoryByStage
 from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
+from .optimizer_mode import OptimizerMode
 from .preparation import callbacks_of, prepare_module
 from .progress import Progress
 from .run_length import RunLength, length_of_resumed, run_length
@@ -120,6 +121,8 @@ class Fit:
             },
         )
         if train_data is not None:
+            if type(module).configure_optimizer is TrainModule.configure_optimizer:
+                check_optimizer_by_name(self.args, self.strategy)
             self.stream = self.get_train_dataloader()
             self.resolve_length()
         if eval_data is not None:
@@ -180,8 +183,6 @@ class Fit:
         try:
             self.open_loggers()
             loop.run(self)
-            if self.writer is not None:
-                self.writer.finish()
             if self.args.load_best_model_at_end:
                 checkpoint.load_weights(self, best.best_checkpoint(self.args, self.state))
         except BaseException as error:
@@ -195,7 +196,7 @@ class Fit:
 
     def begin_run(self, resume_from_checkpoint: bool | str | Path | None) -> None:
         """Place the module and set every counter to where the run begins or continues."""
-        self.args = self.args.replace(max_steps=self.running.max_steps)  # a resume may have set another
+        self.args = self.running  # a resume may have set another length
         self.resolve_length()
         self.place()
         self.state.__init__()  # type: ignore[misc]
@@ -229,8 +230,10 @@ class Fit:
         random_state.seed_everything(self.args.seed)  # late layers draw the same initial values on every rank
         self.strategy.place(self.module, self.configure_optimizer if trains else None, self.prepare_module)
         self.placed = True
+        self.optimizer_mode = OptimizerMode(self.strategy.optimizer)
         if trains:
             assert self.strategy.optimizer is not None
+            check_optimizer(self.strategy.optimizer, self.strategy, self.args)
             self._initial_options = options_by_parameter(self.strategy.optimizer)
             self._initial_scaling = self.strategy.precision.state_dict()
 
@@ -241,12 +244,13 @@ class Fit:
 
     def configure_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer of the module as the strategy has placed it."""
-        return check_optimizer(self.module.configure_optimizer(self.args), self.strategy)
+        return self.module.configure_optimizer(self.args)
 
     def reset_optimizer(self) -> None:
         """The optimizer as it was made: no moments, no gradients, its first learning rates and loss scale. A second
         ``train`` begins here too.
         """
+        self.optimizer_mode.eval()
         self.optimizer.state.clear()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
@@ -368,6 +372,13 @@ class Fit:
             elif not waits_for_metric(self.scheduler):
                 self.scheduler.step()
 
+    def end_training(self) -> None:
+        """After the last update: the schedule settled, the weights those to use, and every checkpoint on the disk."""
+        self.settle_schedule()
+        self.optimizer_mode.eval()
+        if self.writer is not None:
+            self.writer.finish()
+
     def begin_next_epoch(self) -> None:
         """The data stands at the beginning of the next epoch; a checkpoint saved from here on continues there."""
         self.epoch_index += 1
@@ -415,11 +426,11 @@ class Fit:
         return run_length(args, dataloader, total_train_batch_size)
 
     def resolve_length(self) -> None:
-        """Turn epochs into updates: ``args.max_steps`` is the length of the run from here on."""
+        """Turn epochs, and fractions of the run, into updates: ``args.max_steps`` is its length from here on."""
         total = self.get_total_train_batch_size(self.args)
         values = self.set_initial_training_values(self.args, self.stream, total)
         self.num_train_epochs, max_steps = values[0], values[-1]
-        self.args = self.args.replace(max_steps=max_steps)
+        self.args = cadence.resolve(self.args, max_steps)
 
     def resolve_resumed_length(self, path: Path) -> None:
         """The same for a run that goes on from a checkpoint, where its global batch was another."""
@@ -431,7 +442,7 @@ class Fit:
         done = (saved["progress"]["global_step"], data["epoch"], self.stream.fraction())
         length = RunLength(*self.set_initial_training_values(self.running, self.stream, total))
         self.num_train_epochs, max_steps = length_of_resumed(self.running, length, done)
-        self.args = self.args.replace(max_steps=max_steps)
+        self.args = cadence.resolve(self.running, max_steps)
 
     # Logs.
 
@@ -537,9 +548,10 @@ class Fit:
         data = self.eval_data if eval_data is None else eval_data
         named = data if isinstance(data, Mapping) else {"": data}
         metrics: dict[str, float] = {}
-        for name, part in named.items():
-            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            metrics |= evaluation.run(self, self.get_eval_dataloader(part), prefix, ignore_keys or ())[0]
+        with self.optimizer_mode.evaluating():
+            for name, part in named.items():
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                metrics |= evaluation.run(self, self.get_eval_dataloader(part), prefix, ignore_keys or ())[0]
         self.log(metrics)
         self.emit("on_evaluate", metrics=metrics)
         return metrics
@@ -550,7 +562,8 @@ class Fit:
         """The module's outputs over all of ``data``, in its order, on the host, with the loss where it has labels."""
         self.place()
         stream = self.get_eval_dataloader(data)
-        metrics, predictions = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
+        with self.optimizer_mode.evaluating():
+            metrics, predictions = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, metrics)
 
@@ -559,31 +572,45 @@ class Fit:
     def save_checkpoint(self) -> Path:
         """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``."""
         self.settle_schedule()
-        output_dir = Path(self.args.output_dir)
-        path = output_dir / f"checkpoint-{self.state.global_step}"
-        snapshot = checkpoint.take(self)
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
-        def rotate() -> None:
+        def published() -> None:
             if self.strategy.is_main:
-                kept = best.best_checkpoint(self.args, self.state) if self.args.load_best_model_at_end else None
-                checkpoint.rotate(output_dir, self.args.save_total_limit, keep=[kept] if kept else [])
+                self.callbacks.checkpoint_published(path)
+            self.rotate_checkpoints()
 
-        if self.args.async_save:
-            if self.writer is None:
-                self.writer = checkpoint.BackgroundWriter(self.strategy)
-            self.writer.start(snapshot, path, then=rotate)
-        else:
-            checkpoint.write(snapshot, path, self.strategy)
-            rotate()
+        with self.optimizer_mode.evaluating():
+            snapshot = checkpoint.take(self)
+            if self.args.async_save:
+                if self.writer is None:
+                    self.writer = checkpoint.BackgroundWriter(self.strategy)
+                self.writer.start(snapshot, path, then=published)
+            else:
+                checkpoint.write(snapshot, path, self.strategy)
+                published()
         self.emit("on_save", path=path)
         return path
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``, but for the best one and those that a callback
+        still needs.
+        """
+        if self.strategy.is_main:
+            kept = best.best_checkpoint(self.args, self.state) if self.args.load_best_model_at_end else None
+            checkpoint.rotate(
+                Path(self.args.output_dir),
+                self.args.save_total_limit,
+                keep=[kept] if kept else [],
+                spare=self.callbacks.checkpoints_to_keep(),
+            )
 
     def export(self, path: str | Path) -> Path:
         """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
         with ``save_only_trainable``.
         """
         self.place()
-        checkpoint.export(self.strategy, Path(path), only_trainable=self.args.save_only_trainable)
+        with self.optimizer_mode.evaluating():
+            checkpoint.export(self.strategy, Path(path), only_trainable=self.args.save_only_trainable)
         return Path(path)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
@@ -591,7 +618,8 @@ class Fit:
         it. ``options`` are those of the model's own ``save_pretrained``.
         """
         self.place()
-        pretrained.save_pretrained(self.strategy, Path(directory), self.args.save_only_trainable, **options)
+        with self.optimizer_mode.evaluating():
+            pretrained.save_pretrained(self.strategy, Path(directory), self.args.save_only_trainable, **options)
         return Path(directory)
 
 

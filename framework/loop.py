@@ -34,6 +34,7 @@ def run(fit: "Fit") -> None:
                 save     -> on_save
             on_epoch_end
             log, evaluate, save              each if its flag is set
+        wait for the checkpoint under way    with async_save
         on_train_end
 
     Nothing in here waits for the device: losses and norms are read when a log is due.
@@ -45,6 +46,7 @@ def run(fit: "Fit") -> None:
 
     control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
     model.train()
+    fit.optimizer_mode.train()
     emit("on_train_begin")
     if args.eval_on_start and state.global_step == 0:
         fit.evaluate(ignore_keys=fit.ignore_keys_for_eval)
@@ -95,5 +97,5 @@ def run(fit: "Fit") -> None:
         fit.end_epoch()
         if control.should_training_stop:
             break
-    fit.settle_schedule()
+    fit.end_training()
     emit("on_train_end")

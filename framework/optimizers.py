@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .lomo import AdaLomo, Lomo
+
 if TYPE_CHECKING:
     from .arguments import FitArguments
 
@@ -161,28 +163,23 @@ def from_package(
         except ImportError as error:
             raise ValueError(
                 f"optim={args.optim!r} comes from the package {distribution}, which isn't installed ({error}). "
-                f"Run: pip install {distribution}"
+                f"Run: pip install {distribution} (or 'stratagem[optimizers]', which holds all of them)"
             ) from error
         return made_by(groups, lr=args.learning_rate, **{**options(args), **args.optim_args})
 
     return make
 
 
-def lomo(class_name: str) -> Any:
-    """A maker of LOMO and AdaLOMO (Lv et al., 2023), which update during backward and so take the module itself."""
+def updating_in_backward(made_by: Callable[..., Optimizer]) -> Any:
+    """A maker of LOMO or AdaLOMO."""
 
     def make(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
-        try:
-            package = import_module("lomo_optim")
-        except ImportError as error:
-            raise ValueError(
-                f"optim={args.optim!r} comes from the package lomo-optim, which isn't installed ({error}). "
-                "Run: pip install lomo-optim"
-            ) from error
-        return getattr(package, class_name)(module, lr=args.learning_rate, **args.optim_args)
+        return made_by(groups, lr=args.learning_rate, **args.optim_args)
 
     return make
 
+
+UPDATING_IN_BACKWARD = ("lomo", "adalomo")
 
 OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer]] = {
     "adamw": fused_adam("AdamW"),
@@ -195,7 +192,7 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer
     "lion": from_package("lion_pytorch", "lion-pytorch", "Lion", lambda args: {"betas": (args.adam_beta1, 0.99)}),
     "adamw_8bit": from_package("bitsandbytes.optim", "bitsandbytes", "AdamW8bit", adam_options),
     "schedule_free_adamw": from_package("schedulefree", "schedulefree", "AdamWScheduleFree", adam_options),
-    "lomo": lomo("Lomo"),
-    "adalomo": lomo("AdaLomo"),
+    "lomo": updating_in_backward(Lomo),
+    "adalomo": updating_in_backward(AdaLomo),
 }
 """Name to maker."""

@@ -76,6 +76,9 @@ class Strategy:
     that know nothing of rows and columns."""
     runs_copies: ClassVar[bool] = False
     """Whether forward runs on copies of the module, made anew each time."""
+    gradients_are_final_in_backward: ClassVar[bool] = False
+    """Whether what backward accumulates in a parameter is the gradient of the whole update, or its last part: then an
+    optimizer may consume it there and then (LOMO)."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0

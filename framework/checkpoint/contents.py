@@ -316,7 +316,9 @@ def optimizer_templates(path: Path, strategy: Strategy, stored: Mapping[str, Sto
         if entry.shape == tuple(whole.shape) and entry.shape:
             templates[key] = torch.empty_like(whole, dtype=entry.dtype)
         else:
-            # Step counters: on the host, unless the optimizer's kernel reads them.
-            device = whole.device if on_device.get(id(parameters[name])) else torch.device("cpu")
+            # Step counters: on the host, unless the optimizer's kernel reads them. Anything larger (the rows and
+            # columns of a factored moment, the scales of an 8-bit one) is computed with, where the parameter is.
+            on_host = not entry.shape and not on_device.get(id(parameters[name]))
+            device = torch.device("cpu") if on_host else whole.device
             templates[key] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
     return templates

@@ -161,13 +161,14 @@ def published(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path] = ()) -> list[Path]:
+def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path] = (), spare: Iterable[Path] = ()) -> list[Path]:
     """Remove the oldest checkpoints beyond ``limit``.
 
     Args:
         output_dir: holds them.
         limit: how many stay; None keeps all.
         keep: these stay whatever their age, and count towards the limit. The newest always stays.
+        spare: these stay for now, and others aren't removed in their place.
 
     Returns:
         The removed ones.
@@ -177,7 +178,8 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path] = ()) -> li
         return []
     protected = {*keep, checkpoints[-1]}
     removable = [path for path in checkpoints if path not in protected]
-    removed = removable[: len(checkpoints) - limit]
+    spared = set(spare)
+    removed = [path for path in removable[: len(checkpoints) - limit] if path not in spared]
     for path in removed:
         # Renamed first, so that a kill in the middle leaves no half checkpoint under a good name.
         doomed = partial_path(path)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -38,8 +38,22 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], group: Any = No
     """
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     with _plainly(directory):
-        # safetensors refuses tensors in another memory format, such as the weights of a channels_last convolution.
-        dcp.save({name: t.contiguous() for name, t in tensors.items()}, storage_writer=writer, process_group=group)
+        dcp.save(_apart(tensors), storage_writer=writer, process_group=group)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous (a convolution's weights may be channels_last), and no two in
+    one place of memory (the tables of 8-bit optimizers are one for all parameters).
+    """
+    found, places = {}, set()
+    for name, tensor in tensors.items():
+        found[name] = tensor.contiguous()
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
+            place = tensor.data_ptr(), tensor.nbytes
+            if place in places:
+                found[name] = tensor.clone(memory_format=torch.contiguous_format)
+            places.add(place)
+    return found
 
 
 def load_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,9 @@
 """Evaluation and prediction: means over items, metrics, and outputs in the data's order."""
 
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,61 @@ def test_predictions_come_in_the_datas_order(make_fit: MakeFit, batch_size: int)
 def test_keys_may_be_left_out_of_predictions(make_fit: MakeFit) -> None:
     result = make_fit(Doubler()).predict(Numbers(3), ignore_keys=["pair", "name"])
     assert set(result.predictions) == {"doubled"}
+
+
+class Spied(Tensor):
+    """A tensor that writes down when it, or what is computed from it, is copied to the host."""
+
+    events: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.cpu:
+            cls.events.append("to host")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class FirstToken(TrainModule):
+    """Gives the first position of a long sequence, which is a view, and all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.alive: list[int] = []
+        self.given: list[Any] = []
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        gc.collect()
+        self.alive.append(sum(given() is not None for given in self.given))
+        Spied.events.append("forward")
+        sequence = x[:, :1] * self.weight * torch.ones(1000)
+        self.given.append(weakref.ref(sequence.untyped_storage()))
+        return {"first": sequence[:, 0].as_subclass(Spied), "all": sequence}
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return outputs["first"].as_subclass(Tensor).mean()
+
+
+def test_predictions_leave_the_device_batch_by_batch_and_hold_nothing_else(make_fit: MakeFit) -> None:
+    seen: list[Any] = []
+
+    def compute_metrics(predictions: Any, labels: Any) -> dict[str, float]:
+        seen.append(predictions)
+        return {"count": len(labels)}
+
+    rows = [{"x": row["x"], "labels": row["y"]} for row in regression_rows(8)]
+    module = FirstToken()
+    options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    fit = make_fit(module, rows[:1], rows, per_device_eval_batch_size=2, compute_metrics=compute_metrics, **options)
+    Spied.events = []
+    fit.train(ignore_keys_for_eval=["all"])
+    assert Spied.events == ["forward", *["forward", "to host"] * 4]  # the first trains
+    # While a batch is evaluated, at most the one before is still held by a name; none that was kept.
+    assert max(module.alive) <= 1
+    assert [set(predictions) for predictions in seen] == [{"first"}]
+    assert torch.equal(seen[0]["first"].as_subclass(Tensor), torch.stack([row["x"][0] for row in rows]))
+    assert seen[0]["first"].untyped_storage().nbytes() == 8 * 4
+    assert fit.state.log_history[-1]["eval_count"] == 8
 
 
 def test_predictions_carry_no_gradient_and_the_loss_where_there_are_labels(make_fit: MakeFit) -> None:

@@ -1,6 +1,6 @@
 """Optimizers by name: they train, resume bitwise, spare norms and biases from decay, and name missing packages."""
 
-import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -11,13 +11,11 @@ from tiny import CLASSES, MakeFit, parameters_of, token_rows
 from torch import Tensor, nn
 
 PACKAGES = {
-    "lion": "lion_pytorch",
-    "adamw_8bit": "bitsandbytes",
-    "schedule_free_adamw": "schedulefree",
-    "lomo": "lomo_optim",
-    "adalomo": "lomo_optim",
+    "lion": ("lion_pytorch", "lion-pytorch"),
+    "adamw_8bit": ("bitsandbytes.optim", "bitsandbytes"),
+    "schedule_free_adamw": ("schedulefree", "schedulefree"),
 }
-OURS = [name for name in OPTIMIZERS if name not in PACKAGES]
+OPTIONS: dict[str, dict[str, Any]] = {"adamw_8bit": {"min_8bit_size": 8}}  # else so small a model is kept in 32 bits
 
 
 class Model(TrainModule):
@@ -37,7 +35,7 @@ class Model(TrainModule):
         return nn.functional.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten())
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_trains_and_resumes_bitwise(name: str, make_fit: MakeFit) -> None:
     rows, initial = token_rows(14), parameters_of(Model())
 
@@ -45,6 +43,7 @@ def test_it_trains_and_resumes_bitwise(name: str, make_fit: MakeFit) -> None:
         module = Model()
         module.load_state_dict(initial)
         options: dict[str, Any] = {"optim": name, "learning_rate": 0.02, "max_steps": 12, "logging_steps": 1}
+        options["optim_args"] = OPTIONS.get(name, {})
         fit = make_fit(module, rows, save_strategy="steps", save_steps=5, lr_scheduler_type="linear", **options)
         fit.train(resume_from_checkpoint=resume)
         return fit, parameters_of(module)
@@ -84,11 +83,22 @@ def test_own_options_reach_the_optimizer() -> None:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_missing_package_is_named(name: str) -> None:
-    if importlib.util.find_spec(PACKAGES[name]) is not None:
-        pytest.skip(f"{PACKAGES[name]} is installed")
-    with pytest.raises(ValueError, match=r"isn't installed.*pip install"):
+def test_a_missing_package_is_named_with_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, distribution = PACKAGES[name]
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    expected = rf"{name}.*{distribution}, which isn't installed.*pip install {distribution} .*stratagem\[optimizers\]"
+    with pytest.raises(ValueError, match=expected):
         make_optimizer(Model(), FitArguments(optim=name))
+
+
+def test_8_bit_adamw_keeps_its_moments_in_8_bits(make_fit: MakeFit) -> None:
+    options: dict[str, Any] = {"optim": "adamw_8bit", "optim_args": {"min_8bit_size": 64}, "max_steps": 1}
+    fit = make_fit(Model(), token_rows(4), **options)
+    fit.train()
+    state = fit.strategy.optimizer_state()
+    kinds = {name: entries["state1"].dtype for name, entries in state.items()}
+    assert kinds["hidden.weight"] == torch.uint8  # 64 numbers
+    assert kinds["hidden.bias"] == torch.float32  # 8
 
 
 def test_an_unknown_name_is_suggested() -> None:
