@@ -25,6 +25,9 @@ class FitArguments:
         per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
         per_device_eval_batch_size: the same in evaluation and prediction.
         gradient_accumulation_steps: micro-batches per update.
+        auto_find_batch_size: where a run is out of memory, begin it again with half of ``per_device_train_batch_size``
+            (or less) and more ``gradient_accumulation_steps``, so that an update's samples stay the same; see
+            ``framework/batch_size.py``. Takes host memory for a copy of the module.
         learning_rate: the schedule's peak.
         weight_decay: decay of weights; norms and biases are never decayed.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).
@@ -95,6 +98,7 @@ class FitArguments:
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    auto_find_batch_size: bool = False
 
     learning_rate: float = 5e-5
     weight_decay: float = 0.0

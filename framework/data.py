@@ -438,10 +438,11 @@ def make_stream(
         },
     )
     if isinstance(data, DataLoader):
-        if not _has_plain_sampler(data):
+        if not has_plain_sampler(data):
             return LoaderStream(data, seed, rank, size)
         options = LoaderOptions(
-            batch_size=data.batch_size or 1,
+            # A batch size that is looked for was the loader's to begin with.
+            batch_size=options.batch_size if training and args.auto_find_batch_size else data.batch_size or 1,
             shuffle=isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True,
             drop_last=data.drop_last,
             collate_fn=data.collate_fn,
@@ -474,7 +475,7 @@ def make_stream(
     return MapStream(data, options, seed, rank, size)
 
 
-def _has_plain_sampler(loader: DataLoader[Any]) -> bool:
+def has_plain_sampler(loader: DataLoader[Any]) -> bool:
     """Whether a ready loader's order is one that we can make ourselves, and so jump in."""
     if loader.batch_size is None:
         return False

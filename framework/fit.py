@@ -18,7 +18,7 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import best, cadence, checkpoint, evaluation, journal, loop, pretrained, random_state
+from . import batch_size, best, cadence, checkpoint, evaluation, journal, loop, pretrained, random_state
 from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
@@ -95,7 +95,7 @@ class Fit:
                 "Write TrainModule.wrap(model)." if isinstance(module, nn.Module) else "Pass an instance, not a class."
             )
             raise TypeError(f"Fit takes a stratagem.TrainModule. Received: {module!r:.200}. {hint}")
-        self.args = (args or FitArguments()).replace(**arguments)
+        self.args = batch_size.checked((args or FitArguments()).replace(**arguments), train_data)
         self.requested = self.running = self.args  # as given, and of this run: max_steps is not resolved yet
         output_dir = Path(self.args.output_dir)
         taken = next((path for path in (output_dir, *output_dir.parents) if path.is_file()), None)
@@ -140,6 +140,7 @@ class Fit:
         self.schedule_is_due = False
         self.placed = False
         self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
+        self.unplaced: batch_size.Unplaced | None = None
         self.writer: checkpoint.BackgroundWriter | None = None
         self._loss_was_checked = False
         self._random_to_restore: dict[str, Any] | None = None
@@ -176,7 +177,14 @@ class Fit:
             if self.placed:
                 self._initial_options = options_by_parameter(self.module.configure_optimizer(wanted))
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
-        self.begin_run(resume_from_checkpoint)
+        if self.writer is not None:
+            self.writer.finish()
+        path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
+        return batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
+
+    def run(self, path: Path | None) -> TrainOutput:
+        """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
+        self.begin_run(path)
         began, first = time.perf_counter(), journal.first_state(self)
         self.logged_at, self.tokens_logged = began, first.num_input_tokens_seen
         self.memory.begin("train")
@@ -194,18 +202,15 @@ class Fit:
         metrics = journal.final_metrics(self, began, first)
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    def begin_run(self, resume_from_checkpoint: bool | str | Path | None) -> None:
-        """Place the module and set every counter to where the run begins or continues."""
-        self.args = self.running  # a resume may have set another length
+    def begin_run(self, path: Path | None) -> None:
+        """Place the module and set every counter to where the run begins, or continues from a checkpoint."""
+        self.args = self.without_length()  # a resume may have set another
         self.resolve_length()
         self.place()
         self.state.__init__()  # type: ignore[misc]
         self.epoch_index, self.schedule_is_due = 0, False
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
         self.reset_optimizer()
-        if self.writer is not None:
-            self.writer.finish()
-        path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
         if path is not None:
             self.resolve_resumed_length(path)
         self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
@@ -221,12 +226,15 @@ class Fit:
         if self.state.global_step >= self.state.max_steps:  # finished: no epoch follows, which would do it
             self.restore_random_state()
         self.earlier_samples = -self.stream.samples  # so that the sum of the two is what this run handed out
+        self.state.train_batch_size = batch_size.found(self)
 
     def place(self) -> None:
         """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""
         if self.placed:
             return
         trains = self.train_data is not None
+        if self.args.auto_find_batch_size and self.unplaced is None:
+            self.unplaced = batch_size.Unplaced(self.module)
         random_state.seed_everything(self.args.seed)  # late layers draw the same initial values on every rank
         self.strategy.place(self.module, self.configure_optimizer if trains else None, self.prepare_module)
         self.placed = True
@@ -440,9 +448,19 @@ class Fit:
             return
         self.stream.load_state_dict({"position": 0} if self.args.ignore_data_skip else data)
         done = (saved["progress"]["global_step"], data["epoch"], self.stream.fraction())
-        length = RunLength(*self.set_initial_training_values(self.running, self.stream, total))
-        self.num_train_epochs, max_steps = length_of_resumed(self.running, length, done)
-        self.args = cadence.resolve(self.running, max_steps)
+        args = self.without_length()
+        length = RunLength(*self.set_initial_training_values(args, self.stream, total))
+        self.num_train_epochs, max_steps = length_of_resumed(args, length, done)
+        self.args = cadence.resolve(args, max_steps)
+
+    def without_length(self) -> FitArguments:
+        """The arguments as this run was given them, before epochs and fractions became updates, with the batch size
+        that was found.
+        """
+        return self.running.replace(
+            per_device_train_batch_size=self.args.per_device_train_batch_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+        )
 
     # Logs.
 

@@ -50,4 +50,8 @@ def callbacks_of(args: FitArguments) -> list[Callback]:
         from .builtin_callbacks import EmptyCache
 
         found.append(EmptyCache(args.torch_empty_cache_steps))
+    if args.auto_find_batch_size:
+        from .batch_size import LogBatchSize
+
+        found.append(LogBatchSize())
     return found

@@ -44,6 +44,7 @@ class Strategy:
             step                    may be skipped by loss scaling
         sum_over_data_ranks, gather, broadcast, barrier
         model_state, optimizer_state, load_optimizer_state
+        tell_failure, release, begin_again      where a run that failed is begun anew; attempt is entered around it
         tear_down
 
     The base class is one process on one device. It doubles as the degree-1 case of all others: the loop knows no other
@@ -221,6 +222,44 @@ class Strategy:
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
+
+    # Beginning again after a failure that another attempt may not meet. Used by runs that ask for it, and only those.
+
+    def attempt(self) -> AbstractContextManager[Any]:
+        """Entered around an attempt at a run: what wakes this rank where it waits for one that has failed."""
+        return nullcontext()
+
+    def tell_failure(self, reason: str | None) -> str | None:
+        """Called on every rank whose attempt failed, outside of ``attempt``. Not collective: ranks may wait elsewhere.
+
+        Args:
+            reason: why all should begin again; None where this rank's failure is no such reason, or only the
+                consequence of another's.
+
+        Returns:
+            The reason that a rank has given, the same on all: ``release`` and ``begin_again`` come next. None where
+            there is none: the failure stands.
+        """
+        return reason
+
+    def release(self, module: nn.Module) -> None:
+        """Let go of what ``place`` made and registered. The caller then puts the module back as it was before.
+
+        Args:
+            module: the user's, perhaps placed only in part.
+        """
+        self.__dict__.pop("module", None)
+        self.__dict__.pop("model", None)
+        self.optimizer = None
+
+    def begin_again(self) -> None:
+        """Meet the other ranks again and set up anew; ``place`` may follow. Collective, and the waiting ranks are woken
+        by it: their collectives fail. Nothing outside may hold a process group or a mesh any more.
+
+        Raises:
+            RuntimeError: another rank has ended instead, or doesn't come.
+        """
+        self.set_up(self.precision)
 
     # State, by fully qualified parameter name. Tensors may be sharded (DTensor): no rank holds the whole model.
 

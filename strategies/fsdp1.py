@@ -106,6 +106,16 @@ class FSDP1(ProcessGroupStrategy):
         self.module = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
+    def release(self, module: nn.Module) -> None:
+        """Let go; and take away the hooks of a forward that no backward followed, which keep flat shards and groups
+        alive through autograd, where Python's garbage collector doesn't look.
+        """
+        for unit in FullyShardedDataParallel.fsdp_modules(self.model) if "model" in self.__dict__ else ():
+            shard = unit._handle.flat_param if unit._handle else None
+            if hasattr(shard, "_post_backward_hook_state"):
+                shard._post_backward_hook_state[-1].remove()
+        super().release(module)
+
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """No reduction before the last micro-batch."""
         assert isinstance(self.model, FullyShardedDataParallel)

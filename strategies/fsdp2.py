@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -150,6 +151,13 @@ class FSDP2(ProcessGroupStrategy):
         root = MixedPrecisionPolicy(compute, reduce, output_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
         # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
         fully_shard(module, mp_policy=root, **{**common, "reshard_after_forward": False})
+
+    def release(self, module: nn.Module) -> None:
+        """Let go; and have torch forget that these layers are sharded, or it refuses to shard them again."""
+        super().release(module)
+        self.context = None
+        for layer in module.modules():
+            _composable_state._module_state_mapping.pop(layer, None)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are reduced, and parameters resharded, in the last micro-batch's backward."""

@@ -1,9 +1,11 @@
 """The ground that every strategy with several ranks stands on: process group, mesh, collectives."""
 
 import atexit
+import gc
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -17,10 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from ..precision.base import Precision
 from ..precision.quantized import scales
+from . import meeting
 from .base import Strategy
 
 # Mesh dimensions, outermost first. Neighbours in the last one are neighbours in rank, on one node's fast links.
 REPLICATE, SHARD, CONTEXT, TENSOR = "replicate", "shard", "context", "tensor"
+
+CACHE = type(cache(lambda: None))
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class ProcessGroupStrategy(Strategy):
     Options = ProcessGroupOptions
     options: Any
     needs_ranks = True
+    attempt_store: dist.Store
 
     def set_up(self, precision: Precision) -> None:
         """Join the process group, make the mesh and find this rank's place in it."""
@@ -112,6 +118,25 @@ class ProcessGroupStrategy(Strategy):
         """Wait for every rank."""
         dist.barrier()
 
+    def attempt(self) -> AbstractContextManager[Any]:
+        """Where ranks wait on the device, a thread looks whether one of them has failed."""
+        self.attempt_store = meeting.store_of_attempt(dist.distributed_c10d._get_default_store(), self.rank)
+        return meeting.abort_when_told(self.attempt_store) if "nccl" in backend() else nullcontext()
+
+    def tell_failure(self, reason: str | None) -> str | None:
+        """By the store, which a rank can read and write while others wait in a collective."""
+        return meeting.tell(self.attempt_store, reason)
+
+    def begin_again(self) -> None:
+        """Leave the process group, wait until all others have, and join another one."""
+        store, rank, world_size, timeout = self.attempt_store, self.rank, self.world_size, self.options.timeout
+        del self.mesh, self.gradient_group
+        forget_meshes()
+        leave(waits_for_work=False)
+        meeting.gather(store, rank, world_size, timeout)
+        join_by(dist.PrefixStore("again", store), rank, world_size, timeout)
+        super().begin_again()
+
     def full_state(self, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors, gathered one at a time."""
         for name, tensor in self.model_state().items():
@@ -128,6 +153,7 @@ class ProcessGroupStrategy(Strategy):
 
     def tear_down(self) -> None:
         """Leave the process group."""
+        forget_meshes()
         leave()
 
 
@@ -142,22 +168,29 @@ def join(timeout: float) -> None:
     limit = timedelta(seconds=timeout)
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        # Both: tensors go over NCCL on GPUs, host objects over gloo.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The launcher's store outlives a restart; without a prefix of its own, a new attempt would meet the
             # addresses of the dead ranks.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            prefixed = dist.PrefixStore(f"attempt{attempt}", store)
-            dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=limit)
+            join_by(dist.PrefixStore(f"attempt{attempt}", store), rank, world_size, timeout)
         else:
-            dist.init_process_group(backend, timeout=limit)
+            dist.init_process_group(backend(), timeout=limit)
     else:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        join_by(dist.HashStore(), 0, 1, timeout)
     atexit.register(leave)
+
+
+def join_by(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+    """Join the process group of those who meet by ``store``; nothing may be in it yet."""
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=limit)
+
+
+def backend() -> str:
+    """Both where there are GPUs: tensors go over NCCL, host objects over gloo."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 @cache
@@ -174,13 +207,38 @@ def mesh_for(world: dist.ProcessGroup | None, device_type: str, shape: tuple[tup
     return init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
 
-def leave() -> None:
-    """Destroy the process group."""
+def leave(waits_for_work: bool = True) -> None:
+    """Destroy the process group.
+
+    Args:
+        waits_for_work: that was begun on GPUs; after a failure it may never end.
+    """
     if dist.is_initialized():
         mesh_for.cache_clear()
-        dist.destroy_process_group()
+        if waits_for_work or "nccl" not in backend():
+            dist.destroy_process_group()
+        else:
+            dist.distributed_c10d._abort_process_group()
         # gloo's threads end a little later; an interpreter that ends before them aborts (pytorch #190489).
         time.sleep(0.2)
+
+
+def forget_meshes() -> None:
+    """Take the process groups out of all meshes, and the meshes out of DTensor's caches.
+
+    gloo closes a group's connections when the last reference to it goes, and a rank that waits for this one is woken by
+    nothing else. The caches would also find an equal mesh of another world, whose groups are gone.
+    """
+    mesh_for.cache_clear()
+    clear_native_cache = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if clear_native_cache is not None:
+        clear_native_cache()
+    gc.collect()
+    for thing in gc.get_objects():
+        if type(thing) is DeviceMesh:
+            getattr(thing, "_pg_registry", {}).clear()
+        elif type(thing) is CACHE and (getattr(thing, "__module__", None) or "").startswith("torch.distributed.tensor"):
+            thing.cache_clear()
 
 
 def move_module(module: nn.Module, device: torch.device) -> None:

@@ -1,0 +1,276 @@
+"""auto_find_batch_size: a run that is out of memory begins again with a smaller micro-batch and the same global batch.
+
+Each attempt begins where the first one began, or at the checkpoint that is resumed from: the run is, to the bit, what it
+would be had the smaller batch been asked for. That includes weights, buffers and attributes of the module, optimizer,
+schedule, loss scale, random state, data order and the states of callbacks. It leaves out what only the user's own
+objects know: a dataset's or a callback's private state, and checkpoints of the failed attempt, which are replaced as the
+new one comes to them.
+
+An attempt that is out of memory ends, for callbacks and loggers, with ``on_exception``; the next one begins with
+``on_train_begin``, and a logger's ``open`` comes before it. ``on_init_end`` is not repeated. The size that was found is
+logged once as ``per_device_train_batch_size`` beside ``gradient_accumulation_steps``, is ``state.train_batch_size``, and
+is saved with it: a run that is resumed with the option begins with it.
+
+An evaluation keeps ``per_device_eval_batch_size``: where that is too large, a smaller training batch helps nothing.
+"""
+
+import contextlib
+import copy
+import gc
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .arguments import FitArguments
+from .callbacks import Callback
+from .data import has_plain_sampler
+from .state import Control, TrainOutput, TrainState
+
+if TYPE_CHECKING:
+    from .fit import Fit
+
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",  # on Windows
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What a RuntimeError says that means out of memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was asked for and not there."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def smaller(args: FitArguments, at_most: int) -> FitArguments | None:
+    """The same samples an update by the largest micro-batch of at most so many samples; None where that is below 1."""
+    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    for size in range(at_most, 0, -1):
+        if total % size == 0:
+            return args.replace(per_device_train_batch_size=size, gradient_accumulation_steps=total // size)
+    return None
+
+
+def checked(args: FitArguments, train_data: Any) -> FitArguments:
+    """The arguments, with the batch size that a ready DataLoader brings where it is to be looked for.
+
+    Raises:
+        ValueError: the DataLoader's batches are made by a sampler that can't be asked for smaller ones.
+    """
+    if not args.auto_find_batch_size or not isinstance(train_data, DataLoader):
+        return args
+    if not has_plain_sampler(train_data):
+        raise ValueError(
+            "auto_find_batch_size=True makes smaller batches, but train_data is a DataLoader whose sampler, batch "
+            "sampler or generator is its own, and is taken as it is. Pass the dataset itself with "
+            "per_device_train_batch_size=, or a DataLoader with batch_size= and shuffle= alone."
+        )
+    assert train_data.batch_size is not None
+    return args.replace(per_device_train_batch_size=train_data.batch_size)
+
+
+def found(fit: "Fit") -> int | None:
+    """The batch size of this run where it is smaller than the one asked for, else None."""
+    size = fit.args.per_device_train_batch_size
+    return size if size != fit.running.per_device_train_batch_size else None
+
+
+def find(fit: "Fit", path: Path | None) -> TrainOutput:
+    """``fit.run(path)``, begun again with a smaller batch as long as any rank is out of memory.
+
+    Args:
+        fit: before a run.
+        path: the checkpoint to resume from.
+
+    Returns:
+        What the attempt that fitted into memory gave.
+
+    Raises:
+        torch.OutOfMemoryError: micro-batches of one sample don't fit; the message has the figures.
+        Exception: whatever else ended the run, where no rank was out of memory.
+    """
+    if not fit.requested.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size can't be switched on by a trial. Write Fit(auto_find_batch_size=True).")
+    begin_with(fit, size_in_checkpoint(fit.args, path))
+    start = Start(fit)
+    while True:
+        try:
+            with fit.strategy.attempt():
+                start.return_weights(fit)
+                output = fit.run(path)
+                fit.strategy.sum_on_host([0])  # a rank that is done must hear of one that is out of memory after it
+            return output
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            reason = fit.strategy.tell_failure(describe(fit, error) if is_out_of_memory(error) else None)
+            if reason is None:
+                raise
+            args = smaller(fit.args, at_most=fit.args.per_device_train_batch_size // 2)
+            if args is None:
+                raise torch.OutOfMemoryError(
+                    f"Out of memory even with per_device_train_batch_size=1. {reason} What takes less memory: "
+                    "gradient_checkpointing=True, a 16-bit precision, strategy='fsdp2' over more ranks, shorter samples."
+                ) from error
+            forget_frames(error)
+        if fit.strategy.is_main:
+            print(
+                f"Out of memory with per_device_train_batch_size={fit.args.per_device_train_batch_size}: beginning "
+                f"again with {args.per_device_train_batch_size}, and gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} for the same samples an update. {reason}",
+                file=sys.stderr,
+            )
+        start.take_back(fit)
+        begin_with(fit, args)
+
+
+def begin_with(fit: "Fit", args: FitArguments) -> None:
+    """Give the next attempt its batch size, and a stream of such batches."""
+    if args.per_device_train_batch_size != fit.args.per_device_train_batch_size:
+        fit.args = fit.running.replace(
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+        )
+        fit.stream = fit.get_train_dataloader()
+
+
+def size_in_checkpoint(args: FitArguments, path: Path | None) -> FitArguments:
+    """The arguments, with a batch no larger than the one that was found by the run that is resumed."""
+    if path is None:
+        return args
+    from .checkpoint.contents import read_state
+
+    size = read_state(path)["progress"].get("train_batch_size")
+    if size is None or size >= args.per_device_train_batch_size:
+        return args
+    fitting = smaller(args, at_most=size)
+    assert fitting is not None
+    return fitting
+
+
+def describe(fit: "Fit", error: BaseException) -> str:
+    """What was asked for, and the memory there is, for an error on this rank."""
+    now = f"{fit.memory.stage}_memory_"
+    said = ", ".join(
+        f"{name.removeprefix(now).replace('_', ' ')} {size / 2**30:.3f} GiB"
+        for name, size in fit.memory.report().items()
+        if name.startswith(now)
+    )
+    message = " ".join(str(error).split()).rstrip(".")
+    return f"Rank {fit.strategy.rank}: {type(error).__name__}: {message}. Memory: {said}."
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Take the frames out of an error and those it came from: their variables hold tensors."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+class Start:
+    """Where every attempt at a run begins.
+
+    Args:
+        fit: before the first attempt.
+    """
+
+    def __init__(self, fit: "Fit") -> None:
+        self.callbacks = copy.deepcopy(fit.callbacks.state_dict())
+        self.flags = fit.control.flags(), list(fit.exchange.asked), list(fit.exchange.agreed)
+        self.weights = {name: tensor.cpu().clone() for name, tensor in weights(fit).items()} if fit.placed else None
+        self.is_untouched = True
+
+    def take_back(self, fit: "Fit") -> None:
+        """Undo an attempt, but for the weights: no rank has memory, connections or state left of it. Collective."""
+        self.is_untouched = False
+        if fit.writer is not None:
+            with contextlib.suppress(Exception):  # of the attempt that failed; the others may have left it half done
+                fit.writer.finish()
+            fit.writer = None
+        for name in ("scheduler", "stream", "extras"):
+            fit.__dict__.pop(name, None)
+        fit.grad_norm = fit.objective.past = None
+        fit.strategy.release(fit.module)
+        if fit.unplaced is not None:  # else there was no memory even for the copy, and nothing was placed
+            fit.unplaced.give_back(fit.module)
+        fit.placed = False
+        if fit.args.torch_compile:
+            torch.compiler.reset()
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+        fit.strategy.begin_again()
+        fit.callbacks.load_state_dict(copy.deepcopy(self.callbacks))
+        flags, fit.exchange.asked, fit.exchange.agreed = self.flags
+        fit.control.set(flags)
+
+    def return_weights(self, fit: "Fit") -> None:
+        """The weights of a module that had been trained before, in an attempt that isn't the first."""
+        if self.is_untouched or self.weights is None:
+            return
+        fit.place()
+        with torch.no_grad():
+            for name, tensor in weights(fit).items():
+                tensor.copy_(self.weights[name])
+
+
+def weights(fit: "Fit") -> dict[str, Tensor]:
+    """What this rank holds of every parameter and buffer of the placed module, by name."""
+    from torch.distributed.tensor import DTensor  # its import costs as much as torch's own
+
+    named = {**fit.strategy.named_parameters(), **dict(fit.module.named_buffers())}
+    return {
+        name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in named.items()
+    }
+
+
+class Unplaced:
+    """A module as it was before it was placed, on the host: strategies change its parameters, hooks and classes.
+
+    Args:
+        module: not placed yet.
+
+    Raises:
+        TypeError: it can't be copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if any(not (p.is_meta or p.device.type == "cpu") for p in (*module.parameters(), *module.buffers())):
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())  # type: ignore[no-untyped-call]
+        try:
+            self.copy = copy.deepcopy(module)
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(
+                f"auto_find_batch_size keeps a copy of the module to begin again from, and {type(module).__name__} "
+                f"can't be copied: {error}. Keep what can't (tensors with a gradient, locks, files) out of its "
+                "attributes, or leave auto_find_batch_size out."
+            ) from error
+        self.layers = list(module.modules())
+
+    def give_back(self, module: nn.Module) -> None:
+        """Make the module, and each layer that it had, what it was."""
+        assert self.layers[0] is module
+        copies = list(self.copy.modules())
+        # Whatever refers to a layer of the copy is to refer to the user's.
+        seen: dict[int, Any] = {id(copied): layer for copied, layer in zip(copies, self.layers, strict=True)}
+        for copied, layer in zip(copies, self.layers, strict=True):
+            layer.__class__ = copied.__class__
+            layer.__dict__ = copy.deepcopy(copied.__dict__, seen)
+
+
+class LogBatchSize(Callback):
+    """Logs a batch size that was found, once, when the first epoch that is trained with it begins."""
+
+    def on_epoch_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Log it, unless the run that is resumed has."""
+        size = state.train_batch_size
+        if size is not None and all(log.get("per_device_train_batch_size") != size for log in state.log_history):
+            sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": args.gradient_accumulation_steps}
+            context["fit"].log(sizes)

@@ -1,0 +1,92 @@
+"""Ranks that begin a failed run again together: what each does next is decided in the store the process group grew from.
+
+A rank that fails can't make the others leave the collective in which they wait for it. So it writes down why all should
+begin again, and leaves the process group. Over gloo the others' collectives fail at once, over NCCL a thread ends them;
+a rank whose collective failed finds the reason in the store. The first failure of an attempt decides for all: where it
+is no reason to begin again, every failure stands.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+VERDICT = "verdict"
+AGAIN, ENDED = "again: ", "ended"  # what it begins with
+CAME = "came"  # /<rank>
+SECONDS = 0.02  # between two looks
+
+
+def store_of_attempt(store: dist.Store, rank: int) -> dist.Store:
+    """A part of the store for an attempt of its own; ranks make as many attempts as one another.
+
+    Args:
+        store: of the process group.
+        rank: this one.
+    """
+    return dist.PrefixStore(f"attempt-{store.add(f'attempts/{rank}', 1)}", store)
+
+
+def tell(store: dist.Store, reason: str | None) -> str | None:
+    """Give a failure, and learn what the first failure of the attempt was.
+
+    Args:
+        store: of the attempt.
+        reason: why all should begin again; None where this failure is none.
+
+    Returns:
+        The first failure's reason; None where that was none.
+    """
+    verdict = store.compare_set(VERDICT, "", ENDED if reason is None else AGAIN + reason).decode()
+    return verdict.removeprefix(AGAIN) if verdict.startswith(AGAIN) else None
+
+
+def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+    """Return once every rank has left the process group and come here.
+
+    Args:
+        store: of the attempt.
+        rank, world_size: of the process group.
+        timeout: seconds to wait.
+
+    Raises:
+        RuntimeError: a rank doesn't come.
+    """
+    store.set(f"{CAME}/{rank}", "")
+    deadline = time.monotonic() + timeout
+    for other in range(world_size):
+        while not store.check([f"{CAME}/{other}"]):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Rank {other} did not come to begin the run again within {timeout:.0f} s.")
+            time.sleep(SECONDS)
+
+
+@contextmanager
+def abort_when_told(store: dist.Store, seconds: float = 0.5) -> Iterator[None]:
+    """In here, a thread ends this rank's NCCL collectives when another rank gives a reason to begin again: they wait on
+    the device, where no closed connection wakes them.
+
+    Not run in this repository's tests, for it needs two GPUs.
+
+    Args:
+        store: of the attempt.
+        seconds: between two looks.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(seconds):
+            if store.check([VERDICT]):
+                if store.get(VERDICT).decode().startswith(AGAIN):
+                    dist.distributed_c10d._abort_process_group()
+                return
+
+    thread = threading.Thread(target=watch, name="abort_when_told", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
