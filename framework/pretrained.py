@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..strategies.base import Strategy
-from .checkpoint import whole_weights
+from . import checkpoint
 
 
 def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, **options: Any) -> None:
@@ -27,7 +27,7 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
             'Use fit.export("weights.safetensors").'
         )
     adapters = hasattr(strategy.module, "peft_config")
-    weights = whole_weights(strategy, only_trainable and adapters, adapters=adapters)
+    weights = checkpoint.whole_weights(strategy, only_trainable and adapters, adapters=adapters)
     if strategy.is_main:
         save(directory, state_dict=weights, **options)
     strategy.barrier()
