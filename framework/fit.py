@@ -426,7 +426,7 @@ class Fit:
         self.stream.load_state_dict({"position": 0} if self.args.ignore_data_skip else data)
         done = (saved["progress"]["global_step"], data["epoch"], self.stream.fraction())
         length = RunLength(*self.set_initial_training_values(self.running, self.stream, total))
-        self.num_train_epochs, max_steps = length_of_resumed(self.running, length, done)
+        self.num_train_epochs, max_steps = length_of_resumed(self.running, length, total, done)
         self.args = self.args.replace(max_steps=max_steps)
 
     # Logs.
