@@ -450,7 +450,7 @@ class Fit:
         done = (saved["progress"]["global_step"], data["epoch"], self.stream.fraction())
         args = self.without_length()
         length = RunLength(*self.set_initial_training_values(args, self.stream, total))
-        self.num_train_epochs, max_steps = length_of_resumed(args, length, done)
+        self.num_train_epochs, max_steps = length_of_resumed(args, length, total, done)
         self.args = cadence.resolve(args, max_steps)
 
     def without_length(self) -> FitArguments:

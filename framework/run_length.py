@@ -62,7 +62,9 @@ def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int)
     return RunLength(epochs, updates, samples, samples * args.num_train_epochs, epoch_based, micro_batches, max_steps)
 
 
-def length_of_resumed(args: FitArguments, length: RunLength, done: tuple[int, int, float]) -> tuple[int, int]:
+def length_of_resumed(
+    args: FitArguments, length: RunLength, total_train_batch_size: int, done: tuple[int, int, float]
+) -> tuple[int, int]:
     """The length of a run that goes on with another global batch than it began with.
 
     Epochs set the length: what is left of them takes as many updates as it takes now. ``max_steps`` sets it: it stays,
@@ -71,6 +73,8 @@ def length_of_resumed(args: FitArguments, length: RunLength, done: tuple[int, in
     Args:
         args: as given, with ``max_steps`` unresolved.
         length: of a run that begins with the new global batch.
+        total_train_batch_size: samples in an update.
+        total_train_batch_size: samples in an update.
         done: (updates, whole passes over the data, fraction of the next one).
 
     Returns:
@@ -79,15 +83,21 @@ def length_of_resumed(args: FitArguments, length: RunLength, done: tuple[int, in
     updates, passes, fraction = done
     if length.len_dataloader is None:
         return length.num_train_epochs, length.max_steps
-    per_pass = length.num_update_steps_per_epoch
-    # A fraction is a number of samples over another; rounding must not make an update of it.
-    rest_of_pass = math.ceil((1.0 - fraction) * length.len_dataloader / args.gradient_accumulation_steps - 1e-9)
+    per_pass, accumulation = length.num_update_steps_per_epoch, args.gradient_accumulation_steps
+    # A short last micro-batch counts as what it holds; one that is dropped doesn't count.
+    micro_batches = min(length.num_examples * accumulation / total_train_batch_size, length.len_dataloader)
+
+    def updates_in(part: float) -> int:
+        """Of a part of a pass, up to its end; rounding must not make an update of nothing."""
+        return math.ceil(part * micro_batches / accumulation - 1e-9)
+
+    rest_of_pass = updates_in(1.0 - fraction)
     if args.max_steps > 0:
         beyond = max(0, args.max_steps - updates - rest_of_pass)
         return passes + 1 + -(-beyond // per_pass), args.max_steps
-    epochs_left = args.num_train_epochs - passes
-    if epochs_left <= 1.0:
-        left = math.ceil(max(0.0, epochs_left - fraction) * per_pass - 1e-9)
+    passes_left = args.num_train_epochs - passes
+    if passes_left <= 1.0:
+        left = updates_in(max(0.0, passes_left - fraction))
     else:
-        left = rest_of_pass + math.ceil((epochs_left - 1.0) * per_pass - 1e-9)
+        left = rest_of_pass + math.ceil((passes_left - 1.0) * per_pass - 1e-9)
     return length.num_train_epochs, updates + left

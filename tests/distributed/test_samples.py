@@ -9,7 +9,7 @@ import torch
 from ranks import Ranks
 from stratagem import Callback
 from stratagem.framework.module import IGNORED_LABEL
-from tiny import RowStream
+from tiny import RowStream, StopAt
 from torch import Tensor, nn
 from training import Tagger, make_fit, token_rows, train
 
@@ -51,14 +51,19 @@ class Updates(Callback):
         self.updates.append([index for batch in fit.module.counted for index in batch])
 
 
-def samples_of_updates(streamed: bool = False, samples: int = 75, **arguments: Any) -> tuple[int, list[list[int]]]:
-    """This rank's place among those with other samples, and its samples in each update of two epochs."""
+def samples_of_updates(
+    streamed: bool = False, samples: int = 75, stop: int | None = None, resume: Path | None = None, **arguments: Any
+) -> tuple[int, list[list[int]]]:
+    """This rank's place among those with other samples, and its samples in each update of two epochs (or from a
+    checkpoint on, or up to an update).
+    """
     rows = [{**row, "index": torch.tensor(i)} for i, row in enumerate(token_rows(samples))]
     updates = Updates()
     length = {"max_steps": 2 * -(-samples // 16)} if streamed else {"max_steps": -1, "num_train_epochs": 2.0}
     data = RowStream(rows) if streamed else rows
-    fit = make_fit(Watched(), data, callbacks=[updates], **{**length, **arguments})
-    fit.train()
+    callbacks = [updates, *([StopAt(stop)] if stop else [])]
+    fit = make_fit(Watched(), data, callbacks=callbacks, **{**length, **arguments})
+    fit.train(resume_from_checkpoint=resume)
     return fit.strategy.data_rank, updates.updates
 
 
@@ -98,6 +103,26 @@ def test_updates_hold_the_same_samples(
         assert sorted(itertools.chain(*epoch)) == list(range(75))
     if not streamed:
         assert found[0] != found[5] and found[0] != list(range(16))  # shuffled, and anew
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "total"), [(8, 1, 32), (1, 2, 8)])
+def test_another_number_of_ranks_goes_on_to_the_end_of_the_epochs(
+    ranks: dict[int, Ranks], tmp_path: Path, batch: int, accumulation: int, total: int
+) -> None:
+    """Three updates of 16 on 2 ranks, then updates of 32 or 8 on 4: the same order, each sample once in each epoch."""
+    whole = joined([samples_of_updates(per_device_train_batch_size=1)])
+    saving = {"save_strategy": "steps", "save_steps": 3, "output_dir": str(tmp_path), "stop": 3}
+    first = ranks[2].run(samples_of_updates, strategy="ddp", per_device_train_batch_size=8, **saving)
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    resume = tmp_path / "checkpoint-3"
+    rest = joined(ranks[4].run(samples_of_updates, strategy="fsdp2", resume=resume, **sizes))
+    found = [*joined(first)[:3], *rest]  # what stops ranks is agreed in the next update
+    ends = [0, *itertools.accumulate(map(len, found))]
+    assert ends[-1] == 150
+    order = [index for (index,) in whole]
+    assert found == [sorted(order[begin:end]) for begin, end in itertools.pairwise(ends)]
+    # 27 samples are left of the first epoch, and 75 are the second.
+    assert len(rest) == -(-27 // total) + -(-75 // total)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 17])

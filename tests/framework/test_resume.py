@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework import random_state
+from stratagem.framework.data import make_stream
 from stratagem.precision import FP16Mixed
 from tiny import (
     Dropping,
     Float64,
     MakeFit,
     NoisyRows,
+    Regressor,
     RowStream,
     StopAt,
     Tagger,
@@ -480,3 +483,92 @@ def test_another_split_into_micro_batches_goes_on_with_the_same_global_batches(
         resumed = make(*split)
         assert resumed.train(resume_from_checkpoint=tmp_path / "output" / "checkpoint-2").global_step == 6
         torch.testing.assert_close(parameters_of(resumed.module), parameters_of(whole.module), rtol=1e-12, atol=1e-13)
+
+
+class Noting(Tagger):
+    """Notes the numbers of the samples that it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+        self.seen += batch["index"].tolist()
+        return super().loss(outputs, batch)
+
+
+@pytest.mark.parametrize("split", [(8, 2), (4, 1), (3, 1), (22, 1)])
+@pytest.mark.parametrize("stop", [2, 3, 4, 7])
+@pytest.mark.parametrize("length", [{"num_train_epochs": 3}, {"num_train_epochs": 2.5}, {"max_steps": 9}])
+def test_another_global_batch_goes_on_at_the_right_sample_to_the_right_end(
+    make_fit: MakeFit, tmp_path: Path, split: tuple[int, int], stop: int, length: dict[str, Any]
+) -> None:
+    """Updates of 8, then of 16, 4, 3 or 22: no sample twice and none left out, up to the end that was asked for."""
+    rows = [{**row, "index": torch.tensor(i)} for i, row in enumerate(token_rows(22))]
+
+    def make(size: int, accumulation: int, **more: Any) -> Fit:
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        return make_fit(Noting(), rows, shuffle=True, lr_scheduler_type="linear", **{**sizes, **length, **more})
+
+    first = make(4, 2, callbacks=[StopAt(stop)], save_strategy="steps", save_steps=stop)
+    first.train()
+    resumed = make(*split)
+    steps = resumed.train(resume_from_checkpoint=tmp_path / "output" / f"checkpoint-{stop}").global_step
+    whole = make(4, 2, num_train_epochs=12, max_steps=-1)
+    whole.train()
+    seen = first.module.seen + resumed.module.seen
+    assert seen == whole.module.seen[: len(seen)]
+    if "max_steps" in length:
+        assert steps == 9
+    elif length["num_train_epochs"] == 3:
+        assert len(seen) == 66
+    else:  # to the end of the update that the half epoch ends in
+        total = split[0] * split[1]
+        assert 0 <= len(seen) - 55 < total
+    # The schedule ends where the run does.
+    assert resumed.scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
+    # Asked to begin anew, the same Fit has the length of a run of its own.
+    resumed.module.seen.clear()
+    assert resumed.train().global_step == make(*split).train().global_step
+
+
+class Huge(torch.utils.data.Dataset):
+    """Ten million rows that are made when they are asked for, and counts how many were."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return 10_000_000
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.reads.append(index)
+        return {"x": torch.full((3,), index / 1e7), "y": torch.ones(1)}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_nothing_is_read_again_to_resume_in_ten_million_rows(make_fit: MakeFit, tmp_path: Path, shuffle: bool) -> None:
+    options: dict[str, Any] = {"shuffle": shuffle, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole, data = Huge(), Huge()
+    make_fit(Regressor(), whole, **options).train()
+    path = tmp_path / "output" / "checkpoint-2"
+    began = time.perf_counter()
+    fit = make_fit(Regressor(), data, **options)
+    fit.train(resume_from_checkpoint=path)
+    assert data.reads == whole.reads[16:]
+    assert len(data.reads) == 16
+    assert time.perf_counter() - began < 10.0  # drawing the order takes half a second; reading would take minutes
+
+
+def test_a_position_far_into_ten_million_rows_is_a_jump() -> None:
+    data = Huge()
+    for shuffle in (True, False):
+        stream = make_stream(data, FitArguments(shuffle=shuffle), torch.device("cpu"), 0, 1, training=True)
+        stream.load_state_dict({"position": 9_000_000})
+        next(stream.epoch(0))
+        assert len(data.reads) == 8
+        order = (
+            torch.randperm(10_000_000, generator=torch.Generator().manual_seed(42)) if shuffle else range(10_000_000)
+        )
+        assert data.reads == [int(index) for index in order[9_000_000:9_000_008]]
+        data.reads.clear()
