@@ -29,5 +29,6 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
     adapters = hasattr(strategy.module, "peft_config")
     weights = checkpoint.whole_weights(strategy, only_trainable and adapters, adapters=adapters)
     if strategy.is_main:
-        save(directory, state_dict=weights, **options)
+        with strategy.unwrapped():  # peft looks for its adapters by the names of layers
+            save(directory, state_dict=weights, **options)
     strategy.barrier()

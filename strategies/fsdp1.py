@@ -1,7 +1,7 @@
 """Fully sharded data parallel by torch's first implementation, the ``FullyShardedDataParallel`` wrapper."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,23 @@ class FSDP1(ProcessGroupStrategy):
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """This rank's views into the flat shards, under the user's names."""
         return {name.replace(WRAPPER, ""): p for name, p in super().named_parameters(remove_duplicate).items()}
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Every wrapped block stands in its wrapper's place."""
+        wrappers = [
+            (parent, name, child)
+            for parent in self.module.modules()
+            for name, child in parent._modules.items()
+            if isinstance(child, FullyShardedDataParallel)
+        ]
+        for parent, name, wrapper in wrappers:
+            parent._modules[name] = wrapper.module
+        try:
+            yield
+        finally:
+            for parent, name, wrapper in wrappers:
+                parent._modules[name] = wrapper
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Whole gradients; all of them are whole at once, until the last was taken."""

@@ -17,12 +17,7 @@ def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> N
         path: ends in .safetensors by custom; its folder is made.
         only_trainable: leave frozen parameters out.
     """
-    aliases = strategy.tied_names()
-    tensors = {
-        name: tensor.contiguous()
-        for name, tensor in whole_weights(strategy, only_trainable).items()
-        if name not in aliases
-    }
+    tensors = {name: tensor.contiguous() for name, tensor in whole_weights(strategy, only_trainable).items()}
     if strategy.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path, metadata={"format": "pt"})
@@ -30,7 +25,7 @@ def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> N
 
 
 def whole_weights(strategy: Strategy, only_trainable: bool, *, adapters: bool = False) -> dict[str, Tensor]:
-    """Whole parameters and buffers by name on the host of rank 0, nothing on others. Collective.
+    """Whole parameters and buffers by name on the host of rank 0, tied ones once; nothing on others. Collective.
 
     Args:
         strategy: holds the placed module.
@@ -46,6 +41,7 @@ def whole_weights(strategy: Strategy, only_trainable: bool, *, adapters: bool = 
             f"The quantized parameters of {type(strategy.module).__name__} (such as {min(names)!r}) can't be written "
             "as plain weights. Write what was trained alone: set save_only_trainable=True."
         )
+    names |= strategy.tied_names().keys()
     weights = {}
     for name, tensor in strategy.full_state(names):
         if strategy.is_main:

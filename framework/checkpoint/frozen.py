@@ -26,9 +26,7 @@ def left_out(strategy: Strategy, only_trainable: bool) -> set[str]:
     """
     parameters = strategy.named_parameters(remove_duplicate=False)
     quantized = {id(parameter) for parameter in quantized_parameters(strategy.module).values()}
-    return {
-        name for name, p in parameters.items() if id(p) in quantized or (only_trainable and not p.requires_grad)
-    }
+    return {name for name, p in parameters.items() if id(p) in quantized or (only_trainable and not p.requires_grad)}
 
 
 def without(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
