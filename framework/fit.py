@@ -121,8 +121,7 @@ class Fit:
             },
         )
         if train_data is not None:
-            if type(module).configure_optimizer is TrainModule.configure_optimizer:
-                check_optimizer_by_name(self.args, self.strategy)
+            check_optimizer_by_name(self.args, self.strategy)
             self.stream = self.get_train_dataloader()
             self.resolve_length()
         if eval_data is not None:
