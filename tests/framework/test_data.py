@@ -9,7 +9,10 @@ import numpy
 import pytest
 import torch
 from stratagem import FitArguments
-from stratagem.framework.data import DataStream, IterableStream, LoaderStream, MapStream, batch_seed, make_stream
+from stratagem.framework.data import DataStream, make_stream
+from stratagem.framework.data.mapped import MapStream
+from stratagem.framework.data.reread import IterableStream, LoaderStream
+from stratagem.framework.data.stream import batch_seed
 from stratagem.framework.objective import Weightless
 from tiny import NoisyRows, Numbers, NumberStream, RowStream
 from torch import Tensor

@@ -1,0 +1,101 @@
+"""The stream over what a user gave as data: a Dataset, an IterableDataset or a ready DataLoader."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from ..arguments import FitArguments
+from .mapped import MapStream
+from .reread import IterableStream, LoaderStream
+from .stream import DataStream, LoaderOptions
+
+
+def make_stream(
+    data: Any, args: FitArguments, device: torch.device, rank: int, size: int, *, training: bool
+) -> DataStream:
+    """The stream over a Dataset, an IterableDataset or a ready DataLoader.
+
+    Args:
+        data: what the user gave. A DataLoader brings its own batch size, order, collation and workers.
+        args: batch sizes, workers, seed and shuffling for the others.
+        device: pinned memory is used where this is a GPU.
+        rank, size: this rank among the data-parallel ranks.
+        training: shuffle and use the training batch size; else neither.
+
+    Raises:
+        ValueError: the data is empty.
+        TypeError: it is none of the three.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+    options = LoaderOptions(
+        batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+        shuffle=args.shuffle and training,
+        drop_last=args.dataloader_drop_last and training,
+        collate_fn=default_collate,
+        workers={
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and device.type == "cuda",
+            "persistent_workers": args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        },
+    )
+    if isinstance(data, DataLoader):
+        if not has_plain_sampler(data):
+            return LoaderStream(data, seed, rank, size)
+        options = LoaderOptions(
+            # A batch size that is looked for was the loader's to begin with.
+            batch_size=options.batch_size if training and args.auto_find_batch_size else data.batch_size or 1,
+            shuffle=isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True,
+            drop_last=data.drop_last,
+            collate_fn=data.collate_fn,
+            workers={
+                "num_workers": data.num_workers,
+                "pin_memory": data.pin_memory,
+                "prefetch_factor": data.prefetch_factor,
+                "persistent_workers": data.persistent_workers,
+                "worker_init_fn": data.worker_init_fn,
+                "timeout": data.timeout,
+                "multiprocessing_context": data.multiprocessing_context,
+            },
+        )
+        data = data.dataset
+    kind = "train_data" if training else "eval_data"
+    if isinstance(data, IterableDataset):
+        return IterableStream(data, options, seed, rank, size)
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise TypeError(
+            f"{kind} takes a Dataset (with __getitem__ and __len__), an IterableDataset or a DataLoader. "
+            f"Received: {type(data).__name__}"
+        )
+    if len(data) == 0:
+        raise ValueError(f"{kind} is empty: len({type(data).__name__}) is 0.")
+    if options.drop_last and len(data) < options.batch_size * size:
+        raise ValueError(
+            f"{kind} has {len(data)} samples, fewer than one global micro-batch of {options.batch_size * size}, and "
+            "dataloader_drop_last=True leaves out the only batch there is."
+        )
+    return MapStream(data, options, seed, rank, size)
+
+
+def has_plain_sampler(loader: DataLoader[Any]) -> bool:
+    """Whether a ready loader's order is one that we can make ourselves, and so jump in."""
+    if loader.batch_size is None:
+        return False
+    if isinstance(loader.dataset, IterableDataset):
+        return True
+    sampler = loader.sampler
+    standard_batches = type(loader.batch_sampler) is torch.utils.data.BatchSampler
+    if type(sampler) is RandomSampler:
+        return (
+            standard_batches and not sampler.replacement and sampler.generator is None and sampler._num_samples is None
+        )
+    # A DistributedSampler has shared the samples among ranks already, which is done here.
+    return standard_batches and type(sampler) in (SequentialSampler, DistributedSampler)

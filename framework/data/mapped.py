@@ -1,0 +1,93 @@
+"""Batches of a map-style dataset, in an order of our own making: a resume jumps to its position."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .. import random_state
+from ..objective import Weightless
+from .stream import DataStream, LoaderOptions, batch_seed, share
+
+
+class MapStream(DataStream):
+    """Batches of a map-style dataset. Resuming jumps to the position; nothing is read to get there."""
+
+    def __init__(self, dataset: Dataset, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
+        super().__init__(options, seed, rank, size)
+        self.num_examples = len(dataset)  # type: ignore[arg-type]
+        self.epoch_number = 0
+        # Workers have random states of their own that can't be saved: there, each batch seeds its randomness by its
+        # place in the run. In the training process the run's own random state, which is saved, goes on.
+        self.seeds_batches = bool(options.workers.get("num_workers"))
+        self.loader = DataLoader(
+            SeededBatches(dataset) if self.seeds_batches else dataset,
+            batch_sampler=_Requests(self),
+            collate_fn=options.collate_fn,
+            generator=torch.Generator(),  # its draws for worker seeds would disturb the run's random state
+            **options.workers,
+        )
+
+    def order(self) -> Sequence[int]:
+        """The epoch's sample indices."""
+        assert self.num_examples is not None
+        if not self.options.shuffle:
+            return range(self.num_examples)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch_number)
+        # A numpy array takes 8 bytes a sample; a list of ints would take 36.
+        return torch.randperm(self.num_examples, generator=generator).numpy()  # type: ignore[return-value]
+
+    def requests(self) -> Iterator[Any]:
+        """What the loader fetches: this rank's indices of each global micro-batch, with a seed where workers fetch."""
+        assert self.num_examples is not None
+        order, step, shuffled = self.order(), self.global_micro_batch, self.options.shuffle
+        for start in range(self.position, self.num_examples - (step - 1 if self.options.drop_last else 0), step):
+            samples = order[start : start + step]
+            mine = share(samples, self.rank, self.size, self.options.batch_size)
+            if not len(mine):
+                mine = samples[:1]
+            indices = mine.tolist() if shuffled else list(mine)  # type: ignore[attr-defined]
+            yield (batch_seed(self.seed, self.epoch_number, start), indices) if self.seeds_batches else indices
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """This rank's micro-batches of one epoch."""
+        self.begin()
+        self.epoch_number = epoch
+        return self._hand_out(iter(self.loader))
+
+    def _hand_out(self, batches: Iterator[Any]) -> Iterator[Any]:
+        total, step, rank = self.num_examples, self.global_micro_batch, self.rank
+        assert total is not None
+        for batch in batches:
+            left = total - self.position
+            self.position += min(step, left)
+            # Counted, not computed from indices: a rank is without samples only in a short last micro-batch.
+            yield batch if left >= step or rank * -(-left // self.size) < left else Weightless(batch)
+
+
+class _Requests:
+    """A batch sampler that asks the stream, so that one DataLoader (and its workers) serves all epochs."""
+
+    def __init__(self, stream: MapStream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.stream.requests()
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+
+class SeededBatches(Dataset):
+    """A dataset asked for (seed, indices): randomness inside ``__getitem__`` follows from the seed."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, request: tuple[int, list[int]]) -> list[Any]:
+        """The samples of one batch."""
+        seed, indices = request
+        random_state.seed_everything(seed)
+        fetch_all = getattr(self.dataset, "__getitems__", None)
+        return fetch_all(indices) if fetch_all else [self.dataset[index] for index in indices]

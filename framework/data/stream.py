@@ -1,0 +1,110 @@
+"""What every stream of batches promises: one global order, a slice of it for each rank, and a position in samples."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are made: from FitArguments, or from a ready DataLoader, which brings its own.
+
+    Args:
+        batch_size: samples per micro-batch and rank.
+        shuffle: a new order each epoch.
+        drop_last: leave out a short last global micro-batch.
+        collate_fn: list of samples to batch.
+        workers: options that torch's DataLoader is given as they are.
+    """
+
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    collate_fn: Callable[[list[Any]], Any]
+    workers: dict[str, Any]
+
+
+class DataStream:
+    """One epoch after another of this rank's micro-batches.
+
+    Args:
+        options: see LoaderOptions.
+        seed: decides the order.
+        rank, size: this rank among the data-parallel ranks.
+
+    Attributes:
+        num_examples: samples in an epoch, over all ranks; None where unknown.
+        position: samples of the current epoch that were handed out, over all ranks.
+    """
+
+    num_examples: int | None = None
+
+    def __init__(self, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
+        self.options = options
+        self.seed = seed
+        self.rank = rank
+        self.size = size
+        self.position = 0
+        self.start = 0  # where the next epoch() begins; set by a resume
+
+    @property
+    def global_micro_batch(self) -> int:
+        """Samples in one micro-batch over all ranks."""
+        return self.options.batch_size * self.size
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch on this rank.
+
+        Raises:
+            TypeError: the data has no length.
+        """
+        if self.num_examples is None:
+            raise TypeError("this data has no length")
+        if self.options.drop_last:
+            return self.num_examples // self.global_micro_batch
+        return -(-self.num_examples // self.global_micro_batch)
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """This rank's micro-batches of one epoch, from where a loaded state stood, else from the beginning.
+
+        Whatever is read to get there is read before this returns, so that the caller can then restore random states.
+        """
+        raise NotImplementedError
+
+    def fraction(self) -> float:
+        """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""
+        if self.num_examples is None:
+            return 0.0
+        # Without the samples that drop_last leaves out, and without a short last micro-batch's empty places.
+        return min(1.0, self.position / min(self.num_examples, len(self) * self.global_micro_batch))
+
+    @property
+    def samples(self) -> int:
+        """Samples of the current epoch that were handed out, over all ranks."""
+        return self.position
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, good for any batch size and number of ranks."""
+        return {"position": self.position, "global_micro_batch": self.global_micro_batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next ``epoch`` begins at the saved position."""
+        self.start = self.position = state["position"]
+
+    def begin(self) -> int:
+        """Take the starting position of an epoch, once."""
+        self.position, self.start = self.start, 0
+        return self.position
+
+
+def share(samples: Sequence[Any], rank: int, size: int, batch_size: int) -> Sequence[Any]:
+    """A rank's slice of a global micro-batch: ``batch_size`` samples, or an even part of a short one (maybe none)."""
+    part = batch_size if len(samples) == batch_size * size else -(-len(samples) // size)
+    return samples[rank * part : (rank + 1) * part]
+
+
+def batch_seed(seed: int, epoch: int, position: int) -> int:
+    """A seed for one batch's randomness; the same for any number of workers."""
+    return int(numpy.random.SeedSequence((seed, epoch, position)).generate_state(1)[0])
