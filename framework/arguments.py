@@ -1,6 +1,7 @@
 """Every option of a run, under the field's names, checked together when they are made."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -279,6 +280,13 @@ class FitArguments:
             "warmup_steps",
             self.max_steps == -1 or self.warmup_steps <= self.max_steps,
             f"is longer than the run (max_steps={self.max_steps}): the learning rate would never reach its peak",
+        )
+        decay = self.lr_scheduler_kwargs.get("num_decay_steps")
+        warmup = self.warmup_steps or math.ceil(self.max_steps * self.warmup_ratio)
+        require(
+            "lr_scheduler_kwargs",
+            self.max_steps == -1 or type(decay) is not int or warmup + decay <= self.max_steps,
+            f"{warmup} updates of warm-up and {decay} of decay are more than the run's {self.max_steps}; give fewer",
         )
         require(
             "eval_steps",

@@ -1,5 +1,10 @@
 """What arguments add to a run before it begins: changes to the module's blocks, and callbacks."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
 from ..precision.quantized import keep_trainable
 from .arguments import FitArguments
 from .callbacks import Callback
@@ -28,7 +33,18 @@ def prepare_module(module: TrainModule, args: FitArguments) -> None:
     if args.torch_compile:
         # Block by block: every block is the same code, so it is compiled once, and sharding can work between blocks.
         for part in module.shard_units() or [module]:
-            part.compile(mode=args.torch_compile_mode)
+            part.forward = torch.compile(inlined(part.forward), mode=args.torch_compile_mode)
+
+
+def inlined(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same as a function of this file: torch.compile leaves those of torch's own files alone, and would pass over a
+    block that is an nn.Sequential or an nn.TransformerEncoderLayer without a word.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return call
 
 
 def callbacks_of(args: FitArguments) -> list[Callback]:

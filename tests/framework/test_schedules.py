@@ -1,6 +1,7 @@
 """Learning-rate schedules: their values against formulas worked out by hand, and what they refuse."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,6 +47,46 @@ def test_every_schedule_warms_up_in_a_straight_line(name: str) -> None:
 )
 def test_values(name: str, options: dict[str, Any], update: int, expected: float) -> None:
     assert SHAPES[name](update, WARMUP, TOTAL, **options) == pytest.approx(expected, abs=1e-12)
+
+
+# Each schedule's factor on the peak in a run of 25 updates, as papers write it; t counts from the end of warm-up, which
+# takes 5 of them.
+CURVES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
+    "linear": ({}, lambda t: (20 - t) / 20),
+    "cosine": ({}, lambda t: math.cos(math.pi / 2 * t / 20) ** 2),  # (1 + cos 2a) / 2 = cos² a
+    "cosine_with_restarts": ({"num_cycles": 4}, lambda t: math.cos(math.pi / 2 * (t % 5) / 5) ** 2),
+    "cosine_with_min_lr": ({"min_lr_rate": 0.3}, lambda t: 0.3 + 0.7 * math.cos(math.pi / 2 * t / 20) ** 2),
+    "polynomial": ({"power": 3.0, "lr_end_rate": 0.1}, lambda t: 0.1 + 0.9 * (1 - t / 20) ** 3),
+    "constant_with_warmup": ({}, lambda t: 1.0),
+    "inverse_sqrt": ({}, lambda t: math.sqrt(5 / (5 + t))),
+    "warmup_stable_decay": (
+        {"num_decay_steps": 8, "min_lr_rate": 0.2},
+        lambda t: 1.0 if t < 12 else 0.2 + 0.8 * math.cos(math.pi / 2 * (t - 12) / 8) ** 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["constant", *CURVES])
+def test_whole_curves_of_runs(make_fit: MakeFit, name: str) -> None:
+    options, curve = CURVES.get(name, ({}, lambda t: 1.0))
+    fit = make_fit(
+        Regressor(),
+        regression_rows(8),
+        max_steps=25,
+        warmup_steps=0 if name == "constant" else 5,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=options,
+        learning_rate=0.02,
+        logging_steps=1,
+    )
+    fit.train()
+    warmup = [1.0] * 5 if name == "constant" else [0.0, 0.2, 0.4, 0.6, 0.8]
+    expected = [0.02 * factor for factor in [*warmup, *map(curve, range(20))]]
+    assert [line["learning_rate"] for line in fit.state.log_history] == pytest.approx(expected, abs=1e-15)
+
+
+def test_curves_are_of_all_names() -> None:
+    assert {*CURVES, "constant"} == set(SHAPES)
 
 
 def test_warmup_ratio_is_a_part_of_the_run(make_fit: MakeFit) -> None:

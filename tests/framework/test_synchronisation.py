@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback, TrainModule
+from stratagem.precision import FP16Mixed
 from tiny import Dropping, MakeFit, Regressor, Tagger, regression_rows, token_rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +86,7 @@ class Watch(Callback):
         self.updates = updates
         self.waits = Waits()
         self.by_update: dict[int, list[str]] = {}
-        self.seen = 0
+        self.seen = self.skipped = self.scheduled = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         self.waits.__enter__()
@@ -150,7 +151,9 @@ def watched(make_fit: MakeFit, module: TrainModule, rows: Iterable[Any], updates
     fit.train()
     assert watch.seen == fit.state.global_step == updates + 5
     optimizer = fit.optimizer
-    assert isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
+    assert isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups)
+    watch.skipped = fit.state.skipped_updates
+    watch.scheduled = fit.scheduler.last_epoch
     return watch
 
 
@@ -164,6 +167,15 @@ def test_fifty_updates_between_two_logs_never_wait_for_the_device(
     rows = regression_rows(28) if module is Dropping else token_rows(28)
     watch = watched(make_fit, module(), rows, updates=50, gradient_accumulation_steps=accumulation, precision=precision)
     assert watch.by_update == {}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adam"])
+def test_skipped_updates_are_counted_without_waiting(make_fit: MakeFit, optim: str) -> None:
+    precision = FP16Mixed(initial_scale=2.0**60)  # which overflows until it was halved to about 2^16
+    watch = watched(make_fit, AdamTagger(), token_rows(28), updates=75, optim=optim, precision=precision)
+    assert watch.by_update == {}
+    assert 35 < watch.skipped < 55
+    assert watch.scheduled == 80 - watch.skipped
 
 
 def test_the_watch_sees_a_read_in_every_micro_batch(make_fit: MakeFit) -> None:

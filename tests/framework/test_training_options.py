@@ -1,10 +1,12 @@
 """Label smoothing, NEFTune, activation checkpointing, token counts and the rest of the specification's options."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from stratagem import Callback, TrainModule
 from tiny import CLASSES, Float64, MakeFit, Regressor, Tagger, collate, parameters_of, regression_rows, token_rows
 from torch import Tensor, nn
@@ -84,6 +86,31 @@ def test_neftune_adds_noise_of_the_papers_size_in_training_only(make_fit: MakeFi
     assert not module.embed._forward_hooks
 
 
+def test_neftune_finds_embeddings_that_are_built_late_and_leaves_no_hook_after_a_failure(make_fit: MakeFit) -> None:
+    class Late(Tagger):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.embed
+            self.noise: list[float] = []
+
+        def build(self) -> None:
+            self.embed = nn.Embedding(CLASSES, 5)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            embedded = self.embed(tokens)
+            self.noise.append((embedded - self.embed.weight[tokens]).abs().max().item())
+            if len(self.noise) == 3:
+                raise RuntimeError("the third forward")
+            return self.head(embedded)
+
+    module = Late()
+    fit = make_fit(module, token_rows(4)[1:], max_steps=8, neftune_noise_alpha=3.0)
+    with pytest.raises(RuntimeError, match="the third forward"):
+        fit.train()
+    assert all(0 < noise <= 3.0 / math.sqrt(30) * (1 + 1e-5) for noise in module.noise)
+    assert not module.embed._forward_hooks
+
+
 class Deep(TrainModule):
     """Eight blocks that keep much more between forward and backward than their inputs."""
 
@@ -135,6 +162,30 @@ def test_gradient_checkpointing_keeps_less_and_computes_the_same(make_fit: MakeF
     assert results[True][1] < 0.5 * results[False][1]
 
 
+def test_a_model_with_a_method_of_its_own_is_asked_to_recompute(make_fit: MakeFit) -> None:
+    class Own(Deep):
+        asked: list[Any] = []
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+            self.asked.append(gradient_checkpointing_kwargs)
+
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": False}}
+    make_fit(Own(), regression_rows(4, features=8), max_steps=1, **options).train()
+    assert Own.asked == [{"use_reentrant": False, "preserve_rng_state": False}]
+
+
+def test_the_accelerators_cache_is_emptied_every_few_updates(
+    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[int] = []
+    fit = make_fit(Regressor(), regression_rows(4), max_steps=7, torch_empty_cache_steps=3)
+    fit.train()  # without an accelerator there is nothing to empty
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator.memory, "empty_cache", lambda: emptied.append(fit.state.global_step))
+    fit.train()
+    assert emptied == [3, 6]
+
+
 def test_gradient_checkpointing_needs_blocks(make_fit: MakeFit) -> None:
     with pytest.raises(ValueError, match="needs blocks to recompute, and Regressor has no list"):
         make_fit(Regressor(), regression_rows(4), max_steps=1, gradient_checkpointing=True).train()
@@ -142,6 +193,8 @@ def test_gradient_checkpointing_needs_blocks(make_fit: MakeFit) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_train_alike_and_keep_their_names(make_fit: MakeFit) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     rows, initial = regression_rows(16, features=8), parameters_of(Deep(2))
     results = {}
     for compiled in (False, True):
@@ -152,6 +205,11 @@ def test_compiled_blocks_train_alike_and_keep_their_names(make_fit: MakeFit) -> 
         fit = make_fit(module, rows, max_steps=4, learning_rate=0.01, torch_compile=compiled, logging_steps=1)
         fit.train()
         results[compiled] = [line["loss"] for line in fit.state.log_history], list(module.state_dict())
+        # The blocks are nn.Sequential, which torch.compile would leave alone; all of them are one graph.
+        assert bool(torch._dynamo.utils.counters["frames"]["ok"]) is compiled
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        told = [line["first_step_seconds"] for line in fit.state.log_history if "first_step_seconds" in line]
+        assert len(told) == compiled and all(seconds > 0.01 for seconds in told)
     assert results[True][0] == pytest.approx(results[False][0], rel=1e-5)
     assert results[True][1] == results[False][1]
 
@@ -197,6 +255,21 @@ def test_padding_is_told_by_the_pad_token(make_fit: MakeFit) -> None:
     assert fit.state.num_input_tokens_seen == 18
 
 
+def test_padding_that_nothing_tells_is_counted_with_one_warning(make_fit: MakeFit) -> None:
+    class Untold(Tagger):
+        main_input_name = "tokens"
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"num_train_epochs": 2, "per_device_train_batch_size": 2}
+        fit = make_fit(Untold(), token_rows(8), include_num_input_tokens_seen="non_padding", **options)
+        fit.train()
+    said = [str(warning.message) for warning in caught if "counts all tokens" in str(warning.message)]
+    assert len(said) == 1
+    assert "no 'attention_mask' and the module no pad_token_id" in said[0]
+    assert fit.state.num_input_tokens_seen == 2 * 8 * 6
+
+
 def test_a_batch_without_the_main_input_is_refused(make_fit: MakeFit) -> None:
     with pytest.raises(ValueError, match="Tokens are counted in the batch's 'input_ids', and the batch has the keys"):
         make_fit(Tagger(), token_rows(4), max_steps=1, include_num_input_tokens_seen="all").train()
@@ -225,6 +298,28 @@ def test_past_index_hands_on_and_is_cleared_each_epoch(make_fit: MakeFit) -> Non
     assert module.handed == [None, sums[0], sums[0] + sums[1]] * 2
 
 
+def test_an_evaluation_leaves_what_is_handed_on_alone(make_fit: MakeFit) -> None:
+    rows, module = token_rows(5)[1:], Remembering()
+    options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+    make_fit(module, rows, rows[:2], max_steps=4, per_device_train_batch_size=1, past_index=1, **options).train()
+    sums = [float(row["tokens"].sum()) for row in rows]
+    evaluation = [None, sums[0]]
+    training = [None, sums[0], sums[0] + sums[1], sums[0] + sums[1] + sums[2]]
+    assert module.handed == [*training[:2], *evaluation, *training[2:], *evaluation]
+
+
+def test_compute_loss_may_return_the_outputs_too(make_fit: MakeFit) -> None:
+    rows = token_rows(5)[1:]
+    fit = make_fit(Tagger(), rows, max_steps=1)
+    fit.train()
+    batch = collate(rows)
+    loss, outputs = fit.compute_loss(fit.strategy.model, batch, return_outputs=True)
+    torch.testing.assert_close(outputs, fit.module(batch["tokens"]))
+    expected = nn.functional.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(fit.compute_loss(fit.strategy.model, batch), expected)
+
+
 def test_the_first_layer_that_overflows_is_named(make_fit: MakeFit) -> None:
     class Overflowing(Regressor):
         def forward(self, x: Tensor) -> Tensor:
@@ -233,6 +328,38 @@ def test_the_first_layer_that_overflows_is_named(make_fit: MakeFit) -> None:
     with pytest.raises(FloatingPointError, match=r"In update 1, the .*'head' \(Linear\)") as caught:
         make_fit(Overflowing(), regression_rows(4), max_steps=2, debug="underflow_overflow").train()
     assert "hidden (Linear)" in str(caught.value)
+
+
+def test_a_bad_weight_is_named_with_the_last_frames_before_it(make_fit: MakeFit) -> None:
+    class Chain(TrainModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(30)))
+            self.head = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layers(x))
+
+        def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            return nn.functional.mse_loss(outputs, batch["y"])
+
+    class Spoils(Callback):
+        """Between the second and the third update."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            if state.global_step == 2:
+                with torch.no_grad():
+                    context["fit"].module.layers[27].bias[1] = math.nan
+
+    fit = make_fit(Chain(), regression_rows(8), max_steps=5, debug="underflow_overflow", callbacks=[Spoils()])
+    with pytest.raises(FloatingPointError) as caught:
+        fit.train()
+    first, *frames = str(caught.value).splitlines()
+    assert first.startswith("In update 3, the output and the weight bias of 'layers.27' (Linear) overflowed")
+    # 21 layers in the order of forward, the bad one last.
+    layers = [line.split()[0] for line in frames if line.endswith("(Linear)")]
+    assert layers == [f"layers.{i}" for i in range(7, 28)]
+    assert not any(layer._forward_hooks for layer in fit.module.modules())
 
 
 def nan_on(updates: set[int]) -> type[Regressor]:
