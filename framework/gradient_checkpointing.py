@@ -1,11 +1,13 @@
 """Activation checkpointing: blocks keep their inputs only and compute the rest again in backward."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .forwards import Forward, wrap_forward
 from .module import TrainModule
 
 
@@ -35,15 +37,15 @@ def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any
             "layers of one class. Write shard_units(self) on your TrainModule."
         )
     for unit in units:
-        unit.forward = recomputed(unit, unit.forward, options)
+        wrap_forward(unit, lambda forward: recomputed(forward, options))
 
 
-def recomputed(unit: nn.Module, forward: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+def recomputed(forward: Forward, options: Mapping[str, Any]) -> Forward:
     """A block's forward, checkpointed while the block is in training."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not unit.training:
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **options, **kwargs)
+            return forward(unit, *args, **kwargs)
+        return checkpoint(MethodType(forward, unit), *args, **options, **kwargs)
 
     return call

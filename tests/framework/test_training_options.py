@@ -1,5 +1,6 @@
 """Label smoothing, NEFTune, activation checkpointing, token counts and the rest of the specification's options."""
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -160,6 +161,18 @@ def test_gradient_checkpointing_keeps_less_and_computes_the_same(make_fit: MakeF
     assert list(results[True][0]) == list(results[False][0])
     # Autograd keeps the blocks' inputs, and for each what the recomputation of one block saves.
     assert results[True][1] < 0.5 * results[False][1]
+
+
+def test_a_copy_of_a_module_with_recomputed_blocks_computes_with_its_own_weights(make_fit: MakeFit) -> None:
+    module = Deep()
+    make_fit(module, regression_rows(4, features=8), max_steps=1, gradient_checkpointing=True).train()
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in twin.blocks.parameters():
+            parameter.zero_()
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(twin.train()(x), twin.head(x))  # blocks of zeros add nothing
+    assert not torch.allclose(module.eval()(x), module.head(x))
 
 
 def test_a_model_with_a_method_of_its_own_is_asked_to_recompute(make_fit: MakeFit) -> None:
