@@ -572,3 +572,26 @@ def test_a_position_far_into_ten_million_rows_is_a_jump() -> None:
         )
         assert data.reads == [int(index) for index in order[9_000_000:9_000_008]]
         data.reads.clear()
+
+
+def test_a_plateau_schedule_goes_on_waiting_where_it_stood(make_fit: MakeFit, tmp_path: Path) -> None:
+    """With a rate that changes nothing, every evaluation but the first is a plateau; each third of them divides."""
+    options: dict[str, Any] = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 2, "factor": 0.1, "eps": 0.0},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 1e-12,
+        "logging_steps": 1,
+        "max_steps": 8,
+    }
+
+    def rates(fit: Fit) -> list[float]:
+        return [line["learning_rate"] for line in fit.state.log_history if "learning_rate" in line]
+
+    rows = regression_rows(4)
+    first = make_fit(Regressor(), rows, rows, save_strategy="steps", save_steps=3, callbacks=[StopAt(3)], **options)
+    first.train()
+    resumed = make_fit(Regressor(), rows, rows, **options)
+    resumed.train(resume_from_checkpoint=tmp_path / "output" / "checkpoint-3")
+    assert rates(resumed) == pytest.approx([1e-12] * 4 + [1e-13] * 3 + [1e-14])
