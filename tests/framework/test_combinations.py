@@ -73,8 +73,8 @@ def test_what_works_is_not_refused(make_fit: MakeFit) -> None:
 def test_an_optimizer_of_the_modules_own_is_looked_at_too(make: Any, strategy: Any, says: str) -> None:
     optimizer = make([nn.Parameter(torch.ones(2, 2))])
     with pytest.raises(ValueError, match=says):
-        check_optimizer(optimizer, strategy)
-    assert check_optimizer(optimizer, DP()) is optimizer
+        check_optimizer(optimizer, strategy, FitArguments())
+    assert check_optimizer(optimizer, DP(), FitArguments()) is optimizer
 
 
 def test_refusals_are_about_forms_that_there_are() -> None:
