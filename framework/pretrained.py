@@ -5,6 +5,7 @@ from typing import Any
 
 from ..strategies.base import Strategy
 from . import checkpoint
+from .agreement import on_all_ranks
 
 
 def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, **options: Any) -> None:
@@ -19,6 +20,7 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
 
     Raises:
         ValueError: the module has no such method, or quantized weights to write.
+        RuntimeError: on every rank, where the first could not write.
     """
     save = getattr(strategy.module, "save_pretrained", None)
     if save is None:
@@ -28,7 +30,9 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
         )
     adapters = hasattr(strategy.module, "peft_config")
     weights = checkpoint.whole_weights(strategy, only_trainable and adapters, adapters=adapters)
-    if strategy.is_main:
+
+    def write() -> None:
         with strategy.unwrapped():  # peft looks for its adapters by the names of layers
             save(directory, state_dict=weights, **options)
-    strategy.barrier()
+
+    on_all_ranks(strategy, lambda: write() if strategy.is_main else None, RuntimeError)

@@ -3,16 +3,12 @@
 transformers and peft take seconds to import, so they are imported where a model is made.
 """
 
-import os
 from typing import Any
 
 import torch
 from stratagem import TrainModule
 from stratagem.framework.module import IGNORED_LABEL
 from torch import Tensor, nn
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 VOCABULARY, LENGTH, CLASSES = 64, 8, 3
 SIZES = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
