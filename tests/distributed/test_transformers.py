@@ -100,6 +100,19 @@ def test_a_loss_within_forward_stays_in_float32(ranks: dict[int, Ranks], tmp_pat
         assert found[0]["masked bert"]["loss"] == pytest.approx(expected["loss"], abs=1e-3)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_recomputed_blocks_give_the_same_curve(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
+    found = ranks[2].run(
+        train_all,
+        kinds=["tied llama", "lora"],
+        directory=str(tmp_path),
+        strategy=strategy,
+        gradient_checkpointing=True,
+    )
+    for kind, logs in found[0].items():
+        assert logs["loss"] == pytest.approx(single(kind)[0]["loss"], rel=1e-4)
+
+
 def resume_adapters(kind: str, strategy: str, directory: str) -> bool:
     """Whether a run that was saved half way and continued ends with the bits of one that wasn't."""
     saves = {"save_strategy": "steps", "save_steps": 3, "save_only_trainable": True, "max_steps": 6}
