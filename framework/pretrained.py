@@ -1,7 +1,11 @@
 """A directory that ``from_pretrained`` loads, written by the model's own ``save_pretrained`` from placed weights."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from ..strategies.base import Strategy
 from . import checkpoint
@@ -32,7 +36,25 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
     weights = checkpoint.whole_weights(strategy, only_trainable and adapters, adapters=adapters)
 
     def write() -> None:
-        with strategy.unwrapped():  # peft looks for its adapters by the names of layers
+        # peft looks for its adapters by the names of layers, and reads soft prompts from the module itself.
+        with strategy.unwrapped(), whole_parameters(strategy.module, weights):
             save(directory, state_dict=weights, **options)
 
     on_all_ranks(strategy, lambda: write() if strategy.is_main else None, RuntimeError)
+
+
+@contextmanager
+def whole_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """In here, the parameters that ``weights`` names are those, instead of this rank's shards."""
+    shards = []
+    for name, whole in weights.items():
+        prefix, _, last = name.rpartition(".")
+        layer = module.get_submodule(prefix)
+        if last in layer._parameters:
+            shards.append((layer, last, layer._parameters[last]))
+            layer._parameters[last] = nn.Parameter(whole, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, last, shard in shards:
+            layer._parameters[last] = shard
