@@ -35,9 +35,9 @@ def wrapped(model: nn.Module, causal: bool | None) -> TrainModule:
     prompts = [c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False)]
     if shifts and prompts and causal is None:
         raise ValueError(
-            f"TrainModule.wrap can't tell whether {own.__name__} predicts each row's first label: soft prompts may stand "
-            "before it. Write wrap(model, causal=False) where they are virtual tokens (prompt tuning, p-tuning), which "
-            "predict it, and causal=True where they are keys and values (prefix tuning)."
+            f"TrainModule.wrap can't tell whether {own.__name__} predicts each row's first label: soft prompts may "
+            "stand before it. Write wrap(model, causal=False) where they are virtual tokens (prompt tuning, p-tuning), "
+            "which predict it, and causal=True where they are keys and values (prefix tuning)."
         )
     declared = {"__module__": own.__module__, "wraps": own, "causal": shifts}
     model.__class__ = type(own.__name__, (own, TrainModule), declared)
