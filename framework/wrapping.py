@@ -22,6 +22,7 @@ def wrapped(model: nn.Module, causal: bool | None) -> TrainModule:
 
     Raises:
         TypeError: the model has methods of the names that a run asks for.
+        ValueError: ``causal`` must be said.
     """
     own = type(model)
     clashes = [n for n in CLASHES if hasattr(own, n) or n in vars(model) or n in model._modules]
@@ -31,6 +32,13 @@ def wrapped(model: nn.Module, causal: bool | None) -> TrainModule:
             "Write a TrainModule that holds the model and calls it in forward."
         )
     shifts = shifts_labels(model) if causal is None else causal
+    prompts = [c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False)]
+    if shifts and prompts and causal is None:
+        raise ValueError(
+            f"TrainModule.wrap can't tell whether {own.__name__} predicts each row's first label: soft prompts may "
+            "stand before it. Write wrap(model, causal=False) where they are virtual tokens (prompt tuning, p-tuning), "
+            "which predict it, and causal=True where they are keys and values (prefix tuning)."
+        )
     declared = {"__module__": own.__module__, "wraps": own, "causal": shifts}
     model.__class__ = type(own.__name__, (own, TrainModule), declared)
     assert isinstance(model, TrainModule)

@@ -1,5 +1,6 @@
 """What every test runs under: one thread, a directory of its own, and the small models and data of ``tiny.py``."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Fit, TrainModule
+
+# transformers and peft read these when they are imported, on ranks too.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 # --import-mode=importlib leaves sys.path alone; test files share models and data by ``from tiny import ...``.
 sys.path.insert(0, str(Path(__file__).parent))

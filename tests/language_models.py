@@ -3,16 +3,12 @@
 transformers and peft take seconds to import, so they are imported where a model is made.
 """
 
-import os
 from typing import Any
 
 import torch
 from stratagem import TrainModule
 from stratagem.framework.module import IGNORED_LABEL
 from torch import Tensor, nn
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 VOCABULARY, LENGTH, CLASSES = 64, 8, 3
 SIZES = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
@@ -60,6 +56,13 @@ def with_adapters(model: nn.Module, dropout: float = 0.0, rank: int = 4) -> Any:
     return get_peft_model(model, config)
 
 
+def with_soft_prompt(model: nn.Module) -> Any:
+    """A peft model: three trained embeddings stand before each row."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
 def quantized(model: nn.Module, storage: torch.dtype = torch.uint8) -> nn.Module:
     """The model with bitsandbytes' nf4 weights in all its linear layers but the head. On the CPU bitsandbytes is wrong
     for layers whose inputs aren't whole blocks of 64.
@@ -82,6 +85,7 @@ MODELS = {
     "masked bert": masked_bert,
     "classifying bert": classifying_bert,
     "lora": lambda: with_adapters(llama()),
+    "soft prompt": lambda: with_soft_prompt(llama()),
     "qlora": lambda: with_adapters(quantized(llama(64))),
     "qlora in float32": lambda: with_adapters(quantized(llama(64), torch.float32)),
     "qlora in bfloat16": lambda: with_adapters(quantized(llama(64), torch.bfloat16)),
@@ -91,7 +95,7 @@ MODELS = {
 def make(kind: str, seed: int = 0) -> TrainModule:
     """A wrapped model of MODELS; the same weights for the same seed."""
     torch.manual_seed(seed)
-    return TrainModule.wrap(MODELS[kind]())
+    return TrainModule.wrap(MODELS[kind](), causal=False if kind == "soft prompt" else None)
 
 
 def text_rows(count: int, kind: str = "llama") -> list[dict[str, Tensor]]:

@@ -58,8 +58,8 @@ def weights_in(directory: Path) -> dict[str, torch.Tensor]:
     ("strategy", "kinds"),
     [
         ("ddp", ["tied llama", "masked bert", "classifying bert", "lora", "qlora"]),
-        ("fsdp1", ["tied llama", "masked bert", "classifying bert", "lora", "qlora in float32"]),
-        ("fsdp2", ["tied llama", "masked bert", "classifying bert", "lora", "qlora"]),
+        ("fsdp1", ["tied llama", "masked bert", "classifying bert", "lora", "qlora in float32", "soft prompt"]),
+        ("fsdp2", ["tied llama", "masked bert", "classifying bert", "lora", "qlora", "soft prompt"]),
         ("tp", ["llama", "tied llama"]),
     ],
 )
@@ -82,12 +82,13 @@ def test_curves_and_directories(ranks: dict[int, Ranks], tmp_path: Path, strateg
 def load(kind: str, directory: Path) -> dict[str, torch.Tensor]:
     """What ``from_pretrained`` makes of a directory, under the names in its file."""
     model: Any = make(kind)
-    if "lora" not in kind:
+    if not hasattr(model, "peft_config"):
         loaded = model.wraps.from_pretrained(directory).state_dict()
         return {name: value for name, value in loaded.items() if name in weights_in(directory)}
     from peft import PeftModel, get_peft_model_state_dict
 
-    return get_peft_model_state_dict(PeftModel.from_pretrained(model.unload(), directory))
+    base = model.unload() if "lora" in kind else model.get_base_model()
+    return get_peft_model_state_dict(PeftModel.from_pretrained(base, directory))
 
 
 def test_a_loss_within_forward_stays_in_float32(ranks: dict[int, Ranks], tmp_path: Path) -> None:
@@ -98,6 +99,19 @@ def test_a_loss_within_forward_stays_in_float32(ranks: dict[int, Ranks], tmp_pat
         kinds = ["masked bert"]
         found = ranks[2].run(train_all, kinds=kinds, directory=str(tmp_path), strategy=strategy, **frozen)
         assert found[0]["masked bert"]["loss"] == pytest.approx(expected["loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_recomputed_blocks_give_the_same_curve(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
+    found = ranks[2].run(
+        train_all,
+        kinds=["tied llama", "lora"],
+        directory=str(tmp_path),
+        strategy=strategy,
+        gradient_checkpointing=True,
+    )
+    for kind, logs in found[0].items():
+        assert logs["loss"] == pytest.approx(single(kind)[0]["loss"], rel=1e-4)
 
 
 def resume_adapters(kind: str, strategy: str, directory: str) -> bool:

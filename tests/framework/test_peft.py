@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from language_models import llama, make, quantized, text_rows, with_adapters
+from language_models import llama, make, quantized, text_rows, with_adapters, with_soft_prompt
 from safetensors.torch import load_file
 from stratagem import Callback, TrainModule
 from stratagem.framework.checkpoint import CheckpointError
@@ -176,6 +176,29 @@ def test_the_best_adapters_come_back(make_fit: MakeFit) -> None:
 def test_saving_only_what_trains_needs_something_frozen(make_fit: MakeFit) -> None:
     with pytest.raises(ValueError, match="save_only_trainable=True has no effect: Regressor has no frozen parameters"):
         make_fit(Regressor(), regression_rows(4), max_steps=1, save_only_trainable=True).train()
+
+
+def test_soft_prompts_need_the_word_on_first_labels(make_fit: MakeFit, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"can't tell whether PeftModelForCausalLM predicts each row's first label"):
+        TrainModule.wrap(with_soft_prompt(llama()))
+    module, rows = make("soft prompt"), text_rows(12)
+    before = parameters_of(module)
+    fit = make_fit(
+        module, rows, rows, max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=2, optim="sgd"
+    )
+    # One mean over all labels, those in first place included.
+    batch = collate(rows)
+    logits = module(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, 2:-1
+    ]  # three prompts in front
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).item()
+    assert fit.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    fit.train()
+    changed = [name for name, value in parameters_of(module).items() if not torch.equal(value, before[name])]
+    assert changed == ["prompt_encoder.default.embedding.weight"]
+    fit.save_pretrained(tmp_path / "prompt")
+    saved = load_file(tmp_path / "prompt" / "adapter_model.safetensors")
+    assert torch.equal(saved["prompt_embeddings"], parameters_of(module)[changed[0]])
 
 
 # Quantized base weights.
