@@ -19,11 +19,23 @@ UNSUITED: Mapping[tuple[str, str], str] = {
     "use optim='adamw', or strategy='ddp'",
     ("Muon", "flat"): "Muon orthogonalizes whole matrices, and flat shards hold pieces of them; use strategy='fsdp2', "
     "or optim='adamw'",
+    ("AdamW8bit", "dtensor"): "bitsandbytes can't step on DTensor shards; use optim='adamw', or strategy='ddp'",
+    (
+        "AdamW8bit",
+        "flat",
+    ): "the scales of its 8-bit moments belong to whole weights, and flat shards hold pieces of them; "
+    "use optim='adamw', or strategy='ddp'",
     ("Rprop", "dtensor"): "torch's Rprop can't step on DTensor shards; use another optimizer, or strategy='ddp'",
     ("fused SGD", "dtensor"): "torch's SGD can't step fused on DTensor shards; leave fused=True out",
     ("fused Adagrad", "dtensor"): "torch's Adagrad can't step fused on DTensor shards; leave fused=True out",
 }
-CLASSES = {"adafactor": "Adafactor", "adagrad": "Adagrad", "muon": "Muon", "sgd": "SGD"}  # of optim, see UNSUITED
+CLASSES = {  # of optim, see UNSUITED
+    "adafactor": "Adafactor",
+    "adagrad": "Adagrad",
+    "adamw_8bit": "AdamW8bit",
+    "muon": "Muon",
+    "sgd": "SGD",
+}
 
 
 def check_combination(

@@ -157,7 +157,7 @@ class Fit:
 
         Args:
             resume_from_checkpoint: True continues from the newest whole checkpoint in ``output_dir`` (and begins anew
-                where there is none); a path continues from that one.
+                where there is none); a path continues from that one, a URL ("s3://...") from a copy of it there.
             trial: fields of FitArguments to change for this run.
             ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.
 

@@ -175,7 +175,7 @@ def check_update_in_backward(
     if not strategy.gradients_are_final_in_backward:
         problems.append(
             f"under strategy={strategy.name!r} they are summed over ranks or scattered after that: use "
-            "strategy='single', or optim='adafactor', which needs little memory too"
+            "strategy='single', or optim='lion', which keeps one moment"
         )
     if strategy.precision.scales_loss:
         problems.append(

@@ -171,6 +171,8 @@ class FSDP1(ProcessGroupStrategy):
         assert self.optimizer is not None
         if not state:
             return
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()  # torch makes the state to fill by a step, which a schedule-free one refuses else
         current = get_optimizer_state_dict(self.model, self.optimizer)
         set_optimizer_state_dict(
             self.model,

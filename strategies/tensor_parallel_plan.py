@@ -164,14 +164,16 @@ def groups_split_by_mesh(optimizer: Optimizer) -> Iterator[None]:
     groups are the user's, so that schedules and checkpoints know nothing of it.
     """
     whole = optimizer.param_groups
-    cut = []
+    parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for group in whole:
         by_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             by_mesh[mesh_of(parameter)].append(parameter)
-        cut += [{**group, "params": parameters} for parameters in by_mesh.values()]
-    optimizer.param_groups = cut
+        parts += [(group, {**group, "params": parameters}) for parameters in by_mesh.values()]
+    optimizer.param_groups = [part for _, part in parts]
     try:
         yield
     finally:
         optimizer.param_groups = whole
+        for group, part in parts:  # some optimizers count their updates there, alike in all parts of a group
+            group.update({name: value for name, value in part.items() if name != "params"})

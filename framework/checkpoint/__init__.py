@@ -10,6 +10,7 @@ HOMES = {
     "export": "exporting",
     "find": "finding",
     "load_weights": "contents",
+    "published": "directory",
     "read_state": "contents",
     "restore": "contents",
     "rotate": "directory",

@@ -7,6 +7,7 @@ from pathlib import Path
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from .directory import CheckpointError, published, tidy, verify
+from .remote import download
 
 
 def find(strategy: Strategy, output_dir: Path, wanted: bool | str | Path | None) -> Path | None:
@@ -15,8 +16,8 @@ def find(strategy: Strategy, output_dir: Path, wanted: bool | str | Path | None)
     Args:
         strategy: set up.
         output_dir: where checkpoints are, oldest to newest.
-        wanted: True takes the newest whole one and says which newer ones it passed over; a path takes that one; None
-            and False take none.
+        wanted: True takes the newest whole one and says which newer ones it passed over; a path takes that one, and
+            a URL too, which is first copied into ``output_dir``; None and False take none.
 
     Returns:
         None where none is wanted, or True and there is no checkpoint at all.
@@ -30,6 +31,13 @@ def find(strategy: Strategy, output_dir: Path, wanted: bool | str | Path | None)
         if strategy.is_main:
             tidy(output_dir)
         candidates = strategy.broadcast(published(output_dir))
+    elif isinstance(wanted, str) and "://" in wanted:
+        url = wanted
+
+        def fetch() -> Path | None:
+            return download(url, output_dir) if strategy.is_main else None
+
+        candidates = [path for path in on_all_ranks(strategy, fetch, CheckpointError) if path is not None]
     else:
         candidates = [Path(wanted)]
     damages = []

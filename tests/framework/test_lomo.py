@@ -6,9 +6,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from stratagem import Callback, FitArguments
+from stratagem import Callback, FitArguments, TrainModule
 from stratagem.framework.lomo import AdaLomo, Lomo, check_update_in_backward
-from stratagem.framework.optimizers import make_optimizer
 from stratagem.precision import get_precision
 from stratagem.strategies import get_strategy
 from tiny import MakeFit, Regressor, collate, parameters_of, regression_rows
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 class Lomoed(Regressor):
     """The small regressor with the optimizer that the arguments name."""
 
-    def configure_optimizer(self, args: FitArguments) -> torch.optim.Optimizer:
-        return make_optimizer(self, args)
+    configure_optimizer = TrainModule.configure_optimizer
 
 
 def by_hand(initial: dict[str, Tensor], rates: list[float], decay: float, cut: float | None = None) -> Any:

@@ -1,0 +1,103 @@
+"""Copies of checkpoints at a URL: there whole or not at all, as local ones are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import directory
+from .directory import MANIFEST, CheckpointError
+
+
+def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
+    """What fsspec makes of a URL: (filesystem, the path in it). Nothing is read yet.
+
+    Args:
+        url: "s3://bucket/runs/7", "file:///mnt/runs", ...
+        **options: of the filesystem, such as ``endpoint_url``.
+
+    Raises:
+        ValueError: no filesystem goes by that name, or its package isn't installed.
+    """
+    try:
+        import fsspec
+    except ImportError as error:
+        raise ValueError(
+            f"{url!r} needs the package fsspec, which isn't installed ({error}). Run: pip install 'stratagem[upload]'"
+        ) from error
+    try:
+        filesystem, path = fsspec.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{url!r} can't be opened: {error}. It must begin with a protocol that fsspec knows: file://, s3://, "
+            "gs://, hf://, ..."
+        ) from error
+    return filesystem, path.rstrip("/")
+
+
+def upload(checkpoint: Path, filesystem: Any, folder: str) -> None:
+    """Copy a published checkpoint to ``<folder>/<its name>``, the manifest last: a copy that has one is whole. Does
+    nothing where the same is there already.
+
+    Args:
+        checkpoint: is left as it is.
+        filesystem: see ``open_filesystem``.
+        folder: path in it.
+
+    Raises:
+        CheckpointError: the checkpoint was replaced meanwhile, or the copy of a file came out shorter.
+        Exception: whatever the filesystem fails with.
+    """
+    target, manifest = f"{folder}/{checkpoint.name}", (checkpoint / MANIFEST).read_bytes()
+    if filesystem.exists(f"{target}/{MANIFEST}"):
+        if filesystem.cat_file(f"{target}/{MANIFEST}") == manifest:
+            return
+        filesystem.rm_file(f"{target}/{MANIFEST}")  # before the first of its files is replaced
+    files = json.loads(manifest)["files"]
+    for parent in sorted({str(Path(name).parent) for name in files}):
+        filesystem.makedirs(target if parent == "." else f"{target}/{parent}", exist_ok=True)
+    for name, entry in files.items():
+        filesystem.put_file(str(checkpoint / name), f"{target}/{name}")
+        size = filesystem.info(f"{target}/{name}")["size"]
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{target}/{name} has {size} bytes after the upload instead of {entry['bytes']}")
+    if (checkpoint / MANIFEST).read_bytes() != manifest:
+        raise CheckpointError(f"{checkpoint} was replaced while it was uploaded")
+    filesystem.pipe_file(f"{target}/{MANIFEST}{directory.PARTIAL}", manifest)
+    filesystem.mv(f"{target}/{MANIFEST}{directory.PARTIAL}", f"{target}/{MANIFEST}")
+
+
+def download(url: str, output_dir: Path) -> Path:
+    """Bring a checkpoint from a URL into ``output_dir``, under its own name; one that is there already stays.
+
+    Args:
+        url: ends in ``checkpoint-<update>``.
+        output_dir: made where it isn't there.
+
+    Returns:
+        Where it is now. Its files are still to be verified.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint at the URL, or another one has its name in ``output_dir``.
+    """
+    try:
+        filesystem, source = open_filesystem(url)
+        manifest = filesystem.cat_file(f"{source}/{MANIFEST}")
+        files = json.loads(manifest)["files"]
+        final = output_dir / source.rpartition("/")[2]
+        if not directory.NAME.match(final.name):
+            raise CheckpointError("its name must be checkpoint-<update>")
+        if final.exists():
+            if (final / MANIFEST).exists() and (final / MANIFEST).read_bytes() == manifest:
+                return final
+            raise CheckpointError(f"{final} is another one; move it away, or resume from it")
+        partial = directory.begin(final)
+        for name in files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(f"its manifest names {name!r}, outside of it")
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(f"{source}/{name}", str(partial / name))
+            directory.flush(partial / name)
+        directory.publish(final, files)
+    except Exception as error:
+        raise CheckpointError(f"{url} can't be resumed from: {error or repr(error)}") from error
+    return final

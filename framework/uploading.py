@@ -1,0 +1,140 @@
+"""Uploading checkpoints in the background, to any URL that fsspec knows."""
+
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .arguments import FitArguments
+from .callbacks import Callback
+from .checkpoint import published, remote
+from .state import Control, TrainState
+
+
+class UploadWarning(UserWarning):
+    """A checkpoint could not be uploaded. It stays where it is, and training goes on."""
+
+
+class Upload(Callback):
+    """Copies each checkpoint to ``<url>/checkpoint-<update>`` while training goes on.
+
+    Only whole checkpoints are uploaded, and a copy is whole when it has its ``manifest.json``, which comes last. The
+    main process uploads, one at a time; the end of training waits for all. ``save_total_limit`` removes none that isn't
+    uploaded yet. One that fails is reported by an UploadWarning and as ``failed_uploads`` in the logs, and is tried
+    again with the next, and by a run that is resumed.
+
+    Args:
+        url: a folder: "s3://bucket/runs/7", "gs://...", "file:///mnt/backup/7".
+        grace: seconds that uploads may still take where training ends with an exception.
+        **options: of the filesystem, as fsspec takes them.
+
+    Raises:
+        ValueError: no filesystem goes by that name, or its package isn't installed.
+
+    Example:
+        ``Fit(..., save_total_limit=2, callbacks=[Upload("s3://bucket/runs/7")])``, on every rank
+    """
+
+    def __init__(self, url: str, *, grace: float = 30.0, **options: Any) -> None:
+        self.url = url
+        self.grace = grace
+        self.filesystem, self.folder = remote.open_filesystem(url, **options)
+        # Between the training thread, the one that writes checkpoints and the one that uploads.
+        self.lock = threading.Lock()
+        self.waiting: list[Path] = []
+        self.under_way: Path | None = None
+        self.failed: dict[Path, str] = {}
+        self.unreported: list[tuple[Path, str]] = []
+        self.thread: threading.Thread | None = None
+        self.has_failed = False  # so that a log says 0 once all is well again
+
+    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """What the run that is resumed may not have uploaded any more comes first."""
+        if state.global_step and context["fit"].strategy.is_main:
+            self.enqueue(published(Path(args.output_dir)))
+
+    def checkpoint_published(self, path: Path) -> None:
+        """Upload it, and once more those that failed."""
+        self.enqueue([*self.failed, path])
+
+    def checkpoints_to_keep(self) -> Iterable[Path]:
+        """Those that aren't uploaded."""
+        with self.lock:
+            return [*self.failed, *self.waiting, *([self.under_way] if self.under_way else [])]
+
+    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Report what failed since the last log."""
+        self.report()
+        if self.has_failed:
+            context["logs"]["failed_uploads"] = len(self.failed)
+            self.has_failed = bool(self.failed)
+
+    def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Wait for the uploads, and have what is now uploaded removed if it is one too many."""
+        fit = context["fit"]
+        # No rank waits in one collective for as long as uploads may take: it would give the others up.
+        while not fit.strategy.broadcast(self.wait(seconds=1.0)):
+            pass
+        if self.unreported:
+            fit.log({})  # of the failures alone
+        fit.rotate_checkpoints()
+
+    def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Give uploads a little time, report what failed, and leave the others to a resumed run."""
+        self.wait(self.grace)
+        with self.lock:
+            late = [*([self.under_way] if self.under_way else []), *self.waiting]
+            self.waiting.clear()
+            self.unreported += [(path, f"training ended {self.grace:g} s ago") for path in late]
+        self.report()
+
+    def enqueue(self, paths: Iterable[Path]) -> None:
+        """Upload these after those that wait already."""
+        with self.lock:
+            self.waiting += [path for path in dict.fromkeys(paths) if path not in self.waiting]
+            if self.waiting and self.thread is None:
+                # A daemon: a filesystem that hangs must not keep the process from ending.
+                self.thread = threading.Thread(target=self.work, name="upload", daemon=True)
+                self.thread.start()
+
+    def work(self) -> None:
+        """Upload what waits, in the thread of its own, until nothing does."""
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.thread = None
+                    return
+                path = self.under_way = self.waiting.pop(0)
+            why = None
+            try:
+                remote.upload(path, self.filesystem, self.folder)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+            with self.lock:
+                self.under_way = None
+                self.failed.pop(path, None)
+                if why is not None and path not in self.waiting:  # else it was replaced meanwhile, and comes again
+                    self.has_failed = True
+                    self.unreported.append((path, why))
+                    if path.exists():
+                        self.failed[path] = why
+
+    def wait(self, seconds: float) -> bool:
+        """Whether nothing is left to upload; waits for that at most so long."""
+        deadline = time.monotonic() + seconds
+        while (thread := self.thread) is not None and (left := deadline - time.monotonic()) > 0:
+            thread.join(left)
+        return self.thread is None
+
+    def report(self) -> None:
+        """Warn of what failed since the last report, in the thread of training."""
+        with self.lock:
+            failures, self.unreported = self.unreported, []
+        for path, why in failures:
+            warnings.warn(
+                f"{path} could not be uploaded to {self.url} ({why}). It stays there; training goes on.",
+                UploadWarning,
+                stacklevel=2,
+            )
