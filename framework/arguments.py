@@ -233,6 +233,12 @@ class FitArguments:
         require("optim", self.optim in OPTIMIZERS, did_you_mean(self.optim, OPTIMIZERS))
         if self.optim in UPDATING_IN_BACKWARD:
             found += argument_problems(self.max_grad_norm, self.gradient_accumulation_steps)
+            require(
+                "auto_find_batch_size",
+                not self.auto_find_batch_size,
+                f"accumulates what a smaller batch leaves out, and optim={self.optim!r} can't accumulate; find "
+                "per_device_train_batch_size by hand",
+            )
         require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "is a fraction of the run, from 0 to 1")
         require(
             "warmup_ratio",

@@ -23,7 +23,8 @@ class Upload(Callback):
     Only whole checkpoints are uploaded, and a copy is whole when it has its ``manifest.json``, which comes last. The
     main process uploads, one at a time; the end of training waits for all. ``save_total_limit`` removes none that isn't
     uploaded yet. One that fails is reported by an UploadWarning and as ``failed_uploads`` in the logs, and is tried
-    again with the next, and by a run that is resumed.
+    again with the next, and by a run that is resumed. One saved outside of ``train`` (``fit.save_checkpoint()``) is
+    waited for by ``wait(seconds)`` alone.
 
     Args:
         url: a folder: "s3://bucket/runs/7", "gs://...", "file:///mnt/backup/7".

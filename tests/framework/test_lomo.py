@@ -154,10 +154,11 @@ def test_adalomo_keeps_a_number_for_each_row_and_column_also_of_convolutions(mak
 @pytest.mark.parametrize("name", ["lomo", "adalomo"])
 def test_clipping_and_accumulation_are_refused_together(name: str) -> None:
     with pytest.raises(ValueError, match="can't work") as caught:
-        FitArguments(optim=name, gradient_accumulation_steps=2)
+        FitArguments(optim=name, gradient_accumulation_steps=2, auto_find_batch_size=True)
     said = str(caught.value)
     assert "max_grad_norm=1.0: LOMO and AdaLOMO update a parameter before the norm" in said
     assert "gradient_accumulation_steps=2: LOMO and AdaLOMO update with every backward" in said
+    assert f"auto_find_batch_size=True: accumulates what a smaller batch leaves out, and optim={name!r} can't" in said
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "tp", "dp"])
