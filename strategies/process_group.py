@@ -247,8 +247,8 @@ def forget_groups() -> None:
     for thing in gc.get_objects():
         if type(thing) is DeviceMesh:
             getattr(thing, "_pg_registry", {}).clear()
-        elif type(thing) is FunctionType and any(type(value) is dist.ProcessGroup for value in thing.__defaults__ or ()):
-            # torch.distributed.nn, imported later than the world was joined: ``group=group.WORLD``, which else is None.
+        elif type(thing) is FunctionType and any(type(v) is dist.ProcessGroup for v in thing.__defaults__ or ()):
+            # torch.distributed.nn's group=group.WORLD, which is None unless it is imported after the world was joined.
             thing.__defaults__ = tuple(None if type(v) is dist.ProcessGroup else v for v in thing.__defaults__ or ())
         elif type(thing) is CACHE and (getattr(thing, "__module__", None) or "").startswith("torch.distributed.tensor"):
             thing.cache_clear()

@@ -1,6 +1,7 @@
 """auto_find_batch_size with several ranks: one is out of memory, and all begin again together."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
