@@ -1,15 +1,19 @@
 """auto_find_batch_size: a run that is out of memory begins again with a smaller micro-batch and the same global batch.
 
-Each attempt begins where the first one began, or at the checkpoint that is resumed from: the run is, to the bit, what it
-would be had the smaller batch been asked for. That includes weights, buffers and attributes of the module, optimizer,
-schedule, loss scale, random state, data order and the states of callbacks. It leaves out what only the user's own
-objects know: a dataset's or a callback's private state, and checkpoints of the failed attempt, which are replaced as the
-new one comes to them.
+Each attempt begins where the first one began, or at the checkpoint that is resumed from: the run is, to the bit, what
+it would be had the smaller batch been asked for. That takes back the module (weights, buffers, and attributes as they
+were before it was first placed), optimizer, schedule, loss scale, random state, data order and the states of callbacks.
+It leaves what only the user's objects know (a dataset's or a callback's own variables), and checkpoints of the failed
+attempt, which are replaced as the new one comes to them.
 
-An attempt that is out of memory ends, for callbacks and loggers, with ``on_exception``; the next one begins with
-``on_train_begin``, and a logger's ``open`` comes before it. ``on_init_end`` is not repeated. The size that was found is
-logged once as ``per_device_train_batch_size`` beside ``gradient_accumulation_steps``, is ``state.train_batch_size``, and
-is saved with it: a run that is resumed with the option begins with it.
+An attempt that is out of memory ends with ``on_exception`` and closed loggers (with ``on_train_end`` on a rank that was
+done before another one failed); the next one begins with opened loggers and ``on_train_begin``. ``on_init_end`` is not
+repeated. The size that was found is logged once, as ``per_device_train_batch_size`` beside
+``gradient_accumulation_steps``, and is ``state.train_batch_size``, which checkpoints save: a run that is resumed with
+the option begins with it, and so does a further ``train`` of the same Fit.
+
+Where one rank is out of memory the others are woken, and all meet in another process group; see
+``strategies/meeting.py``.
 
 An evaluation keeps ``per_device_eval_batch_size``: where that is too large, a smaller training batch helps nothing.
 """
@@ -18,6 +22,7 @@ import contextlib
 import copy
 import gc
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,22 +118,25 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
             reason = fit.strategy.tell_failure(describe(fit, error) if is_out_of_memory(error) else None)
             if reason is None:
                 raise
-            args = smaller(fit.args, at_most=fit.args.per_device_train_batch_size // 2)
-            if args is None:
-                raise torch.OutOfMemoryError(
-                    f"Out of memory even with per_device_train_batch_size=1. {reason} What takes less memory: "
-                    "gradient_checkpointing=True, a 16-bit precision, strategy='fsdp2' over more ranks, shorter samples."
-                ) from error
-            forget_frames(error)
+            failure = error
+        forget_frames(failure)
+        asked = fit.args
+        args = smaller(asked, at_most=asked.per_device_train_batch_size // 2)
+        start.take_back(fit)
+        if args is None:
+            start.return_weights(fit)
+            raise torch.OutOfMemoryError(
+                f"Out of memory even with per_device_train_batch_size=1. {reason} What takes less memory: "
+                "gradient_checkpointing=True, a 16-bit precision, strategy='fsdp2' over more ranks, shorter samples."
+            ) from failure
+        begin_with(fit, args)
         if fit.strategy.is_main:
             print(
-                f"Out of memory with per_device_train_batch_size={fit.args.per_device_train_batch_size}: beginning "
-                f"again with {args.per_device_train_batch_size}, and gradient_accumulation_steps="
+                f"Out of memory with per_device_train_batch_size={asked.per_device_train_batch_size}: beginning again "
+                f"with {args.per_device_train_batch_size}, and gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps} for the same samples an update. {reason}",
                 file=sys.stderr,
             )
-        start.take_back(fit)
-        begin_with(fit, args)
 
 
 def begin_with(fit: "Fit", args: FitArguments) -> None:
@@ -158,13 +166,15 @@ def size_in_checkpoint(args: FitArguments, path: Path | None) -> FitArguments:
 def describe(fit: "Fit", error: BaseException) -> str:
     """What was asked for, and the memory there is, for an error on this rank."""
     now = f"{fit.memory.stage}_memory_"
-    said = ", ".join(
+    memory = ", ".join(
         f"{name.removeprefix(now).replace('_', ' ')} {size / 2**30:.3f} GiB"
         for name, size in fit.memory.report().items()
         if name.startswith(now)
     )
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {frames[-1].name}, {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     message = " ".join(str(error).split()).rstrip(".")
-    return f"Rank {fit.strategy.rank}: {type(error).__name__}: {message}. Memory: {said}."
+    return f"Rank {fit.strategy.rank}{where}: {type(error).__name__}: {message}. Memory: {memory}."
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -194,7 +204,8 @@ class Start:
             with contextlib.suppress(Exception):  # of the attempt that failed; the others may have left it half done
                 fit.writer.finish()
             fit.writer = None
-        for name in ("scheduler", "stream", "extras"):
+        # A worker process that loads data would keep this rank's connections open, as it has inherited them.
+        for name in ("scheduler", "extras", "stream"):
             fit.__dict__.pop(name, None)
         fit.grad_norm = fit.objective.past = None
         fit.strategy.release(fit.module)
@@ -207,6 +218,7 @@ class Start:
         if torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
         fit.strategy.begin_again()
+        fit.stream = fit.get_train_dataloader()
         fit.callbacks.load_state_dict(copy.deepcopy(self.callbacks))
         flags, fit.exchange.asked, fit.exchange.agreed = self.flags
         fit.control.set(flags)
@@ -243,7 +255,7 @@ class Unplaced:
 
     def __init__(self, module: nn.Module) -> None:
         if any(not (p.is_meta or p.device.type == "cpu") for p in (*module.parameters(), *module.buffers())):
-            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())  # type: ignore[no-untyped-call]
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
         try:
             self.copy = copy.deepcopy(module)
         except (TypeError, RuntimeError) as error:
@@ -272,5 +284,8 @@ class LogBatchSize(Callback):
         """Log it, unless the run that is resumed has."""
         size = state.train_batch_size
         if size is not None and all(log.get("per_device_train_batch_size") != size for log in state.log_history):
-            sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": args.gradient_accumulation_steps}
+            sizes = {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            }
             context["fit"].log(sizes)

@@ -91,7 +91,9 @@ class Callback:
         """Training is over."""
 
     def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Training is ending with ``exception``; what holds something open lets go of it here."""
+        """Training is ending with ``exception``; what holds something open lets go of it here. With
+        ``auto_find_batch_size`` it may be out of memory, and begin again with ``on_train_begin``.
+        """
 
     # Of checkpoints, on the main process. With async_save they are called in the thread that writes.
 

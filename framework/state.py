@@ -19,8 +19,8 @@ class TrainState:
         num_input_tokens_seen: input tokens over all ranks since the start, as far as they are counted.
         skipped_updates: updates that loss scaling skipped.
         train_loss_sum, train_loss_count: the finite losses of updates that were logged, and how many they are.
-        train_batch_size: samples per micro-batch and rank, where ``auto_find_batch_size`` found that fewer than asked for
-            fit into memory; else None.
+        train_batch_size: samples per micro-batch and rank, where ``auto_find_batch_size`` found that no more fit into
+            memory; None where they are as many as were asked for.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
         best_global_step: the update it was reached at.
         log_history: every log of the run.

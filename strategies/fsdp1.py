@@ -111,9 +111,8 @@ class FSDP1(ProcessGroupStrategy):
         alive through autograd, where Python's garbage collector doesn't look.
         """
         for unit in FullyShardedDataParallel.fsdp_modules(self.model) if "model" in self.__dict__ else ():
-            shard = unit._handle.flat_param if unit._handle else None
-            if hasattr(shard, "_post_backward_hook_state"):
-                shard._post_backward_hook_state[-1].remove()
+            if unit._handle and hasattr(unit._handle.flat_param, "_post_backward_hook_state"):
+                unit._handle.flat_param._post_backward_hook_state[-1].remove()
         super().release(module)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:

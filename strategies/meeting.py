@@ -1,4 +1,4 @@
-"""Ranks that begin a failed run again together: what each does next is decided in the store the process group grew from.
+"""Ranks that begin a failed run again together: what each does next is decided in the store of their process group.
 
 A rank that fails can't make the others leave the collective in which they wait for it. So it writes down why all should
 begin again, and leaves the process group. Over gloo the others' collectives fail at once, over NCCL a thread ends them;

@@ -4,11 +4,14 @@ import atexit
 import gc
 import os
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -130,9 +133,16 @@ class ProcessGroupStrategy(Strategy):
     def begin_again(self) -> None:
         """Leave the process group, wait until all others have, and join another one."""
         store, rank, world_size, timeout = self.attempt_store, self.rank, self.world_size, self.options.timeout
+        groups = [weakref.ref(group) for group in (dist.group.WORLD, self.gradient_group) if group]
         del self.mesh, self.gradient_group
-        forget_meshes()
+        forget_groups()
         leave(waits_for_work=False)
+        if any(group() is not None for group in groups):
+            warnings.warn(
+                "Something outside of stratagem still refers to a process group, so that its connections stay open: "
+                f"ranks that wait for this one may not notice before their timeout of {timeout:.0f} s.",
+                stacklevel=2,
+            )
         meeting.gather(store, rank, world_size, timeout)
         join_by(dist.PrefixStore("again", store), rank, world_size, timeout)
         super().begin_again()
@@ -153,7 +163,7 @@ class ProcessGroupStrategy(Strategy):
 
     def tear_down(self) -> None:
         """Leave the process group."""
-        forget_meshes()
+        forget_groups()
         leave()
 
 
@@ -223,8 +233,8 @@ def leave(waits_for_work: bool = True) -> None:
         time.sleep(0.2)
 
 
-def forget_meshes() -> None:
-    """Take the process groups out of all meshes, and the meshes out of DTensor's caches.
+def forget_groups() -> None:
+    """Take the process groups out of all meshes and default arguments, and the meshes out of DTensor's caches.
 
     gloo closes a group's connections when the last reference to it goes, and a rank that waits for this one is woken by
     nothing else. The caches would also find an equal mesh of another world, whose groups are gone.
@@ -237,6 +247,9 @@ def forget_meshes() -> None:
     for thing in gc.get_objects():
         if type(thing) is DeviceMesh:
             getattr(thing, "_pg_registry", {}).clear()
+        elif type(thing) is FunctionType and any(type(v) is dist.ProcessGroup for v in thing.__defaults__ or ()):
+            # torch.distributed.nn's group=group.WORLD, which is None unless it is imported after the world was joined.
+            thing.__defaults__ = tuple(None if type(v) is dist.ProcessGroup else v for v in thing.__defaults__ or ())
         elif type(thing) is CACHE and (getattr(thing, "__module__", None) or "").startswith("torch.distributed.tensor"):
             thing.cache_clear()
 

@@ -22,6 +22,8 @@ class Accident(Callback):
         if state.global_step == 5 and happens:
             if self.kind == "raise":
                 raise RuntimeError("the accident on rank 1")
+            if self.kind == "memory" and args.per_device_train_batch_size > 4:
+                raise torch.OutOfMemoryError("the accident on rank 1")
             if self.kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--accident", default="none")
     options = parser.parse_args()
     torch.manual_seed(0)
+    # Workers have inherited the connections that the other rank waits on.
+    memory = {"auto_find_batch_size": True, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     starting = {"devices": options.devices, "max_restarts": options.max_restarts} if options.devices else {}
     fit = Fit(
         Tagger(),
@@ -50,6 +54,7 @@ def main() -> None:
         learning_rate=0.01,
         max_grad_norm=0.5,
         **starting,
+        **(memory if options.accident == "memory" else {}),
     )
     result = fit.train(resume_from_checkpoint=True)
     fit.export(options.output / "end.safetensors")

@@ -1,6 +1,7 @@
 """auto_find_batch_size with several ranks: one is out of memory, and all begin again together."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,32 @@ class Hungry(Tagger):
         if os.environ["RANK"] == "1" and self.calls >= self.from_call and len(tokens) > self.limit:
             raise self.error(f"tried to allocate {len(tokens)} samples")
         return super().forward(tokens)
+
+
+class FailingBackward(torch.autograd.Function):
+    """Is out of memory in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise MemoryError
+
+
+class HungryInBackward(Tagger):
+    """On rank 1, runs out of memory in the backward of the third micro-batch and after, between two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.blocks[0].register_forward_hook(self.fail)
+
+    def fail(self, block: Any, inputs: Any, outputs: Tensor) -> Tensor | None:
+        self.calls += 1
+        fails = os.environ["RANK"] == "1" and self.calls >= 3 and len(outputs) > 4
+        return FailingBackward.apply(outputs) if fails else None
 
 
 class Mistaken(Hungry):
@@ -88,6 +115,20 @@ def give_up(**options: Any) -> str:
     return "it fitted"
 
 
+def fail() -> tuple[str, str, int]:
+    """The error of a run in which rank 1 makes a mistake, and the batch size at its end."""
+    fit = make_fit(
+        Mistaken(), token_rows(), strategy="ddp", per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=5
+    )
+    try:
+        fit.train()
+    except Exception as error:
+        said = type(error).__name__, str(error), fit.args.per_device_train_batch_size
+    fit.strategy.release(fit.module)
+    fit.strategy.tear_down()  # as the end of the process does
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_all_ranks_begin_again_where_one_is_out_of_memory(ranks: dict[int, Ranks], name: str) -> None:
@@ -101,3 +142,44 @@ def test_all_ranks_begin_again_where_one_is_out_of_memory(ranks: dict[int, Ranks
     for one, other in zip(found, asked, strict=True):
         assert one["curves"] == other["curves"]
         assert one["calls"] == other["calls"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2"])
+def test_out_of_memory_in_the_middle_of_backward(ranks: dict[int, Ranks], name: str) -> None:
+    options = {"module": HungryInBackward, "strategy": name}
+    found = ranks[2].run(run, batch=8, auto_find_batch_size=True, seconds=60.0, **options)
+    asked = ranks[2].run(run, batch=4, accumulation=2, **options)
+    assert [result["sizes"] for result in found] == [(4, 2, 4)] * 2
+    assert [result["curves"] for result in found] == [result["curves"] for result in asked]
+    assert [result["calls"] for result in found] == [result["calls"] for result in asked]
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_done_begins_again_too(ranks: dict[int, Ranks], tmp_path: Path) -> None:
+    options = {"module": Tagger, "strategy": "ddp", "save_strategy": "steps", "save_steps": 2, "async_save": True}
+    options["output_dir"] = str(tmp_path)  # the background writer's process group is left, too
+    found = ranks[2].run(run, batch=8, late=True, auto_find_batch_size=True, seconds=60.0, **options)
+    asked = ranks[2].run(run, batch=4, accumulation=2, **options)
+    assert [result["sizes"] for result in found] == [(4, 2, 4)] * 2
+    assert [result["curves"] for result in found] == [result["curves"] for result in asked]
+
+
+@pytest.mark.slow
+def test_at_one_all_give_up_with_the_figures_of_the_rank(ranks: dict[int, Ranks]) -> None:
+    said = ranks[2].run(give_up, strategy="fsdp2", seconds=60.0)
+    assert said[0] == said[1]
+    assert "even with per_device_train_batch_size=1. Rank 1 in forward, " in said[0]
+    assert ": OutOfMemoryError: tried to allocate 1 samples. Memory: cpu resident " in said[0]
+    assert 0.05 < float(said[0].partition("cpu resident ")[2].partition(" GiB")[0]) < 50
+    assert ranks[2].run(run, batch=4, strategy="fsdp2")[0]["sizes"] == (4, 1, None)  # the ranks still work
+
+
+@pytest.mark.slow
+def test_another_failure_of_one_rank_ends_the_run_on_all(ranks: dict[int, Ranks]) -> None:
+    said = ranks[2].run(fail, seconds=60.0)
+    ranks[2].end()  # these have left their process group
+    assert said[1] == ("ZeroDivisionError", "tried to allocate 8 samples", 8)
+    assert said[0][0] == "RuntimeError"
+    assert "Connection closed by peer" in said[0][1]
+    assert said[0][2] == 8  # it didn't begin again with half

@@ -106,6 +106,14 @@ def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     assert logged_steps(tmp_path) == list(range(1, 9))
 
 
+def test_out_of_memory_on_one_rank(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--devices", "2", "--accident", "memory")
+    assert done.status == 0, done.errors
+    assert "beginning again with 4, and gradient_accumulation_steps=2" in done.errors
+    check_end(tmp_path)
+    assert logged_steps(tmp_path) == [*range(1, 6), *range(1, 9)]
+
+
 def test_exception_on_one_rank_ends_all(tmp_path: Path) -> None:
     done = launch(tmp_path, "--devices", "2", "--accident", "raise", "--strategy", "fsdp2")
     assert done.status == 1

@@ -169,9 +169,7 @@ class HungryLater(Dropping):
         return super().forward(x)
 
 
-def test_a_second_run_begins_from_the_weights_of_the_first(
-    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_begins_from_the_weights_of_the_first(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
     fits = []
     for auto, batch in ((True, 8), (False, 4)):
         torch.manual_seed(5)
@@ -333,7 +331,7 @@ def test_a_module_that_cannot_be_copied_is_refused(make_fit: MakeFit) -> None:
     module = Hungry(limit=4)
     module.result = module.head.weight * 2  # carries a gradient
     fit = make_fit(module, NoisyRows(ROWS), auto_find_batch_size=True, **RUN)
-    with pytest.raises(TypeError, match="keeps a copy of the module .* Hungry can't be copied"):
+    with pytest.raises(TypeError, match=r"keeps a copy of the module .* Hungry can't be copied"):
         fit.train()
 
 
