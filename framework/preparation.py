@@ -1,14 +1,11 @@
 """What arguments add to a run before it begins: changes to the module's blocks, and callbacks."""
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from ..precision.quantized import keep_trainable
 from .arguments import FitArguments
 from .callbacks import Callback
-from .forwards import Forward, wrap_forward
+from .forwards import wrap_forward
 from .gradient_checkpointing import enable_gradient_checkpointing
 from .module import TrainModule
 
@@ -34,18 +31,8 @@ def prepare_module(module: TrainModule, args: FitArguments) -> None:
     if args.torch_compile:
         # Block by block: every block is the same code, so it is compiled once, and sharding can work between blocks.
         for part in module.shard_units() or [module]:
-            wrap_forward(part, lambda forward: torch.compile(inlined(forward), mode=args.torch_compile_mode))
-
-
-def inlined(forward: Forward) -> Forward:
-    """The same as a function of this file: torch.compile leaves those of torch's own files alone, and would pass over a
-    block that is an nn.Sequential or an nn.TransformerEncoderLayer without a word.
-    """
-
-    def call(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(part, *args, **kwargs)
-
-    return call
+            # Not part.compile(): that passes over classes of torch's own, such as nn.Sequential, without a word.
+            wrap_forward(part, lambda forward: torch.compile(forward, mode=args.torch_compile_mode))
 
 
 def callbacks_of(args: FitArguments) -> list[Callback]:

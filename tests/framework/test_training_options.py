@@ -314,9 +314,9 @@ def test_past_index_hands_on_and_is_cleared_each_epoch(make_fit: MakeFit) -> Non
 def test_an_evaluation_leaves_what_is_handed_on_alone(make_fit: MakeFit) -> None:
     rows, module = token_rows(5)[1:], Remembering()
     options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
-    make_fit(module, rows, rows[:2], max_steps=4, per_device_train_batch_size=1, past_index=1, **options).train()
+    make_fit(module, rows, rows[2:], max_steps=4, per_device_train_batch_size=1, past_index=1, **options).train()
     sums = [float(row["tokens"].sum()) for row in rows]
-    evaluation = [None, sums[0]]
+    evaluation = [None, sums[2]]
     training = [None, sums[0], sums[0] + sums[1], sums[0] + sums[1] + sums[2]]
     assert module.handed == [*training[:2], *evaluation, *training[2:], *evaluation]
 
