@@ -18,21 +18,21 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import batch_size, best, cadence, checkpoint, evaluation, journal, loop, pretrained, random_state
+from . import batch_size, beginning, best, checkpoint, evaluation, journal, loop, pretrained, random_state
 from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
 from .callbacks import Callback, Callbacks
-from .combinations import check_combination, check_optimizer, check_optimizer_by_name
+from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .memory import MemoryByStage
 from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .optimizer_mode import OptimizerMode
-from .preparation import callbacks_of, prepare_module
+from .preparation import callbacks_of
 from .progress import Progress
-from .run_length import RunLength, length_of_resumed, run_length
+from .run_length import run_length
 from .schedulers import waits_for_metric
 from .state import Control, PredictionOutput, TrainOutput, TrainState
 from .tokens import TokenCounter
@@ -72,6 +72,15 @@ class Fit:
         >>> fit.train(resume_from_checkpoint=True)
         TrainOutput(global_step=1000, training_loss=0.0123, metrics={...})
     """
+
+    # Set where a run begins (beginning.py).
+    scheduler: LRScheduler
+    optimizer_mode: OptimizerMode
+    num_train_epochs: int
+    parameter_count: int
+    earlier_samples: int  # that were handed out in earlier epochs of this run
+    initial_options: dict[int, dict[str, Any]]  # of the optimizer's groups, by parameter
+    initial_scaling: dict[str, Any]
 
     def __init__(
         self,
@@ -123,7 +132,7 @@ class Fit:
         if train_data is not None:
             check_optimizer_by_name(self.args, self.strategy)
             self.stream = self.get_train_dataloader()
-            self.resolve_length()
+            beginning.resolve_length(self)
         if eval_data is not None:
             for data in eval_data.values() if isinstance(eval_data, Mapping) else [eval_data]:
                 self.get_eval_dataloader(data)  # so that unusable data is refused now, not after an hour of training
@@ -142,7 +151,7 @@ class Fit:
         self.unplaced: batch_size.Unplaced | None = None
         self.writer: checkpoint.BackgroundWriter | None = None
         self._loss_was_checked = False
-        self._random_to_restore: dict[str, Any] | None = None
+        self.random_to_restore: dict[str, Any] | None = None
         self.emit("on_init_end")
 
     # Training.
@@ -174,7 +183,7 @@ class Fit:
             self.running = self.args = wanted
             self.stream = self.get_train_dataloader()
             if self.placed:
-                self._initial_options = options_by_parameter(self.module.configure_optimizer(wanted))
+                self.initial_options = beginning.options_by_parameter(self.module.configure_optimizer(wanted))
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         if self.writer is not None:
             self.writer.finish()
@@ -183,7 +192,7 @@ class Fit:
 
     def run(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
-        self.begin_run(path)
+        beginning.begin(self, path)
         began, first = time.perf_counter(), journal.first_state(self)
         self.logged_at, self.tokens_logged = began, first.num_input_tokens_seen
         self.memory.begin("train")
@@ -201,70 +210,10 @@ class Fit:
         metrics = journal.final_metrics(self, began, first)
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    def begin_run(self, path: Path | None) -> None:
-        """Place the module and set every counter to where the run begins, or continues from a checkpoint."""
-        self.args = self.without_length()  # a resume may have set another
-        self.resolve_length()
-        self.place()
-        self.state.__init__()  # type: ignore[misc]
-        self.epoch_index, self.schedule_is_due = 0, False
-        self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
-        self.reset_optimizer()
-        if path is not None:
-            self.resolve_resumed_length(path)
-        self.scheduler: LRScheduler = self.module.configure_scheduler(self.optimizer, self.args)
-        if path is None:
-            self._random_to_restore = None
-            self.stream.load_state_dict({"position": 0})
-            random_state.seed_everything(self.args.seed + self.strategy.data_rank)
-        else:
-            self._random_to_restore = checkpoint.restore(self, path)
-            if self.args.ignore_data_skip:
-                self.stream.load_state_dict({"position": 0})
-        self.state.num_train_epochs, self.state.max_steps = self.num_train_epochs, self.args.max_steps
-        if self.state.global_step >= self.state.max_steps:  # finished: no epoch follows, which would do it
-            self.restore_random_state()
-        self.earlier_samples = -self.stream.samples  # so that the sum of the two is what this run handed out
-        self.state.train_batch_size = batch_size.found(self)
-
     def place(self) -> None:
         """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""
-        if self.placed:
-            return
-        trains = self.train_data is not None
-        if self.args.auto_find_batch_size and self.unplaced is None:
-            self.unplaced = batch_size.Unplaced(self.module)
-        random_state.seed_everything(self.args.seed)  # late layers draw the same initial values on every rank
-        self.strategy.place(self.module, self.configure_optimizer if trains else None, self.prepare_module)
-        self.placed = True
-        self.optimizer_mode = OptimizerMode(self.strategy.optimizer)
-        if trains:
-            assert self.strategy.optimizer is not None
-            check_optimizer(self.strategy.optimizer, self.strategy, self.args)
-            self._initial_options = options_by_parameter(self.strategy.optimizer)
-            self._initial_scaling = self.strategy.precision.state_dict()
-
-    def prepare_module(self, module: nn.Module) -> None:
-        """The module's blocks as the arguments want them, when all layers are there."""
-        self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
-        prepare_module(self.module, self.args)
-
-    def configure_optimizer(self, module: nn.Module) -> Optimizer:
-        """The optimizer of the module as the strategy has placed it."""
-        return self.module.configure_optimizer(self.args)
-
-    def reset_optimizer(self) -> None:
-        """The optimizer as it was made: no moments, no gradients, its first learning rates and loss scale. A second
-        ``train`` begins here too.
-        """
-        self.optimizer_mode.eval()
-        self.optimizer.state.clear()
-        self.optimizer.zero_grad()
-        for group in self.optimizer.param_groups:
-            if group["params"]:
-                group.update(self._initial_options[id(group["params"][0])])
-            group.pop("initial_lr", None)  # the last run's schedule left it
-        self.strategy.precision.load_state_dict(self._initial_scaling)
+        if not self.placed:
+            beginning.place(self)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -394,9 +343,9 @@ class Fit:
 
     def restore_random_state(self) -> None:
         """After a resume, once the data stands where it stood: the random state of that moment."""
-        if self._random_to_restore is not None:
-            random_state.restore(self._random_to_restore)
-            self._random_to_restore = None
+        if self.random_to_restore is not None:
+            random_state.restore(self.random_to_restore)
+            self.random_to_restore = None
 
     def get_train_dataloader(self) -> DataStream:
         """The stream of training batches of this rank."""
@@ -432,80 +381,7 @@ class Fit:
         """
         return run_length(args, dataloader, total_train_batch_size)
 
-    def resolve_length(self) -> None:
-        """Turn epochs, and fractions of the run, into updates: ``args.max_steps`` is its length from here on."""
-        total = self.get_total_train_batch_size(self.args)
-        values = self.set_initial_training_values(self.args, self.stream, total)
-        self.num_train_epochs, max_steps = values[0], values[-1]
-        self.args = cadence.resolve(self.args, max_steps)
-
-    def resolve_resumed_length(self, path: Path) -> None:
-        """The same for a run that goes on from a checkpoint, where its global batch was another."""
-        saved = checkpoint.read_state(path)
-        data, total = saved["data"], self.get_total_train_batch_size(self.args)
-        if data["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"] == total:
-            return
-        self.stream.load_state_dict({"position": 0} if self.args.ignore_data_skip else data)
-        done = (saved["progress"]["global_step"], data["epoch"], self.stream.fraction())
-        args = self.without_length()
-        length = RunLength(*self.set_initial_training_values(args, self.stream, total))
-        self.num_train_epochs, max_steps = length_of_resumed(args, length, total, done)
-        self.args = cadence.resolve(args, max_steps)
-
-    def without_length(self) -> FitArguments:
-        """The arguments as this run was given them, before epochs and fractions became updates, with the batch size
-        that was found.
-        """
-        return self.running.replace(
-            per_device_train_batch_size=self.args.per_device_train_batch_size,
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-        )
-
     # Logs.
-
-    def end_update(self) -> None:
-        """Tell callbacks that an update is over, and act on the flags."""
-        cadence.after_update(self.args, self.state, self.control)
-        if self.strategy.world_size == 1:
-            if self.writer is not None and self.writer.has_failed():
-                self.writer.finish()
-            self.emit("on_step_end")
-        else:
-            due = self.control.flags()
-            self.emit("on_step_end")
-            self.exchange.agree(due)
-        self.log_evaluate_save()
-
-    def end_epoch(self) -> None:
-        """Tell callbacks that an epoch is over, and act on the flags."""
-        cadence.after_epoch(self.args, self.control)
-        self.emit("on_epoch_end")
-        self.agree_at_once()
-        self.log_evaluate_save()
-
-    def agree_at_once(self) -> None:
-        """A flag that is up on one rank is up on all. A collective, so only where logs and the like are due anyway."""
-        if self.strategy.world_size > 1:
-            self.control.set(self.strategy.sum_on_host(self.control.flags()))
-
-    def log_evaluate_save(self) -> None:
-        """Do what the flags ask for, in this order."""
-        control = self.control
-        if not (control.should_log or control.should_evaluate or control.should_save):
-            return
-        if control.should_log:
-            control.should_log = False
-            self.log_training()
-        if control.should_evaluate:
-            control.should_evaluate = False
-            metrics = self.evaluate(ignore_keys=self.ignore_keys_for_eval)
-            best.note_evaluation(self.args, self.state, metrics)
-            if waits_for_metric(self.scheduler):
-                self.scheduler.step(best.chosen_metric(self.args, metrics))  # type: ignore[arg-type]
-        if control.should_save:
-            control.should_save = False
-            self.save_checkpoint()
-        self.agree_at_once()
 
     def log_training(self) -> None:
         """Log the means since the last log, the last norm and the learning rate of the last update."""
@@ -646,12 +522,3 @@ def length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
-
-
-def options_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """The options of each parameter's group, by the parameter's id: a strategy may have cut the groups further."""
-    return {
-        id(parameter): {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }

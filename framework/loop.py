@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from . import flags
+
 if TYPE_CHECKING:
     from .fit import Fit
 
@@ -90,11 +92,11 @@ def run(fit: "Fit") -> None:
             fit.averages.end_update(update_loss)
             state.global_step += 1
             state.epoch = epoch + fit.stream.fraction()
-            fit.end_update()
+            flags.end_update(fit)
 
         if control.should_epoch_stop:
             fit.begin_next_epoch()
-        fit.end_epoch()
+        flags.end_epoch(fit)
         if control.should_training_stop:
             break
     fit.end_training()
