@@ -36,11 +36,9 @@ class MemoryByStage:
             The one that ended.
         """
         ended, self.stage = self.stage, stage
-        unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # since the process began
-        held = resident() or peak
+        held, peak = resident()
         self.found[f"{ended}_memory_cpu_resident"] = held
-        self.found[f"{ended}_memory_cpu_peak"] = max(peak, held)
+        self.found[f"{ended}_memory_cpu_peak"] = peak
         if self.device.type == "cuda":
             allocated, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
             self.found[f"{ended}_memory_gpu_allocated"] = allocated
@@ -57,10 +55,17 @@ class MemoryByStage:
         return dict(self.found)
 
 
-def resident() -> int | None:
-    """Bytes of host memory this process holds; None where the system doesn't say (no /proc)."""
+def resident() -> tuple[int, int]:
+    """Bytes of host memory this process holds, and the most it held since it began; where the system doesn't say the
+    first (no /proc), twice the second.
+    """
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return None
+        with open("/proc/self/status", encoding="ascii") as file:
+            kilobytes = {name: text.split() for name, _, text in (line.partition(":") for line in file)}
+        held, peak = (int(kilobytes[name][0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return held, max(held, peak)
+    except (OSError, KeyError):
+        # On Linux this would begin with what the parent process held when it started this one.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak, peak

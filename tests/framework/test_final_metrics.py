@@ -152,7 +152,7 @@ def test_memory_by_stage_without_threads(make_fit: MakeFit) -> None:
     held = {stage: metrics[f"{stage}_memory_cpu_resident"] for stage in stages}
     assert held["eval"] >= held["init"] + 2**26 - 2**20
     assert held["train"] < held["eval"] - 2**25  # it was let go
-    assert metrics["train_memory_cpu_peak"] >= held["eval"] - 2**22  # the system notes it now and then
+    assert metrics["train_memory_cpu_peak"] >= held["eval"] - 2**22  # the system counts in steps
     assert set(threading.enumerate()) == before
 
     class Failing(Callback):
@@ -202,6 +202,7 @@ def test_gradient_checkpointing_lowers_the_peak_of_resident_memory(tmp_path: Pat
     """Without it each of 24 blocks keeps its input (8192 x 64 numbers of 4 bytes: 2 MiB), and 8 MiB before and after
     the activation: 432 MiB. With it, its input.
     """
+    parents = torch.ones(2**28)  # what this process holds is no part of what another one does
     peaks = {}
     for recompute in (False, True):
         command = [sys.executable, "-c", PROGRAM, str(recompute)]
@@ -209,6 +210,7 @@ def test_gradient_checkpointing_lowers_the_peak_of_resident_memory(tmp_path: Pat
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
         peaks[recompute] = float(output.stdout) / 2**20
+    del parents
     print(f"peak beyond what the placed model holds, in MiB: {peaks}")
     assert peaks[False] > 432
     assert peaks[True] < peaks[False] - 300
