@@ -70,6 +70,11 @@ def check_combination(
         args.label_smoothing_factor > 0 and compute_loss_func is not None,
         "has no effect with compute_loss_func, which is the whole loss. Smooth in there, or leave one of them out",
     )
+    refuse(
+        "label_smoothing_factor",
+        args.label_smoothing_factor > 0 and strategy.splits_classes,
+        "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
+    )
     taken = inspect.signature(module.forward).parameters
     refuse(
         "past_index",

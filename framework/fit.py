@@ -115,10 +115,10 @@ class Fit:
         self.module = module
         self.objective = Objective(module, compute_loss_func, self.args.label_smoothing_factor, self.args.past_index)
         self.compute_metrics = compute_metrics
-        self.count_tokens = TokenCounter(module, self.args)
         start_ranks(self.strategy, devices, max_restarts)
         self.loggers = get_loggers(loggers)
         self.strategy.set_up(get_precision(precision))
+        self.count_tokens = TokenCounter(module, self.args, warns=self.strategy.is_main)
         self.train_data, self.eval_data = train_data, eval_data
         check_ranks_agree(
             self.strategy,

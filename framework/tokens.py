@@ -18,9 +18,11 @@ class TokenCounter:
             ``config`` with one).
         args: ``include_num_input_tokens_seen`` says which tokens count; with "no", ``include_tokens_per_second`` counts
             all.
+        warns: say where padding can't be told; one process does.
     """
 
-    def __init__(self, module: nn.Module, args: FitArguments) -> None:
+    def __init__(self, module: nn.Module, args: FitArguments, warns: bool = True) -> None:
+        self.warns = warns
         self.which = args.include_num_input_tokens_seen
         if self.which == "no" and args.include_tokens_per_second:
             self.which = "all"
@@ -50,10 +52,11 @@ class TokenCounter:
             return int((mask.cpu().numpy() != 0).sum())
         if self.pad_token_id is not None:
             return int((tokens.cpu().numpy() != self.pad_token_id).sum())
-        warnings.warn(
-            "include_num_input_tokens_seen='non_padding' counts all tokens: the batch has no 'attention_mask' and the "
-            "module no pad_token_id to tell padding by",
-            stacklevel=2,
-        )
+        if self.warns:
+            warnings.warn(
+                "include_num_input_tokens_seen='non_padding' counts all tokens: the batch has no 'attention_mask' and "
+                "the module no pad_token_id to tell padding by",
+                stacklevel=2,
+            )
         self.which = "all"
         return tokens.numel()

@@ -109,6 +109,11 @@ class Strategy:
         """Whether this process prints, logs and shows progress. Exactly one does."""
         return self.rank == 0
 
+    @property
+    def splits_classes(self) -> bool:
+        """Whether the loss is given logits cut by class over ranks, which not every loss can take."""
+        return False
+
     # Set up and place.
 
     def set_up(self, precision: Precision) -> None:

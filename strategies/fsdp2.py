@@ -79,6 +79,11 @@ class FSDP2(ProcessGroupStrategy):
     options: FSDP2Options
     context: "ContextParallel | None" = None
 
+    @property
+    def splits_classes(self) -> bool:
+        """With loss parallelism."""
+        return self.options.loss_parallel
+
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Replicas outermost, tensor-parallel ranks innermost; shards are what is left."""
         options = self.options

@@ -1,6 +1,7 @@
 """Options of the specification under every strategy: recomputed or compiled blocks, noise, tokens, optimizers."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,21 @@ def test_tokens_are_summed_over_ranks_with_other_samples(
         assert result["logged"] == [whole + first, 2 * whole]
         # The rate is of the three updates that this run made.
         assert result["train_tokens_per_second"] * result["train_runtime"] == pytest.approx(whole)
+
+
+def warn_of_padding(**arguments: Any) -> list[str]:
+    class Untold(Tagger):
+        main_input_name = "tokens"
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit = make_fit(Untold(), token_rows(8), max_steps=2, include_num_input_tokens_seen="non_padding", **arguments)
+        fit.train()
+    return [str(warning.message) for warning in caught if "non_padding" in str(warning.message)]
+
+
+def test_one_rank_says_that_padding_can_not_be_told(ranks: dict[int, Ranks]) -> None:
+    assert [len(said) for said in ranks[2].run(warn_of_padding, strategy="ddp")] == [1, 0]
 
 
 # Optimizers.

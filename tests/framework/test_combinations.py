@@ -30,6 +30,10 @@ class Plain(Regressor):
             {"label_smoothing_factor": 0.1, "compute_loss_func": lambda outputs, labels: outputs.mean()},
             "label_smoothing_factor=0.1: has no effect with compute_loss_func.*Smooth in there",
         ),
+        (
+            {"label_smoothing_factor": 0.1, "strategy": FSDP2(tensor_parallel=2, loss_parallel=True)},
+            "label_smoothing_factor=0.1: sums over all classes.*loss_parallel=True.*Leave one of them out",
+        ),
         ({"optim": "adafactor", "strategy": "fsdp2"}, "optim='adafactor': doesn't work under strategy='fsdp2'.*adamw"),
         ({"optim": "muon", "strategy": "fsdp1"}, "optim='muon': doesn't work under strategy='fsdp1'.*'fsdp2'"),
     ],
