@@ -1,6 +1,8 @@
 """Starting ranks: the calling script again, once for each device, under torch's own elastic launcher."""
 
+import ctypes
 import os
+import signal
 import sys
 import uuid
 from typing import NoReturn
@@ -8,6 +10,9 @@ from typing import NoReturn
 import torch
 
 from .base import Strategy
+
+LAUNCHER = "STRATAGEM_LAUNCHER"  # environment variable: the process that started this rank
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int) -> None:
@@ -27,6 +32,8 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int) -> No
     if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
         raise ValueError(f"devices takes a number of ranks, or 'auto'. Received: {devices!r}")
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        if LAUNCHER in os.environ:
+            end_with(int(os.environ[LAUNCHER]))
         running = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if devices not in ("auto", running):
             raise ValueError(
@@ -63,6 +70,7 @@ def launch(ranks: int, max_restarts: int) -> NoReturn:
         )
     # Ranks that each use all cores slow one another down; torchrun does the same, with 1.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -80,3 +88,17 @@ def launch(ranks: int, max_restarts: int) -> NoReturn:
         print(f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended.", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     sys.exit(0)
+
+
+def end_with(launcher: int) -> None:
+    """Have the kernel end this rank when its launcher is gone, which could no longer do it: a killed launcher would
+    leave ranks that hold their devices and wait for one another. On Linux; elsewhere such ranks stay.
+
+    Args:
+        launcher: its process, the parent of this one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it went before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)

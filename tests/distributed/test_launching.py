@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -132,6 +133,13 @@ def test_killed_rank_ends_all(tmp_path: Path) -> None:
     assert done.status != 0
     assert done.seconds < 20
     assert "Rank 1 failed first, with exit code -9" in done.errors
+    assert not list(tmp_path.glob("rank-*.txt"))
+
+
+def test_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--devices", "2", "--accident", "kill the launcher")
+    assert done.status == -signal.SIGKILL
+    assert done.seconds < 20  # what the ranks write to is open until the last of them has ended
     assert not list(tmp_path.glob("rank-*.txt"))
 
 
