@@ -29,6 +29,7 @@ UNSUITED: Mapping[tuple[str, str], str] = {
     ("fused SGD", "dtensor"): "torch's SGD can't step fused on DTensor shards; leave fused=True out",
     ("fused Adagrad", "dtensor"): "torch's Adagrad can't step fused on DTensor shards; leave fused=True out",
 }
+MOVING_OUTSIDE_STEP = (*UPDATING_IN_BACKWARD, "schedule_free_adamw")
 CLASSES = {  # of optim, see UNSUITED
     "adafactor": "Adafactor",
     "adagrad": "Adagrad",
@@ -97,6 +98,8 @@ def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:
         args: of the run, whose ``optim`` is the optimizer.
         strategy: set up, with the precision it runs in.
     """
+    if args.optim in MOVING_OUTSIDE_STEP:
+        check_moves_in_step_alone(f"optim={args.optim!r}", strategy)
     if args.optim in UPDATING_IN_BACKWARD:
         check_update_in_backward(
             f"optim={args.optim!r}", strategy, args.max_grad_norm, args.gradient_accumulation_steps
@@ -117,7 +120,22 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments
             raise ValueError(f"{name} doesn't work under strategy={strategy.name!r}: {why}.")
         if getattr(part, "updates_in_backward", False):
             check_update_in_backward(name, strategy, args.max_grad_norm, args.gradient_accumulation_steps)
+        if hasattr(part, "train"):
+            check_moves_in_step_alone(name, strategy)
     return optimizer
+
+
+def check_moves_in_step_alone(optimizer: str, strategy: Strategy) -> None:
+    """Refuse an optimizer that moves parameters outside of ``step()`` where that moves their float32 masters instead.
+
+    Raises:
+        ValueError: says why, and what works.
+    """
+    if strategy.precision.master_weights:
+        raise ValueError(
+            f"{optimizer} moves parameters outside of step(), and precision={strategy.precision.name!r} steps on "
+            "float32 master weights, which would not follow. Use optim='adamw', or precision='bf16-mixed'."
+        )
 
 
 def unsuited(optimizer: str, fused: bool, strategy: Strategy) -> str | None:

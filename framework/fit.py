@@ -110,14 +110,15 @@ class Fit:
         taken = next((path for path in (output_dir, *output_dir.parents) if path.is_file()), None)
         if taken is not None:
             raise ValueError(f"output_dir={self.args.output_dir!r} can't be a directory: {str(taken)!r} is a file.")
-        self.strategy = get_strategy(strategy)
+        self.strategy, number_format = get_strategy(strategy), get_precision(precision)
+        self.strategy.check_precision(number_format)
         check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
         self.module = module
         self.objective = Objective(module, compute_loss_func, self.args.label_smoothing_factor, self.args.past_index)
         self.compute_metrics = compute_metrics
         start_ranks(self.strategy, devices, max_restarts)
         self.loggers = get_loggers(loggers)
-        self.strategy.set_up(get_precision(precision))
+        self.strategy.set_up(number_format)
         self.count_tokens = TokenCounter(module, self.args, warns=self.strategy.is_main)
         self.train_data, self.eval_data = train_data, eval_data
         check_ranks_agree(

@@ -24,6 +24,7 @@ class Precision:
         compute_dtype: dtype of matrix products in forward and backward; None follows the parameters.
         reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
         scales_loss: whether a step may be skipped because gradients overflowed.
+        master_weights: whether an optimizer steps on float32 copies of the parameters, which its state holds.
     """
 
     name: ClassVar[str]
@@ -31,6 +32,7 @@ class Precision:
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     scales_loss: ClassVar[bool] = False
+    master_weights: bool = False
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
         """Called once by the strategy, after the process group exists and before the module is placed.

@@ -4,12 +4,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from .base import MaxReduce, Precision
 from .full import cast_floating
-from .scaler import RankAwareGradScaler
+from .loss_scaling import LossScaling
 
 
 class Mixed(Precision):
@@ -39,11 +38,8 @@ class BF16Mixed(Mixed):
     compute_dtype = torch.bfloat16
 
 
-class FP16Mixed(Mixed):
+class FP16Mixed(LossScaling, Mixed):
     """``precision="16-mixed"``: float16 products with dynamic loss scaling.
-
-    The scale doubles after ``growth_interval`` updates without overflow and halves when a gradient overflows; such an
-    update is skipped and the learning-rate schedule does not move for it.
 
     Args:
         initial_scale: first factor on the loss.
@@ -55,55 +51,3 @@ class FP16Mixed(Mixed):
 
     name = "16-mixed"
     compute_dtype = torch.float16
-    scales_loss = True
-
-    def __init__(self, initial_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
-        if initial_scale <= 0:
-            raise ValueError(f"initial_scale is a factor on the loss and must be positive. Received: {initial_scale}")
-        if growth_interval < 1:
-            raise ValueError(f"growth_interval counts updates and must be at least 1. Received: {growth_interval}")
-        self.initial_scale = initial_scale
-        self.growth_interval = growth_interval
-
-    def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
-        """Create the scaler on the run's device."""
-        super().set_up(device, max_over_ranks)
-        self.scaler = RankAwareGradScaler(
-            device, max_over_ranks, init_scale=self.initial_scale, growth_interval=self.growth_interval
-        )
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the current scale."""
-        return self.scaler.scale(loss)
-
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the scale, and note on the device whether any is inf or NaN."""
-        self.scaler.unscale_(optimizer)
-
-    def step(self, optimizer: Optimizer) -> None:
-        """Step unless a gradient overflowed, then adapt the scale."""
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def skip_is_known(self) -> bool:
-        """True on the CPU; on an accelerator the flag is still on its way right after a step."""
-        return self.device.type == "cpu"
-
-    def step_was_skipped(self) -> bool:
-        """Whether the last step found an overflow."""
-        return self.scaler.step_was_skipped()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Scale and growth counter."""
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore scale and growth counter."""
-        self.scaler.load_state_dict(state)
-
-    def log_values(self) -> dict[str, float]:
-        """The current loss scale."""
-        return {"loss_scale": self.scaler.get_scale()}
-
-    def __repr__(self) -> str:
-        return f"FP16Mixed(initial_scale={self.initial_scale}, growth_interval={self.growth_interval})"

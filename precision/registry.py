@@ -10,12 +10,17 @@ from .base import Precision
 # name -> "file:Class"; the class receives the name's own options.
 PRECISIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "32-true": ("full:Full", {}),
+    "64-true": ("double:Double", {}),
     "bf16-mixed": ("mixed:BF16Mixed", {}),
+    "bf16-true": ("half:BF16True", {}),
     "16-mixed": ("mixed:FP16Mixed", {}),
+    "16-true": ("half:FP16True", {}),
 }
 ALIASES: Mapping[str, str] = {
     "fp32": "32-true",
     "32": "32-true",
+    "fp64": "64-true",
+    "64": "64-true",
     "bf16": "bf16-mixed",
     "fp16": "16-mixed",
     "16": "16-mixed",

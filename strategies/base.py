@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..precision.base import Precision
+from ..precision.matrix import check_cell
 from ..precision.registry import did_you_mean
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
@@ -114,7 +115,20 @@ class Strategy:
         """Whether the loss is given logits cut by class over ranks, which not every loss can take."""
         return False
 
+    @property
+    def placement(self) -> str:
+        """Its column in the table of precisions (precision/matrix.py)."""
+        return self.name
+
     # Set up and place.
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse a precision that can't work here, before anything is started.
+
+        Raises:
+            ValueError: says why, and what works.
+        """
+        check_cell(precision.name, self.placement)
 
     def set_up(self, precision: Precision) -> None:
         """Choose the device and make the process group; ``precision`` is bound to both.
@@ -191,7 +205,8 @@ class Strategy:
         if not gradients:
             return torch.zeros(())
         with torch.no_grad():  # torch.nn.utils.clip_grad_norm_ to the bit, without its sorting by device and dtype
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
+            wide = None if gradients[0].dtype.itemsize > 2 else torch.float32
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=wide)))
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

@@ -173,11 +173,21 @@ class FSDP1(ProcessGroupStrategy):
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()  # torch makes the state to fill by a step, which a schedule-free one refuses else
         current = get_optimizer_state_dict(self.model, self.optimizer)
+        flat: dict[int, dict[str, Any]] = {}
+        hook = self.optimizer.register_load_state_dict_pre_hook(lambda _, given: flat.update(given["state"]))
         set_optimizer_state_dict(
             self.model,
             self.optimizer,
             {"state": {name: dict(held) for name, held in state.items()}, "param_groups": current["param_groups"]},
         )
+        hook.remove()
+        # Optimizer.load_state_dict has cast the state to the parameters' dtype; it belongs in its own.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, held in flat.items():
+            loaded = self.optimizer.state[parameters[index]]
+            for key, value in held.items():
+                if isinstance(value, Tensor) and value.dtype != loaded[key].dtype:
+                    loaded[key] = value.to(loaded[key].device, copy=True)
 
 
 def to_float32(value: Any) -> Any:

@@ -84,6 +84,11 @@ class FSDP2(ProcessGroupStrategy):
         """With loss parallelism."""
         return self.options.loss_parallel
 
+    @property
+    def placement(self) -> str:
+        """Cut layers are a column of their own."""
+        return f"{self.name} x tp" if self.options.tensor_parallel > 1 else self.name
+
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Replicas outermost, tensor-parallel ranks innermost; shards are what is left."""
         options = self.options

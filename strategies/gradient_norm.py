@@ -43,9 +43,10 @@ def clip_by_norm(
     squares = []
     for sharded_over, gradients in by_sharding.items():
         if gradients:
-            square = torch.stack(torch._foreach_norm(gradients, 2.0)).square().sum()
+            square = torch.stack(norms(gradients)).square().sum()
         else:
-            square = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
+            dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+            square = torch.zeros((), dtype=dtype, device=parameters[0].device)
         for group in sharded_over:
             if dist.get_world_size(group) > 1:
                 dist.all_reduce(square, group=group)
@@ -57,6 +58,11 @@ def clip_by_norm(
     for gradients in filter(None, by_sharding.values()):
         torch._foreach_mul_(gradients, scale)
     return norm
+
+
+def norms(gradients: list[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, at least in float32: 16 bits would round their sum, and overflow at 65504."""
+    return list(torch._foreach_norm(gradients, 2.0, dtype=None if gradients[0].dtype.itemsize > 2 else torch.float32))
 
 
 def is_sharded(placement: object) -> bool:

@@ -27,6 +27,7 @@ class TensorParallel(FSDP2):
 
     name = "tp"
     Options = TensorParallelOptions
+    placement = "tp"
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """All ranks in one tensor-parallel group, unless told otherwise."""

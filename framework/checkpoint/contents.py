@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...precision.master_weights import MASTER_WEIGHT
 from ...strategies.base import Strategy
 from .. import random_state
 from . import directory
@@ -64,7 +65,9 @@ def take(fit: "Fit") -> Snapshot:
     numbers: dict[str, Any] = {}
     for name, entries in strategy.optimizer_state().items():
         for key, value in entries.items():
-            if isinstance(value, Tensor):
+            if key == MASTER_WEIGHT:
+                model[name] = value  # the parameter is its rounding
+            elif isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value
             else:
                 numbers[f"{name}/{key}"] = value
@@ -124,15 +127,20 @@ def restore(fit: "Fit", path: Path) -> dict[str, Any]:
     model = saved_part(path, strategy, state)
     parameters = strategy.named_parameters()
     groups = match_groups(path, strategy, state["parameter_groups"])
-    optimizer = optimizer_templates(path, strategy, stored_tensors(path / "optimizer"))
+    optimizer = optimizer_templates(path, strategy, stored_tensors(path / "optimizer"), stored_tensors(path / "model"))
+
+    masters = master_templates(strategy, model)
 
     load_tensors(path / "model", model)
     strategy.load_model_state(model)
+    load_tensors(path / "model", masters)
     load_tensors(path / "optimizer", optimizer)
     entries: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for key, value in {**state["optimizer_numbers"], **optimizer}.items():
         name, _, entry = key.rpartition("/")
         entries[name][entry] = value
+    for name, master in masters.items():
+        entries[name][MASTER_WEIGHT] = master
     strategy.load_optimizer_state({name: held for name, held in entries.items() if held})
     assert strategy.optimizer is not None
     for group, options in zip(strategy.optimizer.param_groups, groups, strict=True):
@@ -293,8 +301,22 @@ def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) ->
     return matched
 
 
-def optimizer_templates(path: Path, strategy: Strategy, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+def master_templates(strategy: Strategy, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Empty float32 tensors to read master weights into, by parameter name; none where the precision keeps none."""
+    assert strategy.optimizer is not None
+    if not strategy.precision.master_weights:
+        return {}
+    trained = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in strategy.named_parameters().items() if id(p) in trained and name in model]
+    return {name: torch.empty_like(model[name], dtype=torch.float32) for name in names}
+
+
+def optimizer_templates(
+    path: Path, strategy: Strategy, stored: Mapping[str, Stored], stored_model: Mapping[str, Stored]
+) -> dict[str, Tensor]:
     """Empty tensors to read the optimizer's state into, sharded like the parameters they belong to.
+
+    Moments follow the dtype of what the optimizer steps on, where that isn't what it was when they were saved.
 
     Raises:
         CheckpointError: state for a parameter that the model doesn't have.
@@ -314,7 +336,10 @@ def optimizer_templates(path: Path, strategy: Strategy, stored: Mapping[str, Sto
             raise CheckpointError(f"{path} holds optimizer state for {name!r}, which the model doesn't have.")
         whole = model[name]
         if entry.shape == tuple(whole.shape) and entry.shape:
-            templates[key] = torch.empty_like(whole, dtype=entry.dtype)
+            stepped_on = torch.float32 if strategy.precision.master_weights else whole.dtype
+            saved_with = stored_model[name].dtype if name in stored_model else stepped_on
+            follows = entry.dtype.is_floating_point and saved_with != stepped_on
+            templates[key] = torch.empty_like(whole, dtype=stepped_on if follows else entry.dtype)
         else:
             # Step counters: on the host, unless the optimizer's kernel reads them. Anything larger (the rows and
             # columns of a factored moment, the scales of an 8-bit one) is computed with, where the parameter is.

@@ -7,6 +7,8 @@ import pytest
 import torch
 from ranks import Ranks
 from stratagem import Callback
+from stratagem.precision.half import FP16True
+from stratagem.precision.loss_scaling import LossScaling
 from stratagem.precision.mixed import FP16Mixed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -77,7 +79,7 @@ class Promoting(Tagger):
         return self.head(x + self.position)
 
 
-class FaultyFP16(FP16Mixed):
+class Faulty(LossScaling):
     """On the last rank alone, the first number of its last gradient overflows in one update."""
 
     updates = 0
@@ -89,6 +91,14 @@ class FaultyFP16(FP16Mixed):
             gradients = [local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             next(g for g in reversed(gradients) if g.numel()).view(-1)[0] = torch.inf
         super().unscale(optimizer)
+
+
+class FaultyMixed(Faulty, FP16Mixed):
+    """16-mixed."""
+
+
+class FaultyTrue(Faulty, FP16True):
+    """16-true."""
 
 
 def train_watched(module: type[Tagger] = Tagger, data: Any = None, **arguments: Any) -> dict[str, Any]:
@@ -116,13 +126,14 @@ def check_skip(results: list[dict[str, Any]]) -> None:
 
 
 @everywhere
+@pytest.mark.parametrize("precision", [FP16Mixed(initial_scale=SCALE), FP16True(initial_scale=SCALE)], ids=str)
 def test_overflow_in_one_ranks_batch(
-    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any]
+    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any], precision: LossScaling
 ) -> None:
     rows = [{**row, "gain": torch.tensor(1.0)} for row in token_rows(160)]
     rows[16 * OVERFLOWS_AT - 1]["gain"] = torch.tensor(1e30)  # the last sample of the third update: the last rank's
     rows[16 * OVERFLOWS_AT - 1]["labels"] = torch.arange(LENGTH) % VOCABULARY
-    arguments = {"module": Amplified, "data": rows, "precision": FP16Mixed(initial_scale=SCALE)}
+    arguments = {"module": Amplified, "data": rows, "precision": precision}
     found = ranks[world].run(
         train_watched,
         strategy=strategy,
@@ -139,15 +150,17 @@ def test_overflow_in_one_ranks_batch(
 
 
 @everywhere
+@pytest.mark.parametrize("faulty", [FaultyMixed, FaultyTrue])
 def test_overflow_in_one_ranks_gradients(
-    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any]
+    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any], faulty: type[LossScaling]
 ) -> None:
     found = ranks[world].run(
         train_watched,
         strategy=strategy,
         options=options,
-        per_device_train_batch_size=share_of_16(strategy, world, options),
-        precision=FaultyFP16(initial_scale=SCALE),
+        per_device_train_batch_size=share_of_16(strategy, world, options) // 2,
+        gradient_accumulation_steps=2,  # one change of the scale an update
+        precision=faulty(initial_scale=SCALE),
     )
     check_skip(found)
     sees = [result["sees"] for result in found]

@@ -12,6 +12,7 @@ from stratagem.framework import loop
 from stratagem.framework.arguments_table import arguments_table
 from stratagem.framework.builtin_callbacks import EarlyStopping
 from stratagem.framework.callbacks import EVENTS
+from stratagem.precision.page import page
 
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 LOOP = (DOCUMENTS / "loop.md").read_text()
@@ -23,6 +24,10 @@ COMING_FROM = [
 
 def test_the_table_of_arguments_is_current() -> None:
     assert (DOCUMENTS / "arguments.md").read_text() == arguments_table()
+
+
+def test_the_page_of_precisions_is_current() -> None:
+    assert (DOCUMENTS / "precision.md").read_text() == page()
 
 
 def test_the_order_of_events_is_the_loops() -> None:

@@ -1,0 +1,37 @@
+"""Where data enters and leaves a module whose dtype isn't float32: inputs are cast, and losses computed in float32."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def cast_at_the_border(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Have a module cast its floating-point inputs to ``dtype``, and 16-bit outputs to float32.
+
+    So a data set knows nothing of the number format, and the loss, which stands outside, is summed in float32.
+    Integers, and complex numbers, pass as they are.
+    """
+    module.register_forward_pre_hook(partial(cast_inputs, dtype), with_kwargs=True)
+    module.register_forward_hook(widen_outputs)
+    return module
+
+
+def cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Positional and keyword arguments with floating-point tensors in ``dtype``."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, args), tree_map(cast, kwargs)
+
+
+def widen_outputs(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """Outputs with 16-bit tensors in float32."""
+    return tree_map(
+        lambda value: value.float() if isinstance(value, Tensor) and value.dtype in HALVES else value, outputs
+    )

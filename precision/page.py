@@ -1,0 +1,71 @@
+"""The page of all precisions, for the documents: ``python -m stratagem.precision.page``."""
+
+from .matrix import MATRIX, PLACEMENTS
+from .registry import ALIASES, PRECISIONS, get_precision
+
+PAGE = """\
+# Precisions
+
+`Fit(precision=...)` takes one of these words, or an instance with options (`FP16Mixed(growth_interval=500)`,
+`BF16True(master_weights=False)`). Changing it changes no line of a module and no checkpoint: any precision resumes from
+any other's. Made from `precision/matrix.py` by `python -m stratagem.precision.page > docs/precision.md`.
+
+{numbers}
+
+## Under which strategy
+
+{matrix}
+
+{notes}
+## What each one promises
+
+* Floating-point parameters and buffers are cast. Integer and complex ones stay, and so do quantized weights.
+* In the mixed formats matrix products run in 16 bits and the rest in float32. In the true ones everything the module
+  computes is in the parameters' dtype: floating-point inputs are cast as they come, and 16-bit outputs reach `loss`
+  in float32. A buffer that needs its bits (positions beyond 256 in bfloat16) is better computed in forward.
+* The default dtype is never changed, neither at construction nor in forward.
+* The true halves step on float32 **master weights** with float32 moments, whatever the optimizer: rounding takes place
+  once, from the master weight to the parameter. They live in the optimizer's state, cut as it is cut. A checkpoint
+  holds them in the parameters' place, under plain names, so that nothing is lost; `fit.export` writes the 16-bit
+  weights.
+  Gradients are summed over micro-batches and ranks in 16 bits, and float32 from there on: unscaling, norm, step.
+* What they save is traffic and the memory of activations: with AdamW they keep 16 bytes a parameter, as float32 does.
+  `BF16True(master_weights=False)` keeps 8, steps on bfloat16 itself and warns (`LostUpdates`): AdamW at a learning rate
+  of 1e-3 never moves a weight of 1 there. It is meant for an optimizer that rounds stochastically.
+* Optimizers that move parameters outside of `step()` (schedule-free, LOMO) are refused with master weights.
+* float16 scales the loss. An overflow on one rank is an overflow on all: all skip the update and halve the scale, and
+  the schedule stays where it was. The scale moves once an update, not once a micro-batch, and is saved.
+"""
+
+
+def page() -> str:
+    """docs/precision.md."""
+    numbers = [
+        "| `precision=` | also | parameters | products | reductions | updates | loss scale |",
+        "| --- " * 7 + "|",
+    ]
+    for name in PRECISIONS:
+        precision = get_precision(name)
+        also = ", ".join(f"`{alias}`" for alias, target in ALIASES.items() if target == name)
+        dtypes = [
+            str(dtype).removeprefix("torch.") if dtype else "as built"
+            for dtype in (precision.parameter_dtype, precision.compute_dtype, precision.reduce_dtype)
+        ]
+        updates = "float32" if precision.master_weights else dtypes[0]
+        cells = [f"`{name}`", also, *dtypes, updates, "dynamic" if precision.scales_loss else "none"]
+        numbers.append("| " + " | ".join(cells) + " |")
+    matrix = ["| | " + " | ".join(PLACEMENTS) + " |", "| --- " * (len(PLACEMENTS) + 1) + "|"]
+    notes: list[str] = []
+    for name, refused in MATRIX.items():
+        cells = []
+        for placement in PLACEMENTS:
+            if placement in refused:
+                notes.append(f"{len(notes) + 1}. `{name}`, {placement}: {refused[placement]}.")
+            cells.append(f"no ({len(notes)})" if placement in refused else "yes")
+        matrix.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    text = "\n".join([*notes, ""]) if notes else "Every combination works.\n"
+    return PAGE.format(numbers="\n".join(numbers), matrix="\n".join(matrix), notes=text)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
