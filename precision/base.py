@@ -1,6 +1,6 @@
 """What every number format promises: dtypes, a forward context, loss scaling, state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 MaxReduce = Callable[[Tensor], None]  # replaces a tensor by its largest value over all ranks, in place
+ShapesOnRank = Mapping[str, tuple[int, ...]]  # layer name to its weight's shape on this rank, where it is cut
 
 
 class Precision:
@@ -24,6 +25,7 @@ class Precision:
         compute_dtype: dtype of matrix products in forward and backward; None follows the parameters.
         reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
         scales_loss: whether a step may be skipped because gradients overflowed.
+        refusals: what this format can't do: a word of ``Strategy.traits`` to why not, and what to write instead.
     """
 
     name: ClassVar[str]
@@ -31,6 +33,7 @@ class Precision:
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     scales_loss: ClassVar[bool] = False
+    refusals: Mapping[str, str] = {}
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
         """Called once by the strategy, after the process group exists and before the module is placed.
@@ -46,6 +49,21 @@ class Precision:
     def convert_module(self, module: nn.Module) -> nn.Module:
         """The module in the dtypes of this format; called before the strategy wraps it."""
         return module
+
+    def replace_layers(self, module: nn.Module, shapes: ShapesOnRank) -> None:
+        """Put layers that compute in this format in the place of the user's; parameters keep their names. Called after
+        ``convert_module``, before any layer is cut, checkpointed, compiled or sharded.
+
+        Args:
+            module: late layers are there, without memory.
+            shapes: layer name to the shape of its weight on this rank, for the layers that will be cut.
+
+        Raises:
+            ValueError: there is none to replace.
+        """
+
+    def weights_have_changed(self, module: nn.Module) -> None:
+        """Called after every step, and where weights were loaded or swapped: what was computed from them is stale."""
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Entered around forward and loss."""

@@ -12,6 +12,7 @@ PRECISIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "32-true": ("full:Full", {}),
     "bf16-mixed": ("mixed:BF16Mixed", {}),
     "16-mixed": ("mixed:FP16Mixed", {}),
+    "fp8": ("fp8:FP8", {}),
 }
 ALIASES: Mapping[str, str] = {
     "fp32": "32-true",

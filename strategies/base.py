@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..precision.base import Precision
+from ..precision.base import Precision, ShapesOnRank
 from ..precision.registry import did_you_mean
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
@@ -118,12 +118,44 @@ class Strategy:
             ValueError: this strategy can't run in that precision, or on this many ranks; the message names what works.
         """
         self.precision = precision
+        for trait in sorted(self.traits() & precision.refusals.keys()):
+            raise ValueError(
+                f"precision={precision.name!r} under strategy={self.name!r}: {precision.refusals[trait]}"
+            )
         self.device = self.choose_device()
         precision.set_up(self.device, self.max_over_ranks)
 
     def choose_device(self) -> torch.device:
         """This rank's device."""
         return default_device()
+
+    def traits(self) -> frozenset[str]:
+        """What a number format may not get along with (``Precision.refusals``): the form of parameters ("whole",
+        "dtensor", "flat"), "tensor_parallel", "copies".
+        """
+        found = {
+            self.parameter_form: True,
+            "tensor_parallel": self.tensor_parallel_size > 1,
+            "copies": self.runs_copies,
+        }
+        return frozenset(trait for trait, applies in found.items() if applies)
+
+    def shapes_on_rank(self, module: nn.Module) -> ShapesOnRank:
+        """The weights that this rank will compute with a part of: layer name to the part's shape."""
+        return {}
+
+    def build(self, module: nn.Module) -> list[nn.Module]:
+        """Build the late layers, and bring the module into the dtypes and layers of the precision.
+
+        Returns:
+            The late layers, whose parameters have no memory yet.
+        """
+        from .materialize import build_on_meta, has_meta
+
+        build_on_meta(module)
+        self.precision.convert_module(module)
+        self.precision.replace_layers(module, self.shapes_on_rank(module))
+        return [layer for layer in module.modules() if has_meta(layer)]
 
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
@@ -136,10 +168,9 @@ class Strategy:
             prepare: changes the module's blocks (activation checkpointing, compilation) when all layers are there, and
                 before they are sharded or wrapped.
         """
-        from .materialize import build_on_meta, materialize
+        from .materialize import materialize
 
-        late = build_on_meta(module)
-        self.precision.convert_module(module)
+        late = self.build(module)
         materialize(module, late, self.device)
         prepare(module)
         self.module = self.model = module.to(self.device)
@@ -194,6 +225,11 @@ class Strategy:
         """Step the optimizer."""
         assert self.optimizer is not None
         self.precision.step(self.optimizer)
+        self.weights_have_changed()
+
+    def weights_have_changed(self) -> None:
+        """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""
+        self.precision.weights_have_changed(self.module)
 
     # Between ranks.
 
@@ -283,7 +319,8 @@ class Strategy:
         return get_model_state_dict(self.model)  # type: ignore[return-value]
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a ``model_state`` that was read into. By default its tensors are the model's own: nothing to do."""
+        """Take back a ``model_state`` that was read into. By default its tensors are the model's own."""
+        self.weights_have_changed()
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state: parameter name to (state key to tensor or number)."""
