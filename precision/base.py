@@ -25,7 +25,8 @@ class Precision:
         compute_dtype: dtype of matrix products in forward and backward; None follows the parameters.
         reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
         scales_loss: whether a step may be skipped because gradients overflowed.
-        refusals: what this format can't do: a word of ``Strategy.traits`` to why not, and what to write instead.
+        refusals: what this format can't do: a word of ``Strategy.traits``, or the argument "gradient_checkpointing" or
+            "torch_compile", to why not, and what to write instead.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,33 @@ class Precision:
     def forward_context(self) -> AbstractContextManager[Any]:
         """Entered around forward and loss."""
         return nullcontext()
+
+    def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:
+        """Called once the optimizer is made (None where nothing is trained), before the module is wrapped."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Called before each micro-batch by strategies whose parameters are whole; after the last one's backward the
+        gradients are those of the update.
+        """
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss, scaled, to those of the update."""
+        self.scale(loss).backward()
+
+    def masters(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """What the optimizer steps for each of the module's parameters, by name: those, or copies of them."""
+        return parameters
+
+    def clipped(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The parameters whose gradients are clipped, given the module's trainable ones."""
+        return parameters
+
+    def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds and is read into, by name, given the module's parameters and buffers."""
+        return state
+
+    def take_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """``saved_weights`` were read into; where they are copies, the module's own follow them."""
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss that backward is called on."""

@@ -104,7 +104,7 @@ class FP8(BF16Mixed):
         # A weight that is gathered in float8 becomes another parameter, which its other layers would not share.
         tied = tied_weights(module)
         plain = dataclasses.replace(config, enable_fsdp_float8_all_gather=False)
-        for name, layer in qualifying(module, self.name, self.skip, MULTIPLE, shapes).items():
+        for layer in qualifying(module, self.name, self.skip, MULTIPLE, shapes).values():
             # torchao converts what is inside of a module; layers that stand at several places shall remain one.
             holder = nn.Sequential(layer)
             convert_to_float8_training(holder, config=plain if id(layer.weight) in tied else config)
@@ -118,6 +118,22 @@ class FP8(BF16Mixed):
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
             precompute_float8_dynamic_scale_for_fsdp(module)
+
+    def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Plain shards, over the same memory, of those whose class says how they are gathered."""
+        if not self.all_gather:
+            return state
+        from torch.distributed.tensor import DTensor
+        from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+        def plain(tensor: Tensor) -> Tensor:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else None
+            if not isinstance(tensor, DTensor) or not isinstance(local, WeightWithDynamicFloat8CastTensor):
+                return tensor
+            whole = {"shape": tensor.shape, "stride": tensor.stride()}
+            return DTensor.from_local(local._tensor, tensor.device_mesh, tensor.placements, run_check=False, **whole)
+
+        return {name: plain(tensor) for name, tensor in state.items()}
 
     def __repr__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""Linear layers that a low-precision format takes over: which ones qualify, and putting another layer in their place."""
+"""Linear layers that a low-precision format takes over: which ones qualify, and putting others in their place."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +11,6 @@ from .quantized import is_quantized
 
 HEADS = ("*lm_head", "*head")
 """Names of output heads: their few features for many classes gain little, and their rounding costs the loss most."""
-
-OWN = ("_parameters", "_buffers", "_modules")
 
 
 def qualifying(
@@ -54,10 +52,12 @@ def qualifying(
 
 
 def put_in_place(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a layer wherever another one stands, with all that the other has beside parameters: hooks, whether it trains,
-    marks that the user set on it.
+    """Put a layer wherever another one stands, with what the user may have left there: hooks around forward and
+    backward, marks, and whether it trains.
     """
-    vars(new).update({name: value for name, value in vars(old).items() if name not in OWN})
+    for name, value in vars(old).items():
+        if name not in vars(new) or name == "training" or name.startswith(("_forward", "_backward")):
+            setattr(new, name, value)
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is old:

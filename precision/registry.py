@@ -13,6 +13,10 @@ PRECISIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bf16-mixed": ("mixed:BF16Mixed", {}),
     "16-mixed": ("mixed:FP16Mixed", {}),
     "fp8": ("fp8:FP8", {}),
+    "mxfp8": ("mxfp8:MXFP8", {}),
+    "fp8-te": ("transformer_engine:TransformerEngine", {}),
+    "apex-O1": ("apex:ApexO1", {}),
+    "apex-O2": ("apex:ApexO2", {}),
 }
 ALIASES: Mapping[str, str] = {
     "fp32": "32-true",

@@ -119,9 +119,7 @@ class Strategy:
         """
         self.precision = precision
         for trait in sorted(self.traits() & precision.refusals.keys()):
-            raise ValueError(
-                f"precision={precision.name!r} under strategy={self.name!r}: {precision.refusals[trait]}"
-            )
+            raise ValueError(f"precision={precision.name!r} under strategy={self.name!r}: {precision.refusals[trait]}")
         self.device = self.choose_device()
         precision.set_up(self.device, self.max_over_ranks)
 
@@ -175,6 +173,7 @@ class Strategy:
         prepare(module)
         self.module = self.model = module.to(self.device)
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
+        self.precision.initialize(module, self.optimizer)
 
     # One update.
 
@@ -188,6 +187,7 @@ class Strategy:
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Entered around the forward and backward of one micro-batch; ``last`` is the one that reduces gradients."""
+        self.precision.begin_micro_batch(last)
         return nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -200,7 +200,7 @@ class Strategy:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` (scaled where the precision scales) to those of the update."""
-        self.precision.scale(loss).backward()
+        self.precision.backward(loss)
 
     def prepare_gradients(self) -> None:
         """After the last backward of an update: gradients at their true size."""
@@ -213,6 +213,7 @@ class Strategy:
         Returns:
             The norm before clipping, 0-dim, equal on every rank. It stays on the device.
         """
+        parameters = self.precision.clipped(parameters)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
             return torch.zeros(())
@@ -303,6 +304,10 @@ class Strategy:
         """The placed parameters under the names that the user's module gives them; tied ones once, or by each name."""
         return dict(self.module.named_parameters(remove_duplicate=remove_duplicate))
 
+    def stepped_parameters(self) -> Mapping[str, nn.Parameter]:
+        """What the optimizer was given for the placed parameters, by their names."""
+        return self.precision.masters(self.named_parameters())
+
     def tied_names(self) -> dict[str, str]:
         """Tied parameters: every further name to the first one."""
         first = {id(parameter): name for name, parameter in self.named_parameters().items()}
@@ -316,22 +321,24 @@ class Strategy:
         """Parameters and persistent buffers by name, with whole shapes."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        return get_model_state_dict(self.model)  # type: ignore[return-value]
+        state: dict[str, Tensor] = get_model_state_dict(self.model)  # type: ignore[assignment]
+        return self.precision.saved_weights(self.module, state)
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back a ``model_state`` that was read into. By default its tensors are the model's own."""
+        self.precision.take_weights(self.module, state)
         self.weights_have_changed()
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state: parameter name to (state key to tensor or number)."""
         assert self.optimizer is not None
         state = self.optimizer.state
-        return {name: state[p] for name, p in self.named_parameters().items() if p in state}
+        return {name: state[p] for name, p in self.stepped_parameters().items() if p in state}
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the optimizer's state by ``state``, whose tensors are placed as those of ``model_state``."""
         assert self.optimizer is not None
-        parameters = self.named_parameters()
+        parameters = self.stepped_parameters()
         self.optimizer.state.clear()
         for name, entries in state.items():
             self.optimizer.state[parameters[name]] = dict(entries)

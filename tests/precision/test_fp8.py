@@ -1,4 +1,4 @@
-"""float8 on one process, emulated: which layers it takes, what it computes, refusals, checkpoints under other formats."""
+"""float8 on one process, emulated: which layers it takes, what it computes, refusals, checkpoints."""
 
 from typing import Any
 
