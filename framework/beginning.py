@@ -61,7 +61,7 @@ def place(fit: "Fit") -> None:
     random_state.seed_everything(fit.args.seed)  # late layers draw the same initial values on every rank
     fit.strategy.place(fit.module, configure_optimizer if trains else None, prepare)
     fit.placed = True
-    fit.optimizer_mode = OptimizerMode(fit.strategy.optimizer)
+    fit.optimizer_mode = OptimizerMode(fit.strategy.optimizer, fit.strategy.weights_have_changed)
     if trains:
         check_optimizer(fit.optimizer, fit.strategy, fit.args)
         fit.initial_options = options_by_parameter(fit.optimizer)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ..precision.base import Precision
 from ..strategies.base import Strategy
 from .arguments import FitArguments
 from .lomo import check_update_in_backward
@@ -89,6 +90,17 @@ def check_combination(
     if found:
         lines = [f"{name}={getattr(args, name)!r}: {why}" for name, why in found]
         raise ValueError("These arguments can't work together:\n  " + "\n  ".join(lines))
+
+
+def check_precision(args: FitArguments, precision: Precision) -> None:
+    """Refuse arguments that a number format can't do (``Precision.refusals``).
+
+    Raises:
+        ValueError: names the argument, and what to write instead.
+    """
+    for argument in ("gradient_checkpointing", "torch_compile"):
+        if getattr(args, argument) and argument in precision.refusals:
+            raise ValueError(f"{argument}=True in precision={precision.name!r}: {precision.refusals[argument]}")
 
 
 def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:

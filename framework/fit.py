@@ -23,7 +23,7 @@ from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
 from .callbacks import Callback, Callbacks
-from .combinations import check_combination, check_optimizer_by_name
+from .combinations import check_combination, check_optimizer_by_name, check_precision
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .memory import MemoryByStage
@@ -119,6 +119,7 @@ class Fit:
         start_ranks(self.strategy, devices, max_restarts)
         self.loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
+        check_precision(self.args, number_format)
         self.count_tokens = TokenCounter(module, self.args, warns=self.strategy.is_main)
         self.train_data, self.eval_data = train_data, eval_data
         check_ranks_agree(

@@ -1,6 +1,6 @@
 """Training and evaluation, for optimizers that tell them apart."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,27 +15,31 @@ class OptimizerMode:
 
     Args:
         optimizer: None where nothing is trained.
+        weights_have_changed: called after a swap.
 
     Attributes:
         trains: which of the two it was told last.
     """
 
-    def __init__(self, optimizer: Optimizer | None) -> None:
+    def __init__(self, optimizer: Optimizer | None, weights_have_changed: Callable[[], None]) -> None:
         self._optimizer: Any = optimizer
         self._switches = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
         self.trains = False
+        self._weights_have_changed = weights_have_changed
 
     def train(self) -> None:
         """The module holds the weights that gradients are computed at."""
         self.trains = True
         if self._switches:
             self._optimizer.train()
+            self._weights_have_changed()
 
     def eval(self) -> None:
         """The module holds the weights to evaluate, to save and to use."""
         self.trains = False
         if self._switches:
             self._optimizer.eval()
+            self._weights_have_changed()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """What every number format promises: dtypes, a forward context, loss scaling, state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 MaxReduce = Callable[[Tensor], None]  # replaces a tensor by its largest value over all ranks, in place
+ShapesOnRank = Mapping[str, tuple[int, ...]]  # layer name to its weight's shape on this rank, where it is cut
 
 
 class Precision:
@@ -25,6 +26,8 @@ class Precision:
         reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
         scales_loss: whether a step may be skipped because gradients overflowed.
         master_weights: whether an optimizer steps on float32 copies of the parameters, which its state holds.
+        refusals: what this format can't do: a word of ``Strategy.traits``, or the argument "gradient_checkpointing" or
+            "torch_compile", to why not, and what to write instead.
     """
 
     name: ClassVar[str]
@@ -33,6 +36,7 @@ class Precision:
     reduce_dtype: torch.dtype | None = None
     scales_loss: ClassVar[bool] = False
     master_weights: bool = False
+    refusals: Mapping[str, str] = {}
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
         """Called once by the strategy, after the process group exists and before the module is placed.
@@ -49,9 +53,51 @@ class Precision:
         """The module in the dtypes of this format; called before the strategy wraps it."""
         return module
 
+    def replace_layers(self, module: nn.Module, shapes: ShapesOnRank) -> None:
+        """Put layers that compute in this format in the place of the user's; parameters keep their names. Called after
+        ``convert_module``, before any layer is cut, checkpointed, compiled or sharded.
+
+        Args:
+            module: late layers are there, without memory.
+            shapes: layer name to the shape of its weight on this rank, for the layers that will be cut.
+
+        Raises:
+            ValueError: there is none to replace.
+        """
+
+    def weights_have_changed(self, module: nn.Module) -> None:
+        """Called after every step, and where weights were loaded or swapped: what was computed from them is stale."""
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """Entered around forward and loss."""
         return nullcontext()
+
+    def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:
+        """Called once the optimizer is made (None where nothing is trained), before the module is wrapped."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Called before each micro-batch by strategies whose parameters are whole; after the last one's backward the
+        gradients are those of the update.
+        """
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss, scaled, to those of the update."""
+        self.scale(loss).backward()
+
+    def masters(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """What the optimizer steps for each of the module's parameters, by name: those, or copies of them."""
+        return parameters
+
+    def clipped(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The parameters whose gradients are clipped, given the module's trainable ones."""
+        return parameters
+
+    def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds and is read into, by name, given the module's parameters and buffers."""
+        return state
+
+    def take_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """``saved_weights`` were read into; where they are copies, the module's own follow them."""
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss that backward is called on."""

@@ -15,6 +15,11 @@ PRECISIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bf16-true": ("half:BF16True", {}),
     "16-mixed": ("mixed:FP16Mixed", {}),
     "16-true": ("half:FP16True", {}),
+    "fp8": ("fp8:FP8", {}),
+    "mxfp8": ("mxfp8:MXFP8", {}),
+    "fp8-te": ("transformer_engine:TransformerEngine", {}),
+    "apex-O1": ("apex:ApexO1", {}),
+    "apex-O2": ("apex:ApexO2", {}),
 }
 ALIASES: Mapping[str, str] = {
     "fp32": "32-true",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..precision.base import Precision
+from ..precision.base import Precision, ShapesOnRank
 from ..precision.matrix import check_cell
 from ..precision.registry import did_you_mean
 
@@ -137,12 +137,42 @@ class Strategy:
             ValueError: this strategy can't run in that precision, or on this many ranks; the message names what works.
         """
         self.precision = precision
+        for trait in sorted(self.traits() & precision.refusals.keys()):
+            raise ValueError(f"precision={precision.name!r} under strategy={self.name!r}: {precision.refusals[trait]}")
         self.device = self.choose_device()
         precision.set_up(self.device, self.max_over_ranks)
 
     def choose_device(self) -> torch.device:
         """This rank's device."""
         return default_device()
+
+    def traits(self) -> frozenset[str]:
+        """What a number format may not get along with (``Precision.refusals``): the form of parameters ("whole",
+        "dtensor", "flat"), "tensor_parallel", "copies".
+        """
+        found = {
+            self.parameter_form: True,
+            "tensor_parallel": self.tensor_parallel_size > 1,
+            "copies": self.runs_copies,
+        }
+        return frozenset(trait for trait, applies in found.items() if applies)
+
+    def shapes_on_rank(self, module: nn.Module) -> ShapesOnRank:
+        """The weights that this rank will compute with a part of: layer name to the part's shape."""
+        return {}
+
+    def build(self, module: nn.Module) -> list[nn.Module]:
+        """Build the late layers, and bring the module into the dtypes and layers of the precision.
+
+        Returns:
+            The late layers, whose parameters have no memory yet.
+        """
+        from .materialize import build_on_meta, has_meta
+
+        build_on_meta(module)
+        self.precision.convert_module(module)
+        self.precision.replace_layers(module, self.shapes_on_rank(module))
+        return [layer for layer in module.modules() if has_meta(layer)]
 
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
@@ -155,14 +185,14 @@ class Strategy:
             prepare: changes the module's blocks (activation checkpointing, compilation) when all layers are there, and
                 before they are sharded or wrapped.
         """
-        from .materialize import build_on_meta, materialize
+        from .materialize import materialize
 
-        late = build_on_meta(module)
-        self.precision.convert_module(module)
+        late = self.build(module)
         materialize(module, late, self.device)
         prepare(module)
         self.module = self.model = module.to(self.device)
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
+        self.precision.initialize(module, self.optimizer)
 
     # One update.
 
@@ -176,6 +206,7 @@ class Strategy:
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Entered around the forward and backward of one micro-batch; ``last`` is the one that reduces gradients."""
+        self.precision.begin_micro_batch(last)
         return nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -188,7 +219,7 @@ class Strategy:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` (scaled where the precision scales) to those of the update."""
-        self.precision.scale(loss).backward()
+        self.precision.backward(loss)
 
     def prepare_gradients(self) -> None:
         """After the last backward of an update: gradients at their true size."""
@@ -201,6 +232,7 @@ class Strategy:
         Returns:
             The norm before clipping, 0-dim, equal on every rank. It stays on the device.
         """
+        parameters = self.precision.clipped(parameters)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
             return torch.zeros(())
@@ -214,6 +246,11 @@ class Strategy:
         """Step the optimizer."""
         assert self.optimizer is not None
         self.precision.step(self.optimizer)
+        self.weights_have_changed()
+
+    def weights_have_changed(self) -> None:
+        """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""
+        self.precision.weights_have_changed(self.module)
 
     # Between ranks.
 
@@ -287,6 +324,10 @@ class Strategy:
         """The placed parameters under the names that the user's module gives them; tied ones once, or by each name."""
         return dict(self.module.named_parameters(remove_duplicate=remove_duplicate))
 
+    def stepped_parameters(self) -> Mapping[str, nn.Parameter]:
+        """What the optimizer was given for the placed parameters, by their names."""
+        return self.precision.masters(self.named_parameters())
+
     def tied_names(self) -> dict[str, str]:
         """Tied parameters: every further name to the first one."""
         first = {id(parameter): name for name, parameter in self.named_parameters().items()}
@@ -300,21 +341,24 @@ class Strategy:
         """Parameters and persistent buffers by name, with whole shapes."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        return get_model_state_dict(self.model)  # type: ignore[return-value]
+        state: dict[str, Tensor] = get_model_state_dict(self.model)  # type: ignore[assignment]
+        return self.precision.saved_weights(self.module, state)
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a ``model_state`` that was read into. By default its tensors are the model's own: nothing to do."""
+        """Take back a ``model_state`` that was read into. By default its tensors are the model's own."""
+        self.precision.take_weights(self.module, state)
+        self.weights_have_changed()
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state: parameter name to (state key to tensor or number)."""
         assert self.optimizer is not None
         state = self.optimizer.state
-        return {name: state[p] for name, p in self.named_parameters().items() if p in state}
+        return {name: state[p] for name, p in self.stepped_parameters().items() if p in state}
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the optimizer's state by ``state``, whose tensors are placed as those of ``model_state``."""
         assert self.optimizer is not None
-        parameters = self.named_parameters()
+        parameters = self.stepped_parameters()
         self.optimizer.state.clear()
         for name, entries in state.items():
             self.optimizer.state[parameters[name]] = dict(entries)

@@ -75,6 +75,7 @@ class DDP(ProcessGroupStrategy):
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """No reduction before the last micro-batch."""
         assert isinstance(self.model, DistributedDataParallel)
+        self.precision.begin_micro_batch(last)
         if last or (self.options.static_graph and not self.first_backward_is_done):
             # With a static graph DDP learns the order in its first backward, which therefore has to reduce. Averaging
             # is linear, so an early reduction of the first share changes nothing in the sum.

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from ..precision.quantized import check_storage
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .gradient_norm import clip_by_norm
-from .materialize import build_on_meta, has_meta, materialize
+from .materialize import has_meta, materialize
 from .process_group import (
     CONTEXT,
     REPLICATE,
@@ -72,8 +72,7 @@ class FSDP1(ProcessGroupStrategy):
     ) -> None:
         """Wrap blocks and root; the optimizer is made over the views into flat shards."""
         options = self.options
-        late = build_on_meta(module)
-        self.precision.convert_module(module)
+        late = self.build(module)
         move_module(module, self.device)
         broadcast_module(module)
         prepare(module)
@@ -157,6 +156,7 @@ class FSDP1(ProcessGroupStrategy):
         whole |= {alias: whole[name] for alias, name in self.tied_names().items()}
         # The scales of quantized weights are in a state_dict, but no load_state_dict takes them; names were checked.
         set_model_state_dict(self.model, whole, options=StateDictOptions(strict=False))
+        self.weights_have_changed()
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state, cut by parameter instead of by flat shard."""

@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
+from ..precision.base import ShapesOnRank
 from ..precision.quantized import check_storage
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .gradient_norm import clip_by_norm
-from .materialize import build_on_meta, materialize
+from .materialize import materialize
 from .process_group import (
     CONTEXT,
     REPLICATE,
@@ -30,7 +31,7 @@ from .process_group import (
     move_module,
     split_world,
 )
-from .tensor_parallel_plan import apply_plan, groups_split_by_mesh
+from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel
@@ -105,6 +106,10 @@ class FSDP2(ProcessGroupStrategy):
             TENSOR: options.tensor_parallel,
         }
 
+    def shapes_on_rank(self, module: nn.Module) -> ShapesOnRank:
+        """What tensor parallelism leaves of each layer that the plan cuts. Shards are whole again when they compute."""
+        return local_shapes(module, self.tensor_parallel_size) if self.tensor_parallel_size > 1 else {}
+
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
@@ -116,8 +121,7 @@ class FSDP2(ProcessGroupStrategy):
             from .context_parallel import ContextParallel
 
             self.context = ContextParallel(self.mesh[CONTEXT], module)
-        meta_layers = build_on_meta(module)
-        self.precision.convert_module(module)
+        meta_layers = self.build(module)
         move_module(module, self.device)
         broadcast_module(module)
         if options.tensor_parallel > 1:

@@ -89,5 +89,10 @@ def materialize(module: nn.Module, layers: list[nn.Module], device: torch.device
 def like(parameter: Tensor, whole: Tensor) -> Tensor:
     """``whole`` cut as ``parameter`` is."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(whole.detach(), parameter.device_mesh, parameter.placements)
+        cut = distribute_tensor(whole.detach(), parameter.device_mesh, parameter.placements)
+        local = parameter.to_local()
+        if type(local) is Tensor:
+            return cut
+        # Shards of a class of their own, which say how they are gathered.
+        return torch.empty_like(parameter, device=whole.device).copy_(cut)
     return whole.detach()

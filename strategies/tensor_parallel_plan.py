@@ -70,6 +70,26 @@ def apply_plan(module: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool = Fal
         ValueError: no plan, a pattern that matches nothing, two that match one name, or a size that can't be cut.
     """
     layers = dict(module.named_modules())
+    chosen = styles_by_layer(module)
+    tied = tied_parameters(module)
+    parallelize_module(
+        module,
+        mesh,
+        {name: _style(name, style, layers[name], mesh.size(), loss_parallel) for name, style in chosen.items()},
+    )
+    # parallelize_module makes a new parameter for each layer, which unties those that were one.
+    for (layer, name), (first_layer, first_name) in tied:
+        if type(layer._parameters[name]) is not type(first_layer._parameters[first_name]):
+            raise ValueError(
+                "tensor_parallel_plan cuts one of two layers that share a weight, but not the other. Cut both by the "
+                'same dimension ("embedding" and "colwise_gather"), or neither.'
+            )
+        layer._parameters[name] = first_layer._parameters[first_name]
+
+
+def styles_by_layer(module: nn.Module) -> "dict[str, str | ParallelStyle]":
+    """The layers that the module's plan names, and how each is cut; raises as ``apply_plan`` does."""
+    layers = dict(module.named_modules())
     plan: Plan = module.tensor_parallel_plan() or ready_plan(layers)  # type: ignore[operator]
     if not plan:
         raise ValueError(
@@ -89,20 +109,30 @@ def apply_plan(module: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool = Fal
                     "Make the patterns narrower, so that each layer is cut one way."
                 )
             chosen[name] = pattern, style
-    tied = tied_parameters(module)
-    parallelize_module(
-        module,
-        mesh,
-        {name: _style(name, style, layers[name], mesh.size(), loss_parallel) for name, (_, style) in chosen.items()},
-    )
-    # parallelize_module makes a new parameter for each layer, which unties those that were one.
-    for (layer, name), (first_layer, first_name) in tied:
-        if type(layer._parameters[name]) is not type(first_layer._parameters[first_name]):
-            raise ValueError(
-                "tensor_parallel_plan cuts one of two layers that share a weight, but not the other. Cut both by the "
-                'same dimension ("embedding" and "colwise_gather"), or neither.'
-            )
-        layer._parameters[name] = first_layer._parameters[first_name]
+    return {name: style for name, (_, style) in chosen.items()}
+
+
+def local_shapes(module: nn.Module, degree: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each cut layer's weight on one of ``degree`` ranks, by layer name. A style of the user's own, whose
+    cut can't be known, counts as cut in every dimension.
+    """
+    layers = dict(module.named_modules())
+    found: dict[str, tuple[int, ...]] = {}
+    for name, style in styles_by_layer(module).items():
+        weight = getattr(layers[name], "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        dimension = cut_dimension(style)
+        cut = range(weight.dim()) if isinstance(style, ParallelStyle) and dimension is None else [dimension]
+        found[name] = tuple(size // degree if d in cut else size for d, size in enumerate(weight.shape))
+    return found
+
+
+def cut_dimension(style: "str | ParallelStyle") -> int | None:
+    """The dimension of the weight that a style cuts; None where it cuts none, or isn't known to."""
+    if isinstance(style, str):
+        return CUT_DIMENSION.get(style.partition("_")[0])
+    return 0 if isinstance(style, ColwiseParallel) else 1 if isinstance(style, RowwiseParallel) else None
 
 
 def ready_plan(names: Iterable[str]) -> Plan:

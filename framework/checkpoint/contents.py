@@ -248,7 +248,7 @@ def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, St
 def parameter_groups(strategy: Strategy) -> list[dict[str, Any]]:
     """The optimizer's groups: names of the parameters, and options as JSON types."""
     assert strategy.optimizer is not None
-    names = {id(parameter): name for name, parameter in strategy.named_parameters().items()}
+    names = {id(parameter): name for name, parameter in strategy.stepped_parameters().items()}
     return [
         {
             "names": [names[id(p)] for p in group["params"]],
@@ -322,7 +322,7 @@ def optimizer_templates(
         CheckpointError: state for a parameter that the model doesn't have.
     """
     assert strategy.optimizer is not None
-    parameters = strategy.named_parameters()
+    parameters = strategy.stepped_parameters()
     model = strategy.model_state()
     on_device = {
         id(p): bool(group.get("fused") or group.get("capturable"))

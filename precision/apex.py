@@ -1,0 +1,141 @@
+"""NVIDIA Apex's automatic mixed precision (apex.amp), for models that were tuned under it."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .base import MaxReduce, Precision
+from .full import cast_floating
+
+LAST = "25.05"
+SHARDED = (
+    "apex.amp keeps whole float32 weights beside a whole model, and sees no overflow on other ranks' shards. Use "
+    "strategy='ddp', or precision='16-mixed', which does the same under every sharding."
+)
+
+
+class Apex(Precision):
+    """``precision="apex-O1"`` or ``"apex-O2"``: float16 with dynamic loss scaling by apex.amp, on GPUs.
+
+    O1 casts at the borders of functions, as torch.autocast does ("16-mixed" is its successor). O2 casts the model to
+    float16 but for batch norms, and the optimizer steps float32 copies of its parameters; checkpoints hold those.
+
+    Raises:
+        ValueError: apex.amp isn't there; the last tag of NVIDIA's apex that has it is 25.05.
+
+    Example:
+        ``Fit(module, data, strategy="ddp", precision="apex-O1")``
+    """
+
+    parameter_dtype = torch.float32
+    compute_dtype = torch.float16
+    reduce_dtype = torch.float32
+    scales_loss = True
+    refusals = {"flat": SHARDED, "dtensor": SHARDED, "tensor_parallel": SHARDED, "copies": SHARDED}
+
+    level: ClassVar[str]
+
+    def __init__(self) -> None:
+        try:
+            self.amp: Any = import_module("apex.amp")
+        except ImportError as error:
+            raise ValueError(
+                f"precision={self.name!r} needs apex.amp, which isn't here ({error}). NVIDIA removed it from apex: "
+                f"{LAST} is the last tag that has it, to be built from github.com/NVIDIA/apex on a machine with CUDA "
+                "(PyPI's 'apex' is another package). precision='16-mixed' does the same natively, under every strategy."
+            ) from error
+        self.scale_before, self.last = 0.0, True
+        self.optimizer: Optimizer | None = None
+
+    def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
+        """Refuse devices other than CUDA's."""
+        if device.type != "cuda":
+            raise ValueError(
+                f"precision={self.name!r} runs on CUDA GPUs, and this run's device is {device}. "
+                "Use precision='16-mixed' or 'bf16-mixed'."
+            )
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Float32; apex.amp casts from there."""
+        return cast_floating(module, torch.float32)
+
+    def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:
+        """apex.amp changes the module's forward and the optimizer's methods, in place."""
+        self.optimizer = optimizer
+        options = {"opt_level": self.level, "verbosity": 0}
+        if optimizer is None:
+            self.amp.initialize(module, **options)
+        else:
+            self.amp.initialize(module, optimizer, **options)
+            if self.level == "O2":
+                optimizer._amp_lazy_init()  # type: ignore[attr-defined]  # else done in the first backward
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Gradients stay scaled until the last backward."""
+        self.last = last
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of the scaled loss; after the last, gradients are unscaled, and an overflow lowers the scale."""
+        self.scale_before = self.loss_scale()
+        with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not self.last) as scaled:
+            scaled.backward()
+
+    def masters(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """What the optimizer steps: with O2 the float32 copies, in the places that their originals had."""
+        if self.level == "O1" or self.optimizer is None:
+            return parameters
+        stash = self.optimizer._amp_stash  # type: ignore[attr-defined]
+        copies = dict(zip(map(id, stash.all_fp16_params), stash.all_fp32_from_fp16_params, strict=True))
+        return {name: copies.get(id(parameter), parameter) for name, parameter in parameters.items()}
+
+    def clipped(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The masters, which hold the unscaled gradients."""
+        return list(self.amp.master_params(self.optimizer))
+
+    def step_was_skipped(self) -> bool:
+        """Whether the scale dropped: apex.amp has read the overflow already, so this waits for nothing."""
+        return self.loss_scale() < self.scale_before
+
+    def loss_scale(self) -> float:
+        """The current one."""
+        return float(self.amp.state_dict()["loss_scaler0"]["loss_scale"])
+
+    def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With O2 the masters, where apex.amp's own hook gives the float16 weights in float32."""
+        masters = self.masters(dict(module.named_parameters()))
+        return {name: masters[name].detach() if name in masters else tensor for name, tensor in state.items()}
+
+    def take_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """With O2, the masters were read into: the float16 weights follow."""
+        if self.level == "O2":
+            module.load_state_dict(state, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scaler's."""
+        return self.amp.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the loss scaler."""
+        self.amp.load_state_dict(state)
+
+    def log_values(self) -> dict[str, float]:
+        """The current loss scale."""
+        return {"loss_scale": self.loss_scale()}
+
+
+class ApexO1(Apex):
+    """``precision="apex-O1"``: see Apex."""
+
+    name = "apex-O1"
+    level = "O1"
+
+
+class ApexO2(Apex):
+    """``precision="apex-O2"``: see Apex."""
+
+    name = "apex-O2"
+    level = "O2"

@@ -1,0 +1,208 @@
+"""float8 under every strategy, emulated: it learns, ranks agree, and sizes count as they are on a rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankFailure, Ranks
+from stratagem import FitArguments, TrainModule
+from stratagem.precision import FP8
+from stratagem.precision.mxfp8 import MXFP8
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from training import curves, make_fit
+
+pytestmark = pytest.mark.slow
+
+WIDTH = 32
+PLACEMENTS: list[tuple[str, dict[str, Any], bool]] = [
+    ("ddp", {}, False),
+    ("fsdp1", {}, False),
+    ("fsdp2", {}, False),
+    ("fsdp2", {}, True),
+    ("tp", {}, False),
+]
+everywhere = pytest.mark.parametrize(("strategy", "options", "all_gather"), PLACEMENTS, ids=str)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.gate = nn.Linear(WIDTH, 16)  # 8 of its features are on each of two ranks that cut it
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x + self.down(torch.tanh(self.up(x))) * self.gate(x).mean(dim=-1, keepdim=True)
+
+
+class Deep(TrainModule):
+    """Two blocks, of which the second is built late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def build(self) -> None:
+        self.blocks.append(Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(outputs, batch["y"])
+
+    def shard_units(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        return {"blocks.*.up": "colwise", "blocks.*.gate": "colwise_gather", "blocks.*.down": "rowwise"}
+
+    def configure_optimizer(self, args: FitArguments) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=args.learning_rate, eps=1e-4, fused=True)
+
+
+def rows(count: int = 64) -> list[dict[str, Tensor]]:
+    x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(3))
+    return [{"x": row, "y": row.flip(0).sin()} for row in x]
+
+
+def train(*, resume: Any = None, export: Any = None, **arguments: Any) -> dict[str, Any]:
+    """A run of 12 updates of 16 samples, what came of it, and how often the scales of shards were computed."""
+    import torchao.float8.fsdp_utils as fsdp_utils
+    from torchao.float8.float8_linear import Float8Linear
+
+    dynamic = 0
+    scaled = fsdp_utils.hp_tensor_to_float8_dynamic
+
+    def counted(*inputs: Any, **options: Any) -> Any:
+        nonlocal dynamic
+        dynamic += 1
+        return scaled(*inputs, **options)
+
+    torch.manual_seed(0)
+    defaults = {"max_steps": 12, "shuffle": False, "max_grad_norm": 1.0, "lr_scheduler_type": "constant"}
+    fit = make_fit(Deep(), rows(), rows(16), **{**defaults, **arguments})
+    fsdp_utils.hp_tensor_to_float8_dynamic = counted
+    try:
+        fit.train(resume_from_checkpoint=resume)
+        trained = dynamic
+        evaluated = fit.evaluate()["eval_loss"]
+    finally:
+        fsdp_utils.hp_tensor_to_float8_dynamic = scaled
+    if export is not None:
+        fit.export(export)
+    norms = []
+    for parameter in fit.strategy.named_parameters().values():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        norms.append(float(whole.detach().double().norm()))
+    return {
+        "curves": curves(fit),
+        "evaluated": evaluated,
+        "norms": norms,
+        "float8": sorted(name for name, layer in fit.module.named_modules() if isinstance(layer, Float8Linear)),
+        "names": sorted(fit.strategy.model_state()),
+        "dynamic": trained,
+        "gathered": sorted(
+            name
+            for name, parameter in fit.strategy.named_parameters().items()
+            if isinstance(parameter, DTensor)
+            and isinstance(parameter.to_local(), fsdp_utils.WeightWithDynamicFloat8CastTensor)
+        ),
+    }
+
+
+def share(strategy: str) -> int:
+    """Samples per rank in an update of 16."""
+    return 16 if strategy == "tp" else 8
+
+
+@everywhere
+def test_learns_as_float32_does(
+    ranks: dict[int, Ranks], strategy: str, options: dict[str, Any], all_gather: bool
+) -> None:
+    expected = train(per_device_train_batch_size=16)["curves"]["loss"]
+    found = ranks[2].run(
+        train,
+        strategy=strategy,
+        options=options,
+        precision=FP8(emulate=True, all_gather=all_gather),
+        per_device_train_batch_size=share(strategy),
+    )
+    first, second = found
+    assert first["curves"] == second["curves"]
+    assert first["curves"]["loss"] != expected
+    assert first["curves"]["loss"] == pytest.approx(expected, rel=0.05)
+    assert first["curves"]["loss"][-1] < 0.7 * first["curves"]["loss"][0]
+    if strategy != "fsdp1":  # whose parameters are pieces, of another size on each rank
+        assert first["norms"] == second["norms"]
+    gates = [] if strategy == "tp" else ["gate"]
+    assert [name.replace("_fsdp_wrapped_module.", "") for name in first["float8"]] == sorted(
+        f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("down", "up", *gates)
+    )
+
+
+def test_weights_are_gathered_in_float8(ranks: dict[int, Ranks]) -> None:
+    """Their scales are computed shard by shard before the first step, and by one reduction after each; the second block
+    is built late.
+    """
+    options = {"strategy": "fsdp2", "per_device_train_batch_size": 8, "max_steps": 4}
+    first, _ = ranks[2].run(train, precision=FP8(emulate=True, all_gather=True), **options)
+    weights = [f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in ("down", "gate", "up")]
+    assert first["gathered"] == weights
+    # Without the step's precomputed scales there would be as many in each later update.
+    assert first["dynamic"] == 2 * len(weights)  # forward's and backward's gather
+    plain, _ = ranks[2].run(train, precision=FP8(emulate=True), **options)
+    assert (plain["gathered"], plain["dynamic"]) == ([], 0)
+    # One scale of the whole weight, as it is computed without all_gather: the same numbers but for bfloat16's rounding.
+    assert first["curves"]["loss"] == pytest.approx(plain["curves"]["loss"], rel=0.01)
+
+
+def test_checkpoints_under_other_formats_and_placements(ranks: dict[int, Ranks], tmp_path: Any) -> None:
+    """float8-gathered shards to one process in float32, and back into them."""
+    output = str(tmp_path / "output")
+    saving = {"output_dir": output, "save_strategy": "steps", "save_steps": 4}
+    gathered = {
+        "strategy": "fsdp2",
+        "precision": FP8(emulate=True, all_gather=True),
+        "per_device_train_batch_size": 8,
+    }
+    whole = train(per_device_train_batch_size=16)
+    begun, _ = ranks[2].run(train, max_steps=4, **saving, **gathered)
+    assert begun["names"] == whole["names"]
+    middle = train(max_steps=8, resume=True, per_device_train_batch_size=16, **saving)
+    ended, other = ranks[2].run(train, max_steps=12, resume=True, **saving, **gathered)
+    assert middle["curves"]["loss"][:4] == begun["curves"]["loss"]
+    assert ended["curves"]["loss"][:8] == middle["curves"]["loss"]
+    assert ended["curves"]["loss"] == pytest.approx(whole["curves"]["loss"], rel=0.05)
+    assert ended["evaluated"] == pytest.approx(whole["evaluated"], rel=0.05)
+    assert ended["curves"] == other["curves"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        ("ddp", {}, r"under strategy='ddp'.*strategy='fsdp2'"),
+        ("fsdp1", {}, r"under strategy='fsdp1'.*FSDP1's shards are flat"),
+        ("tp", {}, r"under strategy='tp'.*tensor parallelism cuts"),
+    ],
+)
+def test_all_gather_elsewhere(ranks: dict[int, Ranks], strategy: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RankFailure, match=message):
+        ranks[2].run(train, strategy=strategy, options=options, precision=FP8(emulate=True, all_gather=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_mxfp8(ranks: dict[int, Ranks], strategy: str) -> None:
+    with pytest.warns(UserWarning, match="prototype"):
+        precision = MXFP8(emulate=True)
+    expected = train(per_device_train_batch_size=16)["curves"]["loss"]
+    first, second = ranks[2].run(train, strategy=strategy, precision=precision, per_device_train_batch_size=8)
+    assert (first["curves"], first["norms"]) == (second["curves"], second["norms"])
+    assert first["curves"]["loss"] == pytest.approx(expected, rel=0.05)
+    assert first["curves"]["loss"] != expected
