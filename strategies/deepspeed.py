@@ -257,14 +257,9 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
     # It looks for MPI where one of these isn't there, though the process group is joined already.
-    for name, value in {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 0,
-    }.items():
-        os.environ.setdefault(name, str(value))
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

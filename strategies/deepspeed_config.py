@@ -1,4 +1,4 @@
-"""A DeepSpeed config: every "auto" filled from the run, everything that contradicts the run or can't work found at once.
+"""A DeepSpeed config: every "auto" filled from the run, everything that contradicts the run or can't work found.
 
 DeepSpeed itself fills no "auto" (a stage of "auto" becomes 0 without a word) and passes over keys that it doesn't know.
 """
@@ -274,8 +274,8 @@ def fillings(run: RunDescription, world_size: int) -> dict[str, Filling]:
 
 
 def settle(config: dict[str, Any], path: str, filling: Filling) -> Iterator[str]:
-    """Write the run's value where the config has "auto", or nothing in a place that DeepSpeed needs; a line where it has
-    another value.
+    """Write the run's value where the config has "auto", or nothing where DeepSpeed needs something; a line where it
+    has another value.
     """
     *parents, key = path.split(".")
     place: Any = config

@@ -131,8 +131,8 @@ class ZeroState:
         return found
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Replace the optimizer's state. A group has one counter of steps: its furthest parameter's. A parameter without
-        state (no gradient has reached it) gets moments of 0.
+        """Replace the optimizer's state. A group has one counter of steps: its furthest parameter's. A parameter
+        without state (no gradient has reached it) gets moments of 0.
         """
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -204,8 +204,8 @@ def copied(value: Any) -> Any:
 
 
 def own_piece(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """This rank's piece of a parameter as stage 3 cuts it: flat, the last one filled up with zeros. (DeepSpeed's setters
-    of whole tensors fail where the ranks don't divide them.)
+    """This rank's piece of a parameter as stage 3 cuts it: flat, the last one filled up with zeros. (DeepSpeed's
+    setters of whole tensors fail where the ranks don't divide them.)
     """
     import deepspeed
 
@@ -222,7 +222,7 @@ StepEngine = Callable[[], None]
 class EngineOptimizer(torch.optim.Optimizer):
     """Stands for the optimizer inside an engine: groups of the module's own parameters, whose options count.
 
-    The engine's groups hold flat shards, or nothing between two steps; schedules, checkpoints and logs go by these here.
+    The engine's groups hold flat shards, or nothing between two steps; schedules, checkpoints and logs go by these.
 
     Args:
         base: the optimizer inside the engine; its state is this one's.
