@@ -70,6 +70,7 @@ class DeepSpeed(ProcessGroupStrategy):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        check_package()
         self.config = read(self.options.config)
         self.stage = given_stage(self.config, self.options.stage)
         self.filled: dict[str, Any] = {}
@@ -79,8 +80,7 @@ class DeepSpeed(ProcessGroupStrategy):
         return {REPLICATE: 1, SHARD: world_size, CONTEXT: 1, TENSOR: 1}
 
     def set_up(self, precision: Precision) -> None:
-        """Join the process group; the package is there, and works in that precision."""
-        check_package()
+        """Join the process group; ZeRO can compute in that precision."""
         check_precision(precision)
         super().set_up(precision)
 
@@ -265,8 +265,10 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Shared memory for inference, which training doesn't use; it would be compiled at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Clipping is by the limit of each update, which may change from run to run.
-    config = {**filled, "gradient_clipping": 0.0}
+    # The optimizer and the schedule are the run's own, which agree with these sections. Clipping is by the limit of
+    # each update, which may change from run to run.
+    config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
+    config["gradient_clipping"] = 0.0
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
 
 

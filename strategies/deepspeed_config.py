@@ -142,7 +142,7 @@ def fill(
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
 ) -> dict[str, Any]:
-    """The config that DeepSpeed is given: complete, without an "auto", in agreement with the run.
+    """The config complete, without an "auto", in agreement with the run.
 
     Args:
         config: as ``read`` gave it; is left as it is.
@@ -174,8 +174,8 @@ def fill(
             zero[key] = value
     for path, filling in fillings(run, world_size).items():
         problems += settle(filled, path, filling)
-    problems += optimizer_problems(filled.pop("optimizer", None), run)
-    problems += scheduler_problems(filled.pop("scheduler", None), run)
+    problems += optimizer_problems(filled.get("optimizer"), run)
+    problems += scheduler_problems(filled.get("scheduler"), run)
     filled["torch_autocast"] = {"enabled": computes_in_bf16}
     if computes_in_bf16:
         # Autocast's list of modules would also have their gradients summed over ranks in bfloat16.
