@@ -21,11 +21,14 @@ lint: venv
 
 venv: .venv/.installed
 
+# DeepSpeed's set-up imports torch, so it is built when that is there, and not in isolation; nothing is compiled.
 # The stamp is made last, so a set-up that was cut off is done again.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stratagem needs Python 3.10 or newer, not " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt setuptools wheel ninja py-cpuinfo packaging
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[deepspeed]'
 	mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/stratagem
 	touch $@
 

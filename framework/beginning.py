@@ -12,6 +12,7 @@ from .averages import Averages
 from .combinations import check_optimizer
 from .optimizer_mode import OptimizerMode
 from .preparation import prepare_module
+from .run_description import describe_run
 from .run_length import RunLength, length_of_resumed
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def place(fit: "Fit") -> None:
     def configure_optimizer(module: nn.Module) -> Optimizer:  # when the parameters are final
         return fit.module.configure_optimizer(fit.args)
 
+    if trains:
+        fit.strategy.expect(describe_run(fit))
     random_state.seed_everything(fit.args.seed)  # late layers draw the same initial values on every rank
     fit.strategy.place(fit.module, configure_optimizer if trains else None, prepare)
     fit.placed = True

@@ -325,7 +325,7 @@ class Fit:
         """Move the schedule for the last update, or count it as skipped, once it is known which."""
         if self.schedule_is_due:
             self.schedule_is_due = False
-            if self.strategy.precision.step_was_skipped():
+            if self.strategy.step_was_skipped():
                 self.state.skipped_updates += 1
             elif not waits_for_metric(self.scheduler):
                 self.scheduler.step()

@@ -68,7 +68,8 @@ class Case:
 
     def make(self) -> Strategy:
         """The strategy, with its options."""
-        return type(get_strategy(self.strategy))(**self.options)
+        strategy = get_strategy(self.strategy)
+        return type(strategy)(**self.options) if self.options else strategy
 
 
 class RunFailed(Exception):

@@ -27,12 +27,42 @@ class NoOptions:
     """Options of a strategy that has none."""
 
 
+@dataclass(frozen=True)
+class RunDescription:
+    """What a run is, for a strategy whose own configuration says some of it again.
+
+    Attributes:
+        micro_batch_size: samples a device and micro-batch.
+        gradient_accumulation_steps: micro-batches an update.
+        max_grad_norm: 0 where gradients aren't clipped.
+        optimizer: its name; None where the module brings its own.
+        learning_rate, betas, epsilon, weight_decay: of the optimizer.
+        schedule: its name; None where the module brings its own.
+        warmup_steps, total_steps: of the schedule.
+        may_begin_again: whether a run out of memory is begun anew with smaller micro-batches.
+    """
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    optimizer: str | None
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    schedule: str | None
+    warmup_steps: int
+    total_steps: int
+    may_begin_again: bool
+
+
 class Strategy:
     """Places a module on devices and runs the steps of an update there.
 
     The verbs, in the order in which a run uses them::
 
         set_up                      process group, device, mesh
+        expect                      what the run is, where it trains
         place                       convert, shard or wrap the module, then make the optimizer
         for each update:
             for each micro-batch:
@@ -174,6 +204,17 @@ class Strategy:
         self.precision.replace_layers(module, self.shapes_on_rank(module))
         return [layer for layer in module.modules() if has_meta(layer)]
 
+    def expect(self, run: RunDescription) -> None:
+        """Told before ``place`` what will be trained, where something is.
+
+        Raises:
+            ValueError: the strategy was configured for another run.
+        """
+
+    def configuration(self) -> Mapping[str, Any]:
+        """What a package of its own runs by, for the log; JSON types. Complete after ``expect``."""
+        return {}
+
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
@@ -251,6 +292,10 @@ class Strategy:
     def weights_have_changed(self) -> None:
         """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""
         self.precision.weights_have_changed(self.module)
+
+    def step_was_skipped(self) -> bool:
+        """Whether the last ``step`` left the parameters alone. Waits at most for that step, never for later work."""
+        return self.precision.step_was_skipped()
 
     # Between ranks.
 

@@ -14,6 +14,8 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fsdp2": ("fsdp2:FSDP2", {}),
     "tp": ("tensor_parallel:TensorParallel", {}),
     "dp": ("dp:DP", {}),
+    "deepspeed": ("deepspeed:DeepSpeed", {}),
+    **{f"deepspeed_stage_{stage}": ("deepspeed:DeepSpeed", {"stage": stage}) for stage in range(4)},
 }
 ALIASES: Mapping[str, str] = {"fsdp": "fsdp2"}
 

@@ -15,7 +15,8 @@ class JsonLinesLogger(Logger):
     """Appends ``{"step": 50, "loss": 2.1, ...}`` to a file.
 
     A resumed run goes on in the same file after a line ``{"step": ..., "event": "resume"}``; numbers that aren't finite
-    are written as strings, which JSON can hold.
+    are written as strings, which JSON can hold. Where the strategy's package has a configuration of its own, that line
+    holds it.
 
     Args:
         path: the file; None means ``<output_dir>/log.jsonl``.
@@ -33,7 +34,10 @@ class JsonLinesLogger(Logger):
         self.file = path.open("a", encoding="utf-8")
         if is_cut_off:  # a kill in the middle of a line, which must not swallow the next one
             self.file.write("\n")
-        self._write({"step": fit.state.global_step, "event": "resume" if fit.state.global_step else "begin"})
+        begin: dict[str, Any] = {"step": fit.state.global_step, "event": "resume" if fit.state.global_step else "begin"}
+        if configuration := fit.strategy.configuration():
+            begin["configuration"] = dict(configuration)
+        self._write(begin)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Write one line and hand it to the system."""

@@ -1,0 +1,29 @@
+"""What a run is in a few numbers, for a strategy whose own configuration says some of it again."""
+
+import math
+from typing import TYPE_CHECKING
+
+from ..strategies.base import RunDescription
+from .module import TrainModule
+
+if TYPE_CHECKING:
+    from .fit import Fit
+
+
+def describe_run(fit: "Fit") -> RunDescription:
+    """The run that Fit was asked for; its length is resolved."""
+    args, module = fit.args, type(fit.module)
+    return RunDescription(
+        micro_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_grad_norm=args.max_grad_norm or 0.0,
+        optimizer=args.optim if module.configure_optimizer is TrainModule.configure_optimizer else None,
+        learning_rate=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        schedule=args.lr_scheduler_type if module.configure_scheduler is TrainModule.configure_scheduler else None,
+        warmup_steps=args.warmup_steps or math.ceil(args.max_steps * args.warmup_ratio),
+        total_steps=args.max_steps,
+        may_begin_again=args.auto_find_batch_size,
+    )

@@ -1,0 +1,283 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters cut over ranks, by the package's own engine."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..precision.base import Precision
+from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from .deepspeed_config import fill, given_stage, read
+from .deepspeed_state import EngineOptimizer, ZeroState
+from .process_group import (
+    CONTEXT,
+    REPLICATE,
+    SHARD,
+    TENSOR,
+    ProcessGroupOptions,
+    ProcessGroupStrategy,
+    broadcast_module,
+)
+
+
+@dataclass(frozen=True)
+class DeepSpeedOptions(ProcessGroupOptions):
+    """Options of DeepSpeed.
+
+    Args:
+        config: the path of a ds_config.json, or its content. Every ``"auto"`` in it is filled from the run's arguments.
+        stage: what the ranks share out: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters. None
+            takes the config's, or 2.
+        offload_optimizer: keep the optimizer's state, and step, in host memory (stages 1 to 3).
+        offload_parameters: keep parameters in host memory between uses (stage 3).
+    """
+
+    config: str | Path | Mapping[str, Any] | None = None
+    stage: int | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in (None, 0, 1, 2, 3) or isinstance(self.stage, bool):
+            raise ValueError(f"DeepSpeed(stage=...) takes 0, 1, 2 or 3. Received: {self.stage!r}")
+
+
+class DeepSpeed(ProcessGroupStrategy):
+    """``strategy="deepspeed"`` (ZeRO stage 2), ``"deepspeed_stage_0"`` to ``"deepspeed_stage_3"``: Rajbhandari et al.,
+    2020. See DeepSpeedOptions, and docs/deepspeed.md for what a config may say.
+
+    As under FSDP1, a parameter that a backward doesn't reach has a gradient of 0: weight decay moves it. At stages 1 to
+    3 an update whose gradients aren't finite is skipped, and counted as such.
+
+    Example:
+        ``Fit(module, data, strategy=DeepSpeed(config="ds_config.json", stage=3), devices=2)``
+    """
+
+    name = "deepspeed"
+    parameter_form = "flat"
+    Options = DeepSpeedOptions
+    options: DeepSpeedOptions
+    engine: Any = None
+    zero_state: ZeroState | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        check_package()
+        self.config = read(self.options.config)
+        self.stage = given_stage(self.config, self.options.stage)
+        self.filled: dict[str, Any] = {}
+
+    def mesh_shape(self, world_size: int) -> dict[str, int]:
+        """All ranks share the shards; at stage 0 each has a replica, which makes no difference to the mesh's user."""
+        return {REPLICATE: 1, SHARD: world_size, CONTEXT: 1, TENSOR: 1}
+
+    def set_up(self, precision: Precision) -> None:
+        """Join the process group; ZeRO can compute in that precision."""
+        check_precision(precision)
+        super().set_up(precision)
+
+    def expect(self, run: RunDescription) -> None:
+        """Fill the config in from the run."""
+        options = self.options
+        self.filled = fill(
+            self.config,
+            run,
+            stage=self.stage,
+            world_size=self.world_size,
+            computes_in_bf16=self.precision.compute_dtype is torch.bfloat16,
+            offload_optimizer=options.offload_optimizer,
+            offload_parameters=options.offload_parameters,
+        )
+
+    def configuration(self) -> Mapping[str, Any]:
+        """The config, filled in."""
+        return self.filled
+
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
+        """Move the module and make the optimizer, both whole; the engine cuts them. For evaluation alone nothing is
+        cut.
+        """
+        super().place(module, configure_optimizer, prepare)
+        broadcast_module(module)
+        if self.optimizer is None:
+            return
+        check_optimizer(self.optimizer)
+        assert self.filled, "expect() comes before place()"
+        groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
+        self.engine = initialize(module, self.optimizer, self.filled)
+        self.model = self.engine
+        if self.stage:
+            self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
+        base = self.engine.optimizer.optimizer if self.stage else self.optimizer
+        self.optimizer = EngineOptimizer(base, groups, self.step_engine)
+
+    # One update.
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """The engine reduces what it has to at the boundary that we set."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """By the engine; the loss is weighed already."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """The norm now, as the engine would compute it in its step; it clips there, by this norm."""
+        if not self.stage:
+            return super().clip_grad_norm(parameters, max_norm)
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            groups = zero._get_norm_groups()
+            zero._get_norm_groups = lambda: groups
+            norm = combine_grad_norm_groups(groups)
+        else:
+            norm = zero.scaled_global_norm()
+            zero.scaled_global_norm = lambda norm_type=2: norm
+        zero.clip_grad = max_norm
+        return torch.where(norm < 0, torch.inf, norm)  # how the engine marks a norm that isn't finite
+
+    def step_engine(self) -> None:
+        """One step of the engine, with the norm of this update, and clipping only where this update asked for it."""
+        self.engine.step()
+        if self.stage:
+            zero = self.engine.optimizer
+            vars(zero).pop("_get_norm_groups", None)
+            vars(zero).pop("scaled_global_norm", None)
+            zero.clip_grad = 0.0
+
+    def step_was_skipped(self) -> bool:
+        """ZeRO leaves everything as it is where gradients aren't finite."""
+        return bool(self.stage and self.engine.optimizer.overflow)
+
+    # State.
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters cut by rows, one gathered at a time; buffers as they are."""
+        state: dict[str, Tensor] = dict(self.module.state_dict(keep_vars=True))
+        if self.zero_state is not None:
+            state |= self.zero_state.parameters()
+        return {name: tensor.detach() for name, tensor in state.items()}
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Give each parameter back, one whole at a time; buffers were read in place."""
+        if self.zero_state is not None:
+            with torch.no_grad():
+                self.zero_state.load_parameters(state)
+
+    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients, gathered one at a time."""
+        return super().full_gradients() if self.zero_state is None else self.zero_state.gradients()
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state, cut by parameter instead of by flat group."""
+        return super().optimizer_state() if self.zero_state is None else self.zero_state.optimizer_state()
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Cut the state into the flat groups again."""
+        if self.zero_state is None:
+            super().load_optimizer_state(state)
+        else:
+            with torch.no_grad():
+                self.zero_state.load_optimizer_state(state)
+
+    def tear_down(self) -> None:
+        """Let go of the engine and leave the process group."""
+        if self.engine is not None:
+            self.engine.destroy()
+            self.engine = self.zero_state = None
+        forget_deepspeed_groups()
+        super().tear_down()
+
+
+def check_package() -> None:
+    """Refuse to run without DeepSpeed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "strategy='deepspeed' needs the package deepspeed, which isn't installed. With torch installed, run: "
+            "pip install setuptools wheel ninja py-cpuinfo packaging; "
+            "pip install --no-build-isolation 'stratagem[deepspeed]'"
+        )
+
+
+def check_precision(precision: Precision) -> None:
+    """Refuse what ZeRO can't compute in.
+
+    Raises:
+        ValueError: says why, and what works.
+    """
+    works = "Use precision='bf16-mixed', or '32-true'"
+    if precision.scales_loss:
+        raise ValueError(
+            f"precision={precision.name!r} doesn't work under strategy='deepspeed': float16 by autocast never trains "
+            f"under ZeRO, which takes every scaled gradient for an overflow. {works}."
+        )
+    if precision.parameter_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"precision={precision.name!r} keeps parameters in {precision.parameter_dtype}, and strategy='deepspeed' "
+            f"steps float32 master weights. {works}."
+        )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that doesn't work on flat shards without knowing the parameters in them.
+
+    Raises:
+        ValueError: says why, and what works.
+    """
+    name = type(optimizer).__name__
+    why = None
+    if hasattr(optimizer, "train") or hasattr(optimizer, "parts") or hasattr(optimizer, "updates_in_backward"):
+        why = "the engine steps flat shards, and hands on neither its switches nor its parts"
+    elif isinstance(optimizer, torch.optim.Adagrad):
+        why = "the engine replaces it by one of its own making, without its groups"
+    if why is not None:
+        raise ValueError(f"{name} doesn't work under strategy='deepspeed': {why}. Use optim='adamw', or 'sgd'.")
+
+
+def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any]) -> Any:
+    """An engine around the module and its optimizer.
+
+    Args:
+        module, optimizer: whole; the engine cuts them.
+        filled: the config without an "auto".
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
+    # It looks for MPI where one of these isn't there, though the process group is joined already.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Shared memory for inference, which training doesn't use; it would be compiled at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The optimizer and the schedule are the run's own, which agree with these sections. Clipping is by the limit of
+    # each update, which may change from run to run.
+    config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
+    config["gradient_clipping"] = 0.0
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def forget_deepspeed_groups() -> None:
+    """Take the process groups out of DeepSpeed's globals, where it would find them in another world."""
+    import sys
+
+    groups, comm = sys.modules.get("deepspeed.utils.groups"), sys.modules.get("deepspeed.comm.comm")
+    if groups is not None and comm is not None:
+        for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
+            setattr(groups, name, None)
+        comm.cdb = None  # type: ignore[attr-defined]

@@ -1,0 +1,347 @@
+"""ZeRO by DeepSpeed: the curve of one device at every stage, and checkpoints that go in and out of it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from safetensors.torch import load_file
+from stratagem import Callback, TrainModule
+from stratagem.framework.parity import Recipe
+from stratagem.framework.parity_ranks import Case, compare_strategies
+from stratagem.strategies.deepspeed import DeepSpeed
+from test_resharding import contents, continue_each
+from test_strategies import single
+from training import Tagger, curves, make_fit, token_rows, train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed"),
+]
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def zero_ranks() -> Iterator[Ranks]:
+    """Two ranks of their own: the other tests' ranks never import DeepSpeed."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.end()
+
+
+def run(ranks: Ranks, stage: int, job: Any = train, options: Any = None, **arguments: Any) -> list[Any]:
+    """A job on two ranks, with 16 samples an update."""
+    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **arguments}
+    return ranks.run(job, strategy="deepspeed", options={"stage": stage, **(options or {})}, **given)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_float32_curves(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    expected, expected_weights = single()
+    found = run(zero_ranks, stage, export=tmp_path / "weights.safetensors")
+    assert found == [found[0]] * 2
+    assert found[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert found[0]["learning_rate"] == expected["learning_rate"]
+    weights = load_file(tmp_path / "weights.safetensors")
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-5, atol=1e-5)
+
+
+# Checkpoints.
+
+SAVED_AT = 8  # of 20 updates, in the middle of an epoch
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: dict[int, Ranks], zero_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint after 8 updates by each stage, and by strategies that know nothing of DeepSpeed."""
+    outputs = {name: tmp_path_factory.mktemp(name) for name in ("single", "ddp", "fsdp2", *map(str, STAGES))}
+
+    def saving(name: str) -> dict[str, Any]:
+        return {"save_strategy": "steps", "save_steps": SAVED_AT, "output_dir": str(outputs[name])}
+
+    train(per_device_train_batch_size=8, gradient_accumulation_steps=2, **saving("single"))
+    for name in ("ddp", "fsdp2"):
+        ranks[2].run(train, strategy=name, per_device_train_batch_size=4, gradient_accumulation_steps=2, **saving(name))
+    for stage in STAGES:
+        run(zero_ranks, stage, export=outputs[str(stage)] / "end.safetensors", **saving(str(stage)))
+    return {name: output / f"checkpoint-{SAVED_AT}" for name, output in outputs.items()}
+
+
+def check_continued(found: dict[str, list[Any]]) -> None:
+    """A continued run is one device's, to the end."""
+    expected, _ = single()
+    assert len(found["loss"]) == 20
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert found["learning_rate"] == expected["learning_rate"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_continues_any_checkpoint(zero_ranks: Ranks, saved: dict[str, Path], tmp_path: Path, stage: int) -> None:
+    sources = ["single", "ddp", "fsdp2", "0", "2", "3"] if stage == 3 else ["fsdp2", "3", str(stage)]
+    paths = {name: saved[name] for name in sources}
+    results = run(zero_ranks, stage, continue_each, paths=paths, directory=tmp_path)
+    assert results[0] == results[1]
+    for found in results[0].values():
+        check_continued(found)
+    # Its own, at the same stage and world: bit for bit the run that wasn't interrupted.
+    whole = load_file(saved[str(stage)].parent / "end.safetensors")
+    continued = load_file(tmp_path / f"{stage}.safetensors")
+    for name, weight in whole.items():
+        assert torch.equal(continued[name], weight), name
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+def test_others_continue_zero(ranks: dict[int, Ranks], saved: dict[str, Path], tmp_path: Path, strategy: str) -> None:
+    paths = {name: path for name, path in saved.items() if name.isdigit()}
+    given = {"paths": paths, "directory": tmp_path, "strategy": strategy}
+    if strategy == "single":
+        results = [continue_each(per_device_train_batch_size=8, gradient_accumulation_steps=2, **given)]
+    else:
+        results = ranks[2].run(continue_each, per_device_train_batch_size=4, gradient_accumulation_steps=2, **given)
+    for found in results[0].values():
+        check_continued(found)
+
+
+def test_files_have_one_format(saved: dict[str, Path]) -> None:
+    expected = contents(saved["single"])
+    for name in map(str, STAGES):
+        found = contents(saved[name])
+        assert found.keys() == expected.keys(), name
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+        assert {file.suffix for file in saved[name].rglob("*") if file.is_file()} == {".json", ".safetensors"}
+        sizes = [sum(f.stat().st_size for f in saved[name].glob(f"*/shard-0000{rank}-*")) for rank in (1, 2)]
+        assert name == "0" or max(sizes) < 2 * min(sizes)  # each rank wrote its rows
+
+
+# What a run may ask for.
+
+
+def bf16_alone() -> dict[str, Any]:
+    return train(precision="bf16-mixed", per_device_train_batch_size=8, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_curves(zero_ranks: Ranks, stage: int) -> None:
+    expected = bf16_alone()
+    found = run(zero_ranks, stage, precision="bf16-mixed")[0]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2)
+    assert found["loss"] != pytest.approx(single()[0]["loss"], rel=1e-5)  # it was bfloat16
+    assert found["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [(2, {"offload_optimizer": True}), (3, {"offload_optimizer": True, "offload_parameters": True})],
+    ids=str,
+)
+def test_offload(zero_ranks: Ranks, saved: dict[str, Path], stage: int, options: dict[str, Any]) -> None:
+    check_continued(run(zero_ranks, stage, options=options, resume=saved["single"])[0])
+
+
+class Poison(Callback):
+    """One rank's gradients of one update aren't finite."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        if os.environ["RANK"] == "1":
+            bias = dict(context["fit"].module.named_parameters())["head.bias"]
+            if state.global_step == 2:
+                self.hook = bias.register_hook(lambda gradient: gradient * float("nan"))
+            elif state.global_step == 3:
+                self.hook.remove()
+
+
+def poisoned(**arguments: Any) -> tuple[int, list[float], list[float], dict[str, float]]:
+    """Skipped updates, learning rates, norms, and an evaluation at the end."""
+    fit = make_fit(Tagger(), token_rows(), token_rows(37), callbacks=[Poison()], max_steps=6, **arguments)
+    fit.train()
+    logs = curves(fit)
+    return fit.state.skipped_updates, logs["learning_rate"], logs["grad_norm"], fit.evaluate()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_skipped_updates_leave_the_schedule(zero_ranks: Ranks, stage: int) -> None:
+    results = run(zero_ranks, stage, poisoned, logging_nan_inf_filter=False)
+    assert results[0] == results[1]
+    skipped, rates, norms, metrics = results[0]
+    assert skipped == 1
+    assert rates == pytest.approx([0.003 * (1 - done / 6) for done in (0, 1, 2, 2, 3, 4)])
+    assert [math.isfinite(norm) for norm in norms] == [True, True, False, True, True, True]
+    assert math.isfinite(metrics["eval_loss"])
+
+
+def trained_twice(**arguments: Any) -> list[bool]:
+    """Whether a second training, from the first one's checkpoint, does the same; with DeepSpeed told of no clipping."""
+    fit = make_fit(Tagger(), token_rows(), max_steps=4, save_steps=2, **{**arguments, "save_strategy": "steps"})
+    fit.train()
+    first = curves(fit)["loss"]
+    fit.train(resume_from_checkpoint=Path(fit.args.output_dir) / "checkpoint-2")
+    again = curves(fit)["loss"]
+    fit.train(trial={"max_grad_norm": 0.0})
+    return [first == again, "grad_norm" in fit.state.log_history[0]]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_trains_again(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    assert run(zero_ranks, stage, trained_twice, output_dir=str(tmp_path)) == [[True, False]] * 2
+
+
+# The config.
+
+
+class Plain(Tagger):
+    """With Fit's own optimizer."""
+
+    configure_optimizer = TrainModule.configure_optimizer
+
+
+USERS: dict[str, Any] = {  # as the documents of transformers have it
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+            "total_num_steps": "auto",
+        },
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+
+
+def error_of(config: Any, stage: int | None = None, **arguments: Any) -> str:
+    """What a run with this config ends with."""
+    try:
+        train(module=Plain, strategy="deepspeed", options={"config": config, "stage": stage}, **arguments)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_a_users_config(zero_ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(USERS))
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 3}
+    expected = train(module=Plain, **{**arguments, "per_device_train_batch_size": 8})
+    options = {"config": str(file)}
+    jsonl = {"loggers": ("jsonl",), "output_dir": str(tmp_path)}
+    found = zero_ranks.run(train, module=Plain, strategy="deepspeed", options=options, **arguments, **jsonl)[0]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["learning_rate"] == expected["learning_rate"]
+    logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["configuration"]
+    assert logged["train_batch_size"] == 16
+    assert logged["train_micro_batch_size_per_gpu"] == 4
+    assert logged["gradient_accumulation_steps"] == 2
+    assert logged["gradient_clipping"] == 0.5
+    assert logged["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    assert logged["optimizer"]["params"]["lr"] == 0.01
+    assert logged["scheduler"]["params"]["total_num_steps"] == 20
+    assert '"auto"' not in json.dumps(logged)
+
+
+def test_contradictions_are_listed_at_once(zero_ranks: Ranks) -> None:
+    config = json.loads(json.dumps(USERS))
+    config |= {"train_batch_size": 64, "gradient_clipping": 1.0, "bf16": {"enabled": True}, "gradient_cliping": 1}
+    config["optimizer"]["params"]["lr"] = 0.5
+    config["scheduler"]["type"] = "WarmupCosineLR"
+    config["zero_optimization"] |= {"reduce_buckets": 1, "stage3_module_granularity_threshold": "auto"}
+    config["tensor_parallel"] = {"autotp_size": 2}
+    error = zero_ranks.run(error_of, config=config, per_device_train_batch_size=4)[0]
+    for part in (
+        "train_batch_size=64 in the config, but the run has 8 (per_device_train_batch_size=4 x",
+        "gradient_clipping=1.0 in the config, but the run has 0.5 (max_grad_norm)",
+        "optimizer.params.lr=0.5 in the config, but the run has 0.01 (learning_rate)",
+        "scheduler.type='WarmupCosineLR' is lr_scheduler_type='cosine', but the run has 'linear'",
+        "bf16.enabled=true: the number format is Fit's precision",
+        "gradient_cliping: DeepSpeed would pass over it. Did you mean 'gradient_clipping'?",
+        "zero_optimization.reduce_buckets is no such option",
+        "zero_optimization.stage3_module_granularity_threshold='auto': nothing in a run says",
+        "tensor_parallel: write strategy=FSDP2(tensor_parallel=...)",
+    ):
+        assert part in error
+    assert len(error.splitlines()) == 10
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "says"),
+    [
+        ({"bf16": {"enabled": True}}, {"stage": 0}, "trains wrongly at stage 0"),
+        ({"fp16": {"enabled": True}}, {"stage": 0}, "precision='bf16-mixed', or take stage 1"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, "never trains under ZeRO"),
+        ({"torch_autocast": {"enabled": True}}, {}, "or precision='bf16-mixed'"),
+        ({"zero_optimization": {"stage": 1}}, {"stage": 3}, "stage=1, and the strategy was asked for stage 3"),
+        ({"zero_optimization": {"stage": 4}}, {}, "write 0, 1, 2, 3 or 'auto'"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "needs stage 3 or more"),
+        ({"optimizer": {"type": "OneBitAdam"}}, {}, "choose by Fit's optim="),
+        (None, {"precision": "16-mixed"}, "Use precision='bf16-mixed', or '32-true'"),
+        (None, {"auto_find_batch_size": True}, "set per_device_train_batch_size"),
+        (None, {"optim": "schedule_free_adamw"}, "Use optim='adamw', or 'sgd'"),
+        (None, {"optim": "adamw_8bit"}, "its 8-bit moments belong to whole weights"),
+        (None, {"optim": "lomo", "max_grad_norm": 0.0}, "LOMO"),
+        ("nowhere.json", {}, "there is no such file"),
+        (3, {}, "takes a path or a mapping"),
+    ],
+    ids=str,
+)
+def test_refusals(zero_ranks: Ranks, config: Any, arguments: dict[str, Any], says: str) -> None:
+    errors = zero_ranks.run(error_of, config=config, **arguments)
+    assert says.lower() in errors[0].lower()
+    assert errors[0] == errors[1]
+
+
+def test_other_strategies_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="has no option 'reshard_after_forward'"):
+        DeepSpeed(reshard_after_forward=True)
+    with pytest.raises(ValueError, match="takes 0, 1, 2 or 3"):
+        DeepSpeed(stage=4)
+
+
+def test_without_the_package(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["deepspeed"] = None
+from stratagem import Fit
+from training import Tagger, token_rows
+Fit(Tagger(), token_rows(), strategy="deepspeed", devices=1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert "pip install --no-build-isolation 'stratagem[deepspeed]'" in done.stderr.splitlines()[-1]
+
+
+def test_parity(tmp_path: Path) -> None:
+    names = ["single", "deepspeed_stage_0", "deepspeed_stage_3"]
+    recipe = Recipe(f"{Path(__file__).parent / 'test_parity.py'}:right", updates=6)
+    rows = compare_strategies(recipe, [Case.named(name, 2) for name in names], tolerance=1e-5)
+    assert [(row.case.name, row.is_right, row.failure) for row in rows] == [(name, True, None) for name in names]
