@@ -18,21 +18,20 @@ Where one rank is out of memory the others are woken, and all meet in another pr
 An evaluation keeps ``per_device_eval_batch_size``: where that is too large, a smaller training batch helps nothing.
 """
 
-import contextlib
 import copy
-import gc
 import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .arguments import FitArguments
 from .callbacks import Callback
 from .data import has_plain_sampler
+from .fresh import take_apart
 from .state import Control, TrainOutput, TrainState
 
 if TYPE_CHECKING:
@@ -101,8 +100,6 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
         torch.OutOfMemoryError: micro-batches of one sample don't fit; the message has the figures.
         Exception: whatever else ended the run, where no rank was out of memory.
     """
-    if not fit.requested.auto_find_batch_size:
-        raise ValueError("auto_find_batch_size can't be switched on by a trial. Write Fit(auto_find_batch_size=True).")
     begin_with(fit, size_in_checkpoint(fit.args, path))
     start = Start(fit)
     while True:
@@ -200,23 +197,7 @@ class Start:
     def take_back(self, fit: "Fit") -> None:
         """Undo an attempt, but for the weights: no rank has memory, connections or state left of it. Collective."""
         self.is_untouched = False
-        if fit.writer is not None:
-            with contextlib.suppress(Exception):  # of the attempt that failed; the others may have left it half done
-                fit.writer.finish()
-            fit.writer = None
-        # A worker process that loads data would keep this rank's connections open, as it has inherited them.
-        for name in ("scheduler", "extras", "stream"):
-            fit.__dict__.pop(name, None)
-        fit.grad_norm = fit.objective.past = None
-        fit.strategy.release(fit.module)
-        if fit.unplaced is not None:  # else there was no memory even for the copy, and nothing was placed
-            fit.unplaced.give_back(fit.module)
-        fit.placed = False
-        if fit.args.torch_compile:
-            torch.compiler.reset()
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.memory.empty_cache()
+        take_apart(fit)
         fit.strategy.begin_again()
         fit.stream = fit.get_train_dataloader()
         fit.callbacks.load_state_dict(copy.deepcopy(self.callbacks))
@@ -241,40 +222,6 @@ def weights(fit: "Fit") -> dict[str, Tensor]:
     return {
         name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in named.items()
     }
-
-
-class Unplaced:
-    """A module as it was before it was placed, on the host: strategies change its parameters, hooks and classes.
-
-    Args:
-        module: not placed yet.
-
-    Raises:
-        TypeError: it can't be copied.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        if any(not (p.is_meta or p.device.type == "cpu") for p in (*module.parameters(), *module.buffers())):
-            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
-        try:
-            self.copy = copy.deepcopy(module)
-        except (TypeError, RuntimeError) as error:
-            raise TypeError(
-                f"auto_find_batch_size keeps a copy of the module to begin again from, and {type(module).__name__} "
-                f"can't be copied: {error}. Keep what can't (tensors with a gradient, locks, files) out of its "
-                "attributes, or leave auto_find_batch_size out."
-            ) from error
-        self.layers = list(module.modules())
-
-    def give_back(self, module: nn.Module) -> None:
-        """Make the module, and each layer that it had, what it was."""
-        assert self.layers[0] is module
-        copies = list(self.copy.modules())
-        # Whatever refers to a layer of the copy is to refer to the user's.
-        seen: dict[int, Any] = {id(copied): layer for copied, layer in zip(copies, self.layers, strict=True)}
-        for copied, layer in zip(copies, self.layers, strict=True):
-            layer.__class__ = copied.__class__
-            layer.__dict__ = copy.deepcopy(copied.__dict__, seen)
 
 
 class LogBatchSize(Callback):

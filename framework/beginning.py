@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from . import batch_size, cadence, checkpoint, random_state
+from . import batch_size, cadence, checkpoint, fresh, random_state
 from .arguments import FitArguments
 from .averages import Averages
 from .combinations import check_optimizer
@@ -50,7 +50,7 @@ def place(fit: "Fit") -> None:
     """Give the module to the strategy, which prepares it and makes its optimizer on the way."""
     trains = fit.train_data is not None
     if fit.args.auto_find_batch_size and fit.unplaced is None:
-        fit.unplaced = batch_size.Unplaced(fit.module)
+        fit.unplaced = fresh.Unplaced(fit.module)
 
     def prepare(module: nn.Module) -> None:  # when all layers are there
         fit.parameter_count = sum(parameter.numel() for parameter in module.parameters())

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import batch_size, beginning, best, checkpoint, evaluation, journal, loop, pretrained, random_state
+from . import batch_size, beginning, best, checkpoint, evaluation, fresh, journal, loop, pretrained, random_state
 from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
@@ -30,10 +30,11 @@ from .memory import MemoryByStage
 from .module import TrainModule, move_to
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .optimizer_mode import OptimizerMode
-from .preparation import callbacks_of
-from .progress import Progress
 from .run_length import run_length
 from .schedulers import waits_for_metric
+from .search.options import SearchOptions, Space
+from .search.results import SearchOutput
+from .search.space import begin_trial
 from .state import Control, PredictionOutput, TrainOutput, TrainState
 from .tokens import TokenCounter
 
@@ -42,7 +43,7 @@ class Fit:
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
-        module: a TrainModule.
+        module: a TrainModule. None where ``module_init`` makes it.
         train_data: a Dataset, an IterableDataset or a ready DataLoader (which brings its own batch size and order).
         eval_data: the same, for ``evaluate``; or several, in a mapping by name.
         strategy: "single", ... or an instance from stratagem.strategies.
@@ -56,6 +57,8 @@ class Fit:
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
+        module_init: makes the module: a function of an Optuna trial, which it may ask for parameters of its own, or of
+            None where there is no trial. Each trial of a search, and of ``train(trial=...)``, has a fresh module.
         **arguments: fields of FitArguments; they override ``args``.
 
     Attributes:
@@ -73,6 +76,11 @@ class Fit:
         TrainOutput(global_step=1000, training_loss=0.0123, metrics={...})
     """
 
+    # Made by the module and the arguments (fresh.py).
+    objective: Objective
+    count_tokens: TokenCounter
+    callbacks: Callbacks
+
     # Set where a run begins (beginning.py).
     scheduler: LRScheduler
     optimizer_mode: OptimizerMode
@@ -84,7 +92,7 @@ class Fit:
 
     def __init__(
         self,
-        module: TrainModule,
+        module: TrainModule | None = None,
         train_data: Any = None,
         eval_data: Any = None,
         *,
@@ -97,13 +105,9 @@ class Fit:
         loggers: Iterable[str | Logger] = ("jsonl",),
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
+        module_init: Callable[[Any], TrainModule] | None = None,
         **arguments: Any,
     ) -> None:
-        if not isinstance(module, TrainModule):
-            hint = (
-                "Write TrainModule.wrap(model)." if isinstance(module, nn.Module) else "Pass an instance, not a class."
-            )
-            raise TypeError(f"Fit takes a stratagem.TrainModule. Received: {module!r:.200}. {hint}")
         self.args = batch_size.checked((args or FitArguments()).replace(**arguments), train_data)
         self.requested = self.running = self.args  # as given, and of this run: max_steps is not resolved yet
         output_dir = Path(self.args.output_dir)
@@ -112,15 +116,15 @@ class Fit:
             raise ValueError(f"output_dir={self.args.output_dir!r} can't be a directory: {str(taken)!r} is a file.")
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
         self.strategy.check_precision(number_format)
+        self.module = module = fresh.given_module(module, module_init, self.args.seed)
+        self.module_init, self.compute_loss_func, self.compute_metrics = module_init, compute_loss_func, compute_metrics
+        self.given_callbacks = list(callbacks)
         check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
-        self.module = module
-        self.objective = Objective(module, compute_loss_func, self.args.label_smoothing_factor, self.args.past_index)
-        self.compute_metrics = compute_metrics
         start_ranks(self.strategy, devices, max_restarts)
         self.loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
         check_precision(self.args, number_format)
-        self.count_tokens = TokenCounter(module, self.args, warns=self.strategy.is_main)
+        fresh.equip(self)
         self.train_data, self.eval_data = train_data, eval_data
         check_ranks_agree(
             self.strategy,
@@ -141,8 +145,7 @@ class Fit:
         self.state = TrainState()
         self.control = Control()
         self.exchange = UpdateExchange(self.strategy, self.control)
-        shown = [Progress()] if self.args.progress and self.strategy.is_main else []
-        self.callbacks = Callbacks([*callbacks_of(self.args), *callbacks, *shown])
+        fresh.listen(self)
         self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
         self.memory = MemoryByStage(self.strategy.device)
         self.epoch_index = 0
@@ -150,7 +153,7 @@ class Fit:
         self.schedule_is_due = False
         self.placed = False
         self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
-        self.unplaced: batch_size.Unplaced | None = None
+        self.unplaced: fresh.Unplaced | None = None
         self.writer: checkpoint.BackgroundWriter | None = None
         self._loss_was_checked = False
         self.random_to_restore: dict[str, Any] | None = None
@@ -161,7 +164,7 @@ class Fit:
     def train(
         self,
         resume_from_checkpoint: bool | str | Path | None = None,
-        trial: Mapping[str, Any] | None = None,
+        trial: Any = None,
         ignore_keys_for_eval: Iterable[str] | None = None,
     ) -> TrainOutput:
         """Train to the end of the run.
@@ -169,7 +172,8 @@ class Fit:
         Args:
             resume_from_checkpoint: True continues from the newest whole checkpoint in ``output_dir`` (and begins anew
                 where there is none); a path continues from that one, a URL ("s3://...") from a copy of it there.
-            trial: fields of FitArguments to change for this run.
+            trial: fields of FitArguments to change for this run, in a mapping or a trial of Optuna's (a FixedTrial, a
+                study's best one). The same on every rank. With ``module_init``, the run has a fresh module.
             ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.
 
         Returns:
@@ -180,12 +184,10 @@ class Fit:
         """
         if self.train_data is None:
             raise ValueError("This Fit has no train_data. Pass train_data= to Fit.")
-        wanted = self.requested.replace(**(trial or {}))
-        if wanted != self.running:  # another trial than the last run's
-            self.running = self.args = wanted
-            self.stream = self.get_train_dataloader()
-            if self.placed:
-                self.initial_options = beginning.options_by_parameter(self.module.configure_optimizer(wanted))
+        if trial is not None:
+            begin_trial(self, trial)
+        elif self.requested != self.running:  # the last run was a trial's
+            fresh.change_arguments(self, self.requested)
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         if self.writer is not None:
             self.writer.finish()
@@ -211,6 +213,66 @@ class Fit:
             self.close_loggers()
         metrics = journal.final_metrics(self, began, first)
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    def hyperparameter_search(
+        self,
+        space: Space,
+        objective: str | Sequence[str] | None = None,
+        direction: str | Sequence[str] = "minimize",
+        *,
+        take: str = "best",
+        n_trials: int | None = 20,
+        timeout: float | None = None,
+        storage: Any = None,
+        study_name: str = "search",
+        pruner: Any = None,
+        sampler: Any = None,
+        catch: tuple[type[Exception], ...] = (),
+        remove_losing_checkpoints: bool = False,
+        plot: bool = False,
+    ) -> SearchOutput:
+        """Search for the arguments that train best, with Optuna (Akiba et al., 2019; the extra ``search``).
+
+        Each trial is a run in ``<output_dir>/<study_name>/trial-<number>``, with a fresh module (``module_init``'s, or
+        the module as it was given), optimizer, data order and seed. Afterwards the Fit has the best trial's arguments,
+        and ``train()`` repeats its run; with several objectives they stay, and the output has the Pareto front.
+
+        Args:
+            space: a trial to fields of FitArguments, or fields to Optuna's distributions.
+            objective: the metric of an evaluation that counts, with or without "eval_"; None means "loss". Several
+                give the Pareto front.
+            direction: "minimize" or "maximize", for each objective.
+            take: a run's "best" value of the objective, or its "last".
+            n_trials: in the study, over all of its processes and whether completed, pruned or failed.
+            timeout: seconds after which no trial is begun.
+            storage: None keeps the study in memory. "sqlite:///search.db" or "journal:///path/search.log" keep it: a
+                search that was killed goes on when it is run again, and several processes may run the same one, with
+                the same ``output_dir``.
+            study_name: in the storage, and of the directory.
+            pruner: gives up trials whose evaluations are poor: "median", "successive_halving", "hyperband", or one of
+                Optuna's; None gives up none.
+            sampler: "tpe" (the default), "random", "nsga2", or one of Optuna's.
+            catch: exceptions that fail a trial, and not the search.
+            remove_losing_checkpoints: keep those of the best trials alone.
+            plot: write pictures of history and importance into the study's directory. Needs matplotlib.
+
+        Raises:
+            ImportError: Optuna isn't installed.
+            ValueError, TypeError: the search can't work; the message says why and what to write instead.
+
+        Example:
+            >>> fit.hyperparameter_search(
+            ...     lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)},
+            ...     n_trials=12, pruner="median", storage="sqlite:///search.db")
+            >>> fit.train()
+        """
+        from .search.running import Search
+
+        options = SearchOptions(
+            space, objective, direction, take, n_trials, timeout, storage, study_name, pruner, sampler, catch,
+            remove_losing_checkpoints, plot,
+        )  # fmt: skip
+        return Search(self, options).run()
 
     def place(self) -> None:
         """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""

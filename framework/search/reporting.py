@@ -1,0 +1,110 @@
+"""What a search shows: a line for each trial, TensorBoard's HParams, a table at the end, and Optuna's pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from .options import SearchOptions, import_optuna
+from .results import SearchOutput, TrialResult
+
+
+def values(trial: TrialResult, objectives: tuple[str, ...]) -> str:
+    """The objectives of a trial, or why it has none."""
+    if trial.values:
+        return ", ".join(f"{name} {value:.6g}" for name, value in zip(objectives, trial.values, strict=False))
+    return trial.error or ""
+
+
+def shown(given: dict[str, Any]) -> str:
+    """Parameters on one line."""
+    return ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in given.items())
+
+
+def progress_line(trial: TrialResult, output: SearchOutput, options: SearchOptions) -> str:
+    """A trial that is over, and the best so far."""
+    finished = sum(each.state in ("complete", "pruned", "failed") for each in output.trials)
+    of = "" if options.n_trials is None else f"/{options.n_trials}"
+    parts = [
+        f"trial {trial.number} ({finished}{of})",
+        f"{trial.state} {values(trial, output.objectives)}".strip(),
+        shown(trial.params),
+    ]
+    if output.best is not None:
+        parts.append(f"best {output.best.values[0]:.6g} (trial {output.best.number})")
+    elif output.pareto:
+        parts.append(f"{len(output.pareto)} on the Pareto front")
+    if trial.seconds is not None:
+        parts.append(f"{trial.seconds:.1f} s")
+    return " | ".join(part for part in parts if part)
+
+
+def print_table(output: SearchOutput) -> None:
+    """All trials, the best first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for trial in output.trials for name in trial.params))
+    table = Table(title=f"Search {output.study_name!r}")
+    for column in ("trial", "state", *output.objectives, *names, "seconds"):
+        table.add_column(column, justify="left" if column == "state" else "right")
+    best = {trial.number for trial in (output.best, *output.pareto) if trial is not None}
+    for trial in sorted(output.trials, key=lambda each: (each.number not in best, each.number)):
+        numbers = [f"{value:.6g}" for value in trial.values] or [""] * len(output.objectives)
+        table.add_row(
+            str(trial.number),
+            trial.state,
+            *(numbers + [""] * len(output.objectives))[: len(output.objectives)],
+            *(shown({"": trial.params[name]})[1:] if name in trial.params else "" for name in names),
+            "" if trial.seconds is None else f"{trial.seconds:.1f}",
+            style="bold" if trial.number in best else None,
+        )
+    Console().print(table)
+
+
+def write_hparams(trial: TrialResult, objectives: tuple[str, ...]) -> None:
+    """A trial's parameters and objectives, beside its curves: TensorBoard's HParams page compares the trials."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    assert trial.directory is not None
+    plain = {n: v if isinstance(v, bool | int | float | str) else repr(v) for n, v in trial.params.items()}
+    with SummaryWriter(str(trial.directory / "tensorboard")) as writer:
+        metrics = {f"objective/{name}": value for name, value in zip(objectives, trial.values, strict=False)}
+        writer.add_hparams(plain, metrics, run_name=".")
+
+
+def draw(study: Any, output: SearchOutput, directory: Path) -> list[Path]:
+    """Optuna's pictures of the objectives' history and of the parameters' importance, as PNG files in a directory.
+
+    A picture that would show nothing (the importance of parameters in fewer than two completed trials) isn't drawn.
+    """
+    import warnings
+
+    import matplotlib
+
+    optuna = import_optuna()
+    drawn = []
+    completed = [trial for trial in output.trials if trial.state == "complete"]
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # its matplotlib side is one
+        before = matplotlib.get_backend()
+        matplotlib.use("Agg")  # no window, and no display needed
+        from matplotlib import pyplot
+
+        for index, name in enumerate(output.objectives):
+            several = len(output.objectives) > 1
+
+            def target(trial: Any, index: int = index) -> float:
+                return trial.values[index]
+
+            chosen: dict[str, Any] = {"target": target if several else None, "target_name": name}
+            pictures = {"history": optuna.visualization.matplotlib.plot_optimization_history(study, **chosen)}
+            if len(completed) > 1 and len({repr(trial.params) for trial in completed}) > 1:
+                pictures["importance"] = optuna.visualization.matplotlib.plot_param_importances(
+                    study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), **chosen
+                )
+            for kind, axes in pictures.items():
+                path = directory / (f"{kind}-{name}.png" if several else f"{kind}.png")
+                axes.figure.savefig(path, bbox_inches="tight")
+                pyplot.close(axes.figure)
+                drawn.append(path)
+        matplotlib.use(before)
+    return drawn
