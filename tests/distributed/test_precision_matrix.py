@@ -1,6 +1,7 @@
 """Every cell of the table in precision/matrix.py, on two ranks: it learns what one process does, or is refused."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +70,30 @@ def test_cell(ranks: dict[int, Ranks], column: str, precision: str) -> None:
     assert sum(loss[-3:]) < 0.8 * sum(loss[:3])
     assert loss == pytest.approx(alone(precision)["loss"], rel=CLOSE.get(precision, 0.05))
     assert "skipped_updates" not in found[0]
+
+
+SOURCES = ("32-true", "bf16-true", "16-true")
+
+
+def continue_in_each(directory: str, **arguments: Any) -> dict[str, dict[str, list[float]]]:
+    """Losses of 8 updates, saved after 4, by the precision that saved and the one that went on."""
+    found = {}
+    for source in SOURCES:
+        output = f"{directory}/{source}"
+        saving = {"output_dir": output, "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+        found[source] = {"whole": train(precision=source, **saving, **arguments)["loss"]}
+        for target in (*SOURCES, "64-true", "16-mixed"):
+            going_on = {**arguments, "max_steps": 8, "resume": f"{output}/checkpoint-4", "precision": target}
+            found[source][target] = train(**going_on)["loss"]
+    return found
+
+
+@pytest.mark.parametrize("column", ["ddp", "fsdp1", "fsdp2", "tp"])
+def test_any_precision_goes_on_from_any(ranks: dict[int, Ranks], tmp_path: Path, column: str) -> None:
+    strategy, options, world = CALLED[column]
+    arguments = {"strategy": strategy, "options": options, "per_device_train_batch_size": 16 if column == "tp" else 8}
+    for result in ranks[world].run(continue_in_each, directory=str(tmp_path), **arguments):
+        for source, losses in result.items():
+            assert losses[source] == losses["whole"], source  # to the bit: nothing was rounded on the way
+            for target, continued in losses.items():
+                assert continued == pytest.approx(losses["whole"], rel=0.03), (source, target)
