@@ -2,11 +2,14 @@
 
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
+BORDERS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -16,9 +19,16 @@ def cast_at_the_border(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     So a data set knows nothing of the number format, and the loss, which stands outside, is summed in float32.
     Integers, and complex numbers, pass as they are.
     """
-    module.register_forward_pre_hook(partial(cast_inputs, dtype), with_kwargs=True)
-    module.register_forward_hook(widen_outputs)
+    remove_border(module)
+    inward = module.register_forward_pre_hook(partial(cast_inputs, dtype), with_kwargs=True)
+    BORDERS[module] = [inward, module.register_forward_hook(widen_outputs)]
     return module
+
+
+def remove_border(module: nn.Module) -> None:
+    """Undo ``cast_at_the_border``: another Fit may take the module in another precision."""
+    for handle in BORDERS.pop(module, ()):
+        handle.remove()
 
 
 def cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

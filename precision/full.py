@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Precision
+from .boundary import remove_border
 from .quantized import is_quantized
 
 
@@ -32,5 +33,6 @@ def cast_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and not is_quantized(tensor) else tensor
 
+    remove_border(module)  # of an earlier run in another dtype
     apply: Callable[..., nn.Module] = module._apply  # what nn.Module.to itself is made of; keeps ties and optimizers
     return apply(cast)

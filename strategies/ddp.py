@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..precision.base import Precision
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_scales
 
@@ -48,6 +49,16 @@ class DDP(ProcessGroupStrategy):
     name = "ddp"
     Options = DDPOptions
     options: DDPOptions
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse to compress what is small already."""
+        super().check_precision(precision)
+        dtype = precision.parameter_dtype
+        if self.options.compress_gradients and dtype is not None and dtype.itemsize < 4:
+            raise ValueError(
+                f"DDP(compress_gradients={self.options.compress_gradients!r}) has no use with "
+                f"precision={precision.name!r}, whose gradients are {dtype} already. Leave it out."
+            )
 
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare

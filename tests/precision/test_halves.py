@@ -12,6 +12,7 @@ from stratagem.precision import BF16True, Double, FP16True, get_precision
 from stratagem.precision.half import LostUpdates
 from stratagem.precision.master_weights import MASTER_WEIGHT
 from stratagem.precision.matrix import MATRIX
+from stratagem.strategies.ddp import DDP
 from tiny import Dropping, MakeFit, Regressor, regression_rows
 from torch import Tensor, nn
 
@@ -173,6 +174,19 @@ def test_every_optimizer_steps_on_master_weights(make_fit: MakeFit, optimizer: s
 def test_optimizers_that_move_parameters_elsewhere_are_refused(make_fit: MakeFit, optimizer: str) -> None:
     with pytest.raises(ValueError, match=rf"optim='{optimizer}' moves parameters outside of step.*'bf16-mixed'"):
         make_fit(Regressor(), regression_rows(4), optim=optimizer, precision="bf16-true")
+
+
+def test_a_module_may_go_on_in_another_precision(make_fit: MakeFit) -> None:
+    module, seen = Watching(), []
+    for precision in ("bf16-true", "32-true", "64-true", "bf16-mixed"):
+        make_fit(module, regression_rows(4), precision=precision, max_steps=1).train()
+        seen.append(module.seen["input"])
+    assert seen == [torch.bfloat16, torch.float32, torch.float64, torch.float32]
+
+
+def test_compressing_16_bit_gradients_is_refused(make_fit: MakeFit) -> None:
+    with pytest.raises(ValueError, match=r"compress_gradients='fp16'.*no use with precision='bf16-true'.*Leave it out"):
+        make_fit(Regressor(), strategy=DDP(compress_gradients="fp16"), precision="bf16-true")
 
 
 # Checkpoints.
