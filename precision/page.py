@@ -1,7 +1,9 @@
 """The page of all precisions, for the documents: ``python -m stratagem.precision.page``."""
 
+from importlib import import_module
+
 from .matrix import MATRIX, PLACEMENTS
-from .registry import ALIASES, PRECISIONS, get_precision
+from .registry import ALIASES, PRECISIONS
 
 PAGE = """\
 # Precisions
@@ -27,8 +29,7 @@ any other's. Made from `precision/matrix.py` by `python -m stratagem.precision.p
 * The true halves step on float32 **master weights** with float32 moments, whatever the optimizer: rounding takes place
   once, from the master weight to the parameter. They live in the optimizer's state, cut as it is cut. A checkpoint
   holds them in the parameters' place, under plain names, so that nothing is lost; `fit.export` writes the 16-bit
-  weights.
-  Gradients are summed over micro-batches and ranks in 16 bits, and float32 from there on: unscaling, norm, step.
+  weights. Gradients are summed over micro-batches and ranks in 16 bits, and are float32 from there on.
 * What they save is traffic and the memory of activations: with AdamW they keep 16 bytes a parameter, as float32 does.
   `BF16True(master_weights=False)` keeps 8, steps on bfloat16 itself and warns (`LostUpdates`): AdamW at a learning rate
   of 1e-3 never moves a weight of 1 there. It is meant for an optimizer that rounds stochastically.
@@ -44,8 +45,10 @@ def page() -> str:
         "| `precision=` | also | parameters | products | reductions | updates | loss scale |",
         "| --- " * 7 + "|",
     ]
-    for name in PRECISIONS:
-        precision = get_precision(name)
+    for name, (location, _) in PRECISIONS.items():
+        # The class: not every machine can make an instance.
+        file, _, class_name = location.partition(":")
+        precision = getattr(import_module(f"{__package__}.{file}"), class_name)
         also = ", ".join(f"`{alias}`" for alias, target in ALIASES.items() if target == name)
         dtypes = [
             str(dtype).removeprefix("torch.") if dtype else "as built"
@@ -55,15 +58,11 @@ def page() -> str:
         cells = [f"`{name}`", also, *dtypes, updates, "dynamic" if precision.scales_loss else "none"]
         numbers.append("| " + " | ".join(cells) + " |")
     matrix = ["| | " + " | ".join(PLACEMENTS) + " |", "| --- " * (len(PLACEMENTS) + 1) + "|"]
-    notes: list[str] = []
+    reasons = list(dict.fromkeys(why for refused in MATRIX.values() for why in refused.values()))
     for name, refused in MATRIX.items():
-        cells = []
-        for placement in PLACEMENTS:
-            if placement in refused:
-                notes.append(f"{len(notes) + 1}. `{name}`, {placement}: {refused[placement]}.")
-            cells.append(f"no ({len(notes)})" if placement in refused else "yes")
+        cells = [f"no ({reasons.index(refused[p]) + 1})" if p in refused else "yes" for p in PLACEMENTS]
         matrix.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    text = "\n".join([*notes, ""]) if notes else "Every combination works.\n"
+    text = "".join(f"{number}. {why}\n" for number, why in enumerate(reasons, start=1))
     return PAGE.format(numbers="\n".join(numbers), matrix="\n".join(matrix), notes=text)
 
 

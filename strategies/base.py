@@ -167,6 +167,7 @@ class Strategy:
             ValueError: this strategy can't run in that precision, or on this many ranks; the message names what works.
         """
         self.precision = precision
+        self.check_precision(precision)
         for trait in sorted(self.traits() & precision.refusals.keys()):
             raise ValueError(f"precision={precision.name!r} under strategy={self.name!r}: {precision.refusals[trait]}")
         self.device = self.choose_device()

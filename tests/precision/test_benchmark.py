@@ -11,7 +11,7 @@ from stratagem.precision import PRECISIONS
 pytestmark = pytest.mark.slow
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "precision.py"
-TINY = "--rounds 2 --updates 2 --loss-updates 3 --layers 1 --width 64 --context 32 --eval-windows 8".split()
+TINY = ["--rounds=2", "--updates=2", "--loss-updates=3", "--layers=1", "--width=64", "--context=32", "--eval-windows=8"]
 
 
 def test_every_precision_has_its_line(tmp_path: Path) -> None:

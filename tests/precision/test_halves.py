@@ -245,8 +245,8 @@ def test_names_and_aliases(word: str, kind: type) -> None:
 
 
 def test_a_cell_of_the_table_is_refused_at_construction(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MATRIX, "64-true", {"single": "a reason; use precision='32-true'"})  # type: ignore[arg-type]
-    says = r"precision='64-true' doesn't work with strategy=\"single\": a reason; use precision='32-true'\."
+    monkeypatch.setitem(MATRIX, "64-true", {"single": "a reason. Use precision='32-true'."})  # type: ignore[arg-type]
+    says = r"precision='64-true' under strategy='single': a reason\. Use precision='32-true'\."
     with pytest.raises(ValueError, match=says):
         make_fit(Regressor(), precision="64-true")
     make_fit(Regressor(), precision="32-true")
