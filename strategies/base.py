@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..precision.base import Precision, ShapesOnRank
+from ..precision.linear_layers import put_back
 from ..precision.matrix import check_cell
 from ..precision.registry import did_you_mean
 
@@ -199,6 +200,7 @@ class Strategy:
         """
         from .materialize import build_on_meta, has_meta
 
+        put_back(module)
         build_on_meta(module)
         self.precision.convert_module(module)
         self.precision.replace_layers(module, self.shapes_on_rank(module))

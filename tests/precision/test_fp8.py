@@ -40,6 +40,23 @@ def test_a_layer_at_two_places_stays_one(make_fit: MakeFit) -> None:
     assert isinstance(module.blocks[1].up, Float8Linear)
 
 
+def test_a_run_in_another_format_afterwards(make_fit: MakeFit) -> None:
+    module = Deep()
+    layers = {name: layer for name, layer in module.named_modules() if name}
+    make_fit(module, rows(), precision=FP8(emulate=True), max_steps=2).train()
+    assert module.last is not layers["last"]
+    module.eval()
+    twin = Deep()
+    twin.load_state_dict(module.state_dict())
+    for each in (module, twin):
+        make_fit(each, rows(), precision="32-true", max_steps=2).train()
+    assert {name: layer for name, layer in module.named_modules() if name} == layers
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    make_fit(module, rows(), precision=FP8("rowwise", emulate=True), max_steps=1).train()
+    assert isinstance(module.last, Float8Linear)
+
+
 def test_a_product_is_rounded_to_float8(make_fit: MakeFit) -> None:
     """By hand: scaled to 448, the largest number of e4m3, rounded, multiplied, scaled back."""
     module = Deep()
