@@ -12,10 +12,6 @@ from .base import MaxReduce, Precision
 from .full import cast_floating
 
 LAST = "25.05"
-SHARDED = (
-    "apex.amp keeps whole float32 weights beside a whole model, and sees no overflow on other ranks' shards. Use "
-    "strategy='ddp', or precision='16-mixed', which does the same under every sharding."
-)
 
 
 class Apex(Precision):
@@ -35,7 +31,6 @@ class Apex(Precision):
     compute_dtype = torch.float16
     reduce_dtype = torch.float32
     scales_loss = True
-    refusals = {"flat": SHARDED, "dtensor": SHARDED, "tensor_parallel": SHARDED, "copies": SHARDED}
 
     level: ClassVar[str]
 

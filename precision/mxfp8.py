@@ -34,10 +34,6 @@ class MXFP8(BF16Mixed):
     """
 
     name = "mxfp8"
-    refusals = {
-        "tensor_parallel": "torchao's prototype can't multiply layers that are cut over ranks. Use precision='fp8', or "
-        "strategy='fsdp2' without tensor_parallel.",
-    }
 
     def __init__(self, emulate: bool = False, skip: Sequence[str] = HEADS) -> None:
         if isinstance(skip, str):

@@ -42,9 +42,6 @@ class TransformerEngine(BF16Mixed):
 
     name = "fp8-te"
     refusals = {
-        "tensor_parallel": "Transformer Engine's layers aren't cut by a tensor_parallel_plan. Use precision='fp8', "
-        "whose layers are, or strategy='fsdp2' without tensor_parallel.",
-        "copies": "Transformer Engine keeps one set of scales for a process. Use strategy='ddp'.",
         "gradient_checkpointing": "backward would compute blocks again outside of Transformer Engine's autocast, in "
         "other numbers. Leave it out, or use precision='fp8'.",
     }

@@ -178,15 +178,10 @@ class Strategy:
         return default_device()
 
     def traits(self) -> frozenset[str]:
-        """What a number format may not get along with (``Precision.refusals``): the form of parameters ("whole",
-        "dtensor", "flat"), "tensor_parallel", "copies".
+        """What an option of a number format may not get along with (``Precision.refusals``): ``parameter_form``, and
+        "tensor_parallel".
         """
-        found = {
-            self.parameter_form: True,
-            "tensor_parallel": self.tensor_parallel_size > 1,
-            "copies": self.runs_copies,
-        }
-        return frozenset(trait for trait, applies in found.items() if applies)
+        return frozenset((self.parameter_form, *(("tensor_parallel",) if self.tensor_parallel_size > 1 else ())))
 
     def shapes_on_rank(self, module: nn.Module) -> ShapesOnRank:
         """The weights that this rank will compute with a part of: layer name to the part's shape."""

@@ -5,16 +5,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankFailure, Ranks
-from stratagem import FitArguments, TrainModule
 from stratagem.precision import FP8
 from stratagem.precision.mxfp8 import MXFP8
-from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from training import curves, make_fit
+from wide import Deep, rows
 
 pytestmark = pytest.mark.slow
 
-WIDTH = 32
 PLACEMENTS: list[tuple[int, str, dict[str, Any], FP8]] = [
     (2, "ddp", {}, FP8(emulate=True)),
     (2, "fsdp1", {}, FP8(emulate=True)),
@@ -26,53 +24,6 @@ PLACEMENTS: list[tuple[int, str, dict[str, Any], FP8]] = [
     (4, "fsdp2", {"tensor_parallel": 2}, FP8(emulate=True)),
 ]
 everywhere = pytest.mark.parametrize(("world", "strategy", "options", "precision"), PLACEMENTS, ids=str)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.gate = nn.Linear(WIDTH, 16)  # 8 of its features are on each of two ranks that cut it
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return x + self.down(torch.tanh(self.up(x))) * self.gate(x).mean(dim=-1, keepdim=True)
-
-
-class Deep(TrainModule):
-    """Two blocks, of which the second is built late."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block()])
-        self.head = nn.Linear(WIDTH, WIDTH)
-
-    def build(self) -> None:
-        self.blocks.append(Block())
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return nn.functional.mse_loss(outputs, batch["y"])
-
-    def shard_units(self) -> list[nn.Module]:
-        return list(self.blocks)
-
-    def tensor_parallel_plan(self) -> dict[str, str]:
-        return {"blocks.*.up": "colwise", "blocks.*.gate": "colwise_gather", "blocks.*.down": "rowwise"}
-
-    def configure_optimizer(self, args: FitArguments) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=args.learning_rate, eps=1e-4, fused=True)
-
-
-def rows(count: int = 64) -> list[dict[str, Tensor]]:
-    x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(3))
-    return [{"x": row, "y": row.flip(0).sin()} for row in x]
 
 
 def train(*, resume: Any = None, export: Any = None, **arguments: Any) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Every cell of the table in precision/matrix.py, on two ranks: it learns what one process does, or is refused."""
 
+import warnings
 from functools import cache
 from typing import Any
 
 import pytest
 from ranks import Ranks
 from stratagem import Fit
-from stratagem.precision import PRECISIONS
-from stratagem.precision.matrix import MATRIX, PLACEMENTS
+from stratagem.precision import FP8, MXFP8, PRECISIONS, Precision
+from stratagem.precision.matrix import MATRIX, PLACEMENTS, check_cell
 from training import Tagger, make_strategy, train
+from wide import Deep, rows
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +29,13 @@ CLOSE = {"64-true": 1e-9, "32-true": 1e-4, "bf16-mixed": 0.03, "bf16-true": 0.03
 ARGUMENTS: dict[str, Any] = {"max_steps": 12, "learning_rate": 0.02}
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # mxfp8 says that it is experimental
+    EMULATED: dict[str, Precision] = {"fp8": FP8(emulate=True), "mxfp8": MXFP8(emulate=True)}
+# Formats that need a GPU and a package that isn't here: only their refusals can be shown.
+ELSEWHERE = ("fp8-te", "apex-O1", "apex-O2")
+
+
 def test_the_table_covers_what_there_is() -> None:
     assert list(MATRIX) == list(PRECISIONS)
     assert list(CALLED) == list(PLACEMENTS)
@@ -42,7 +51,14 @@ def test_columns_are_the_strategies_own() -> None:
 @cache
 def alone(precision: str) -> dict[str, list[Any]]:
     """The run in one process."""
-    return train(precision=precision, per_device_train_batch_size=16, **ARGUMENTS)
+    return train(per_device_train_batch_size=16, **arguments_of(precision))
+
+
+def arguments_of(precision: str) -> dict[str, Any]:
+    """Of a run in that format; those that are emulated need layers whose sizes they take."""
+    if precision in EMULATED:
+        return {**ARGUMENTS, "precision": EMULATED[precision], "module": Deep, "data": rows()}
+    return {**ARGUMENTS, "precision": precision}
 
 
 @pytest.mark.parametrize("precision", MATRIX)
@@ -52,11 +68,17 @@ def test_cell(ranks: dict[int, Ranks], column: str, precision: str) -> None:
     why = MATRIX[precision].get(column)
     if why is not None:
         with pytest.raises(ValueError) as refusal:
-            Fit(Tagger(), strategy=make_strategy(strategy, options), precision=precision)
+            if precision in ELSEWHERE:
+                check_cell(precision, make_strategy(strategy, options).placement)
+            else:
+                made = EMULATED.get(precision, precision)
+                Fit(Tagger(), strategy=make_strategy(strategy, options), precision=made)
         assert f"precision={precision!r} doesn't work with {PLACEMENTS[column]}: {why}" in str(refusal.value)
         assert "use " in why.lower()
         return
-    arguments = {"strategy": strategy, "options": options, "precision": precision, **ARGUMENTS}
+    if precision in ELSEWHERE:
+        pytest.skip(f"{precision} needs a GPU and a package that isn't here")
+    arguments = {"strategy": strategy, "options": options, **arguments_of(precision)}
     if world == 1:
         found = [train(per_device_train_batch_size=16, **arguments)]
     else:
