@@ -27,10 +27,6 @@ PLACEMENTS: Mapping[str, str] = {
     "fsdp2 x tp": "strategy=FSDP2(tensor_parallel=2)",
 }
 
-CUT_MXFP8 = (
-    "torchao's prototype can't multiply layers that are cut over ranks; use precision='fp8', or strategy='fsdp2' "
-    "without tensor_parallel"
-)
 CUT_TE = (
     "Transformer Engine's layers can't be cut by a tensor_parallel_plan; use precision='fp8', whose layers can, or "
     "strategy='fsdp2' without tensor_parallel"
@@ -49,7 +45,7 @@ MATRIX: Mapping[str, Mapping[str, str]] = {
     "16-mixed": {},
     "16-true": {},
     "fp8": {},
-    "mxfp8": dict.fromkeys(("tp", "fsdp2 x tp"), CUT_MXFP8),
+    "mxfp8": {},
     "fp8-te": {"dp": COPIED_TE, **dict.fromkeys(("tp", "fsdp2 x tp"), CUT_TE)},
     "apex-O1": dict.fromkeys(("dp", "fsdp1", "fsdp2", "tp", "fsdp2 x tp"), SHARDED_APEX),
     "apex-O2": dict.fromkeys(("dp", "fsdp1", "fsdp2", "tp", "fsdp2 x tp"), SHARDED_APEX),

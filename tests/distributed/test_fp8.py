@@ -148,12 +148,14 @@ def test_all_gather_elsewhere(ranks: dict[int, Ranks], strategy: str, options: d
         ranks[2].run(train, strategy=strategy, options=options, precision=FP8(emulate=True, all_gather=True))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tp"])
 def test_mxfp8(ranks: dict[int, Ranks], strategy: str) -> None:
     with pytest.warns(UserWarning, match="prototype"):
         precision = MXFP8(emulate=True)
     expected = train(per_device_train_batch_size=16)["curves"]["loss"]
-    first, second = ranks[2].run(train, strategy=strategy, precision=precision, per_device_train_batch_size=8)
+    first, second = ranks[2].run(
+        train, strategy=strategy, precision=precision, per_device_train_batch_size=16 if strategy == "tp" else 8
+    )
     assert (first["curves"], first["norms"]) == (second["curves"], second["norms"])
     assert first["curves"]["loss"] == pytest.approx(expected, rel=0.05)
     assert first["curves"]["loss"] != expected
