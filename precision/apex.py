@@ -114,8 +114,9 @@ class Apex(Precision):
         return self.amp.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the loss scaler."""
-        self.amp.load_state_dict(state)
+        """Restore the loss scaler; the state of a format without one leaves it as it is."""
+        if state:
+            self.amp.load_state_dict(state)
 
     def log_values(self) -> dict[str, float]:
         """The current loss scale."""

@@ -12,6 +12,8 @@ from .quantized import is_quantized
 HEADS = ("*lm_head", "*head")
 """Names of output heads: their few features for many classes gain little, and their rounding costs the loss most."""
 
+REPLACED = "_replaced"
+
 
 def qualifying(
     module: nn.Module, precision: str, skip: Sequence[str], multiple: int, shapes: ShapesOnRank
@@ -58,6 +60,25 @@ def put_in_place(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
         if name not in vars(new) or name == "training" or name.startswith(("_forward", "_backward")):
             setattr(new, name, value)
+    vars(new)[REPLACED] = old  # past nn.Module.__setattr__, which would make it a layer of the new one
+    exchange(module, old, new)
+
+
+def put_back(module: nn.Module) -> None:
+    """The user's own layers, with the parameters as they are now, where ``put_in_place`` put others: a module that was
+    trained in one format and is given to a run in another.
+    """
+    for layer in list(module.modules()):
+        old = vars(layer).get(REPLACED)
+        if old is not None:
+            for name, parameter in old._parameters.items():
+                old._parameters[name] = None if parameter is None else layer._parameters[name]
+            old.train(layer.training)
+            exchange(module, layer, old)
+
+
+def exchange(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a layer wherever another one stands."""
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child is old:

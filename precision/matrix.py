@@ -46,10 +46,6 @@ TE_CUT = (
     "strategy='fsdp2' without tensor_parallel."
 )
 TE_COPIES = "Transformer Engine keeps one set of scales for a process. Use strategy='ddp'."
-MXFP8_CUT = (
-    "torchao's prototype can't multiply layers that are cut over ranks. Use precision='fp8', or strategy='fsdp2' "
-    "without tensor_parallel."
-)
 APEX_WHOLE = (
     "apex.amp keeps whole float32 weights beside a whole model, and sees no overflow on other ranks' shards. Use "
     "strategy='ddp', or precision='16-mixed', which does the same under every sharding."
@@ -64,7 +60,7 @@ MATRIX: Mapping[str, Mapping[str, str]] = {
     "16-mixed": cells(ZERO_SCALES, "deepspeed"),
     "16-true": cells(ZERO_SCALES, "deepspeed"),
     "fp8": cells(ZERO_UNSEEN, "deepspeed"),
-    "mxfp8": {**cells(MXFP8_CUT, "tp", "fsdp2 x tp"), **cells(ZERO_UNSEEN, "deepspeed")},
+    "mxfp8": cells(ZERO_UNSEEN, "deepspeed"),
     "fp8-te": {**cells(TE_CUT, "tp", "fsdp2 x tp"), **cells(TE_COPIES, "dp"), **cells(ZERO_UNSEEN, "deepspeed")},
     "apex-O1": APEX,
     "apex-O2": APEX,

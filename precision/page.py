@@ -1,9 +1,7 @@
 """The page of all precisions, for the documents: ``python -m stratagem.precision.page``."""
 
-from importlib import import_module
-
 from .matrix import MATRIX, PLACEMENTS
-from .registry import ALIASES, PRECISIONS
+from .registry import ALIASES, PRECISIONS, class_of
 
 PAGE = """\
 # Precisions
@@ -19,12 +17,19 @@ any other's. Made from `precision/matrix.py` by `python -m stratagem.precision.p
 {matrix}
 
 {notes}
+"yes" is tested on CPUs: the float8 formats of torchao emulated (`FP8(emulate=True)`, `MXFP8(emulate=True)`). `fp8-te`,
+`apex-O1` and `apex-O2` have not run: they need NVIDIA's GPUs and packages, and only what they call is tested.
+
 ## What each one promises
 
 * Floating-point parameters and buffers are cast. Integer and complex ones stay, and so do quantized weights.
 * In the mixed formats matrix products run in 16 bits and the rest in float32. In the true ones everything the module
   computes is in the parameters' dtype: floating-point inputs are cast as they come, and 16-bit outputs reach `loss`
   in float32. A buffer that needs its bits (positions beyond 256 in bfloat16) is better computed in forward.
+* The float8 formats compute the nn.Linear layers that qualify in float8, forward and backward, and all other products
+  in bfloat16 (the table's column): layers whose sizes on their rank are multiples of 16 (`mxfp8`: 32) and whose names
+  `skip=` doesn't match; output heads are skipped. Parameters and checkpoints are those of `bf16-mixed`.
+* `FP8(all_gather=True)` has FSDP2 gather float8 weights; tensorwise scales, no tensor parallelism.
 * The default dtype is never changed, neither at construction nor in forward.
 * The true halves step on float32 **master weights** with float32 moments, whatever the optimizer: rounding takes place
   once, from the master weight to the parameter. They live in the optimizer's state, cut as it is cut. A checkpoint
@@ -45,10 +50,8 @@ def page() -> str:
         "| `precision=` | also | parameters | products | reductions | updates | loss scale |",
         "| --- " * 7 + "|",
     ]
-    for name, (location, _) in PRECISIONS.items():
-        # The class: not every machine can make an instance.
-        file, _, class_name = location.partition(":")
-        precision = getattr(import_module(f"{__package__}.{file}"), class_name)
+    for name in PRECISIONS:
+        precision = class_of(name)
         also = ", ".join(f"`{alias}`" for alias, target in ALIASES.items() if target == name)
         dtypes = [
             str(dtype).removeprefix("torch.") if dtype else "as built"

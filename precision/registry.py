@@ -82,6 +82,12 @@ def resolve(
     return getattr(import_module(f"{package}.{file}"), class_name)(**options)
 
 
+def class_of(name: str) -> type[Precision]:
+    """The class of a name in PRECISIONS, which can be asked where none can be made: some want a GPU, or a package."""
+    file, _, class_name = PRECISIONS[name][0].partition(":")
+    return getattr(import_module(f".{file}", __package__), class_name)
+
+
 def get_precision(choice: "str | Precision") -> Precision:
     """The precision for a name ("bf16-mixed", "fp16", ...) or an instance, which is returned as it is."""
     return resolve("precision", choice, Precision, PRECISIONS, ALIASES, __package__ or "")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..precision.base import Precision, ShapesOnRank
+from ..precision.linear_layers import put_back
 from ..precision.matrix import check_cell
 from ..precision.registry import did_you_mean
 
@@ -178,15 +179,10 @@ class Strategy:
         return default_device()
 
     def traits(self) -> frozenset[str]:
-        """What a number format may not get along with (``Precision.refusals``): the form of parameters ("whole",
-        "dtensor", "flat"), "tensor_parallel", "copies".
+        """What an option of a number format may not get along with (``Precision.refusals``): ``parameter_form``, and
+        "tensor_parallel".
         """
-        found = {
-            self.parameter_form: True,
-            "tensor_parallel": self.tensor_parallel_size > 1,
-            "copies": self.runs_copies,
-        }
-        return frozenset(trait for trait, applies in found.items() if applies)
+        return frozenset((self.parameter_form, *(("tensor_parallel",) if self.tensor_parallel_size > 1 else ())))
 
     def shapes_on_rank(self, module: nn.Module) -> ShapesOnRank:
         """The weights that this rank will compute with a part of: layer name to the part's shape."""
@@ -200,6 +196,7 @@ class Strategy:
         """
         from .materialize import build_on_meta, has_meta
 
+        put_back(module)
         build_on_meta(module)
         self.precision.convert_module(module)
         self.precision.replace_layers(module, self.shapes_on_rank(module))

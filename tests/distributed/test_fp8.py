@@ -5,71 +5,25 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankFailure, Ranks
-from stratagem import FitArguments, TrainModule
 from stratagem.precision import FP8
 from stratagem.precision.mxfp8 import MXFP8
-from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from training import curves, make_fit
+from wide import Deep, rows
 
 pytestmark = pytest.mark.slow
 
-WIDTH = 32
-PLACEMENTS: list[tuple[str, dict[str, Any], bool]] = [
-    ("ddp", {}, False),
-    ("fsdp1", {}, False),
-    ("fsdp2", {}, False),
-    ("fsdp2", {}, True),
-    ("tp", {}, False),
+PLACEMENTS: list[tuple[int, str, dict[str, Any], FP8]] = [
+    (2, "ddp", {}, FP8(emulate=True)),
+    (2, "fsdp1", {}, FP8(emulate=True)),
+    (2, "fsdp2", {}, FP8(emulate=True)),
+    (2, "fsdp2", {}, FP8("rowwise", emulate=True)),
+    (2, "fsdp2", {}, FP8(emulate=True, all_gather=True)),
+    (2, "tp", {}, FP8(emulate=True)),
+    (2, "tp", {}, FP8("rowwise_with_gw_hp", emulate=True)),
+    (4, "fsdp2", {"tensor_parallel": 2}, FP8(emulate=True)),
 ]
-everywhere = pytest.mark.parametrize(("strategy", "options", "all_gather"), PLACEMENTS, ids=str)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.gate = nn.Linear(WIDTH, 16)  # 8 of its features are on each of two ranks that cut it
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return x + self.down(torch.tanh(self.up(x))) * self.gate(x).mean(dim=-1, keepdim=True)
-
-
-class Deep(TrainModule):
-    """Two blocks, of which the second is built late."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block()])
-        self.head = nn.Linear(WIDTH, WIDTH)
-
-    def build(self) -> None:
-        self.blocks.append(Block())
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return nn.functional.mse_loss(outputs, batch["y"])
-
-    def shard_units(self) -> list[nn.Module]:
-        return list(self.blocks)
-
-    def tensor_parallel_plan(self) -> dict[str, str]:
-        return {"blocks.*.up": "colwise", "blocks.*.gate": "colwise_gather", "blocks.*.down": "rowwise"}
-
-    def configure_optimizer(self, args: FitArguments) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=args.learning_rate, eps=1e-4, fused=True)
-
-
-def rows(count: int = 64) -> list[dict[str, Tensor]]:
-    x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(3))
-    return [{"x": row, "y": row.flip(0).sin()} for row in x]
+everywhere = pytest.mark.parametrize(("world", "strategy", "options", "precision"), PLACEMENTS, ids=str)
 
 
 def train(*, resume: Any = None, export: Any = None, **arguments: Any) -> dict[str, Any]:
@@ -117,34 +71,31 @@ def train(*, resume: Any = None, export: Any = None, **arguments: Any) -> dict[s
     }
 
 
-def share(strategy: str) -> int:
-    """Samples per rank in an update of 16."""
-    return 16 if strategy == "tp" else 8
-
-
 @everywhere
 def test_learns_as_float32_does(
-    ranks: dict[int, Ranks], strategy: str, options: dict[str, Any], all_gather: bool
+    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any], precision: FP8
 ) -> None:
     expected = train(per_device_train_batch_size=16)["curves"]["loss"]
-    found = ranks[2].run(
+    cut = strategy == "tp" or "tensor_parallel" in options
+    found = ranks[world].run(
         train,
         strategy=strategy,
         options=options,
-        precision=FP8(emulate=True, all_gather=all_gather),
-        per_device_train_batch_size=share(strategy),
+        precision=precision,
+        per_device_train_batch_size=16 if strategy == "tp" else 8,
+        gradient_checkpointing=strategy == "fsdp2",
     )
-    first, second = found
-    assert first["curves"] == second["curves"]
+    first = found[0]
+    assert all(other["curves"] == first["curves"] for other in found)
     assert first["curves"]["loss"] != expected
     assert first["curves"]["loss"] == pytest.approx(expected, rel=0.05)
     assert first["curves"]["loss"][-1] < 0.7 * first["curves"]["loss"][0]
     if strategy != "fsdp1":  # whose parameters are pieces, of another size on each rank
-        assert first["norms"] == second["norms"]
-    gates = [] if strategy == "tp" else ["gate"]
-    assert [name.replace("_fsdp_wrapped_module.", "") for name in first["float8"]] == sorted(
-        f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("down", "up", *gates)
-    )
+        assert all(other["norms"] == first["norms"] for other in found)
+    # Half a gate's 16 features are no multiple of 16.
+    layers = ("down", "up") if cut else ("down", "gate", "up")
+    names = [name.replace("_fsdp_wrapped_module.", "") for name in first["float8"]]
+    assert names == [f"blocks.{block}.{layer}" for block in (0, 1) for layer in layers]
 
 
 def test_weights_are_gathered_in_float8(ranks: dict[int, Ranks]) -> None:
@@ -197,12 +148,23 @@ def test_all_gather_elsewhere(ranks: dict[int, Ranks], strategy: str, options: d
         ranks[2].run(train, strategy=strategy, options=options, precision=FP8(emulate=True, all_gather=True))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tp"])
 def test_mxfp8(ranks: dict[int, Ranks], strategy: str) -> None:
     with pytest.warns(UserWarning, match="prototype"):
         precision = MXFP8(emulate=True)
     expected = train(per_device_train_batch_size=16)["curves"]["loss"]
-    first, second = ranks[2].run(train, strategy=strategy, precision=precision, per_device_train_batch_size=8)
+    first, second = ranks[2].run(
+        train, strategy=strategy, precision=precision, per_device_train_batch_size=16 if strategy == "tp" else 8
+    )
     assert (first["curves"], first["norms"]) == (second["curves"], second["norms"])
     assert first["curves"]["loss"] == pytest.approx(expected, rel=0.05)
     assert first["curves"]["loss"] != expected
+
+
+@pytest.mark.parametrize("precision", [FP8(emulate=True), FP8(emulate=True, all_gather=True)], ids=str)
+def test_compiled_shards(ranks: dict[int, Ranks], precision: FP8) -> None:
+    options = {"strategy": "fsdp2", "precision": precision, "per_device_train_batch_size": 8, "max_steps": 4}
+    plain, _ = ranks[2].run(train, **options)
+    compiled, other = ranks[2].run(train, torch_compile=True, **options)
+    assert compiled["curves"]["loss"] == other["curves"]["loss"]
+    assert compiled["curves"]["loss"] == pytest.approx(plain["curves"]["loss"], rel=0.01)
