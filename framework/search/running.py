@@ -113,10 +113,10 @@ class Search:
         fit = self.fit
         if fit.placed:
             fresh.take_apart(fit)
-        if fit.module_init is None and fit.unplaced is None:
+        elif fit.module_init is None and fit.unplaced is None:
             fit.unplaced = fresh.Unplaced(fit.module)
-        self.on_main(self.open)
         try:
+            self.on_main(self.open)
             while (proposal := self.on_main(self.ask)) is not None:
                 self.run_trial(proposal)
         finally:
@@ -124,9 +124,9 @@ class Search:
                 self.study.release()
             fit.given_callbacks = self.given_callbacks
             fit.requested = self.base
-            if fit.placed:
-                fresh.take_apart(fit)
-            self.begin(self.base)
+            fresh.take_apart(fit)
+            make, seed = fit.module_init, self.base.seed
+            self.begin(self.base, None if make is None else fresh.make_module(make, None, seed))
         output = self.on_main(self.end)
         if output.best is not None:
             self.take_best(output)

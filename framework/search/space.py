@@ -60,6 +60,7 @@ def begin_trial(fit: "Fit", trial: Any) -> None:
         args = fit.requested.replace(**{n: v for n, v in given.items() if n in known or n not in asked.names})
     check_ranks_agree(fit.strategy, {"argument of the trial": args.to_dict()})
     if module is not None:
+        fresh.check(fit, args, module)
         if fit.placed:
             fresh.take_apart(fit)
         fresh.begin_afresh(fit, args, module)
