@@ -23,6 +23,7 @@ from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
 from .reporting import draw, print_table, progress_line, write_hparams
 from .results import SearchOutput
+from .space import begin_own
 from .study import Proposal, Study
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Search:
             fit.requested = self.base
             fresh.take_apart(fit)
             make, seed = fit.module_init, self.base.seed
-            self.begin(self.base, None if make is None else fresh.make_module(make, None, seed))
+            self.begin(self.base, None if make is None else fresh.make_module(make, fit.own_trial, seed))
         output = self.on_main(self.end)
         if output.best is not None:
             self.take_best(output)
@@ -250,13 +251,10 @@ class Search:
         """Give the Fit the best trial's arguments and, where it has a ``module_init``, its module."""
         fit, best = self.fit, output.best
         assert best is not None
-        args = self.base.replace(**best.arguments)
-        module = None
-        if fit.module_init is not None:
-            fixed = import_optuna().trial.FixedTrial(best.params, best.number)
-            module = fresh.make_module(fit.module_init, fixed, args.seed)
-        fit.requested = args
-        self.begin(args, module)
+        fit.requested = self.base.replace(**best.arguments)
+        fit.own_trial = import_optuna().trial.FixedTrial(best.params, best.number)
+        fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
+        begin_own(fit)
 
     def on_main(self, action: Callable[[], Result]) -> Result:
         """What only the main process does; its result on every rank. Collective.

@@ -68,6 +68,16 @@ def begin_trial(fit: "Fit", trial: Any) -> None:
         fresh.change_arguments(fit, args)
 
 
+def begin_own(fit: "Fit") -> None:
+    """Let the next run be the Fit's own again, after one of a trial."""
+    if fit.module_init is None:
+        fresh.change_arguments(fit, fit.requested)
+        return
+    module = fresh.make_module(fit.module_init, fit.own_trial, fit.requested.seed)
+    fresh.take_apart(fit)
+    fresh.begin_afresh(fit, fit.requested, module)
+
+
 def parameters(trial: Any) -> dict[str, Any]:
     """The parameters of a mapping, or of a trial of Optuna's; a FixedTrial has those too that nobody asked it for yet.
 

@@ -89,6 +89,9 @@ def test_module_init_makes_a_module_for_each_trial(make_fit: MakeFit) -> None:
     once = parameters_of(fit.module)
     fit.train(trial={"width": 7, "learning_rate": 0.2})
     assert all(torch.equal(tensor, once[name]) for name, tensor in fit.module.state_dict().items())
+    fit.train(trial={"width": 7, "optim": "sgd"})  # what a placed module can't take, a fresh one can
+    fit.train()  # the best trial again
+    assert min(log["eval_loss"] for log in fit.state.log_history if "eval_loss" in log) == found.best.values[0]
     with pytest.raises(TypeError, match=r"no argument 'widht'"):
         fit.train(trial={"width": 7, "widht": 7})
 
