@@ -34,7 +34,7 @@ from .run_length import run_length
 from .schedulers import waits_for_metric
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
-from .search.space import begin_trial
+from .search.space import begin_own, begin_trial
 from .state import Control, PredictionOutput, TrainOutput, TrainState
 from .tokens import TokenCounter
 
@@ -118,6 +118,7 @@ class Fit:
         self.strategy.check_precision(number_format)
         self.module = module = fresh.given_module(module, module_init, self.args.seed)
         self.module_init, self.compute_loss_func, self.compute_metrics = module_init, compute_loss_func, compute_metrics
+        self.own_trial: Any = None  # whose arguments are the Fit's own: the best one of a search
         self.given_callbacks = list(callbacks)
         check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
         start_ranks(self.strategy, devices, max_restarts)
@@ -187,7 +188,7 @@ class Fit:
         if trial is not None:
             begin_trial(self, trial)
         elif self.requested != self.running:  # the last run was a trial's
-            fresh.change_arguments(self, self.requested)
+            begin_own(self)
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         if self.writer is not None:
             self.writer.finish()

@@ -73,8 +73,10 @@ class Unplaced:
 
 def take_apart(fit: "Fit") -> None:
     """Undo what a run made, and what placing did: no memory, connection or thread of it is left on this rank. The
-    module is what it was where the Fit keeps it ``unplaced``, else it is to be replaced.
+    module is what it was where the Fit keeps it ``unplaced``; one of ``module_init`` is gone, and another must come.
     """
+    if "module" not in fit.__dict__:  # it was taken apart already
+        return
     if fit.writer is not None:
         with contextlib.suppress(Exception):  # of a run that failed; the others may have left it half done
             fit.writer.finish()
@@ -82,11 +84,16 @@ def take_apart(fit: "Fit") -> None:
     # A worker process that loads data would keep this rank's connections open, as it has inherited them.
     for name in ("scheduler", "extras", "stream"):
         fit.__dict__.pop(name, None)
-    fit.grad_norm = fit.objective.past = None
+    fit.grad_norm = None
+    if "objective" in fit.__dict__:
+        fit.objective.past = None
     fit.strategy.release(fit.module)
     if fit.unplaced is not None:  # else there was no memory even for the copy, and nothing was placed
         fit.unplaced.give_back(fit.module)
     fit.placed = False
+    if fit.module_init is not None:  # sharded layers hold on to the process group
+        for name in ("module", "objective", "count_tokens"):
+            fit.__dict__.pop(name, None)
     if fit.args.torch_compile:
         torch.compiler.reset()
     gc.collect()
@@ -107,8 +114,20 @@ def listen(fit: "Fit") -> None:
     fit.callbacks = Callbacks([*callbacks_of(fit.args), *fit.given_callbacks, *shown])
 
 
+def check(fit: "Fit", args: FitArguments, module: TrainModule) -> None:
+    """Refuse arguments that can't work with the module, the data or the strategy.
+
+    Raises:
+        ValueError: says why, and what to write instead.
+    """
+    check_combination(args, fit.strategy, module, fit.eval_data, fit.compute_loss_func)
+    check_optimizer_by_name(args, fit.strategy)
+    if args.auto_find_batch_size and not fit.requested.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size can't be switched on by a trial. Write Fit(auto_find_batch_size=True).")
+
+
 def begin_afresh(fit: "Fit", args: FitArguments, module: TrainModule | None = None) -> None:
-    """Give a Fit that was taken apart other arguments, and another module where there is one.
+    """Give a Fit that was taken apart other arguments, and a fresh module where it has a ``module_init``.
 
     Raises:
         ValueError: the arguments can't work with the module, the data or the strategy.
@@ -128,10 +147,7 @@ def change_arguments(fit: "Fit", args: FitArguments) -> None:
     Raises:
         ValueError: they can't work with the module, the data or the strategy, or come too late.
     """
-    check_combination(args, fit.strategy, fit.module, fit.eval_data, fit.compute_loss_func)
-    check_optimizer_by_name(args, fit.strategy)
-    if args.auto_find_batch_size and not fit.requested.auto_find_batch_size:
-        raise ValueError("auto_find_batch_size can't be switched on by a trial. Write Fit(auto_find_batch_size=True).")
+    check(fit, args, fit.module)
     late = [name for name in MADE_IN_PLACING if getattr(args, name) != getattr(fit.running, name)]
     if fit.placed and late:
         raise ValueError(

@@ -1,5 +1,6 @@
 """What a search shows: a line for each trial, TensorBoard's HParams, a table at the end, and Optuna's pictures."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def print_table(output: SearchOutput) -> None:
     names = list(dict.fromkeys(name for trial in output.trials for name in trial.params))
     table = Table(title=f"Search {output.study_name!r}")
     for column in ("trial", "state", *output.objectives, *names, "seconds"):
-        table.add_column(column, justify="left" if column == "state" else "right")
+        table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
     best = {trial.number for trial in (output.best, *output.pareto) if trial is not None}
     for trial in sorted(output.trials, key=lambda each: (each.number not in best, each.number)):
         numbers = [f"{value:.6g}" for value in trial.values] or [""] * len(output.objectives)
@@ -57,7 +58,7 @@ def print_table(output: SearchOutput) -> None:
             "" if trial.seconds is None else f"{trial.seconds:.1f}",
             style="bold" if trial.number in best else None,
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def write_hparams(trial: TrialResult, objectives: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
 from .reporting import draw, print_table, progress_line, write_hparams
 from .results import SearchOutput
+from .space import begin_own
 from .study import Proposal, Study
 
 if TYPE_CHECKING:
@@ -113,10 +114,10 @@ class Search:
         fit = self.fit
         if fit.placed:
             fresh.take_apart(fit)
-        if fit.module_init is None and fit.unplaced is None:
+        elif fit.module_init is None and fit.unplaced is None:
             fit.unplaced = fresh.Unplaced(fit.module)
-        self.on_main(self.open)
         try:
+            self.on_main(self.open)
             while (proposal := self.on_main(self.ask)) is not None:
                 self.run_trial(proposal)
         finally:
@@ -124,9 +125,9 @@ class Search:
                 self.study.release()
             fit.given_callbacks = self.given_callbacks
             fit.requested = self.base
-            if fit.placed:
-                fresh.take_apart(fit)
-            self.begin(self.base)
+            fresh.take_apart(fit)
+            make, seed = fit.module_init, self.base.seed
+            self.begin(self.base, None if make is None else fresh.make_module(make, fit.own_trial, seed))
         output = self.on_main(self.end)
         if output.best is not None:
             self.take_best(output)
@@ -250,13 +251,10 @@ class Search:
         """Give the Fit the best trial's arguments and, where it has a ``module_init``, its module."""
         fit, best = self.fit, output.best
         assert best is not None
-        args = self.base.replace(**best.arguments)
-        module = None
-        if fit.module_init is not None:
-            fixed = import_optuna().trial.FixedTrial(best.params, best.number)
-            module = fresh.make_module(fit.module_init, fixed, args.seed)
-        fit.requested = args
-        self.begin(args, module)
+        fit.requested = self.base.replace(**best.arguments)
+        fit.own_trial = import_optuna().trial.FixedTrial(best.params, best.number)
+        fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
+        begin_own(fit)
 
     def on_main(self, action: Callable[[], Result]) -> Result:
         """What only the main process does; its result on every rank. Collective.

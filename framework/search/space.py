@@ -60,11 +60,22 @@ def begin_trial(fit: "Fit", trial: Any) -> None:
         args = fit.requested.replace(**{n: v for n, v in given.items() if n in known or n not in asked.names})
     check_ranks_agree(fit.strategy, {"argument of the trial": args.to_dict()})
     if module is not None:
+        fresh.check(fit, args, module)
         if fit.placed:
             fresh.take_apart(fit)
         fresh.begin_afresh(fit, args, module)
     elif args != fit.running:
         fresh.change_arguments(fit, args)
+
+
+def begin_own(fit: "Fit") -> None:
+    """Let the next run be the Fit's own again, after one of a trial."""
+    if fit.module_init is None:
+        fresh.change_arguments(fit, fit.requested)
+        return
+    module = fresh.make_module(fit.module_init, fit.own_trial, fit.requested.seed)
+    fresh.take_apart(fit)
+    fresh.begin_afresh(fit, fit.requested, module)
 
 
 def parameters(trial: Any) -> dict[str, Any]:

@@ -150,3 +150,11 @@ def test_digits_are_read(tmp_path: Path) -> None:
     printed = run_example("digits.py", directory=tmp_path)
     found = re.search(r"held-out accuracy: ([\d.]+)", printed)
     assert found and float(found[1]) > 0.97
+
+
+@pytest.mark.slow
+def test_the_best_arguments_found_beat_the_defaults(tmp_path: Path) -> None:
+    printed = run_example("search.py", "--trials=5", "--epochs=4", directory=tmp_path)
+    assert len(re.findall(r"^trial \d+ \(\d/5\) \| (?:complete|pruned)", printed, flags=re.MULTILINE)) == 5
+    losses = {name: float(loss) for name, loss in re.findall(r"^(.+): held-out loss ([\d.]+)", printed, re.MULTILINE)}
+    assert losses["best found"] < 0.8 * losses["defaults"]

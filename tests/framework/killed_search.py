@@ -1,4 +1,4 @@
-"""A program for test_search.py: a stored search in ``argv[1]``, of ``argv[2]`` trials; the last line has them as JSON."""
+"""A program for test_search.py: a stored search in ``argv[1]`` of ``argv[2]`` trials; prints them as JSON."""
 
 import json
 import sys

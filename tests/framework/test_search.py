@@ -1,4 +1,4 @@
-"""hyperparameter_search: fresh trials, one named objective, pruning, storages that outlive their process, and reports."""
+"""hyperparameter_search: fresh trials, one named objective, pruning, studies that outlive a process, and reports."""
 
 import json
 import math
@@ -89,6 +89,9 @@ def test_module_init_makes_a_module_for_each_trial(make_fit: MakeFit) -> None:
     once = parameters_of(fit.module)
     fit.train(trial={"width": 7, "learning_rate": 0.2})
     assert all(torch.equal(tensor, once[name]) for name, tensor in fit.module.state_dict().items())
+    fit.train(trial={"width": 7, "optim": "sgd"})  # what a placed module can't take, a fresh one can
+    fit.train()  # the best trial again
+    assert min(log["eval_loss"] for log in fit.state.log_history if "eval_loss" in log) == found.best.values[0]
     with pytest.raises(TypeError, match=r"no argument 'widht'"):
         fit.train(trial={"width": 7, "widht": 7})
 
@@ -186,14 +189,8 @@ def test_a_pruned_trial_ends_cleanly_and_alone(make_fit: MakeFit, tmp_path: Path
     assert [trial.state for trial in found.trials] == ["complete", "pruned", "complete"]
     assert found.trials[1].values == (9.0,) and found.best is not None and found.best.number == 2
     assert script.ends == 3 and fit.loggers[0].file is None  # type: ignore[attr-defined]
-    steps = [
-        [
-            row["step"]
-            for row in map(json.loads, (Path(path) / "log.jsonl").read_text().splitlines())
-            if "loss" in str(row)
-        ]
-        for path in opened
-    ]
+    logs = [map(json.loads, (Path(path) / "log.jsonl").read_text().splitlines()) for path in opened]
+    steps = [[row["step"] for row in log] for log in logs]
     assert [max(each) for each in steps] == [6, 2, 6]
 
 
@@ -216,7 +213,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(make_fit: MakeFit) ->
 
 def test_what_can_not_work_is_refused_together(fit: Fit, make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
     space = fixed_grid(RATES)
-    with pytest.raises(ValueError, match="(?s)direction='up'.*take='first'.*n_trials=0.*pruner='medium'.*'median'"):
+    with pytest.raises(ValueError, match=r"(?s)direction='up'.*take='first'.*n_trials=0.*pruner='medium'.*'median'"):
         fit.hyperparameter_search(space, direction="up", take="first", n_trials=0, pruner="medium")
     with pytest.raises(ValueError, match="never end"):
         fit.hyperparameter_search(space, n_trials=None)
@@ -228,7 +225,7 @@ def test_what_can_not_work_is_refused_together(fit: Fit, make_fit: MakeFit, monk
         fit.hyperparameter_search(space, sampler=optuna.samplers.CmaEsSampler())
     with pytest.raises(ValueError, match=r"sqlite:///search\.db"):
         fit.hyperparameter_search(space, storage="search.db")
-    with pytest.raises(ValueError, match="eval_accuracy isn't among .* eval_loss"):
+    with pytest.raises(ValueError, match=r"eval_accuracy isn't among .* eval_loss"):
         fit.hyperparameter_search(space, "accuracy", n_trials=1)
     with pytest.raises(TypeError, match=r"no argument 'lerning_rate'.*learning_rate"):
         fit.hyperparameter_search(fixed(0.1, name="lerning_rate"), n_trials=1)
