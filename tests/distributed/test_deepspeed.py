@@ -20,6 +20,7 @@ from stratagem.framework.parity_ranks import Case, compare_strategies
 from stratagem.strategies.deepspeed import DeepSpeed
 from test_resharding import contents, continue_each
 from test_strategies import single
+from torch import nn
 from training import Tagger, curves, make_fit, token_rows, train
 
 pytestmark = [
@@ -198,6 +199,34 @@ def test_trains_again(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
     assert run(zero_ranks, stage, trained_twice, output_dir=str(tmp_path)) == [[True, False]] * 2
 
 
+class InUnits(Tagger):
+    """Compiled, and checkpointed, block by block."""
+
+    def shard_units(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+
+def alone(**arguments: Any) -> list[float]:
+    """Losses in a process that no launcher started, and which may start another world afterwards."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    fit = make_fit(InUnits(), token_rows(), max_steps=4, per_device_train_batch_size=16, **arguments)
+    fit.train()
+    fit.strategy.tear_down()
+    assert not {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    return curves(fit)["loss"]
+
+
+def test_one_process_without_a_launcher(tmp_path: Path) -> None:
+    one = Ranks(1)
+    expected = one.run(alone, strategy="single")[0]
+    extras = {"gradient_checkpointing": True, "torch_compile": True}
+    found = [one.run(alone, strategy="deepspeed", options={"stage": s}, **extras)[0] for s in (0, 3, 1)]
+    one.end()
+    for losses in found:
+        assert losses == pytest.approx(expected, rel=1e-6)
+
+
 # The config.
 
 
@@ -333,11 +362,25 @@ def test_without_the_package(tmp_path: Path) -> None:
 import sys
 sys.modules["deepspeed"] = None
 from stratagem import Fit
+from torch import nn
 from training import Tagger, token_rows
 Fit(Tagger(), token_rows(), strategy="deepspeed", devices=1)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert "pip install --no-build-isolation 'stratagem[deepspeed]'" in done.stderr.splitlines()[-1]
+
+
+def test_the_example_continues_elsewhere(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "deepspeed_offload.py")]
+    command += ["--steps=4", "--batch-size=2", "--context=32", "--layers=1", f"--output-dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    continued = subprocess.run(
+        [*command, "--strategy=ddp", "--resume"], capture_output=True, text=True, timeout=120
+    )  # the run is at its end: only its weights come back, into the same evaluation
+    assert "bits per byte" in done.stdout
+    assert continued.stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+    assert "WARNING" not in done.stdout
 
 
 def test_parity(tmp_path: Path) -> None:
