@@ -19,7 +19,7 @@ from stratagem.framework.parity import Recipe
 from stratagem.framework.parity_ranks import Case, compare_strategies
 from stratagem.strategies.deepspeed import DeepSpeed
 from test_resharding import contents, continue_each
-from test_strategies import single
+from test_strategies import OnlyBias, OnlyHead, single
 from torch import nn
 from training import Tagger, curves, make_fit, token_rows, train
 
@@ -388,3 +388,36 @@ def test_parity(tmp_path: Path) -> None:
     recipe = Recipe(f"{Path(__file__).parent / 'test_parity.py'}:right", updates=6)
     rows = compare_strategies(recipe, [Case.named(name, 2) for name in names], tolerance=1e-5)
     assert [(row.case.name, row.is_right, row.failure) for row in rows] == [(name, True, None) for name in names]
+
+
+def evaluated(**arguments: Any) -> tuple[list[float], list[float], list[float]]:
+    """Training losses, evaluations on the way, and the best weights' evaluation; saved in the background."""
+    more = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_steps": 9}
+    more |= {"load_best_model_at_end": True, "async_save": True, "save_only_trainable": True}
+    torch.manual_seed(0)
+    fit = make_fit(Tagger(), token_rows(), token_rows(37), **{**arguments, **more})
+    fit.train()
+    evaluations = [log["eval_loss"] for log in fit.state.log_history if "eval_loss" in log]
+    frozen = make_fit(Tagger(), None, token_rows(37), strategy=arguments["strategy"], max_steps=1)
+    return curves(fit)["loss"], evaluations, [fit.evaluate()["eval_loss"], float("eval_loss" in frozen.evaluate())]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_evaluation_on_the_way(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    expected = evaluated(strategy="single", output_dir=str(tmp_path / "single"), **batch)
+    found = run(zero_ranks, stage, evaluated, output_dir=str(tmp_path / "zero"))
+    assert found[0] == found[1]
+    for one, other in zip(found[0], expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("module", [OnlyHead, OnlyBias])
+@pytest.mark.parametrize("stage", STAGES)
+def test_mostly_frozen(zero_ranks: Ranks, tmp_path: Path, stage: int, module: type[TrainModule]) -> None:
+    expected, weights = single(module)
+    found = run(zero_ranks, stage, module=module, export=tmp_path / "weights.safetensors")[0]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    for name, weight in load_file(tmp_path / "weights.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-5)
