@@ -28,6 +28,12 @@ from .process_group import (
     broadcast_module,
 )
 
+# What the engine does itself, so that no number format can do it its own way.
+VERBS_OF_ENGINE = (
+    *("backward", "begin_micro_batch", "clipped", "initialize", "masters", "replace_layers", "saved_weights"),
+    *("scale", "step", "take_weights", "unscale", "weights_have_changed"),
+)
+
 
 @dataclass(frozen=True)
 class DeepSpeedOptions(ProcessGroupOptions):
@@ -80,10 +86,10 @@ class DeepSpeed(ProcessGroupStrategy):
         """All ranks share the shards; at stage 0 each has a replica, which makes no difference to the mesh's user."""
         return {REPLICATE: 1, SHARD: world_size, CONTEXT: 1, TENSOR: 1}
 
-    def set_up(self, precision: Precision) -> None:
-        """Join the process group; ZeRO can compute in that precision."""
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse what ZeRO can't compute in."""
+        super().check_precision(precision)
         check_precision(precision)
-        super().set_up(precision)
 
     def expect(self, run: RunDescription) -> None:
         """Fill the config in from the run."""
@@ -246,6 +252,11 @@ def check_precision(precision: Precision) -> None:
         raise ValueError(
             f"precision={precision.name!r} keeps parameters in {precision.parameter_dtype}, and strategy='deepspeed' "
             f"steps float32 master weights. {works}."
+        )
+    if any(getattr(type(precision), verb) is not getattr(Precision, verb) for verb in VERBS_OF_ENGINE):
+        raise ValueError(
+            f"precision={precision.name!r} has layers, weights or steps of its own, and under strategy='deepspeed' the "
+            f"engine has those. {works}."
         )
 
 
