@@ -3,8 +3,9 @@
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ from .process_group import (
     ProcessGroupOptions,
     ProcessGroupStrategy,
     broadcast_module,
+)
+
+# What the engine does itself, so that no number format can do it its own way.
+VERBS_OF_ENGINE = (
+    *("backward", "begin_micro_batch", "clipped", "initialize", "masters", "replace_layers", "saved_weights"),
+    *("scale", "step", "take_weights", "unscale", "weights_have_changed"),
 )
 
 
@@ -79,23 +86,24 @@ class DeepSpeed(ProcessGroupStrategy):
         """All ranks share the shards; at stage 0 each has a replica, which makes no difference to the mesh's user."""
         return {REPLICATE: 1, SHARD: world_size, CONTEXT: 1, TENSOR: 1}
 
-    def set_up(self, precision: Precision) -> None:
-        """Join the process group; ZeRO can compute in that precision."""
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse what ZeRO can't compute in."""
+        super().check_precision(precision)
         check_precision(precision)
-        super().set_up(precision)
 
     def expect(self, run: RunDescription) -> None:
         """Fill the config in from the run."""
         options = self.options
-        self.filled = fill(
-            self.config,
-            run,
-            stage=self.stage,
-            world_size=self.world_size,
-            computes_in_bf16=self.precision.compute_dtype is torch.bfloat16,
-            offload_optimizer=options.offload_optimizer,
-            offload_parameters=options.offload_parameters,
-        )
+        with environment():
+            self.filled = fill(
+                self.config,
+                run,
+                stage=self.stage,
+                world_size=self.world_size,
+                computes_in_bf16=self.precision.compute_dtype is torch.bfloat16,
+                offload_optimizer=options.offload_optimizer,
+                offload_parameters=options.offload_parameters,
+            )
 
     def configuration(self) -> Mapping[str, Any]:
         """The config, filled in."""
@@ -212,6 +220,22 @@ def check_package() -> None:
         )
 
 
+@contextmanager
+def environment() -> Iterator[None]:
+    """In here the variables are set that the package looks for; a process that stands alone has none of them."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 reads it again and again
+    wanted = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if not torch.accelerator.is_available():
+        wanted["DS_ACCELERATOR"] = "cpu"  # else it warns that it found none
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:  # they would tell our own start that there are other ranks to meet
+            os.environ.pop(name, None)
+
+
 def check_precision(precision: Precision) -> None:
     """Refuse what ZeRO can't compute in.
 
@@ -228,6 +252,11 @@ def check_precision(precision: Precision) -> None:
         raise ValueError(
             f"precision={precision.name!r} keeps parameters in {precision.parameter_dtype}, and strategy='deepspeed' "
             f"steps float32 master weights. {works}."
+        )
+    if any(getattr(type(precision), verb) is not getattr(Precision, verb) for verb in VERBS_OF_ENGINE):
+        raise ValueError(
+            f"precision={precision.name!r} has layers, weights or steps of its own, and under strategy='deepspeed' the "
+            f"engine has those. {works}."
         )
 
 
@@ -254,12 +283,6 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
         module, optimizer: whole; the engine cuts them.
         filled: the config without an "auto".
     """
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
-    # It looks for MPI where one of these isn't there, though the process group is joined already.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -269,13 +292,12 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     # each update, which may change from run to run.
     config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
     config["gradient_clipping"] = 0.0
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    with environment():
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 def forget_deepspeed_groups() -> None:
     """Take the process groups out of DeepSpeed's globals, where it would find them in another world."""
-    import sys
-
     groups, comm = sys.modules.get("deepspeed.utils.groups"), sys.modules.get("deepspeed.comm.comm")
     if groups is not None and comm is not None:
         for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
