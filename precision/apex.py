@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +67,10 @@ class Apex(Precision):
             self.amp.initialize(module, **options)
         else:
             self.amp.initialize(module, optimizer, **options)
+            # O1 leaves a function there; torch's schedulers, which count steps, take methods.
+            step = optimizer.step
+            if not isinstance(step, MethodType):
+                optimizer.step = MethodType(lambda _, *inputs: step(*inputs), optimizer)  # type: ignore[method-assign]
             if self.level == "O2":
                 optimizer._amp_lazy_init()  # type: ignore[attr-defined]  # else done in the first backward
 

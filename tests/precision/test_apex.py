@@ -18,7 +18,7 @@ from tiny import MakeFit, Regressor, parameters_of, regression_rows
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# As apex 25.05 has them in apex/amp/frontend.py, handle.py and _amp_state.py.
+# As NVIDIA/apex had them in apex/amp/frontend.py, handle.py, _amp_state.py and _initialize.py before their removal.
 SIGNATURES = {
     "initialize": "(models, optimizers=None, enabled=True, opt_level='O1', cast_model_type=None, "
     "patch_torch_functions=None, keep_batchnorm_fp32=None, master_weights=None, loss_scale=None, "
@@ -53,6 +53,9 @@ class AmpDouble(ModuleType):
             assert not isinstance(models, nn.parallel.DistributedDataParallel)
             if opt_level == "O2":
                 give_masters(optimizers)
+            else:  # apex.amp switches its casts off around the step, by a plain function
+                step = optimizers.step
+                optimizers.step = lambda *args, **kwargs: step(*args, **kwargs)
             return models, optimizers
 
         return initialize
