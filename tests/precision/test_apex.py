@@ -182,7 +182,7 @@ def test_only_on_cuda(monkeypatch: pytest.MonkeyPatch, make_fit: MakeFit) -> Non
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "dp"])
 def test_refused_where_weights_are_cut(amp: AmpDouble, make_fit: MakeFit, strategy: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"'apex-O1' doesn't work with strategy=.{strategy}..*strategy='ddp'.*'16-mixed'"
+        ValueError, match=rf"'apex-O1' under strategy=.{strategy}..*strategy='ddp'.*'16-mixed'"
     ):
         make_fit(Regressor(), strategy=strategy, precision="apex-O1")
 
