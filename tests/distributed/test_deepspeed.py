@@ -338,7 +338,7 @@ def test_contradictions_are_listed_at_once(zero_ranks: Ranks) -> None:
         (None, {"precision": "16-mixed"}, "Use precision='bf16-mixed', or '32-true'"),
         (None, {"precision": "bf16-true"}, "keeps parameters in torch.bfloat16"),
         (None, {"precision": "64-true"}, "keeps parameters in torch.float64"),
-        (None, {"auto_find_batch_size": True}, "set per_device_train_batch_size"),
+        (None, {"auto_find_batch_size": True}, "hyperparameter_search want the module back"),
         (None, {"optim": "schedule_free_adamw"}, "Use optim='adamw', or 'sgd'"),
         (None, {"optim": "adamw_8bit"}, "its 8-bit moments belong to whole weights"),
         (None, {"optim": "lomo", "max_grad_norm": 0.0}, "LOMO"),
