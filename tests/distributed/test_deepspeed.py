@@ -358,7 +358,7 @@ def test_options_and_formats_of_others_are_refused() -> None:
         DeepSpeed(reshard_after_forward=True)
     with pytest.raises(ValueError, match="takes 0, 1, 2 or 3"):
         DeepSpeed(stage=4)
-    with pytest.raises(ValueError, match="precision='fp8'.*[Uu]se"):
+    with pytest.raises(ValueError, match="precision='fp8'"):
         DeepSpeed().check_precision(FP8(emulate=True))
 
 
