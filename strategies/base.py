@@ -40,7 +40,7 @@ class RunDescription:
         learning_rate, betas, epsilon, weight_decay: of the optimizer.
         schedule: its name; None where the module brings its own.
         warmup_steps, total_steps: of the schedule.
-        may_begin_again: whether a run may be begun anew: with smaller micro-batches, or as another trial.
+        may_begin_again: whether the module may be wanted back as it was, for another attempt or trial.
     """
 
     micro_batch_size: int

@@ -201,11 +201,20 @@ class DeepSpeed(ProcessGroupStrategy):
             with torch.no_grad():
                 self.zero_state.load_optimizer_state(state)
 
-    def tear_down(self) -> None:
-        """Let go of the engine and leave the process group."""
+    def release(self, module: nn.Module) -> None:
+        """Let go of the engine, too. The module it was made of can't be used again."""
+        self.leave_engine()
+        super().release(module)
+
+    def leave_engine(self) -> None:
+        """Take the engine's hooks off, and forget it."""
         if self.engine is not None:
             self.engine.destroy()
             self.engine = self.zero_state = None
+
+    def tear_down(self) -> None:
+        """Let go of the engine and leave the process group."""
+        self.leave_engine()
         forget_deepspeed_groups()
         super().tear_down()
 

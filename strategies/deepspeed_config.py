@@ -213,8 +213,8 @@ def run_problems(run: RunDescription) -> Iterator[str]:
     """A line for each thing about the run that no config makes possible."""
     if run.may_begin_again:
         yield (
-            "auto_find_batch_size=True, module_init= and a search begin runs anew, and an engine can't be taken off a "
-            "module again. Look with another strategy, or set per_device_train_batch_size and the others by hand"
+            "auto_find_batch_size=True and hyperparameter_search want the module back as it was, which no engine "
+            "gives. Set per_device_train_batch_size; search with Fit(module_init=...), or under another strategy"
         )
 
 
