@@ -406,13 +406,17 @@ class Strategy:
         for name, entries in state.items():
             self.optimizer.state[parameters[name]] = dict(entries)
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of the model's state, gathered where it is sharded. Collective."""
+        return tensor
+
     def full_state(self, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by name on the host, one at a time, but for those left out. Every rank iterates; rank 0 uses
         them.
         """
         for name, tensor in self.model_state().items():
             if name not in leave_out:
-                yield name, tensor.detach().cpu()
+                yield name, self.whole(tensor).detach().cpu()
 
     def unwrapped(self) -> AbstractContextManager[Any]:
         """In here the module's layers bear the names that the user's module gives them, for code that goes by those."""
@@ -424,7 +428,7 @@ class Strategy:
         """
         for name, parameter in self.named_parameters().items():
             if parameter.grad is not None:
-                yield name, parameter.grad.cpu()
+                yield name, self.whole(parameter.grad).cpu()
 
     def tear_down(self) -> None:
         """Leave the process group. The strategy can be set up again."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from .process_group import whole_of
+
 
 class ZeroState:
     """Reads and writes the state of an engine at stages 1 to 3. Every method is collective.
@@ -186,11 +188,6 @@ class ZeroState:
     def is_counter(self, parameter: nn.Parameter, key: str, value: Any) -> bool:
         """Whether an entry of a parameter's state counts something, instead of having the parameter's shape."""
         return key == "step" or not isinstance(value, Tensor) or tuple(value.shape) != tuple(self.shapes[id(parameter)])
-
-
-def whole_of(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be cut."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_moment(value: Any, flat: Tensor) -> bool:

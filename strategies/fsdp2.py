@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed import _composable_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
@@ -30,6 +29,7 @@ from .process_group import (
     broadcast_module,
     move_module,
     split_world,
+    whole_of,
 )
 from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
 
@@ -132,7 +132,7 @@ class FSDP2(ProcessGroupStrategy):
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
         if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
-            module.register_forward_hook(lambda layer, _, outputs: outputs if layer.training else whole(outputs))
+            module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
@@ -220,7 +220,7 @@ class FSDP2(ProcessGroupStrategy):
 
     def local_loss(self, loss: Tensor) -> Tensor:
         """The loss as a plain tensor; loss parallelism leaves it spread over the mesh."""
-        return whole(loss)
+        return whole_of(loss)
 
     def backward(self, loss: Tensor) -> None:
         """The backward of such a cross-entropy or attention is its own, too."""
@@ -236,8 +236,3 @@ class FSDP2(ProcessGroupStrategy):
         assert self.optimizer is not None
         with groups_split_by_mesh(self.optimizer) if self.options.tensor_parallel > 1 else nullcontext():
             super().step()
-
-
-def whole(value: Any) -> Any:
-    """Tensors that are spread over a mesh, gathered; anything else as it is."""
-    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, value)

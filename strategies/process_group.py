@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,19 +147,9 @@ class ProcessGroupStrategy(Strategy):
         join_by(dist.PrefixStore("again", store), rank, world_size, timeout)
         super().begin_again()
 
-    def full_state(self, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors, gathered one at a time."""
-        for name, tensor in self.model_state().items():
-            if name in leave_out:
-                continue
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield name, whole.detach().cpu()
-
-    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole gradients, gathered one at a time."""
-        for name, parameter in self.named_parameters().items():
-            if (gradient := parameter.grad) is not None:
-                yield name, (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).cpu()
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All-gathered."""
+        return whole_of(tensor)
 
     def tear_down(self) -> None:
         """Leave the process group."""
@@ -300,6 +290,11 @@ def split_world(world_size: int, strategy: str, **degrees: int) -> int:
             f"start {product}, {2 * product} or another multiple of {product} ranks."
         )
     return world_size // product
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over a mesh, gathered. Collective over that mesh."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:

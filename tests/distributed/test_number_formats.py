@@ -12,25 +12,12 @@ from stratagem.precision.loss_scaling import LossScaling
 from stratagem.precision.mixed import FP16Mixed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from training import LENGTH, VOCABULARY, Tagger, curves, make_fit, token_rows, train
+from training import LENGTH, VOCABULARY, Tagger, curves, everywhere, make_fit, share_of_16, token_rows, train
 
 pytestmark = pytest.mark.slow
 
-PLACEMENTS: list[tuple[int, str, dict[str, Any]]] = [
-    (2, "ddp", {}),
-    (2, "fsdp1", {}),
-    (2, "fsdp2", {}),
-    (2, "tp", {}),
-    (4, "fsdp2", {"tensor_parallel": 2}),
-]
-everywhere = pytest.mark.parametrize(("world", "strategy", "options"), PLACEMENTS, ids=str)
 UPDATES, OVERFLOWS_AT = 8, 3
 SCALE = 256.0
-
-
-def share_of_16(strategy: str, world: int, options: dict[str, Any]) -> int:
-    """Samples per rank in an update of 16."""
-    return 16 if strategy == "tp" else 16 * options.get("tensor_parallel", 1) // world
 
 
 def local(tensor: Tensor) -> Tensor:

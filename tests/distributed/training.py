@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from stratagem import Fit, FitArguments, TrainModule
 from stratagem.framework.module import IGNORED_LABEL
@@ -14,6 +15,21 @@ LENGTH = 5
 SAMPLES = 203  # no batch size used in here divides it
 VOCABULARY = 11  # the first dimension of the embedding, which neither 2 nor 4 ranks divide
 WIDTH = 6
+
+# Ranks, strategy and its options.
+PLACEMENTS: list[tuple[int, str, dict[str, Any]]] = [
+    (2, "ddp", {}),
+    (2, "fsdp1", {}),
+    (2, "fsdp2", {}),
+    (2, "tp", {}),
+    (4, "fsdp2", {"tensor_parallel": 2}),
+]
+everywhere = pytest.mark.parametrize(("world", "strategy", "options"), PLACEMENTS, ids=str)
+
+
+def share_of_16(strategy: str, world: int, options: dict[str, Any]) -> int:
+    """Samples per rank in an update of 16."""
+    return 16 if strategy == "tp" else 16 * options.get("tensor_parallel", 1) // world
 
 
 class Block(nn.Module):
