@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..strategies.base import Strategy
 from . import batch_size, cadence, checkpoint, fresh, random_state
 from .arguments import FitArguments
 from .averages import Averages
@@ -67,7 +68,7 @@ def place(fit: "Fit") -> None:
     fit.optimizer_mode = OptimizerMode(fit.strategy.optimizer, fit.strategy.weights_have_changed)
     if trains:
         check_optimizer(fit.optimizer, fit.strategy, fit.args)
-        fit.initial_options = options_by_parameter(fit.optimizer)
+        fit.initial_options = options_by_parameter(fit.optimizer, fit.strategy)
         fit.initial_scaling = fit.strategy.precision.state_dict()
 
 
@@ -85,10 +86,18 @@ def reset_optimizer(fit: "Fit") -> None:
     fit.strategy.precision.load_state_dict(fit.initial_scaling)
 
 
-def options_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """The options of each parameter's group, by the parameter's id: a strategy may have cut the groups further."""
+def options_by_parameter(optimizer: Optimizer, strategy: Strategy) -> dict[int, dict[str, Any]]:
+    """The options of each parameter's group, by the id of what the strategy's optimizer steps for that parameter: a
+    precision may have put a copy in its place, and a strategy may have cut the groups further.
+
+    Args:
+        optimizer: the strategy's, or another over the same module.
+        strategy: where the module was placed.
+    """
+    parameters = strategy.named_parameters()
+    stepped = {id(parameters[name]): id(copy) for name, copy in strategy.stepped_parameters().items()}
     return {
-        id(parameter): {name: value for name, value in group.items() if name != "params"}
+        stepped.get(id(parameter), id(parameter)): {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
         for parameter in group["params"]
     }

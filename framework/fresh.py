@@ -159,7 +159,7 @@ def change_arguments(fit: "Fit", args: FitArguments) -> None:
     listen(fit)
     fit.stream = fit.get_train_dataloader()
     if fit.placed:
-        fit.initial_options = beginning.options_by_parameter(fit.module.configure_optimizer(args))
+        fit.initial_options = beginning.options_by_parameter(fit.module.configure_optimizer(args), fit.strategy)
 
 
 def make_module(module_init: ModuleInit, trial: Any, seed: int) -> TrainModule:

@@ -181,9 +181,7 @@ def test_only_on_cuda(monkeypatch: pytest.MonkeyPatch, make_fit: MakeFit) -> Non
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "dp"])
 def test_refused_where_weights_are_cut(amp: AmpDouble, make_fit: MakeFit, strategy: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"'apex-O1' under strategy=.{strategy}..*strategy='ddp'.*'16-mixed'"
-    ):
+    with pytest.raises(ValueError, match=rf"'apex-O1' under strategy=.{strategy}..*strategy='ddp'.*'16-mixed'"):
         make_fit(Regressor(), strategy=strategy, precision="apex-O1")
 
 
@@ -236,6 +234,24 @@ def test_resuming(amp: AmpDouble, make_fit: MakeFit, level: str) -> None:
     assert not all(torch.equal(start[name], tensor) for name, tensor in resumed.state_dict().items())
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_runs_one_after_another(amp: AmpDouble, make_fit: MakeFit, level: str) -> None:
+    """Each run begins with its own options, no moments and the first scale, though with O2 the optimizer's parameters
+    are copies of the module's.
+    """
+    fit = make_fit(Adam(), regression_rows(8), precision=f"apex-{level}", max_steps=2, learning_rate=1e-2)
+    amp.overflows = {1}
+    fit.train()
+    for trial, rate in (({"learning_rate": 1e-3}, 1e-3), (None, 1e-2)):
+        amp.windows, amp.scale, amp.overflows = 0, 64.0, set()
+        fit.train(trial=trial)
+        logs = [log for log in fit.state.log_history if "loss" in log]
+        assert [log["learning_rate"] for log in logs] == [rate]
+        assert [log["loss_scale"] for log in logs] == [1024.0]
+        assert [group["lr"] for group in fit.optimizer.param_groups] == [rate]
+        assert {state["step"].item() for state in fit.optimizer.state.values()} == {2.0}
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])
