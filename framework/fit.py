@@ -115,7 +115,7 @@ class Fit:
         if taken is not None:
             raise ValueError(f"output_dir={self.args.output_dir!r} can't be a directory: {str(taken)!r} is a file.")
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
-        self.strategy.check_precision(number_format)
+        self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.module = module = fresh.given_module(module, module_init, self.args.seed)
         self.module_init, self.compute_loss_func, self.compute_metrics = module_init, compute_loss_func, compute_metrics
         self.own_trial: Any = None  # whose arguments are the Fit's own: the best one of a search

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from stratagem.precision import Full
+from stratagem.precision.matrix import MATRIX
 from stratagem.strategies import STRATEGIES, Single, get_strategy
 from stratagem.strategies.base import Strategy, default_device
 from tiny import Dropping, MakeFit, Regressor, parameters_of, regression_rows
@@ -74,6 +75,12 @@ def test_without_an_optimizer_there_is_none() -> None:
     strategy.set_up(Full())
     strategy.place(Regressor(), None)
     assert strategy.optimizer is None
+
+
+def test_a_precision_is_refused_without_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MATRIX, "32-true", {"single": "a reason. Use precision='64-true'."})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"precision='32-true' under strategy='single': a reason"):
+        Single(device="cpu").set_up(Full())
 
 
 def test_the_device() -> None:
