@@ -3,12 +3,14 @@
     python benchmarks/precision.py
 
 All train the GPT of ``examples/gpt.py`` from the same weights on the same windows of the standard library, with fused
-AdamW. Formats come from the registry; one that this machine can't compute in is listed with its reason.
+AdamW. Formats come from the registry; one that this machine can't compute in is listed with its reason. ``--emulate``
+adds those that can be emulated, whose rounding is the real one's and whose time isn't.
 
-* **Time**: in turns, each round trains every format for a few updates. An update lasts from one forward pass to the
-  next, so that the start and the end of a run stay out. A turn's number is the median of its updates; the ratio is
-  that of one round's turns, and what is printed is the median over rounds, with its quartiles. "Computing" is the same
-  ratio in the time in which this process computed: other programs on the machine change it less.
+* **Time**: in turns, each round trains every format for a few updates. An update lasts from its beginning to the next
+  one's, so that the start and the end of a run stay out. A turn's number is the median of its updates, on a GPU their
+  mean; the ratio is that of one round's turns, and what is printed is the median over rounds, with its quartiles.
+  "Computing" is the same ratio in the time in which this process computed: other programs on the machine change it
+  less. It says nothing about a GPU.
 * **Loss**: on held-out windows after ``--loss-updates`` updates, less that of 32-true.
 * **Memory**: bytes of weights, of gradients and of optimizer state (with master weights) when the optimizer steps.
 """
@@ -20,10 +22,9 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from stratagem import Callback, Fit
@@ -31,30 +32,11 @@ from stratagem.precision import PRECISIONS
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from formats import formats
 from gpt import GPT, datasets
+from turns import Clock, Timing, in_turns, quartiles
 
 REFERENCE = "32-true"
-WARM_UP = 2  # updates of each turn that aren't timed
-
-
-class TimedGPT(GPT):
-    """Notes when each training forward begins, and how long this process had computed until then."""
-
-    readings: list[tuple[float, float]]
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.training:
-            if tokens.is_cuda:
-                torch.cuda.synchronize()
-            self.readings.append((time.perf_counter(), time.process_time()))
-        return super().forward(tokens)
-
-
-class Timing(NamedTuple):
-    """Seconds per update: that passed, and that this process was computing."""
-
-    wall: float
-    computing: float
 
 
 class Format(Callback):
@@ -64,19 +46,20 @@ class Format(Callback):
         sizes: bytes of weights, gradients and optimizer state, as of the first update.
     """
 
-    def __init__(self, precision: str, options: argparse.Namespace, data: tuple[Any, Any], directory: str) -> None:
+    def __init__(
+        self, name: str, precision: Any, options: argparse.Namespace, data: tuple[Any, Any], directory: str
+    ) -> None:
         torch.manual_seed(0)
         self.sizes: list[int] = []
-        self.module = TimedGPT(options.context, options.layers, options.width, heads=options.width // 64 or 1)
-        self.module.readings = []
-        self.turn_updates, self.loss_updates = options.updates + WARM_UP, options.loss_updates
+        self.module = GPT(options.context, options.layers, options.width, heads=options.width // 64 or 1)
+        self.loss_updates = options.loss_updates
         self.fit = Fit(
             self.module,
             *data,
             precision=precision,
             callbacks=[self],
             loggers=(),
-            output_dir=f"{directory}/{precision}",
+            output_dir=f"{directory}/{name}",
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=options.batch_size,
             max_steps=self.loss_updates,
@@ -87,6 +70,10 @@ class Format(Callback):
             save_strategy="no",
             progress=False,
         )
+        self.clock = Clock(self.fit.strategy.device, options.updates)
+
+    def on_step_begin(self, *context: Any, **_: Any) -> None:
+        self.clock.tick()
 
     def on_pre_optimizer_step(self, *context: Any, **_: Any) -> None:
         self.gradients = bytes_of(p.grad for p in self.module.parameters())
@@ -102,12 +89,10 @@ class Format(Callback):
         return self.fit.evaluate()["eval_loss"]
 
     def turn(self) -> Timing:
-        """Of the updates of a turn: the median of what passed, the mean of what was computed."""
-        self.module.readings = []
-        self.fit.train(trial={"max_steps": self.turn_updates, "warmup_steps": 0, "logging_steps": self.turn_updates})
-        wall, computing = zip(*self.module.readings[WARM_UP:], strict=True)
-        median = statistics.median(end - begin for begin, end in itertools.pairwise(wall))
-        return Timing(median, (computing[-1] - computing[0]) / (len(computing) - 1))
+        self.clock.start()
+        updates = self.clock.updates_of_a_turn
+        self.fit.train(trial={"max_steps": updates, "warmup_steps": 0, "logging_steps": updates})
+        return self.clock.timing()
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
@@ -126,7 +111,7 @@ def row(
     """The printed cells of a precision."""
     rounds = list(zip(turns[name], turns[REFERENCE], strict=True))
     ratios = [own.wall / reference.wall for own, reference in rounds]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = quartiles(ratios)
     return [
         name,
         f"{1000 * statistics.median(own.wall for own, _ in rounds):.1f}",
@@ -140,7 +125,7 @@ def row(
 
 
 COLUMNS = {  # heading to width
-    "precision": 11,
+    "precision": 14,
     "ms": 7,
     "time ratio": 10,
     "quartiles": 12,
@@ -175,31 +160,31 @@ def parse_options() -> argparse.Namespace:
     option("--width", 256, "features per position")
     option("--eval-windows", 64, "held-out windows that the loss is taken on")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), help="names, beside 32-true")
+    parser.add_argument("--emulate", action="store_true", help="also float8 formats by emulation, which is slow")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    names = list(dict.fromkeys([REFERENCE, *options.precisions]))
+    wanted = formats(dict.fromkeys([REFERENCE, *options.precisions]), options.emulate)
     data = datasets(options.context, options.eval_windows)
     with tempfile.TemporaryDirectory() as directory:
-        formats: dict[str, Format] = {}
+        trained: dict[str, Format] = {}
         losses: dict[str, float] = {}
         refused: dict[str, str] = {}
-        for name in names:
+        for name, make in wanted.items():
             try:
-                formats[name] = Format(name, options, data, directory)
-                losses[name] = formats[name].loss()
+                made = Format(name, make(), options, data, directory)
+                losses[name] = made.loss()
+                trained[name] = made
             except (ImportError, ValueError) as error:
-                formats.pop(name, None)
                 refused[name] = str(error)
-        turns: dict[str, list[Timing]] = {name: [] for name in formats}
+        turns: dict[str, list[Timing]] = {name: [] for name in trained}
         for number in range(options.rounds):
-            order = list(formats.items())
-            for name, timed in order if number % 2 else reversed(order):
+            for name, timed in in_turns(trained, number):
                 turns[name].append(timed.turn())
-    parameters = sum(parameter.numel() for parameter in formats[REFERENCE].module.parameters())
-    device = formats[REFERENCE].fit.strategy.device
+    parameters = sum(parameter.numel() for parameter in trained[REFERENCE].module.parameters())
+    device = trained[REFERENCE].fit.strategy.device
     print(f"{platform.platform()}, {os.cpu_count()} CPUs, {device}, torch {torch.__version__}")
     print(
         f"{parameters:,} parameters, {options.batch_size * options.context:,} tokens an update, {options.rounds} rounds"
@@ -207,8 +192,8 @@ def main() -> None:
     heading = list(COLUMNS)
     heading[6] = f"loss@{options.loss_updates}"
     print(printed(heading))
-    for name in formats:
-        print(printed(row(name, losses[name], losses, turns, formats[name].sizes)))
+    for name in trained:
+        print(printed(row(name, losses[name], losses, turns, trained[name].sizes)))
     for name, why in refused.items():
         print(f"{name} doesn't run here: {why}")
 

@@ -3,18 +3,17 @@
     python benchmarks/strategies.py
 
 Both train the GPT of ``examples/gpt.py`` on the same in-memory tokens with the same fused AdamW, clipping and schedule,
-on ranks that torch's launcher starts on this machine, in turns: each round runs every loop for a few updates. The clock
-is in the network: an update lasts from one forward pass to the next, so that the start and the end of a run stay out. A
-round's number is the median of its updates; what is printed is the median over rounds, with the quartiles of the ratio.
-"Computing" is the ratio of the time in which the first rank computed: other programs on the machine change it less.
-There are two hand-written loops, one made before ours and one after it, since what a process allocates later is slower
-to reach: ours is compared with their mean, and "noise" is the second over the first.
+on ranks that torch's launcher starts on this machine, in turns: each round runs every loop for a few updates. An update
+lasts from its beginning to the next one's, so that the start and the end of a run stay out. A round's number is the
+median of its updates; what is printed is the median over rounds, with the quartiles of the ratio. "Computing" is the
+ratio of the time in which the first rank computed: other programs on the machine change it less. There are two
+hand-written loops, one made before ours and one after it, since what a process allocates later is slower to reach: ours
+is compared with their mean, and "noise" is the second over the first.
 
 Memory is that of parameters, gradients and optimizer state on one rank, when the optimizer has stepped.
 """
 
 import argparse
-import itertools
 import os
 import platform
 import statistics
@@ -36,44 +35,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from gpt import GPT, VOCABULARY
+from turns import Clock, Timing, Tokens, in_turns, quartiles
 
 LEARNING_RATE, MAX_NORM = 1e-3, 1.0
-WARM_UP = 2  # updates of each turn that aren't timed
-
-
-class Tokens(Dataset):
-    """Random tokens, cut up beforehand."""
-
-    def __init__(self, count: int, length: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.rows = torch.randint(VOCABULARY, (count, length + 1), generator=generator).unbind()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"tokens": self.rows[index][:-1], "labels": self.rows[index][1:]}
-
-
-class TimedGPT(GPT):
-    """Notes when each forward pass begins, and how long this process had computed until then."""
-
-    readings: list[tuple[float, float]]
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        self.readings.append((time.perf_counter(), time.process_time()))
-        return super().forward(tokens)
-
-
-class Timing(NamedTuple):
-    """Seconds per update: that passed, and that this process was computing."""
-
-    wall: float
-    computing: float
 
 
 class Setting(NamedTuple):
@@ -81,43 +49,42 @@ class Setting(NamedTuple):
 
     tokens: Tokens
     batch_size: int  # per rank
-    updates: int  # of a turn
+    updates: int  # timed ones in a turn
 
-    def module(self) -> TimedGPT:
+    def module(self) -> GPT:
         torch.manual_seed(0)
-        return TimedGPT(context=self.tokens[0]["tokens"].shape[0], layers=4, width=256, heads=4)
+        return GPT(context=self.tokens[0]["tokens"].shape[0], layers=4, width=256, heads=4)
 
 
 class Loop:
     """A placed module that is trained for one turn after another.
 
     Attributes:
-        module: holds the clock.
         memory: bytes on this rank, as of the last turn.
     """
 
-    module: TimedGPT
     memory = 0
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.module = setting.module()
+        self.clock = Clock(torch.device("cpu"), setting.updates)
 
     def train(self) -> None:
         raise NotImplementedError
 
     def turn(self) -> Timing:
-        """Of the updates of a turn: the median of what passed, the mean of what was computed."""
-        self.module.readings = []
+        self.clock.start()
         dist.barrier()
         self.train()
-        wall, computing = zip(*self.module.readings[WARM_UP:], strict=True)
-        median = statistics.median(end - begin for begin, end in itertools.pairwise(wall))
-        return Timing(median, (computing[-1] - computing[0]) / (len(computing) - 1))
+        return self.clock.timing()
 
 
 class Bare(Loop):
     """What a user writes who wants nothing but training on these ranks."""
 
-    def __init__(self, setting: Setting, place: Callable[[TimedGPT], nn.Module]) -> None:
-        self.setting = setting
-        self.module = setting.module()
+    def __init__(self, setting: Setting, place: Callable[[GPT], nn.Module]) -> None:
+        super().__init__(setting)
         self.model = place(self.module)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
@@ -125,9 +92,10 @@ class Bare(Loop):
         setting, optimizer = self.setting, self.optimizer
         sampler: DistributedSampler[Any] = DistributedSampler(setting.tokens)
         loader = DataLoader(setting.tokens, batch_size=setting.batch_size, sampler=sampler)
-        schedule = LambdaLR(optimizer, lambda update: 1.0 - update / setting.updates)
+        schedule = LambdaLR(optimizer, lambda update: 1.0 - update / self.clock.updates_of_a_turn)
         self.model.train()
         for batch in loader:
+            self.clock.tick()
             loss = self.module.loss(self.model(batch["tokens"]), batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
@@ -143,24 +111,27 @@ class Ours(Loop, Callback):
     """The same by Fit, with its log."""
 
     def __init__(self, setting: Setting, strategy: str, directory: str) -> None:
-        self.module = setting.module()
+        super().__init__(setting)
         self.fit = Fit(
             self.module,
             train_data=setting.tokens,
             strategy=strategy,
             callbacks=[self],
             output_dir=directory,
-            max_steps=setting.updates,
+            max_steps=self.clock.updates_of_a_turn,
             per_device_train_batch_size=setting.batch_size,
             learning_rate=LEARNING_RATE,
             max_grad_norm=MAX_NORM,
-            logging_steps=setting.updates,
+            logging_steps=self.clock.updates_of_a_turn,
             save_strategy="no",
             progress=False,
         )
 
     def train(self) -> None:
         self.fit.train()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        self.clock.tick()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         self.memory = memory_of(self.module, self.fit.optimizer)
@@ -184,11 +155,11 @@ def memory_of(module: nn.Module, optimizer: Optimizer) -> int:
     return sum(storages.values())
 
 
-def replicate(module: TimedGPT) -> nn.Module:
+def replicate(module: GPT) -> nn.Module:
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
-def shard(module: TimedGPT) -> nn.Module:
+def shard(module: GPT) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in module.blocks:
         fully_shard(block, mesh=mesh)
@@ -196,14 +167,14 @@ def shard(module: TimedGPT) -> nn.Module:
     return module
 
 
-PLACED: dict[str, Callable[[TimedGPT], nn.Module]] = {"ddp": replicate, "fsdp2": shard}
+PLACED: dict[str, Callable[[GPT], nn.Module]] = {"ddp": replicate, "fsdp2": shard}
 
 
 def row(strategy: str, turns: dict[str, list[Timing]], memory: dict[str, int]) -> list[str]:
     """The printed cells of a strategy, from each loop's turns and bytes."""
     rounds = list(zip(turns["bare"], turns["ours"], turns["bare again"], strict=True))
     ratios = [2 * ours.wall / (bare.wall + again.wall) for bare, ours, again in rounds]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = quartiles(ratios)
     noise = statistics.median(again.wall / bare.wall for bare, _, again in rounds)
     computed = [2 * ours.computing / (bare.computing + again.computing) for bare, ours, again in rounds]
     bare_median = statistics.median(timing.wall for timing in turns["bare"] + turns["bare again"])
@@ -241,9 +212,9 @@ def measure(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)  # a core for each rank is steadiest
     ranks, is_main = dist.get_world_size(), dist.get_rank() == 0
-    updates = WARM_UP + options.updates + 1
-    tokens = Tokens(updates * options.batch_size * ranks, options.length)
-    setting = Setting(tokens, options.batch_size, updates)
+    updates = Clock(torch.device("cpu"), options.updates).updates_of_a_turn
+    tokens = Tokens(updates * options.batch_size * ranks, options.length, VOCABULARY)
+    setting = Setting(tokens, options.batch_size, options.updates)
     loops: dict[tuple[str, str], Loop] = {}
     for strategy, place in PLACED.items():
         loops[strategy, "bare"] = Bare(setting, place)
@@ -251,7 +222,7 @@ def measure(options: argparse.Namespace) -> None:
         loops[strategy, "bare again"] = Bare(setting, place)
     times: dict[str, dict[str, list[Timing]]] = {s: {"bare": [], "ours": [], "bare again": []} for s in PLACED}
     for number in range(options.rounds + 1):
-        for (strategy, name), loop in list(loops.items())[:: 1 if number % 2 == 0 else -1]:
+        for (strategy, name), loop in in_turns(loops, number):
             timing = loop.turn()
             if number:  # the first round allocates and compiles
                 times[strategy][name].append(timing)

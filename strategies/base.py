@@ -154,8 +154,8 @@ class Strategy:
     # Set up and place.
 
     def check_precision(self, precision: Precision) -> None:
-        """Refuse a precision that can't work here. Asked by Fit before anything is started, and by ``set_up``, which may
-        be called without Fit.
+        """Refuse a precision that can't work here. Fit asks before anything is started, and ``set_up`` again: it may be
+        called without Fit.
 
         Raises:
             ValueError: says why, and what works.

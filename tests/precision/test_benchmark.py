@@ -12,11 +12,12 @@ pytestmark = pytest.mark.slow
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "precision.py"
 TINY = ["--rounds=2", "--updates=2", "--loss-updates=3", "--layers=1", "--width=64", "--context=32", "--eval-windows=8"]
+EMULATED = {"fp8 emulated", "mxfp8 emulated"}
 
 
 def test_every_precision_has_its_line(tmp_path: Path) -> None:
     finished = subprocess.run(
-        [sys.executable, str(BENCHMARK), *TINY],
+        [sys.executable, str(BENCHMARK), *TINY, "--emulate"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -27,11 +28,12 @@ def test_every_precision_has_its_line(tmp_path: Path) -> None:
     rows = [[cell.strip() for cell in line.split("|")] for line in finished.stdout.splitlines() if " | " in line]
     cells = {row[0]: row for row in rows[1:]}
     refused = {line.split()[0] for line in finished.stdout.splitlines() if "doesn't run here: " in line}
-    assert cells.keys() | refused == set(PRECISIONS)
+    assert cells.keys() | refused == {*PRECISIONS, *EMULATED}
     assert cells["32-true"][2] == "1.00"
     # 65,728 parameters in 4 bytes are 0.25 MiB, and two moments twice that; master weights are 4 bytes more.
     memory = {name: [float(cell) for cell in row[-3:]] for name, row in cells.items()}
-    assert memory["32-true"] == memory["bf16-mixed"] == memory["16-mixed"] == [0.3, 0.3, 0.5]
+    for name in ("32-true", "bf16-mixed", "16-mixed", *EMULATED):
+        assert memory[name] == [0.3, 0.3, 0.5]
     assert memory["64-true"] == [0.5, 0.5, 1.0]
     assert memory["bf16-true"] == memory["16-true"] == [0.1, 0.3, 0.8]
     assert abs(float(cells["64-true"][6])) < 1e-3
