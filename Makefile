@@ -5,13 +5,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 TYPED := precision strategies framework examples benchmarks
 
-.PHONY: train test lint venv clean
+.PHONY: train test bench-gpu lint venv clean
 
 train: venv  ## ARGS="--steps 100" passes options on; ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
 
 test: lint  ## ARGS="-m 'not slow'" passes options on to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+bench-gpu: venv  ## on a machine with a GPU; ARGS=--help lists the options
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # The repository's root is the package, whatever a clone's directory is called, and mypy names modules by directory:
 # it is shown the root through a link that has the package's name.

@@ -102,7 +102,7 @@ class ByHand(Loop):
         optimizer, device = self.optimizer, self.device
         loader = DataLoader(self.tokens, self.options.batch_size, shuffle=True, pin_memory=device.type == "cuda")
         schedule = LambdaLR(optimizer, lambda update: 1.0 - update / self.clock.updates_of_a_turn)
-        self.model.train()
+        self.module.train()
         losses = []
         for batch in loader:
             self.clock.tick()
