@@ -1,6 +1,5 @@
-"""benchmarks/gpu.py on a real GPU, at a small size. No GPU has run this yet; tests/precision runs the program on a CPU."""
+"""benchmarks/gpu.py on a real GPU, at a small size. No GPU has run this test yet; tests/precision has one for a CPU."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
