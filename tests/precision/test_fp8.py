@@ -1,10 +1,12 @@
 """float8 on one process, emulated: which layers it takes, what it computes, refusals, checkpoints."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from stratagem.precision import FP8, MXFP8, get_precision
+from stratagem.precision import FP8, MXFP8, fp8, get_precision
+from stratagem.strategies import Single
 from tiny import MakeFit
 from tiny_float8 import WIDTH, Deep, losses, rows
 from torch import Tensor, nn
@@ -103,6 +105,52 @@ def test_a_machine_without_float8_units() -> None:
 
 
 @pytest.mark.parametrize(
+    ("capability", "architecture", "lacks"),
+    [
+        ((8, 0), None, r"Card has compute capability 8\.0 \(they came with 8\.9\)"),
+        ((8, 9), None, None),
+        ((9, 0), None, None),
+        ((9, 0), "gfx90a:sramecc+:xnack-", r"Card has none \(an MI300 has\)"),
+        ((9, 4), "gfx942:sramecc+:xnack-", None),
+    ],
+)
+def test_which_machines_have_float8_units(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architecture: str | None, lacks: str | None
+) -> None:
+    card = SimpleNamespace(name="Card", major=capability[0], minor=capability[1], gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.version, "hip", "6.3" if architecture else None)
+    if lacks is None:
+        assert not FP8().emulate
+    else:
+        with pytest.raises(ValueError, match=rf"needs float8 units, and {lacks}\. Write precision=FP8\(emulate=True\)"):
+            FP8()
+
+
+@pytest.mark.parametrize("kind", [FP8, MXFP8])
+def test_a_run_beside_its_gpu(monkeypatch: pytest.MonkeyPatch, make_fit: MakeFit, kind: type[FP8 | MXFP8]) -> None:
+    card = SimpleNamespace(name="Card", major=10, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    precision = kind()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=rf"this run's device is cpu\..*{kind.__name__}\(emulate=True\)"):
+        make_fit(Deep(), rows(), strategy=Single(device="cpu"), precision=precision)
+
+
+@pytest.mark.parametrize("kind", [FP8, MXFP8])
+def test_without_torchao(monkeypatch: pytest.MonkeyPatch, kind: type[FP8 | MXFP8]) -> None:
+    monkeypatch.setattr(fp8, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"torchao, which isn't installed\. Run: pip install 'stratagem\[fp8\]'"):
+        kind(emulate=True)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"recipe": "blockwise"}, "'tensorwise', 'rowwise', 'rowwise_with_gw_hp'.*'blockwise'"),
@@ -125,9 +173,14 @@ def test_nothing_to_convert(make_fit: MakeFit) -> None:
         fit.train()
 
 
-@pytest.mark.parametrize(("first", "second"), [("fp8", "32-true"), ("32-true", "fp8")])
+OTHERS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [*(("fp8", other) for other in OTHERS), ("32-true", "fp8"), ("bf16-true", "fp8")]
+)
 def test_checkpoints_load_under_another_format(make_fit: MakeFit, tmp_path: Any, first: str, second: str) -> None:
-    formats = {"fp8": FP8(emulate=True), "32-true": "32-true"}
+    formats: dict[str, Any] = {"fp8": FP8(emulate=True), **{word: word for word in OTHERS}}
     saving = {"save_strategy": "steps", "save_steps": 10, "max_steps": 10}
     whole = losses(make_fit, formats[second])
     begun = losses(make_fit, formats[first], **saving)
