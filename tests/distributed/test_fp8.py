@@ -161,9 +161,20 @@ def test_mxfp8(ranks: dict[int, Ranks], strategy: str) -> None:
     assert first["curves"]["loss"] != expected
 
 
-@pytest.mark.parametrize("precision", [FP8(emulate=True), FP8(emulate=True, all_gather=True)], ids=str)
-def test_compiled_shards(ranks: dict[int, Ranks], precision: FP8) -> None:
-    options = {"strategy": "fsdp2", "precision": precision, "per_device_train_batch_size": 8, "max_steps": 4}
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        ("ddp", FP8(emulate=True)),
+        ("fsdp1", FP8(emulate=True)),
+        ("fsdp2", FP8(emulate=True)),
+        ("fsdp2", FP8(emulate=True, all_gather=True)),
+        ("tp", FP8(emulate=True)),
+    ],
+    ids=str,
+)
+def test_compiled_blocks(ranks: dict[int, Ranks], strategy: str, precision: FP8) -> None:
+    batch_size = 16 if strategy == "tp" else 8
+    options = {"strategy": strategy, "precision": precision, "per_device_train_batch_size": batch_size, "max_steps": 4}
     plain, _ = ranks[2].run(train, **options)
     compiled, other = ranks[2].run(train, torch_compile=True, **options)
     assert compiled["curves"]["loss"] == other["curves"]["loss"]

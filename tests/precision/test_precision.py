@@ -1,8 +1,10 @@
 """Number formats: the dtypes that forward sees, what stays float32, names, and the loss scale's state."""
 
+import itertools
+
 import pytest
 import torch
-from stratagem import TrainModule
+from stratagem import Callback, TrainModule
 from stratagem.precision import PRECISIONS, BF16Mixed, FP16Mixed, Full, Precision, get_precision
 from stratagem.precision.registry import class_of
 from tiny import Dropping, Float64, MakeFit, Regressor, collate, parameters_of, regression_rows
@@ -56,8 +58,6 @@ def test_what_is_computed_in_which_dtype(
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_gradients_and_moments_are_float32(make_fit: MakeFit, precision: str) -> None:
-    from stratagem import Callback
-
     class Looks(Callback):
         dtypes: set[torch.dtype] = set()
 
@@ -151,21 +151,54 @@ def scales(fit: object) -> list[float]:
     return [line["loss_scale"] for line in fit.state.log_history]  # type: ignore[attr-defined]
 
 
-def test_the_scale_grows_and_is_saved(make_fit: MakeFit) -> None:
-    options = {"max_steps": 7, "logging_steps": 1, "save_strategy": "steps", "save_steps": 4}
-    fit = make_fit(
-        Regressor(), regression_rows(4), precision=FP16Mixed(initial_scale=4.0, growth_interval=3), **options
-    )
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_scale_grows_and_is_saved(make_fit: MakeFit, accumulation: int) -> None:
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 7,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    rows = regression_rows(12)
+    fit = make_fit(Regressor(), rows, precision=FP16Mixed(initial_scale=4.0, growth_interval=3), **options)
     fit.train()
-    # It doubles after the third update and after the sixth.
+    # It doubles after the third update and after the sixth, whatever their micro-batches.
     assert scales(fit) == [4.0, 4.0, 8.0, 8.0, 8.0, 16.0, 16.0]
     path = fit.args.output_dir + "/checkpoint-4"
-    resumed = make_fit(
-        Regressor(), regression_rows(4), precision=FP16Mixed(initial_scale=512.0, growth_interval=3), **options
-    )
+    resumed = make_fit(Regressor(), rows, precision=FP16Mixed(initial_scale=512.0, growth_interval=3), **options)
     resumed.train(resume_from_checkpoint=path)
     # One update since the scale grew was counted before the checkpoint.
     assert scales(resumed) == [4.0, 4.0, 8.0, 8.0, 8.0, 16.0, 16.0]
+
+
+@pytest.mark.parametrize("overflowing", [0, 1, 2])
+def test_an_overflow_in_any_micro_batch_skips_the_update(make_fit: MakeFit, overflowing: int) -> None:
+    """The scale is halved once, when the update's last micro-batch is done."""
+    rows = regression_rows(18)
+    rows[6 + 2 * overflowing]["x"] = torch.full((3,), 1e30)  # no float16 number; in the second of three updates
+    module, weights = Regressor(), []
+
+    class Watch(Callback):
+        def on_step_end(self, *args: object, **context: object) -> None:
+            weights.append(parameters_of(module))
+
+    fit = make_fit(
+        module,
+        rows,
+        precision=FP16Mixed(initial_scale=64.0),
+        callbacks=[Watch()],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps=3,
+        logging_steps=1,
+    )
+    fit.train()
+    assert scales(fit) == [64.0, 32.0, 32.0]
+    assert fit.state.skipped_updates == 1
+    moved = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
+    assert moved == [False, True]
 
 
 def test_the_state_of_a_scale_goes_through_json() -> None:
