@@ -1,13 +1,12 @@
 """Means of what the loss returns, kept on the device between logs and read once at each."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SumOverRanks = Callable[[Tensor], Tensor]
+from ..strategies.base import Strategy
 
 
 class Averages:
@@ -17,15 +16,13 @@ class Averages:
     ranks in one collective and reads them in one transfer.
 
     Args:
-        sum_over_ranks: the strategy's sum over data-parallel ranks.
-        device: where the values live.
+        strategy: reads the values, and sums them over ranks.
     """
 
     FOLD = 1024  # references before they are stacked into one tensor, to bound memory in runs that log rarely
 
-    def __init__(self, sum_over_ranks: SumOverRanks, device: torch.device) -> None:
-        self.sum_over_ranks = sum_over_ranks
-        self.device = device
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
         self.shares: dict[str, Tensor] = {}  # of the update that is under way
         self.pending: dict[str, list[Tensor]] = {}
         self.settled: dict[str, list[float]] = {}
@@ -65,13 +62,13 @@ class Averages:
         if not self.pending:
             return
         names = list(self.pending)
-        rows = [torch.cat([value.reshape(-1) for value in self.pending[name]]) for name in names]
-        counts = [torch.as_tensor(count, device=self.device).reshape(1) for count in (self.items, self.tokens)]
-        # float64 holds a float32 loss and any count exactly.
-        values = self.sum_over_ranks(torch.cat([row.double() for row in (*rows, *counts)])).tolist()
-        for name, row in zip(names, rows, strict=True):
-            self.settled.setdefault(name, []).extend(values[: len(row)])
-            del values[: len(row)]
+        rows = [value for name in names for value in self.pending[name]]
+        counts = [torch.as_tensor(count, device=self.strategy.device) for count in (self.items, self.tokens)]
+        values = self.strategy.read([*rows, *counts], summed=True)
+        for name in names:
+            length = sum(value.numel() for value in self.pending[name])
+            self.settled.setdefault(name, []).extend(values[:length])
+            del values[:length]
         self.counts_settled = [before + int(more) for before, more in zip(self.counts_settled, values, strict=True)]
         self.items = self.tokens = 0
         self.pending.clear()

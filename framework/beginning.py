@@ -27,7 +27,7 @@ def begin(fit: "Fit", path: Path | None) -> None:
     fit.place()
     fit.state.__init__()  # type: ignore[misc]
     fit.epoch_index, fit.schedule_is_due = 0, False
-    fit.averages = Averages(fit.strategy.sum_over_data_ranks, fit.strategy.device)
+    fit.averages = Averages(fit.strategy)
     reset_optimizer(fit)
     if path is not None:
         resolve_resumed_length(fit, path)
@@ -36,6 +36,7 @@ def begin(fit: "Fit", path: Path | None) -> None:
         fit.random_to_restore = None
         fit.stream.load_state_dict({"position": 0})
         random_state.seed_everything(fit.args.seed + fit.strategy.data_rank)
+        fit.strategy.seed(fit.args.seed)
     else:
         fit.random_to_restore = checkpoint.restore(fit, path)
         if fit.args.ignore_data_skip:
@@ -55,7 +56,7 @@ def place(fit: "Fit") -> None:
 
     def prepare(module: nn.Module) -> None:  # when all layers are there
         fit.parameter_count = sum(parameter.numel() for parameter in module.parameters())
-        prepare_module(fit.module, fit.args)
+        prepare_module(fit.module, fit.args, fit.strategy)
 
     def configure_optimizer(module: nn.Module) -> Optimizer:  # when the parameters are final
         return fit.module.configure_optimizer(fit.args)

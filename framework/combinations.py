@@ -27,11 +27,19 @@ UNSUITED: Mapping[tuple[str, str], str] = {
     ): "the scales of its 8-bit moments belong to whole weights, and flat shards hold pieces of them; "
     "use optim='adamw', or strategy='ddp'",
     ("Rprop", "dtensor"): "torch's Rprop can't step on DTensor shards; use another optimizer, or strategy='ddp'",
+    ("Adafactor", "lazy"): "torch's Adafactor reads numbers from the device while it steps; use optim='adamw'",
+    ("AdamW8bit", "lazy"): "bitsandbytes has no XLA kernels; use optim='adamw'",
+    **dict.fromkeys(
+        [(f"fused {optimizer}", "lazy") for optimizer in ("Adagrad", "Adam", "AdamW", "SGD")],
+        "torch has no fused kernels for XLA, which fuses by itself; leave fused=True out",
+    ),
     ("fused SGD", "dtensor"): "torch's SGD can't step fused on DTensor shards; leave fused=True out",
     ("fused Adagrad", "dtensor"): "torch's Adagrad can't step fused on DTensor shards; leave fused=True out",
 }
 MOVING_OUTSIDE_STEP = (*UPDATING_IN_BACKWARD, "schedule_free_adamw")
 CLASSES = {  # of optim, see UNSUITED
+    "adam": "Adam",
+    "adamw": "AdamW",
     "adafactor": "Adafactor",
     "adagrad": "Adagrad",
     "adamw_8bit": "AdamW8bit",
@@ -77,6 +85,8 @@ def check_combination(
         args.label_smoothing_factor > 0 and strategy.splits_classes,
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
+    for argument, why in strategy.refusals.items():
+        refuse(argument, bool(getattr(args, argument)), why)
     taken = inspect.signature(module.forward).parameters
     refuse(
         "past_index",

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .data import DataStream
-from .module import move_to
 from .objective import Weightless, labels_of
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def run(
         for batch in fit.batches(stream, 0):
             count = objective.count(batch)
             is_mine = not isinstance(batch, Weightless)
-            inputs = move_to(batch.batch if isinstance(batch, Weightless) else batch, strategy.device)
+            inputs = strategy.to_device(batch.batch if isinstance(batch, Weightless) else batch)
             with strategy.forward_context():
                 outputs = objective.forward(model, inputs)
                 values: dict[str, Tensor] = {}
@@ -68,13 +67,14 @@ def run(
                     metric.update(*fit.module.metric_inputs(outputs, inputs))
                 if keeps:
                     kept.append((to_host(outputs, ignored), to_host(labels_of(inputs), set())))
+            strategy.execute()
             fit.emit("on_prediction_step")
     finally:
         model.train(was_training)
         objective.past = past
         fit.memory.begin(stage)
     report = {
-        "sums": dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {},
+        "sums": dict(zip(sums, strategy.read(list(sums.values())), strict=True)) if sums else {},
         "metrics": {name: host_states(metric) for name, metric in metrics.items()},
         "predictions": kept,
     }

@@ -27,7 +27,7 @@ from .combinations import check_combination, check_optimizer_by_name, check_prec
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
 from .memory import MemoryByStage
-from .module import TrainModule, move_to
+from .module import TrainModule
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .optimizer_mode import OptimizerMode
 from .run_length import run_length
@@ -147,7 +147,7 @@ class Fit:
         self.control = Control()
         self.exchange = UpdateExchange(self.strategy, self.control)
         fresh.listen(self)
-        self.averages = Averages(self.strategy.sum_over_data_ranks, self.strategy.device)
+        self.averages = Averages(self.strategy)
         self.memory = MemoryByStage(self.strategy.device)
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
@@ -301,8 +301,7 @@ class Fit:
         self.averages.count(count, self.count_tokens(inputs))
         if isinstance(inputs, Weightless):
             inputs = inputs.batch
-        if self.strategy.device.type != "cpu":
-            inputs = move_to(inputs, self.strategy.device)
+        inputs = self.strategy.to_device(inputs)
         is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
         if is_empty:
             loss, outputs = self.compute_loss(model, inputs, True, num_items_in_batch)
@@ -316,12 +315,12 @@ class Fit:
         ranks = self.strategy.gradient_ranks
         num_items = count if num_items_in_batch is None else num_items_in_batch
         if is_empty or not self.objective.takes_num_items:
-            loss = weigh(loss, count, num_items, ranks)
+            loss = weigh(loss, count, num_items, ranks, self.strategy.factor)
         elif ranks > 1:
             loss = loss * ranks
         self.strategy.backward(loss)
         for name, value in self.extras.items():
-            self.averages.add_share(name, weigh(value, count, num_items, 1))
+            self.averages.add_share(name, weigh(value, count, num_items, 1, self.strategy.factor))
         return loss.detach() if ranks == 1 else loss.detach() / ranks
 
     def compute_loss(
@@ -410,17 +409,16 @@ class Fit:
         """After a resume, once the data stands where it stood: the random state of that moment."""
         if self.random_to_restore is not None:
             random_state.restore(self.random_to_restore)
+            self.strategy.restore_random_state(self.random_to_restore)
             self.random_to_restore = None
 
     def get_train_dataloader(self) -> DataStream:
         """The stream of training batches of this rank."""
-        s = self.strategy
-        return make_stream(self.train_data, self.args, s.device, s.data_rank, s.data_size, training=True)
+        return make_stream(self.train_data, self.args, self.strategy, training=True)
 
     def get_eval_dataloader(self, data: Any) -> DataStream:
         """The stream of evaluation batches of this rank."""
-        s = self.strategy
-        return make_stream(data, self.args, s.device, s.data_rank, s.data_size, training=False)
+        return make_stream(data, self.args, self.strategy, training=False)
 
     def batches(self, stream: DataStream, epoch: int) -> Iterator[Any]:
         """This rank's micro-batches of one epoch, each cut to the rank's part where ranks share samples."""

@@ -1,17 +1,17 @@
 """Activation checkpointing: blocks keep their inputs only and compute the rest again in backward."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from ..strategies.base import Strategy
 from .forwards import Forward, wrap_forward
 from .module import TrainModule
 
 
-def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any]) -> None:
+def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any], strategy: Strategy) -> None:
     """Have a module's blocks recomputed in backward (Chen et al., 2016); its parameters keep their names.
 
     A model with a method of its own for it (as transformers' have, under a new name since version 5) is asked to; else
@@ -20,14 +20,15 @@ def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any
     Args:
         module: before the strategy places it.
         options: of torch.utils.checkpoint.checkpoint; ``use_reentrant`` is False unless given.
+        strategy: brings the function that recomputes.
 
     Raises:
         ValueError: the module has no blocks to recompute.
     """
-    options = {"use_reentrant": False, **options}
+    options = {**strategy.recompute_options, **options}
     for kind in ("activation_checkpointing", "gradient_checkpointing"):
         own = getattr(module, f"{kind}_enable", None)
-        if own is not None:
+        if own is not None and strategy.models_may_recompute:
             own(**{f"{kind}_kwargs": options})
             return
     units = module.shard_units()
@@ -37,15 +38,15 @@ def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any
             "layers of one class. Write shard_units(self) on your TrainModule."
         )
     for unit in units:
-        wrap_forward(unit, lambda forward: recomputed(forward, options))
+        wrap_forward(unit, lambda forward: recomputed(forward, strategy.recompute, options))
 
 
-def recomputed(forward: Forward, options: Mapping[str, Any]) -> Forward:
+def recomputed(forward: Forward, recompute: Callable[..., Any], options: Mapping[str, Any]) -> Forward:
     """A block's forward, checkpointed while the block is in training."""
 
     def call(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not unit.training:
             return forward(unit, *args, **kwargs)
-        return checkpoint(MethodType(forward, unit), *args, **options, **kwargs)
+        return recompute(MethodType(forward, unit), *args, **options, **kwargs)
 
     return call

@@ -87,6 +87,7 @@ def run(fit: "Fit") -> None:
                 fit.settle_schedule()
             for parameter in trainable:
                 parameter.grad = None
+            strategy.execute()
 
             assert update_loss is not None
             fit.averages.end_update(update_loss)

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -240,16 +239,3 @@ def forward_call(module: nn.Module) -> Call:
         return model(batch)
 
     return call
-
-
-def move_to(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; copies from page-locked memory overlap with computation."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: move_to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move_to(value, device) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(move_to(value, device) for value in batch)
-    return batch

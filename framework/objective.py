@@ -200,7 +200,13 @@ def differentiable(outputs: Any) -> Iterator[Tensor]:
             yield from differentiable(part)
 
 
-def weigh(loss: Tensor, count: Count, num_items: Count, ranks: int) -> Tensor:
+def weigh(
+    loss: Tensor,
+    count: Count,
+    num_items: Count,
+    ranks: int,
+    factor: Callable[[float], float | Tensor] = float,
+) -> Tensor:
     """The micro-batch's share of the update's loss, times the number of ranks that gradients are averaged over.
 
     Args:
@@ -208,12 +214,13 @@ def weigh(loss: Tensor, count: Count, num_items: Count, ranks: int) -> Tensor:
         count: items in this micro-batch on this rank.
         num_items: items in the update over all ranks; a tensor where ranks were summed.
         ranks: that gradients are averaged over.
+        factor: the strategy's.
     """
     if isinstance(count, int):
         if count == 0:  # the mean over nothing is NaN; its share is nothing
             return torch.nan_to_num(loss) * 0.0
         if isinstance(num_items, int):
-            return loss if count == num_items and ranks == 1 else loss * (count * ranks / num_items)
+            return loss if count == num_items and ranks == 1 else loss * factor(count * ranks / num_items)
         return loss * (count * ranks / num_items)
     share = count * ranks / num_items
     return torch.where(count == 0, torch.nan_to_num(loss) * 0.0, loss * share)

@@ -3,6 +3,7 @@
 import torch
 
 from ..precision.quantized import keep_trainable
+from ..strategies.base import Strategy
 from .arguments import FitArguments
 from .callbacks import Callback
 from .forwards import wrap_forward
@@ -10,12 +11,13 @@ from .gradient_checkpointing import enable_gradient_checkpointing
 from .module import TrainModule
 
 
-def prepare_module(module: TrainModule, args: FitArguments) -> None:
+def prepare_module(module: TrainModule, args: FitArguments, strategy: Strategy) -> None:
     """Activation checkpointing, then compilation, as the arguments ask for; parameters keep their names.
 
     Args:
         module: all its layers are there; it is not yet sharded or wrapped.
         args: of the run.
+        strategy: says how blocks are recomputed.
 
     Raises:
         ValueError: an argument has no effect on this module.
@@ -27,7 +29,7 @@ def prepare_module(module: TrainModule, args: FitArguments) -> None:
         )
     keep_trainable(module)
     if args.gradient_checkpointing:
-        enable_gradient_checkpointing(module, args.gradient_checkpointing_kwargs)
+        enable_gradient_checkpointing(module, args.gradient_checkpointing_kwargs, strategy)
     if args.torch_compile:
         # Block by block: every block is the same code, so it is compiled once, and sharding can work between blocks.
         for part in module.shard_units() or [module]:

@@ -27,6 +27,7 @@ PLACEMENTS: Mapping[str, str] = {
     "tp": "strategy='tp'",
     "fsdp2 x tp": "strategy=FSDP2(tensor_parallel=2)",
     "deepspeed": "strategy='deepspeed'",
+    "xla": "strategy='xla'",
 }
 
 
@@ -50,18 +51,32 @@ APEX_WHOLE = (
     "apex.amp keeps whole float32 weights beside a whole model, and sees no overflow on other ranks' shards. Use "
     "strategy='ddp', or precision='16-mixed', which does the same under every sharding."
 )
-APEX = cells(APEX_WHOLE, "dp", "fsdp1", "fsdp2", "tp", "fsdp2 x tp", "deepspeed")
+XLA_GRADIENTS = (
+    "float32 gradients beside 16-bit parameters need torch 2.10, and torch_xla ends with torch 2.9. Use "
+    "precision='bf16-mixed'."
+)
+XLA_SCALES = (
+    "whether a step is skipped would be read from the device before each update. Use precision='bf16-mixed', which "
+    "needs no loss scaling."
+)
+XLA_LAYERS = "its layers call kernels that torch_xla doesn't have. Use precision='bf16-mixed'."
+APEX = cells(APEX_WHOLE, "dp", "fsdp1", "fsdp2", "tp", "fsdp2 x tp", "deepspeed", "xla")
 
 MATRIX: Mapping[str, Mapping[str, str]] = {
     "32-true": {},
     "64-true": cells(ZERO_MASTERS, "deepspeed"),
     "bf16-mixed": {},
-    "bf16-true": cells(ZERO_MASTERS, "deepspeed"),
-    "16-mixed": cells(ZERO_SCALES, "deepspeed"),
-    "16-true": cells(ZERO_SCALES, "deepspeed"),
-    "fp8": cells(ZERO_UNSEEN, "deepspeed"),
-    "mxfp8": cells(ZERO_UNSEEN, "deepspeed"),
-    "fp8-te": {**cells(TE_CUT, "tp", "fsdp2 x tp"), **cells(TE_COPIES, "dp"), **cells(ZERO_UNSEEN, "deepspeed")},
+    "bf16-true": {**cells(ZERO_MASTERS, "deepspeed"), **cells(XLA_GRADIENTS, "xla")},
+    "16-mixed": {**cells(ZERO_SCALES, "deepspeed"), **cells(XLA_SCALES, "xla")},
+    "16-true": {**cells(ZERO_SCALES, "deepspeed"), **cells(XLA_SCALES, "xla")},
+    "fp8": {**cells(ZERO_UNSEEN, "deepspeed"), **cells(XLA_LAYERS, "xla")},
+    "mxfp8": {**cells(ZERO_UNSEEN, "deepspeed"), **cells(XLA_LAYERS, "xla")},
+    "fp8-te": {
+        **cells(TE_CUT, "tp", "fsdp2 x tp"),
+        **cells(TE_COPIES, "dp"),
+        **cells(ZERO_UNSEEN, "deepspeed"),
+        **cells(XLA_LAYERS, "xla"),
+    },
     "apex-O1": APEX,
     "apex-O2": APEX,
 }

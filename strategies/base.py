@@ -4,16 +4,19 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from ..precision.base import Precision, ShapesOnRank
 from ..precision.linear_layers import put_back
 from ..precision.matrix import check_cell
 from ..precision.registry import did_you_mean
+from .devices import default_device, move_to
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
 Prepare = Callable[[nn.Module], None]
@@ -68,13 +71,15 @@ class Strategy:
         for each update:
             for each micro-batch:
                 split_batch         on the host, before its items are counted; in evaluation too
+                to_device           in evaluation too
                 accumulate(last)    entered around forward and backward; gradients are reduced on the last
                 forward_context     entered around forward and loss
                 backward
             prepare_gradients       unscale
             clip_grad_norm          the true norm over all shards
             step                    may be skipped by loss scaling
-        sum_over_data_ranks, gather, broadcast, barrier
+            execute                 when the gradients are gone; in evaluation after each micro-batch
+        sum_over_data_ranks, read, gather, broadcast, barrier
         model_state, optimizer_state, load_optimizer_state
         tell_failure, release, begin_again      where a run that failed is begun anew; attempt is entered around it
         tear_down
@@ -112,6 +117,13 @@ class Strategy:
     gradients_are_final_in_backward: ClassVar[bool] = False
     """Whether what backward accumulates in a parameter is the gradient of the whole update, or its last part: then an
     optimizer may consume it there and then (LOMO)."""
+    refusals: ClassVar[Mapping[str, str]] = {}
+    """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
+    recompute: Callable[..., Any] = staticmethod(checkpoint)
+    """Called as torch.utils.checkpoint.checkpoint: computes a block's activations anew in backward."""
+    recompute_options: ClassVar[Mapping[str, Any]] = {"use_reentrant": False}
+    models_may_recompute: ClassVar[bool] = True
+    """Whether a model's own method for it, which calls torch's function, does as well."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0
@@ -240,6 +252,10 @@ class Strategy:
         """This rank's part of a micro-batch whose sequences it shares with other ranks."""
         return batch
 
+    def to_device(self, batch: Any) -> Any:
+        """A micro-batch with its tensors where the module computes."""
+        return batch if self.device.type == "cpu" else move_to(batch, self.device)
+
     def join_outputs(self, outputs: Sequence[Any]) -> Any:
         """On the host: what forward gave the ranks that share a micro-batch, in their order, as one device gives it."""
         return outputs[0]
@@ -252,6 +268,10 @@ class Strategy:
     def forward_context(self) -> AbstractContextManager[Any]:
         """Entered around forward and loss."""
         return self.precision.forward_context()
+
+    def factor(self, value: float) -> float | Tensor:
+        """A number that a loss is multiplied by, and that is another one in the next micro-batch."""
+        return value
 
     def local_loss(self, loss: Tensor) -> Tensor:
         """The loss as a plain 0-dim tensor on this rank, where the strategy's forward leaves it spread or repeated."""
@@ -292,6 +312,9 @@ class Strategy:
         """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""
         self.precision.weights_have_changed(self.module)
 
+    def execute(self) -> None:
+        """Have the device begin on what it was given so far, where a strategy gathers that first."""
+
     def step_was_skipped(self) -> bool:
         """Whether the last ``step`` left the parameters alone. Waits at most for that step, never for later work."""
         return self.precision.step_was_skipped()
@@ -301,6 +324,19 @@ class Strategy:
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks that gradients are averaged over; may be the tensor itself, changed in place."""
         return tensor
+
+    def read(self, tensors: Sequence[Tensor], *, summed: bool = False) -> list[float]:
+        """The numbers in some tensors, one after the other, in one transfer. Waits for the device.
+
+        Args:
+            tensors: on the device.
+            summed: over the ranks that gradients are averaged over. Collective then.
+        """
+        rows = [tensor.reshape(-1) for tensor in tensors]
+        # float64 holds a float32 loss and any count exactly; neighbours of one dtype are widened together.
+        parts = [torch.cat(list(alike)).double() for _, alike in groupby(rows, key=lambda row: row.dtype)]
+        numbers = torch.cat(parts)
+        return (self.sum_over_data_ranks(numbers) if summed else numbers).tolist()
 
     def max_over_ranks(self, tensor: Tensor) -> None:
         """Replace the tensor by its largest value over all ranks, in place."""
@@ -361,6 +397,18 @@ class Strategy:
             RuntimeError: another rank has ended instead, or doesn't come.
         """
         self.set_up(self.precision)
+
+    # Random numbers of devices that torch's own functions for them don't reach.
+
+    def seed(self, seed: int) -> None:
+        """Seed the device's generators."""
+
+    def random_state(self) -> dict[str, Any]:
+        """Their state, as JSON types."""
+        return {}
+
+    def restore_random_state(self, state: Mapping[str, Any]) -> None:
+        """Set them to a state that holds what ``random_state`` gave, unless it was saved on other devices."""
 
     # State, by fully qualified parameter name. Tensors may be sharded (DTensor): no rank holds the whole model.
 
@@ -441,9 +489,3 @@ class Strategy:
             if getattr(self.options, field.name) != field.default
         )
         return f"{type(self).__name__}({', '.join(given)})"
-
-
-def default_device() -> torch.device:
-    """The accelerator this machine has, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)

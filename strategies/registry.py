@@ -16,6 +16,7 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dp": ("dp:DP", {}),
     "deepspeed": ("deepspeed:DeepSpeed", {}),
     **{f"deepspeed_stage_{stage}": ("deepspeed:DeepSpeed", {"stage": stage}) for stage in range(4)},
+    "xla": ("xla:XLASPMD", {}),
 }
 ALIASES: Mapping[str, str] = {"fsdp": "fsdp2"}
 

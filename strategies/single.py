@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Strategy, default_device
+from .base import Strategy
+from .devices import default_device
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,29 @@ def ready_plan(names: Iterable[str]) -> Plan:
 def _style(
     name: str, style: "str | ParallelStyle", layer: nn.Module, degree: int, loss_parallel: bool
 ) -> ParallelStyle:
+    check_cut(name, style, layer, degree)
     if isinstance(style, ParallelStyle):
         return style
+    if loss_parallel and style.startswith("colwise_gather"):
+        layout = Shard(1) if style.endswith("sequence") else Replicate()
+        return ColwiseParallel(input_layouts=layout, output_layouts=Shard(-1), use_local_output=False)
+    return STYLES[style]()
+
+
+def check_cut(name: str, style: "str | ParallelStyle", layer: nn.Module, degree: int) -> None:
+    """Refuse a style that a layer can't be cut by; what a style of the user's own can do isn't known.
+
+    Args:
+        name: of the layer.
+        style: from the plan.
+        layer: its weight is whole.
+        degree: parts.
+
+    Raises:
+        ValueError: no such style, no such layer, or a size that can't be cut.
+    """
+    if isinstance(style, ParallelStyle):
+        return
     if style not in STYLES:
         raise ValueError(
             f"tensor_parallel_plan: {name!r} has an unknown style {style!r}. {did_you_mean(style, STYLES)}"
@@ -167,10 +188,6 @@ def _style(
             f"{weight.shape[dimension]} entries in dimension {dimension}, which {degree} ranks don't divide. "
             f"Use a tensor_parallel degree that divides it, or leave the layer out of the plan."
         )
-    if loss_parallel and style.startswith("colwise_gather"):
-        layout = Shard(1) if style.endswith("sequence") else Replicate()
-        return ColwiseParallel(input_layouts=layout, output_layouts=Shard(-1), use_local_output=False)
-    return STYLES[style]()
 
 
 def tied_parameters(module: nn.Module) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:

@@ -88,7 +88,8 @@ def take(fit: "Fit") -> Snapshot:
         "optimizer_numbers": numbers,
         "frozen": fit.frozen,
     }
-    return Snapshot(without(model, names), tensors, as_json(state), json.dumps(random_state.capture()))
+    random = {**random_state.capture(), **strategy.random_state()}
+    return Snapshot(without(model, names), tensors, as_json(state), json.dumps(random))
 
 
 def as_json(state: Mapping[str, Any]) -> str:

@@ -12,22 +12,21 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from .mapped import MapStream
 from .reread import IterableStream, LoaderStream
 from .stream import DataStream, LoaderOptions
 
 
-def make_stream(
-    data: Any, args: FitArguments, device: torch.device, rank: int, size: int, *, training: bool
-) -> DataStream:
+def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: bool) -> DataStream:
     """The stream over a Dataset, an IterableDataset or a ready DataLoader.
 
     Args:
         data: what the user gave. A DataLoader brings its own batch size, order, collation and workers.
         args: batch sizes, workers, seed and shuffling for the others.
-        device: pinned memory is used where this is a GPU.
-        rank, size: this rank among the data-parallel ranks.
+        strategy: says which rank this is among the data-parallel ones, and how many devices it feeds; on GPUs, memory
+            is pinned.
         training: shuffle and use the training batch size; else neither.
 
     Raises:
@@ -35,14 +34,16 @@ def make_stream(
         TypeError: it is none of the three.
     """
     seed = args.seed if args.data_seed is None else args.data_seed
+    rank, size = strategy.data_rank, strategy.data_size
+    per_device = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
     options = LoaderOptions(
-        batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+        batch_size=per_device * strategy.devices_per_rank,
         shuffle=args.shuffle and training,
         drop_last=args.dataloader_drop_last and training,
         collate_fn=default_collate,
         workers={
             "num_workers": args.dataloader_num_workers,
-            "pin_memory": args.dataloader_pin_memory and device.type == "cuda",
+            "pin_memory": args.dataloader_pin_memory and strategy.device.type == "cuda",
             "persistent_workers": args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
             "prefetch_factor": args.dataloader_prefetch_factor,
         },

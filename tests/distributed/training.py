@@ -79,7 +79,8 @@ class Tagger(TrainModule):
             {"params": decayed, "weight_decay": 0.1},
             {"params": plain, "weight_decay": 0.0, "betas": (0.8, 0.99)},
         ]
-        return torch.optim.AdamW(groups, lr=args.learning_rate, eps=1e-4, fused=True)
+        fused = self.head.weight.device.type == "cpu"  # XLA has no such kernels
+        return torch.optim.AdamW(groups, lr=args.learning_rate, eps=1e-4, fused=fused)
 
     def tensor_parallel_plan(self) -> dict[str, str]:
         return {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}

@@ -14,6 +14,7 @@ from stratagem.framework.data.mapped import MapStream
 from stratagem.framework.data.reread import IterableStream, LoaderStream
 from stratagem.framework.data.stream import batch_seed
 from stratagem.framework.objective import Weightless
+from stratagem.strategies import Strategy
 from tiny import NoisyRows, Numbers, NumberStream, RowStream
 from torch import Tensor
 from torch.utils.data import (
@@ -33,7 +34,9 @@ SPLITS = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 4, 1), (2, 2, 2), (2, 1, 4), (4, 
 
 
 def stream_of(data: Any, rank: int = 0, size: int = 1, training: bool = True, **arguments: Any) -> DataStream:
-    return make_stream(data, FitArguments(**arguments), CPU, rank, size, training=training)
+    strategy = Strategy()
+    strategy.data_rank, strategy.data_size = rank, size
+    return make_stream(data, FitArguments(**arguments), strategy, training=training)
 
 
 def flat(parts: Iterable[list[int]]) -> list[int]:

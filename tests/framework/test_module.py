@@ -8,10 +8,12 @@ import pytest
 import torch
 from stratagem import FitArguments, TrainModule
 from stratagem.framework.averages import Averages, mean_of_finite
-from stratagem.framework.module import forward_call, move_to
+from stratagem.framework.module import forward_call
 from stratagem.framework.objective import Objective
 from stratagem.framework.optimizers import decay_groups
 from stratagem.framework.schedulers import make_scheduler
+from stratagem.strategies import Strategy
+from stratagem.strategies.devices import move_to
 from tiny import MakeFit, Regressor, collate, parameters_of, regression_rows
 from torch import Tensor, nn
 
@@ -265,7 +267,7 @@ def test_schedules_over_six_updates_with_two_of_warmup(name: str, expected: list
 
 
 def averages() -> Averages:
-    return Averages(lambda tensor: tensor, torch.device("cpu"))
+    return Averages(Strategy())
 
 
 def test_averages_keep_each_updates_values() -> None:

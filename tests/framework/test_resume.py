@@ -15,6 +15,7 @@ from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework import random_state
 from stratagem.framework.data import make_stream
 from stratagem.precision import FP16Mixed
+from stratagem.strategies import Strategy
 from tiny import (
     Dropping,
     Float64,
@@ -563,7 +564,7 @@ def test_nothing_is_read_again_to_resume_in_ten_million_rows(make_fit: MakeFit, 
 def test_a_position_far_into_ten_million_rows_is_a_jump() -> None:
     data = Huge()
     for shuffle in (True, False):
-        stream = make_stream(data, FitArguments(shuffle=shuffle), torch.device("cpu"), 0, 1, training=True)
+        stream = make_stream(data, FitArguments(shuffle=shuffle), Strategy(), training=True)
         stream.load_state_dict({"position": 9_000_000})
         next(stream.epoch(0))
         assert len(data.reads) == 8

@@ -1,0 +1,366 @@
+"""torch_xla's SPMD: one process and one program, which the compiler cuts over all devices by marked shardings."""
+
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from ..precision.registry import did_you_mean
+from .base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
+from .devices import move_to
+from .materialize import materialize
+from .xla_sharding import AXES, DATA, FSDP, Partition, mark, partitions, ties_kept
+
+TORCH, TORCH_XLA = "2.9.0", "2.9.0"  # the last pair that fits together; torch_xla doesn't say which torch it needs
+WARM_UP = 3  # training programs that may be compiled: without optimizer state, with it, and one to spare
+
+
+@dataclass(frozen=True)
+class XLASPMDOptions:
+    """Options of XLASPMD.
+
+    Args:
+        mesh: how the devices are arranged: "data" holds copies of the model, "fsdp" shards it, "tensor" cuts its layers
+            by the module's ``tensor_parallel_plan()``. Their sizes' product is the number of devices; an axis that
+            isn't named has one. None gives all devices to "fsdp".
+    """
+
+    mesh: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        for axis, size in (self.mesh or {}).items():
+            if axis not in AXES:
+                raise ValueError(
+                    f"XLASPMD(mesh={dict(self.mesh or {})}): {axis!r} is no axis. {did_you_mean(axis, AXES)}"
+                )
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"XLASPMD(mesh=...): an axis counts devices, at least 1. Received: {axis!r}: {size!r}")
+
+
+class XLASPMD(Strategy):
+    """``strategy="xla"``: TPUs (or a CPU as several devices) under torch_xla (Xu et al., GSPMD, 2021).
+
+    One process feeds all devices of one host; a micro-batch holds ``per_device_train_batch_size`` samples for each
+    device of "data" and "fsdp". Tensors are marked with how they lie on the mesh, and what a whole update asks for,
+    with all its micro-batches, is compiled and executed as one program. A batch of another shape, such as the short
+    last one of an epoch, is compiled once more. See XLASPMDOptions.
+
+    A checkpoint is written from host memory, which holds the whole model for that time.
+
+    Example:
+        ``Fit(module, data, strategy=XLASPMD(mesh={"fsdp": 4, "tensor": 2}))``
+    """
+
+    name = "xla"
+    Options = XLASPMDOptions
+    options: XLASPMDOptions
+    parameter_form = "lazy"
+    models_may_recompute = False
+    recompute_options: ClassVar[Mapping[str, Any]] = {}
+    refusals: ClassVar[Mapping[str, str]] = {
+        "torch_compile": "has no effect under strategy='xla', which compiles whole updates. Leave it out",
+        "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
+        "process's client. Choose per_device_train_batch_size",
+    }
+
+    mesh: Any
+    hooks: list[RemovableHandle]
+    parameters: dict[str, nn.Parameter]
+    partitions: dict[str, Partition]
+    updates: int
+    compiled_before: int
+    recompilations: int
+    """Updates after the warm-up that had to be compiled."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        check_package()
+
+    def choose_device(self) -> torch.device:
+        """The one device that stands for all of them; makes the mesh."""
+        from torch_xla.distributed.spmd import Mesh
+
+        devices = start()
+        sizes = {axis: (self.options.mesh or {FSDP: devices}).get(axis, 1) for axis in AXES}
+        check_mesh(sizes, devices)
+        self.devices_per_rank = sizes[DATA] * sizes[FSDP]
+        self.mesh = Mesh(list(range(devices)), tuple(sizes.values()), tuple(sizes))
+        self.hooks = []
+        self.updates = self.recompilations = 0
+        self.compiled_before = compilations()
+        return torch.device("xla", 0)
+
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
+        """Build and fill on the host, move, mark, and make the optimizer, whose state follows its parameters."""
+        late = self.build(module)
+        materialize(module, late, torch.device("cpu"))
+        prepare(module)
+        with ties_kept(module):
+            module.to(self.device)  # makes new parameters
+        self.module = self.model = module
+        self.parameters, self.partitions = self.named_parameters(), partitions(module, self.mesh)
+        for name, parameter in self.parameters.items():
+            mark(parameter, self.mesh, self.partitions[name])
+        # Activations stay cut by samples, so that parameters are gathered for a block and not activations.
+        for unit in module.shard_units():  # type: ignore[operator]
+            self.hooks.append(unit.register_forward_hook(lambda _, inputs, outputs: self.mark_outputs(inputs, outputs)))
+        self.optimizer = configure_optimizer(module) if configure_optimizer else None
+        self.precision.initialize(module, self.optimizer)
+
+    def mark_outputs(self, inputs: tuple[Any, ...], outputs: Any) -> Any:
+        """A block's outputs, and their gradients, cut by samples: those whose first dimension is the input's."""
+        from torch_xla.distributed.spmd import mark_sharding_with_gradients
+
+        samples = next((tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.ndim), None)
+
+        def marked(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != samples:
+                return value
+            return mark_sharding_with_gradients(value, self.mesh, by_samples(value))
+
+        return tree_map(marked, outputs)
+
+    # One update.
+
+    def to_device(self, batch: Any) -> Any:
+        """Move a micro-batch, cut by samples: the tensors that have as many as the first."""
+        batch = move_to(batch, self.device)
+        samples: list[int] = []
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim:
+                samples.append(value.shape[0])
+                if value.shape[0] == samples[0]:
+                    mark(value, self.mesh, by_samples(value))
+            return value
+
+        return tree_map(cut, batch)
+
+    def step(self) -> None:
+        """Step the optimizer, and mark the state that it makes in its first step: where the compiler had the choice, it
+        could choose otherwise a step later, and compile twice.
+        """
+        assert self.optimizer is not None
+        is_first = not self.optimizer.state
+        super().step()
+        if is_first:
+            for name, entries in super().optimizer_state().items():
+                for value in entries.values():
+                    self.mark_like(name, value)
+
+    def mark_like(self, name: str, value: Any) -> None:
+        """Mark an entry of a parameter's optimizer state that has a number for each one of the parameter."""
+        if isinstance(value, Tensor) and value.device.type == "xla" and value.shape == self.parameters[name].shape:
+            mark(value, self.mesh, self.partitions[name])
+
+    def factor(self, value: float) -> float | Tensor:
+        """A tensor: two numbers of a program that happen to be equal would become one, and make it another program."""
+        return torch.tensor([value]).to(self.device)[0]  # alone, it would count as a number
+
+    def execute(self) -> None:
+        """Compile what is new, and begin to execute."""
+        import torch_xla
+
+        torch_xla.sync()
+        compiled = compilations()
+        if self.optimizer is not None and self.model.training:
+            self.updates += 1
+            if self.updates > WARM_UP and compiled > self.compiled_before:
+                self.recompilations += 1
+                if self.recompilations & (self.recompilations - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                    warnings.warn(
+                        f"Update {self.updates} had to be compiled, as {self.recompilations} so far beyond the first "
+                        "ones: a shape or a setting differs from those before. Give batches one shape: pad them to one "
+                        "length, and set dataloader_drop_last=True.",
+                        stacklevel=2,
+                    )
+        self.compiled_before = compiled
+
+    def read(self, tensors: Any, *, summed: bool = False) -> list[float]:
+        """As they are, one after the other: joining them would be a program more."""
+        import torch_xla
+
+        on_host = torch_xla._XLAC._xla_get_cpu_tensors(list(tensors))
+        return torch.cat([tensor.reshape(-1).double() for tensor in on_host]).tolist()
+
+    def recompute(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """By torch_xla's own function: a barrier keeps the compiler from finding the first result again.
+
+        Raises:
+            ValueError: it knows one way only.
+        """
+        from torch_xla.utils.checkpoint import checkpoint
+
+        if kwargs.pop("use_reentrant", True) is not True:
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': False} doesn't work under strategy='xla', whose own "
+                "function is reentrant. Leave it out."
+            )
+        preserve = kwargs.pop("preserve_rng_state", True)
+        return checkpoint(partial(function, **kwargs), *args, preserve_rng_state=preserve, use_reentrant=True)
+
+    # Random numbers.
+
+    def seed(self, seed: int) -> None:
+        """Seed the generator that all devices share."""
+        import torch_xla
+
+        torch_xla.manual_seed(seed)
+
+    def random_state(self) -> dict[str, Any]:
+        """That generator's state."""
+        from torch_xla.core import xla_model
+
+        return {"xla": xla_model.get_rng_state()}
+
+    def restore_random_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where it stood; after a run on other devices, from a seed that the host's state gives."""
+        self.seed(state["xla"] if "xla" in state else zlib.crc32(state["torch"].encode()))
+
+    # State: on the host, since a checkpoint is read in torch's own memory.
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Whole parameters and buffers in host memory."""
+        state = {name: on_host(tensor) for name, tensor in self.module.state_dict().items()}
+        return self.precision.saved_weights(self.module, state)
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy each tensor to where its own lies."""
+        own = self.module.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                own[name].copy_(tensor.to(self.device))
+        super().load_model_state(state)
+        self.execute()
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state in host memory."""
+        state = super().optimizer_state()
+        return {name: {key: on_host(value) for key, value in entries.items()} for name, entries in state.items()}
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Move what was on the devices back there, cut as its parameter is; counters stay on the host."""
+
+        def placed(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim:
+                value = value.to(self.device)
+                self.mark_like(name, value)
+            return value
+
+        super().load_optimizer_state(
+            {name: {key: placed(name, value) for key, value in entries.items()} for name, entries in state.items()}
+        )
+        self.execute()
+
+    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients; what is outstanding is executed first."""
+        self.execute()
+        yield from super().full_gradients()
+
+    def release(self, module: nn.Module) -> None:
+        """Take the hooks off, too."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        super().release(module)
+
+
+def check_package() -> None:
+    """Refuse to run without torch_xla, or with a torch that it wasn't built for.
+
+    Raises:
+        ValueError: names the two versions that fit together.
+    """
+    try:
+        found = version("torch_xla")
+    except PackageNotFoundError:
+        found = None
+    if found is None or minor(found) != minor(torch.__version__):
+        beside = "no torch_xla" if found is None else f"torch_xla {found}"
+        raise ValueError(
+            f"strategy='xla' needs torch_xla {TORCH_XLA} with torch {TORCH}, in an environment of their own: "
+            f"pip install torch=={TORCH} torch_xla=={TORCH_XLA}. Found: torch {torch.__version__} and {beside}."
+        )
+
+
+def minor(release: str) -> list[str]:
+    """The part of a version that must be the same in both packages."""
+    return release.split(".")[:2]
+
+
+def start() -> int:
+    """Start the client, once in a process, and make sure that backward works there.
+
+    Returns:
+        The number of devices.
+
+    Raises:
+        RuntimeError: a backward on the host came first.
+    """
+    # Constants 0 and 1 would be a part of the program: where 1 - beta^t has become 1, an update would be compiled anew.
+    os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
+    import torch_xla.runtime as xr
+
+    if not xr.is_spmd():
+        xr.use_spmd()
+    devices = xr.global_runtime_device_count()  # starts the client
+    if xr.process_count() > 1:
+        raise ValueError(
+            f"strategy='xla' feeds the devices of one host from one process, and there are {xr.process_count()} "
+            "processes. Start one."
+        )
+    probe = torch.ones((), device="xla", requires_grad=True)
+    try:
+        (2 * probe).backward()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "strategy='xla' must be set up before the process's first backward on the host, after which torch knows of "
+            "no further devices. Make the Fit first."
+        ) from error
+    return devices
+
+
+def check_mesh(sizes: Mapping[str, int], devices: int) -> None:
+    """Refuse a mesh that doesn't hold all devices.
+
+    Raises:
+        ValueError: says how many there are.
+    """
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if product != devices:
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+        raise ValueError(
+            f"XLASPMD can't arrange {devices} devices as {asked} (a product of {product}): a mesh holds all devices. "
+            f"Write mesh={{'fsdp': {devices}}}, or sizes whose product is {devices}. On a CPU, CPU_NUM_DEVICES in the "
+            "environment says how many it stands for."
+        )
+
+
+def by_samples(tensor: Tensor) -> Partition:
+    """The first dimension cut over all devices that hold different samples."""
+    return ((DATA, FSDP), *[None] * (tensor.ndim - 1))
+
+
+def compilations() -> int:
+    """Programs compiled in this process so far."""
+    from torch_xla.debug import metrics
+
+    return int(metrics.counter_value("UncachedCompile") or 0)
+
+
+def on_host(value: Any) -> Any:
+    """A copy of a tensor in host memory; anything else as it is."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
