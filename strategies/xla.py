@@ -112,10 +112,14 @@ class XLASPMD(Strategy):
         self.parameters, self.partitions = self.named_parameters(), partitions(module, self.mesh)
         for name, parameter in self.parameters.items():
             mark(parameter, self.mesh, self.partitions[name])
+        for buffer in module.buffers():
+            mark(buffer, self.mesh, (None,) * buffer.ndim)
         # Activations stay cut by samples, so that parameters are gathered for a block and not activations.
         for unit in module.shard_units():  # type: ignore[operator]
             self.hooks.append(unit.register_forward_hook(lambda _, inputs, outputs: self.mark_outputs(inputs, outputs)))
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
+        for group in self.capturable_groups():
+            group["capturable"] = True  # counts its steps on the device, instead of handing it other numbers each time
         self.precision.initialize(module, self.optimizer)
 
     def mark_outputs(self, inputs: tuple[Any, ...], outputs: Any) -> Any:
@@ -147,26 +151,38 @@ class XLASPMD(Strategy):
 
         return tree_map(cut, batch)
 
+    def capturable_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups that may compute with tensors where others compute with Python's numbers."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [group for group in groups if "capturable" in group]
+
     def step(self) -> None:
-        """Step the optimizer, and mark the state that it makes in its first step: where the compiler had the choice, it
-        could choose otherwise a step later, and compile twice.
+        """Step the optimizer, with its learning rates as tensors (see ``factor``), and mark the state that it makes in
+        its first step: where the compiler had the choice, it could choose otherwise a step later, and compile twice.
         """
         assert self.optimizer is not None
         is_first = not self.optimizer.state
+        groups = self.capturable_groups()
+        learning_rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = self.factor(group["lr"])
         super().step()
+        for group, learning_rate in zip(groups, learning_rates, strict=True):
+            group["lr"] = learning_rate
         if is_first:
             for name, entries in super().optimizer_state().items():
                 for value in entries.values():
                     self.mark_like(name, value)
 
     def mark_like(self, name: str, value: Any) -> None:
-        """Mark an entry of a parameter's optimizer state that has a number for each one of the parameter."""
-        if isinstance(value, Tensor) and value.device.type == "xla" and value.shape == self.parameters[name].shape:
-            mark(value, self.mesh, self.partitions[name])
+        """Mark an entry of a parameter's optimizer state: as the parameter where it has as many numbers, else whole."""
+        if isinstance(value, Tensor) and value.device.type == "xla":
+            follows = value.shape == self.parameters[name].shape
+            mark(value, self.mesh, self.partitions[name] if follows else (None,) * value.ndim)
 
     def factor(self, value: float) -> float | Tensor:
-        """A tensor: two numbers of a program that happen to be equal would become one, and make it another program."""
-        return torch.tensor([value]).to(self.device)[0]  # alone, it would count as a number
+        """A tensor: two of a program's numbers that happen to be equal become one, which makes it another program."""
+        return torch.tensor([value]).to(self.device)[0]  # made without a dimension, it would be such a number
 
     def execute(self) -> None:
         """Compile what is new, and begin to execute."""
@@ -236,11 +252,12 @@ class XLASPMD(Strategy):
         return self.precision.saved_weights(self.module, state)
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy each tensor to where its own lies."""
+        """Move each tensor to the devices, cut as the one that it replaces; a copy in place would end whole."""
         own = self.module.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for name, tensor in state.items():
-                own[name].copy_(tensor.to(self.device))
+        for name, tensor in state.items():
+            moved = tensor.to(self.device)
+            mark(moved, self.mesh, self.partitions.get(name, (None,) * tensor.ndim))
+            own[name].data = moved
         super().load_model_state(state)
         self.execute()
 
@@ -250,10 +267,11 @@ class XLASPMD(Strategy):
         return {name: {key: on_host(value) for key, value in entries.items()} for name, entries in state.items()}
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Move what was on the devices back there, cut as its parameter is; counters stay on the host."""
+        """Move what was on the devices back there, cut as its parameter is."""
+        counted = {id(p) for group in self.capturable_groups() for p in group["params"]}
 
         def placed(name: str, value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim:
+            if isinstance(value, Tensor) and (value.ndim or id(self.parameters[name]) in counted):
                 value = value.to(self.device)
                 self.mark_like(name, value)
             return value
