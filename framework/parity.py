@@ -27,7 +27,7 @@ from .callbacks import Callback
 from .fit import Fit
 from .module import TrainModule
 
-TOLERANCE, TENSOR_PARALLEL_TOLERANCE = 1e-6, 1e-4  # relative, in float32
+TOLERANCE, REORDERED_TOLERANCE = 1e-6, 1e-4  # relative, in float32
 # torch adds up squares in float32: over some million entries the norm is right to a few 1e-6, and better where shards
 # are added up apart. A norm that lacks a rank's share is wrong by far more.
 NORM_TOLERANCE = 1e-4
@@ -66,7 +66,7 @@ class Recording:
         first: the first update with finite gradients, counted from 1; 0 where none had any.
         gradients: of the first update, whole, by parameter name in the module's order.
         weights: parameters and persistent buffers after the first update, whole, by name.
-        tensor_parallel_size: ranks that held each layer together.
+        reorders_sums: the strategy's.
     """
 
     losses: list[float]
@@ -74,7 +74,7 @@ class Recording:
     first: int
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
-    tensor_parallel_size: int
+    reorders_sums: bool
 
     def save(self, directory: Path) -> None:
         """Write it: numbers and the order of names as JSON, tensors as safetensors."""
@@ -84,7 +84,7 @@ class Recording:
             "losses": self.losses,
             "norms": self.norms,
             "first": self.first,
-            "tensor_parallel_size": self.tensor_parallel_size,
+            "reorders_sums": self.reorders_sums,
         }
         save_file(self.gradients, directory / "gradients.safetensors")
         save_file(self.weights, directory / "weights.safetensors")
@@ -189,11 +189,12 @@ def record(
         save_strategy="no",
         seed=recipe.seed,
     )
-    share, rest = divmod(recipe.batch_size, strategy.data_size)
+    readers = strategy.data_size * strategy.devices_per_rank
+    share, rest = divmod(recipe.batch_size, readers)
     if rest or not share:
         raise ValueError(
-            f"{strategy.data_size} data-parallel ranks can't share a batch of {recipe.batch_size} evenly. Take a "
-            f"multiple of {strategy.data_size}."
+            f"{readers} data-parallel ranks or devices can't share a batch of {recipe.batch_size} evenly. Take a "
+            f"multiple of {readers}."
         )
     # Only now is it known how many ranks the batch is for.
     fit.train(resume_from_checkpoint=seed_checkpoint, trial={"per_device_train_batch_size": share})
@@ -203,7 +204,7 @@ def record(
         recorder.first,
         recorder.gradients,
         recorder.weights,
-        strategy.tensor_parallel_size,
+        strategy.reorders_sums,
     )
 
 
@@ -243,16 +244,16 @@ class Difference:
         return not self.diverges_at
 
 
-def default_tolerance(precision: str, tensor_parallel_size: int) -> float:
+def default_tolerance(precision: str, reorders_sums: bool) -> float:
     """The relative difference that rounding explains.
 
     Args:
         precision: its compute dtype tells how coarsely it rounds.
-        tensor_parallel_size: sums inside a layer are added in another order where it is cut.
+        reorders_sums: whether sums inside a layer are added in another order.
     """
     dtype = get_precision(precision).compute_dtype or torch.float32
     coarser = max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
-    return min(0.1, coarser * (TOLERANCE if tensor_parallel_size == 1 else TENSOR_PARALLEL_TOLERANCE))
+    return min(0.1, coarser * (REORDERED_TOLERANCE if reorders_sums else TOLERANCE))
 
 
 def compare(reference: Recording, other: Recording, tolerance: float) -> Difference:

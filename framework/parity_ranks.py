@@ -142,7 +142,7 @@ def compare_strategies(
                 if reference is None:
                     reference, seed_checkpoint = recording, folder / "checkpoint-0"
                 else:
-                    default = default_tolerance(recipe.precision, recording.tensor_parallel_size)
+                    default = default_tolerance(recipe.precision, recording.reorders_sums)
                     difference = compare(reference, recording, default if tolerance is None else tolerance)
             rows.append(Row(case, difference, failure, time.monotonic() - began))
             if reference is None:

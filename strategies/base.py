@@ -159,6 +159,11 @@ class Strategy:
         return False
 
     @property
+    def reorders_sums(self) -> bool:
+        """Whether sums inside a layer are added in another order than on one device."""
+        return self.tensor_parallel_size > 1
+
+    @property
     def placement(self) -> str:
         """Its column in the table of precisions (precision/matrix.py)."""
         return self.name

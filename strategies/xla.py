@@ -72,6 +72,8 @@ class XLASPMD(Strategy):
         "process's client. Choose per_device_train_batch_size",
     }
 
+    reorders_sums = True  # the compiler's own kernels
+
     mesh: Any
     hooks: list[RemovableHandle]
     parameters: dict[str, nn.Parameter]

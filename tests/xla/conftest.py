@@ -6,8 +6,9 @@ from pathlib import Path
 
 os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))  # training.py
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "distributed")]  # environments.py, training.py
 
-from stratagem.strategies.xla import start
+from stratagem.strategies.xla import start  # noqa: E402 (reads what was set)
 
 start()  # before any test computes a gradient on the host
