@@ -1,9 +1,10 @@
 """Where a run begins: the module placed, its length told, every counter at its start or where a checkpoint left it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..strategies.base import Strategy
@@ -59,7 +60,9 @@ def place(fit: "Fit") -> None:
         prepare_module(fit.module, fit.args, fit.strategy)
 
     def configure_optimizer(module: nn.Module) -> Optimizer:  # when the parameters are final
-        return fit.module.configure_optimizer(fit.args)
+        optimizer = fit.module.configure_optimizer(fit.args)
+        fit.initial_state = copied(optimizer.state)
+        return optimizer
 
     if trains:
         fit.strategy.expect(describe_run(fit))
@@ -79,12 +82,21 @@ def reset_optimizer(fit: "Fit") -> None:
     """
     fit.optimizer_mode.eval()
     fit.optimizer.state.clear()
+    fit.optimizer.state.update(copied(fit.initial_state))
     fit.optimizer.zero_grad()
     for group in fit.optimizer.param_groups:
         if group["params"]:
             group.update(fit.initial_options[id(group["params"][0])])
         group.pop("initial_lr", None)  # the last run's schedule left it
     fit.strategy.precision.load_state_dict(fit.initial_scaling)
+
+
+def copied(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """An optimizer's state with tensors of its own."""
+    return {
+        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entries.items()}
+        for parameter, entries in state.items()
+    }
 
 
 def options_by_parameter(optimizer: Optimizer, strategy: Strategy) -> dict[int, dict[str, Any]]:

@@ -88,6 +88,7 @@ class Fit:
     parameter_count: int
     earlier_samples: int  # that were handed out in earlier epochs of this run
     initial_options: dict[int, dict[str, Any]]  # of the optimizer's groups, by parameter
+    initial_state: dict[Any, dict[str, Any]]  # of an optimizer that has one from the start, as Adagrad
     initial_scaling: dict[str, Any]
 
     def __init__(

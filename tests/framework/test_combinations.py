@@ -9,6 +9,7 @@ from stratagem.framework.combinations import UNSUITED, check_optimizer
 from stratagem.strategies.dp import DP
 from stratagem.strategies.fsdp1 import FSDP1
 from stratagem.strategies.fsdp2 import FSDP2
+from stratagem.strategies.xla import XLASPMD
 from tiny import MakeFit, Regressor, Tagger, regression_rows, token_rows
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def test_an_optimizer_of_the_modules_own_is_looked_at_too(make: Any, strategy: A
 
 
 def test_refusals_are_about_forms_that_there_are() -> None:
-    assert {form for _, form in UNSUITED} == {FSDP1.parameter_form, FSDP2.parameter_form}
+    assert {form for _, form in UNSUITED} == {FSDP1.parameter_form, FSDP2.parameter_form, XLASPMD.parameter_form}
 
 
 def test_label_smoothing_without_labels_lists_the_keys(make_fit: MakeFit) -> None:

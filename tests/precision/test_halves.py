@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 HALVES = ("bf16-true", "16-true")
+old_torch = not hasattr(Tensor, "grad_dtype")
+masters = pytest.mark.skipif(old_torch, reason="float32 gradients beside 16-bit parameters need torch 2.10")
 
 
 class Adaptive(Regressor):
@@ -58,6 +60,7 @@ class Gradients(Callback):
         self.dtypes |= {p.grad.dtype for p in fit.module.parameters() if p.grad is not None}
 
 
+@masters
 @pytest.mark.parametrize("precision", TRUE)
 def test_what_is_computed_in_which_dtype(make_fit: MakeFit, precision: str) -> None:
     module, gradients = Watching(), Gradients()
@@ -101,6 +104,7 @@ def moved(make_fit: MakeFit, module: Weight, precision: Any, **arguments: Any) -
     return 1.0 - module.net.weight.item()
 
 
+@masters
 def test_updates_that_bfloat16_would_lose(make_fit: MakeFit) -> None:
     with pytest.warns(
         LostUpdates, match=r"smaller than 1/256 of its weight is rounded away.*'bf16-true' keeps float32"
@@ -112,12 +116,14 @@ def test_updates_that_bfloat16_would_lose(make_fit: MakeFit) -> None:
         assert moved(make_fit, Weight(), "bf16-true") == pytest.approx(0.1, abs=2**-9)
 
 
+@masters
 def test_squares_that_float16_would_lose(make_fit: MakeFit) -> None:
     module = Weight()
     module.gradient = 1e-5  # its square is 1e-10, and float16's smallest number 6e-8
     assert moved(make_fit, module, "16-true") == pytest.approx(0.1, abs=2**-10)
 
 
+@masters
 def test_gradients_below_float16_survive_unscaling(make_fit: MakeFit) -> None:
     class Faint(Weight):
         gradient = 2.0**-26  # times the scale a number of float16, by itself none
@@ -129,6 +135,7 @@ def test_gradients_below_float16_survive_unscaling(make_fit: MakeFit) -> None:
         assert moved(make_fit, Faint(), FP16True(initial_scale=scale), max_steps=1) == distance
 
 
+@masters
 @pytest.mark.parametrize("precision", [BF16True(), FP16True(initial_scale=1.0), BF16True(master_weights=False)])
 @pytest.mark.filterwarnings("ignore::stratagem.precision.half.LostUpdates")
 def test_the_clipped_norm_is_wider_than_16_bits(make_fit: MakeFit, precision: Any) -> None:
@@ -152,6 +159,7 @@ def test_the_clipped_norm_is_wider_than_16_bits(make_fit: MakeFit, precision: An
 # Optimizers.
 
 
+@masters
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "adafactor", "lion"])
 def test_every_optimizer_steps_on_master_weights(make_fit: MakeFit, optimizer: str) -> None:
     finals = []
@@ -170,12 +178,14 @@ def test_every_optimizer_steps_on_master_weights(make_fit: MakeFit, optimizer: s
     assert fit.optimizer.param_groups[0]["params"][0] is next(module.parameters())
 
 
+@masters
 @pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "schedule_free_adamw"])
 def test_optimizers_that_move_parameters_elsewhere_are_refused(make_fit: MakeFit, optimizer: str) -> None:
     with pytest.raises(ValueError, match=rf"optim='{optimizer}' moves parameters outside of step.*'bf16-mixed'"):
         make_fit(Regressor(), regression_rows(4), optim=optimizer, precision="bf16-true")
 
 
+@masters
 def test_a_module_may_go_on_in_another_precision(make_fit: MakeFit) -> None:
     module, seen = Watching(), []
     for precision in ("bf16-true", "32-true", "64-true", "bf16-mixed"):
@@ -201,6 +211,7 @@ def losses(make_fit: MakeFit, precision: str, resume: Path | None = None, **argu
     return [line["loss"] for line in fit.state.log_history]
 
 
+@masters
 @pytest.mark.parametrize("precision", ["32-true", *TRUE])
 def test_resuming_in_any_precision(make_fit: MakeFit, tmp_path: Path, precision: str) -> None:
     whole = losses(make_fit, precision, save_strategy="steps", save_steps=4)
@@ -212,6 +223,7 @@ def test_resuming_in_any_precision(make_fit: MakeFit, tmp_path: Path, precision:
             assert resumed == pytest.approx(whole, rel=0.03)
 
 
+@masters
 @pytest.mark.parametrize("precision", HALVES)
 def test_a_checkpoint_holds_the_master_weights_in_the_parameters_place(
     make_fit: MakeFit, tmp_path: Path, precision: str
@@ -250,3 +262,10 @@ def test_a_cell_of_the_table_is_refused_at_construction(make_fit: MakeFit, monke
     with pytest.raises(ValueError, match=says):
         make_fit(Regressor(), precision="64-true")
     make_fit(Regressor(), precision="32-true")
+
+
+@pytest.mark.skipif(not old_torch, reason="this torch has what is missing in an older one")
+@pytest.mark.parametrize("precision", HALVES)
+def test_an_older_torch_is_refused(make_fit: MakeFit, precision: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{precision}' keeps float32 gradients.*Install torch 2.10 or newer"):
+        make_fit(Regressor(), regression_rows(4), precision=precision)
