@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TYPED := precision strategies framework examples benchmarks
 
-.PHONY: train test bench-gpu lint venv clean
+.PHONY: train test test-xla bench-gpu lint venv clean
 
 train: venv  ## ARGS="--steps 100" passes options on; ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
@@ -15,6 +15,12 @@ test: lint  ## ARGS="-m 'not slow'" passes options on to pytest
 
 bench-gpu: venv  ## on a machine with a GPU; ARGS=--help lists the options
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+# torch_xla fits one torch alone, which is older: an environment of its own, made without accelerators in mind. In it
+# the tests of one device run, too, so that the oldest torch that pyproject.toml allows is one that was tried.
+test-xla: venv .venv-xla/.installed
+	.venv-xla/bin/python -m pytest tests/xla $(ARGS)
+	.venv-xla/bin/python -m pytest tests/framework tests/precision tests/strategies $(ARGS)
 
 # The repository's root is the package, whatever a clone's directory is called, and mypy names modules by directory:
 # it is shown the root through a link that has the package's name.
@@ -35,6 +41,11 @@ venv: .venv/.installed
 	mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/stratagem
 	touch $@
 
+.venv-xla/.installed: pyproject.toml constraints.txt tests/xla/requirements.txt tests/xla/make_environment.sh
+	rm -rf .venv-xla
+	tests/xla/make_environment.sh $(PYTHON) .venv-xla
+	touch $@
+
 clean:  ## keeps output/, which holds your runs
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-xla build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

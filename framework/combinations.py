@@ -85,8 +85,8 @@ def check_combination(
         args.label_smoothing_factor > 0 and strategy.splits_classes,
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
-    for argument, why in strategy.refusals.items():
-        refuse(argument, bool(getattr(args, argument)), why)
+    for argument, reason in strategy.refusals.items():
+        refuse(argument, bool(getattr(args, argument)), reason)
     taken = inspect.signature(module.forward).parameters
     refuse(
         "past_index",

@@ -75,7 +75,7 @@ def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=positive(float),
         help=(
             f"relative difference that is allowed (default: {parity.TOLERANCE:g}, and "
-            f"{parity.TENSOR_PARALLEL_TOLERANCE:g} for strategies that cut layers; more in 16-bit formats)"
+            f"{parity.REORDERED_TOLERANCE:g} for strategies that cut layers; more in 16-bit formats)"
         ),
     )
     parser.add_argument(

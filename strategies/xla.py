@@ -212,7 +212,7 @@ class XLASPMD(Strategy):
         on_host = torch_xla._XLAC._xla_get_cpu_tensors(list(tensors))
         return torch.cat([tensor.reshape(-1).double() for tensor in on_host]).tolist()
 
-    def recompute(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def recompute(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """By torch_xla's own function: a barrier keeps the compiler from finding the first result again.
 
         Raises:

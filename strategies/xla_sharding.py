@@ -46,7 +46,8 @@ def partition(parameter: Tensor, by_plan: int | None, fsdp: int) -> Partition:
 
 def dimensions_by_plan(module: nn.Module, degree: int) -> dict[int, int]:
     """The dimension of each parameter that the module's plan cuts, by the parameter's id."""
-    layers, found = dict(module.named_modules()), {}
+    layers = dict(module.named_modules())
+    found: dict[int, int] = {}
     for name, style in styles_by_layer(module).items():
         check_cut(name, style, layers[name], degree)
         dimension = cut_dimension(style)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny import MakeFit
+
+
+collect_ignore = [] if find_spec("torch_xla") else ["xla"]
+
+
+def pytest_report_header() -> str:
+    """Say what isn't run here."""
+    return "tests/xla: needs torch_xla, which isn't installed here; make test-xla runs it" if collect_ignore else ""
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,9 @@ import pytest
 import torch
 from stratagem.precision import PRECISIONS
 
+if not hasattr(torch.nn.functional, "ScalingType"):
+    pytest.skip("torchao 0.18 needs a newer torch", allow_module_level=True)
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 EMULATED = {"fp8 emulated", "mxfp8 emulated"}
 SIZES = ["--layers=1", "--width=64", "--context=32"]
