@@ -1,6 +1,7 @@
 """Activation checkpointing: blocks keep their inputs only and compute the rest again in backward."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 from ..strategies.base import Strategy
 from .forwards import Forward, wrap_forward
 from .module import TrainModule
+
+MODELS_FUNCTION = "_gradient_checkpointing_func"  # where a model of transformers keeps torch's
 
 
 def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any], strategy: Strategy) -> None:
@@ -20,7 +23,7 @@ def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any
     Args:
         module: before the strategy places it.
         options: of torch.utils.checkpoint.checkpoint; ``use_reentrant`` is False unless given.
-        strategy: brings the function that recomputes.
+        strategy: brings the function that recomputes; a model of transformers is handed it.
 
     Raises:
         ValueError: the module has no blocks to recompute.
@@ -28,8 +31,11 @@ def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any
     options = {**strategy.recompute_options, **options}
     for kind in ("activation_checkpointing", "gradient_checkpointing"):
         own = getattr(module, f"{kind}_enable", None)
-        if own is not None and strategy.models_may_recompute:
+        if own is not None:
             own(**{f"{kind}_kwargs": options})
+            for layer in module.modules():
+                if hasattr(layer, MODELS_FUNCTION):
+                    setattr(layer, MODELS_FUNCTION, partial(strategy.recompute, **options))
             return
     units = module.shard_units()
     if not units:

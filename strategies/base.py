@@ -122,8 +122,6 @@ class Strategy:
     recompute: Callable[..., Any] = staticmethod(checkpoint)
     """Called as torch.utils.checkpoint.checkpoint: computes a block's activations anew in backward."""
     recompute_options: ClassVar[Mapping[str, Any]] = {"use_reentrant": False}
-    models_may_recompute: ClassVar[bool] = True
-    """Whether a model's own method for it, which calls torch's function, does as well."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0

@@ -64,7 +64,6 @@ class XLASPMD(Strategy):
     Options = XLASPMDOptions
     options: XLASPMDOptions
     parameter_form = "lazy"
-    models_may_recompute = False
     recompute_options: ClassVar[Mapping[str, Any]] = {}
     refusals: ClassVar[Mapping[str, str]] = {
         "torch_compile": "has no effect under strategy='xla', which compiles whole updates. Leave it out",
@@ -212,7 +211,8 @@ class XLASPMD(Strategy):
         on_host = torch_xla._XLAC._xla_get_cpu_tensors(list(tensors))
         return torch.cat([tensor.reshape(-1).double() for tensor in on_host]).tolist()
 
-    def recompute(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    @staticmethod
+    def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """By torch_xla's own function: a barrier keeps the compiler from finding the first result again.
 
         Raises:

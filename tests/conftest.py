@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny import MakeFit
 
-
 collect_ignore = [] if find_spec("torch_xla") else ["xla"]
 
 

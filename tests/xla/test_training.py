@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
+from language_models import make, text_rows
 from stratagem import Callback, TrainModule
 from stratagem.strategies.xla import XLASPMD
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch_xla.debug import metrics
-from training import WIDTH, Block, Tagger, curves, make_fit, token_rows, train
+from training import VOCABULARY, WIDTH, Block, Tagger, curves, make_fit, token_rows, train
 
 MESHES: dict[str, dict[str, int]] = {
     "data": {"data": 4},
@@ -395,3 +397,47 @@ def test_the_default_mesh() -> None:
     strategy = XLASPMD()
     assert make_fit(Tagger(), token_rows(16), strategy="xla").strategy.devices_per_rank == 4
     assert repr(strategy) == "XLASPMD()"
+
+
+# Models and metrics of others.
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("tied llama", {"fsdp": 4}), ("tied llama", {"fsdp": 2, "tensor": 2}), ("masked bert", {"fsdp": 4})],
+    ids=str,
+)
+def test_models_of_transformers(kind: str, mesh: dict[str, int]) -> None:
+    """Rows of unequal length, recomputed blocks, tied weights, and the plan that is ready for a Llama."""
+    curves_found = []
+    for batch_size, where in ((8, {}), (share(mesh, 8), on_mesh(mesh))):
+        arguments: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": batch_size, "optim": "adamw"}
+        if where:
+            arguments["gradient_checkpointing"] = True
+        curves_found.append(curves(trained(make_fit(make(kind), text_rows(24, kind), **arguments, **where))))
+    assert curves_found[1]["loss"] == pytest.approx(curves_found[0]["loss"], rel=2e-5)
+
+
+def trained(fit: Any) -> Any:
+    fit.train()
+    return fit
+
+
+class Scored(Tagger):
+    """With a metric of torchmetrics."""
+
+    def metrics(self) -> dict[str, Any]:
+        return {
+            "accuracy": torchmetrics.classification.MulticlassAccuracy(VOCABULARY, average="micro", ignore_index=-100)
+        }
+
+    def metric_inputs(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return outputs.flatten(0, 1), batch["labels"].flatten()
+
+
+def test_metrics() -> None:
+    rows, scores = token_rows(40), []
+    for arguments in ({"per_device_eval_batch_size": 16}, {"per_device_eval_batch_size": 4, **on_mesh({"fsdp": 4})}):
+        torch.manual_seed(5)
+        scores.append(make_fit(Scored(), None, rows, **arguments).evaluate())
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
