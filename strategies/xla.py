@@ -70,7 +70,6 @@ class XLASPMD(Strategy):
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",
     }
-
     reorders_sums = True  # the compiler's own kernels
 
     mesh: Any
@@ -130,9 +129,9 @@ class XLASPMD(Strategy):
         samples = next((tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.ndim), None)
 
         def marked(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != samples:
-                return value
-            return mark_sharding_with_gradients(value, self.mesh, by_samples(value))
+            if isinstance(value, Tensor) and value.is_xla and value.ndim and value.shape[0] == samples:
+                return mark_sharding_with_gradients(value, self.mesh, by_samples(value))
+            return value
 
         return tree_map(marked, outputs)
 
@@ -177,7 +176,7 @@ class XLASPMD(Strategy):
 
     def mark_like(self, name: str, value: Any) -> None:
         """Mark an entry of a parameter's optimizer state: as the parameter where it has as many numbers, else whole."""
-        if isinstance(value, Tensor) and value.device.type == "xla":
+        if isinstance(value, Tensor) and value.is_xla:
             follows = value.shape == self.parameters[name].shape
             mark(value, self.mesh, self.partitions[name] if follows else (None,) * value.ndim)
 

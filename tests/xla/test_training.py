@@ -285,6 +285,14 @@ def test_a_resumed_model_lies_as_before(tmp_path: Path) -> None:
     assert lying(again) == before
 
 
+def test_a_trained_module_computes_on_the_host_again() -> None:
+    fit = make_fit(Tagger(), token_rows(32), max_steps=1, per_device_train_batch_size=4, **on_mesh({"fsdp": 4}))
+    fit.train()
+    tokens = torch.stack([row["tokens"] for row in token_rows(4)])
+    predicted = fit.predict(token_rows(4)).predictions
+    torch.testing.assert_close(fit.module.cpu()(tokens), predicted)
+
+
 def lying(fit: Any) -> dict[str, str]:
     """How each parameter, and each entry of its optimizer state, lies on the mesh."""
     found = {name: sharding(tensor) for name, tensor in fit.module.state_dict().items()}
