@@ -1,7 +1,7 @@
 """What every strategy promises: the verbs of a run, in the order in which the loop uses them."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +17,7 @@ from ..precision.linear_layers import put_back
 from ..precision.matrix import check_cell
 from ..precision.registry import did_you_mean
 from .devices import default_device, move_to
+from .placed import PlacedModule
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
 Prepare = Callable[[nn.Module], None]
@@ -60,7 +61,7 @@ class RunDescription:
     may_begin_again: bool
 
 
-class Strategy:
+class Strategy(PlacedModule):
     """Places a module on devices and runs the steps of an update there.
 
     The verbs, in the order in which a run uses them::
@@ -100,9 +101,7 @@ class Strategy:
         gradient_ranks: ranks that gradients are averaged over: those with different samples or positions.
         tensor_parallel_size, context_parallel_size: ranks that share one sample, split by features or by positions.
         devices_per_rank: devices that one process feeds; a micro-batch holds samples for all of them.
-        module: the user's module; set by ``place``.
-        model: what the loop calls: ``module``, or a wrapper around it; set by ``place``.
-        optimizer: over the parameters as they are placed; None for a run that only evaluates; set by ``place``.
+        precision, module, model, optimizer: see PlacedModule.
     """
 
     name: ClassVar[str]
@@ -132,11 +131,6 @@ class Strategy:
     tensor_parallel_size: int = 1
     context_parallel_size: int = 1
     devices_per_rank: int = 1
-
-    precision: Precision
-    module: nn.Module
-    model: nn.Module
-    optimizer: Optimizer | None = None
 
     def __init__(self, **options: Any) -> None:
         known = [field.name for field in dataclasses.fields(self.Options)]
@@ -311,10 +305,6 @@ class Strategy:
         self.precision.step(self.optimizer)
         self.weights_have_changed()
 
-    def weights_have_changed(self) -> None:
-        """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""
-        self.precision.weights_have_changed(self.module)
-
     def execute(self) -> None:
         """Have the device begin on what it was given so far, where a strategy gathers that first."""
 
@@ -412,75 +402,6 @@ class Strategy:
 
     def restore_random_state(self, state: Mapping[str, Any]) -> None:
         """Set them to a state that holds what ``random_state`` gave, unless it was saved on other devices."""
-
-    # State, by fully qualified parameter name. Tensors may be sharded (DTensor): no rank holds the whole model.
-
-    def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-        """The placed parameters under the names that the user's module gives them; tied ones once, or by each name."""
-        return dict(self.module.named_parameters(remove_duplicate=remove_duplicate))
-
-    def stepped_parameters(self) -> Mapping[str, nn.Parameter]:
-        """What the optimizer was given for the placed parameters, by their names."""
-        return self.precision.masters(self.named_parameters())
-
-    def tied_names(self) -> dict[str, str]:
-        """Tied parameters: every further name to the first one."""
-        first = {id(parameter): name for name, parameter in self.named_parameters().items()}
-        return {
-            name: first[id(parameter)]
-            for name, parameter in self.named_parameters(remove_duplicate=False).items()
-            if first[id(parameter)] != name
-        }
-
-    def model_state(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name, with whole shapes."""
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-        state: dict[str, Tensor] = get_model_state_dict(self.model)  # type: ignore[assignment]
-        return self.precision.saved_weights(self.module, state)
-
-    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a ``model_state`` that was read into. By default its tensors are the model's own."""
-        self.precision.take_weights(self.module, state)
-        self.weights_have_changed()
-
-    def optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's state: parameter name to (state key to tensor or number)."""
-        assert self.optimizer is not None
-        state = self.optimizer.state
-        return {name: state[p] for name, p in self.stepped_parameters().items() if p in state}
-
-    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Replace the optimizer's state by ``state``, whose tensors are placed as those of ``model_state``."""
-        assert self.optimizer is not None
-        parameters = self.stepped_parameters()
-        self.optimizer.state.clear()
-        for name, entries in state.items():
-            self.optimizer.state[parameters[name]] = dict(entries)
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        """A tensor of the model's state, gathered where it is sharded. Collective."""
-        return tensor
-
-    def full_state(self, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors by name on the host, one at a time, but for those left out. Every rank iterates; rank 0 uses
-        them.
-        """
-        for name, tensor in self.model_state().items():
-            if name not in leave_out:
-                yield name, self.whole(tensor).detach().cpu()
-
-    def unwrapped(self) -> AbstractContextManager[Any]:
-        """In here the module's layers bear the names that the user's module gives them, for code that goes by those."""
-        return nullcontext()
-
-    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole gradients by parameter name on the host, one at a time, of the parameters that have one. Every rank
-        iterates to the end; rank 0 uses them, and copies what it keeps.
-        """
-        for name, parameter in self.named_parameters().items():
-            if parameter.grad is not None:
-                yield name, self.whole(parameter.grad).cpu()
 
     def tear_down(self) -> None:
         """Leave the process group. The strategy can be set up again."""

@@ -129,7 +129,7 @@ class XLASPMD(Strategy):
         samples = next((tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.ndim), None)
 
         def marked(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.is_xla and value.ndim and value.shape[0] == samples:
+            if isinstance(value, Tensor) and value.device.type == "xla" and value.ndim and value.shape[0] == samples:
                 return mark_sharding_with_gradients(value, self.mesh, by_samples(value))
             return value
 
@@ -176,7 +176,7 @@ class XLASPMD(Strategy):
 
     def mark_like(self, name: str, value: Any) -> None:
         """Mark an entry of a parameter's optimizer state: as the parameter where it has as many numbers, else whole."""
-        if isinstance(value, Tensor) and value.is_xla:
+        if isinstance(value, Tensor) and value.device.type == "xla":
             follows = value.shape == self.parameters[name].shape
             mark(value, self.mesh, self.partitions[name] if follows else (None,) * value.ndim)
 
