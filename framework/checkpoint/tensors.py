@@ -66,11 +66,12 @@ def load_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _plainly(directory: Path) -> Iterator[None]:
-    """Around a call of torch.distributed.checkpoint: its failure as one line, and no warning about one process."""
+    """Around a call of torch.distributed.checkpoint: its failure as one line, and no warnings."""
     try:
         with warnings.catch_warnings():
             # DCP says that it assumes one process; without a process group that is so.
             warnings.filterwarnings("ignore", message=".*torch.distributed is.*unavailable or uninitialized.*")
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch 2.9 uses it itself
             yield
     except CheckpointException as error:  # no Exception: it would pass every handler on the way out
         rank, (cause, _) = min(error.failures.items())
