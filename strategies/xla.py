@@ -118,8 +118,6 @@ class XLASPMD(Strategy):
         for unit in module.shard_units():  # type: ignore[operator]
             self.hooks.append(unit.register_forward_hook(lambda _, inputs, outputs: self.mark_outputs(inputs, outputs)))
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
-        for group in self.capturable_groups():
-            group["capturable"] = True  # counts its steps on the device, instead of handing it other numbers each time
         self.precision.initialize(module, self.optimizer)
 
     def mark_outputs(self, inputs: tuple[Any, ...], outputs: Any) -> Any:
@@ -165,6 +163,7 @@ class XLASPMD(Strategy):
         groups = self.capturable_groups()
         learning_rates = [group["lr"] for group in groups]
         for group in groups:
+            group["capturable"] = True  # counts its steps on the device, instead of handing it other numbers each time
             group["lr"] = self.factor(group["lr"])
         super().step()
         for group, learning_rate in zip(groups, learning_rates, strict=True):

@@ -118,6 +118,18 @@ def test_an_update_is_one_program_and_none_is_compiled_after_the_second(mesh: di
     assert fit.strategy.recompilations == 0  # type: ignore[attr-defined]
 
 
+def test_a_second_run_with_other_arguments() -> None:
+    """The optimizer begins anew, with the options of another one that was made for the trial."""
+    watch = Watch()
+    arguments: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, **on_mesh({"fsdp": 4})}
+    fit = make_fit(Adam(), token_rows(192), callbacks=[watch], **arguments)
+    fit.train()
+    fit.train(trial={"learning_rate": 0.02})
+    counts = watch.programs[7:]
+    assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [1] * 6
+    assert watch.compiled[7] == watch.compiled[-1]  # both programs are those of the first run
+
+
 class Adam(Tagger):
     """With the optimizer that the arguments name."""
 
