@@ -1,5 +1,6 @@
 """Training on XLA devices: the losses of one device, and one program an update."""
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def test_an_update_is_one_program_and_none_is_compiled_after_the_second(mesh: di
         **on_mesh(mesh),
     )
     fit.train()
-    assert [after - before for before, after in zip(watch.programs, watch.programs[1:], strict=False)] == [1] * 50
+    assert [after - before for before, after in itertools.pairwise(watch.programs)] == [1] * 50
     assert watch.compiled[2] - watch.compiled[0] == 2
     assert watch.compiled[-1] == watch.compiled[2]
     assert fit.strategy.recompilations == 0  # type: ignore[attr-defined]
@@ -126,7 +127,7 @@ def test_a_second_run_with_other_arguments() -> None:
     fit.train()
     fit.train(trial={"learning_rate": 0.02})
     counts = watch.programs[7:]
-    assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [1] * 6
+    assert [after - before for before, after in itertools.pairwise(counts)] == [1] * 6
     assert watch.compiled[7] == watch.compiled[-1]  # both programs are those of the first run
 
 
