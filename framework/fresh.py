@@ -82,7 +82,7 @@ def take_apart(fit: "Fit") -> None:
             fit.writer.finish()
         fit.writer = None
     # A worker process that loads data would keep this rank's connections open, as it has inherited them.
-    for name in ("scheduler", "extras", "stream"):
+    for name in ("scheduler", "extras", "stream", "optimizer_mode"):
         fit.__dict__.pop(name, None)
     fit.grad_norm = None
     if "objective" in fit.__dict__:

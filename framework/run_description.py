@@ -25,5 +25,4 @@ def describe_run(fit: "Fit") -> RunDescription:
         schedule=args.lr_scheduler_type if module.configure_scheduler is TrainModule.configure_scheduler else None,
         warmup_steps=args.warmup_steps or math.ceil(args.max_steps * args.warmup_ratio),
         total_steps=args.max_steps,
-        may_begin_again=fit.unplaced is not None,
     )

@@ -44,7 +44,6 @@ class RunDescription:
         learning_rate, betas, epsilon, weight_decay: of the optimizer.
         schedule: its name; None where the module brings its own.
         warmup_steps, total_steps: of the schedule.
-        may_begin_again: whether the module may be wanted back as it was, for another attempt or trial.
     """
 
     micro_batch_size: int
@@ -58,7 +57,6 @@ class RunDescription:
     schedule: str | None
     warmup_steps: int
     total_steps: int
-    may_begin_again: bool
 
 
 class Strategy(PlacedModule):

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from .process_group import (
     ProcessGroupStrategy,
     broadcast_module,
 )
+
+# Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
+ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
 
 # What the engine does itself, so that no number format can do it its own way.
 VERBS_OF_ENGINE = (
@@ -202,14 +206,21 @@ class DeepSpeed(ProcessGroupStrategy):
                 self.zero_state.load_optimizer_state(state)
 
     def release(self, module: nn.Module) -> None:
-        """Let go of the engine, too. The module it was made of can't be used again."""
+        """Let go of the engine, too. Its module can't be used again until it is put back."""
         self.leave_engine()
         super().release(module)
+
+    def begin_again(self) -> None:
+        """Let go of earlier runs' engines, too: ranks that wait for this one are woken when no one holds its groups."""
+        for engine in tuple(ENGINES):
+            destroy(engine)
+        forget_deepspeed_groups()
+        super().begin_again()
 
     def leave_engine(self) -> None:
         """Take the engine's hooks off, and forget it."""
         if self.engine is not None:
-            self.engine.destroy()
+            destroy(self.engine)
             self.engine = self.zero_state = None
 
     def tear_down(self) -> None:
@@ -301,8 +312,37 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     # each update, which may change from run to run.
     config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
     config["gradient_clipping"] = 0.0
+    names = [set(vars(parameter)) for parameter in module.parameters()]
     with environment():
-        return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    ENGINES[engine] = names
+    return engine
+
+
+def destroy(engine: Any) -> None:
+    """Take an engine's hooks off, and apart what it consists of. Python never finds it by itself: it doesn't look
+    through hooks of parameters for cycles, and stage 3 keeps in globals the layers whose forward an exception ended and
+    the parameters to release after each layer.
+    """
+    names = ENGINES.pop(engine, None)
+    if names is None:
+        return
+    zero = engine.optimizer if engine.zero_optimization_stage() else None
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for parameter, own in zip(engine.module.parameters(), names, strict=True):
+        for name in vars(parameter).keys() - own:
+            del vars(parameter)[name]
+    for part in (getattr(zero, "parameter_offload", None), zero, engine):
+        if part is not None:
+            vars(part).clear()
+    offload = sys.modules["deepspeed.runtime.zero.parameter_offload"]
+    offload.FWD_MODULE_STACK.clear()  # type: ignore[attr-defined]
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    for cell in vars(offload.PartitionedParameterCoordinator)[name].__closure__:  # DeepSpeed has wrapped it
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 def forget_deepspeed_groups() -> None:

@@ -26,7 +26,7 @@ TAKEN = {
 }  # fmt: skip
 OURS_INSTEAD: Mapping[str, str] = {
     "amp": "apex isn't used; write precision='bf16-mixed' in Fit",
-    "autotuning": "write auto_find_batch_size=True under another strategy, or tune by hand",
+    "autotuning": "write auto_find_batch_size=True in Fit",
     "checkpoint": "checkpoints are stratagem's own, for every strategy alike",
     "compile": "write torch_compile=True in Fit",
     "csv_monitor": "Fit(loggers=...) writes the logs",
@@ -157,7 +157,6 @@ def fill(
     """
     filled: dict[str, Any] = json.loads(json.dumps(dict(config)))
     problems = list(unknown_keys(filled))
-    problems += run_problems(run)
     zero = filled.setdefault("zero_optimization", {})
     zero["stage"] = stage
     for wanted, key, lowest in ((offload_optimizer, "offload_optimizer", 1), (offload_parameters, "offload_param", 3)):
@@ -207,15 +206,6 @@ def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"zero_optimization.{key}: {ZERO_REFUSED[key]}"
         elif key not in known:
             yield f"zero_optimization.{key} is no such option. {did_you_mean(key, known - ZERO_REFUSED.keys())}"
-
-
-def run_problems(run: RunDescription) -> Iterator[str]:
-    """A line for each thing about the run that no config makes possible."""
-    if run.may_begin_again:
-        yield (
-            "auto_find_batch_size=True and hyperparameter_search want the module back as it was, which no engine "
-            "gives. Set per_device_train_batch_size; search with Fit(module_init=...), or under another strategy"
-        )
 
 
 def precision_problems(config: Mapping[str, Any], stage: int, computes_in_bf16: bool) -> Iterator[str]:

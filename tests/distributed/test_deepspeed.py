@@ -19,6 +19,8 @@ from stratagem.framework.parity import Recipe
 from stratagem.framework.parity_ranks import Case, compare_strategies
 from stratagem.precision.fp8 import FP8
 from stratagem.strategies.deepspeed import DeepSpeed
+from test_batch_size import Hungry, HungryInBackward
+from test_batch_size import run as run_hungry
 from test_resharding import contents, continue_each
 from test_strategies import OnlyBias, OnlyHead, single
 from torch import nn
@@ -200,6 +202,43 @@ def test_trains_again(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
     assert run(zero_ranks, stage, trained_twice, output_dir=str(tmp_path)) == [[True, False]] * 2
 
 
+@pytest.mark.parametrize(
+    ("stage", "module"), [(0, Hungry), (2, Hungry), (3, Hungry), (2, HungryInBackward), (3, HungryInBackward)]
+)
+def test_all_ranks_begin_again(zero_ranks: Ranks, stage: int, module: type[Tagger]) -> None:
+    options: dict[str, Any] = {"strategy": "deepspeed", "options": {"stage": stage}, "module": module}
+    asked = zero_ranks.run(run_hungry, batch=4, accumulation=2, **options)
+    found = zero_ranks.run(run_hungry, batch=8, auto_find_batch_size=True, seconds=60.0, **options)
+    assert [result["sizes"] for result in found] == [(4, 2, 4)] * 2
+    assert len(found[0]["curves"]["loss"]) == 5
+    for one, other in zip(found, asked, strict=True):
+        assert one["curves"] == other["curves"]
+        assert one["calls"] == other["calls"]
+
+
+def searched(**arguments: Any) -> tuple[list[Any], list[float], list[float]]:
+    """The values of two like trials of one module, put back between them; then the losses of the best, and of a run
+    without a search.
+    """
+    torch.manual_seed(0)
+    fit = make_fit(Tagger(), token_rows(), token_rows(37), max_steps=3, eval_strategy="steps", eval_steps=3, **arguments)
+    found = fit.hyperparameter_search(lambda trial: {"learning_rate": 0.01}, n_trials=2)
+    fit.train()
+    torch.manual_seed(0)
+    plain = make_fit(Tagger(), token_rows(), max_steps=3, **arguments)
+    plain.train()
+    return [trial.values for trial in found.trials], curves(fit)["loss"], curves(plain)["loss"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_search_puts_the_module_back(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    results = run(zero_ranks, stage, searched, output_dir=str(tmp_path))
+    assert results[0] == results[1]
+    values, searched_losses, losses = results[0]
+    assert len(values) == 2 and values[0] == values[1] is not None
+    assert searched_losses == losses and len(losses) == 3
+
+
 class InUnits(Tagger):
     """Compiled, and checkpointed, block by block."""
 
@@ -338,7 +377,6 @@ def test_contradictions_are_listed_at_once(zero_ranks: Ranks) -> None:
         (None, {"precision": "16-mixed"}, "Use precision='bf16-mixed', or '32-true'"),
         (None, {"precision": "bf16-true"}, "precision='bf16-true'"),
         (None, {"precision": "64-true"}, "precision='64-true'"),
-        (None, {"auto_find_batch_size": True}, "hyperparameter_search want the module back"),
         (None, {"optim": "schedule_free_adamw"}, "Use optim='adamw', or 'sgd'"),
         (None, {"optim": "adamw_8bit"}, "its 8-bit moments belong to whole weights"),
         (None, {"optim": "lomo", "max_grad_norm": 0.0}, "LOMO"),
