@@ -49,13 +49,16 @@ def run(ranks: Ranks, stage: int, job: Any = train, options: Any = None, **argum
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_float32_curves(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
-    expected, expected_weights = single()
-    found = run(zero_ranks, stage, export=tmp_path / "weights.safetensors")
+    alone, ends = tmp_path / "single.safetensors", tmp_path / "weights.safetensors"
+    expected = train(max_steps=50, per_device_train_batch_size=8, gradient_accumulation_steps=2, export=alone)
+    expected_weights = load_file(alone)
+    found = run(zero_ranks, stage, max_steps=50, export=ends)
+    assert len(found[0]["loss"]) == 50 and expected["loss"][-1] < 0.3 * expected["loss"][0]
     assert found == [found[0]] * 2
     assert found[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     assert found[0]["learning_rate"] == expected["learning_rate"]
-    weights = load_file(tmp_path / "weights.safetensors")
+    weights = load_file(ends)
     assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected_weights[name], rtol=1e-5, atol=1e-5)
@@ -134,15 +137,18 @@ def test_files_have_one_format(saved: dict[str, Path]) -> None:
 
 
 def bf16_alone() -> dict[str, Any]:
-    return train(precision="bf16-mixed", per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    return train(
+        precision="bf16-mixed", max_steps=50, per_device_train_batch_size=8, gradient_accumulation_steps=2
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_curves(zero_ranks: Ranks, stage: int) -> None:
     expected = bf16_alone()
-    found = run(zero_ranks, stage, precision="bf16-mixed")[0]
+    found = run(zero_ranks, stage, precision="bf16-mixed", max_steps=50)[0]
+    assert len(found["loss"]) == 50
     assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2)
-    assert found["loss"] != pytest.approx(single()[0]["loss"], rel=1e-5)  # it was bfloat16
+    assert found["loss"][0] != pytest.approx(single()[0]["loss"][0], rel=1e-5)  # it was bfloat16
     assert found["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=2e-2)
 
 
