@@ -1,6 +1,7 @@
 """What the framework costs on several ranks: step time and memory of "ddp" and "fsdp2" beside hand-written torch loops.
 
     python benchmarks/strategies.py
+    python benchmarks/strategies.py --strategies=deepspeed_stage_0,deepspeed_stage_2,deepspeed_stage_3
 
 Both train the GPT of ``examples/gpt.py`` on the same in-memory tokens with the same fused AdamW, clipping and schedule,
 on ranks that torch's launcher starts on this machine, in turns: each round runs every loop for a few updates. An update
@@ -10,7 +11,8 @@ ratio of the time in which the first rank computed: other programs on the machin
 hand-written loops, one made before ours and one after it, since what a process allocates later is slower to reach: ours
 is compared with their mean, and "noise" is the second over the first.
 
-Memory is that of parameters, gradients and optimizer state on one rank, when the optimizer has stepped.
+Memory is that of parameters, gradients and optimizer state on one rank, when the optimizer has stepped; DeepSpeed's
+engine keeps its own, which isn't looked into.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +137,40 @@ class Ours(Loop, Callback):
         self.clock.tick()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-        self.memory = memory_of(self.module, self.fit.optimizer)
+        if not self.fit.strategy.configuration():  # an engine keeps its own
+            self.memory = memory_of(self.module, self.fit.optimizer)
+
+
+class BareEngine(Loop):
+    """What a user of DeepSpeed writes: the same optimizer and clipping, by the engine."""
+
+    def __init__(self, setting: Setting, stage: int) -> None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, and isn't used
+        super().__init__(setting)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        config = {
+            "train_micro_batch_size_per_gpu": setting.batch_size,
+            "gradient_clipping": MAX_NORM,
+            "zero_optimization": {"stage": stage},
+            "steps_per_print": 2**31,
+        }
+        self.engine = deepspeed.initialize(model=self.module, optimizer=self.optimizer, config=config)[0]
+
+    def train(self) -> None:
+        setting, engine, optimizer = self.setting, self.engine, self.optimizer
+        sampler: DistributedSampler[Any] = DistributedSampler(setting.tokens)
+        loader = DataLoader(setting.tokens, batch_size=setting.batch_size, sampler=sampler)
+        schedule = LambdaLR(optimizer, lambda update: 1.0 - update / self.clock.updates_of_a_turn)
+        engine.train()
+        for batch in loader:
+            self.clock.tick()
+            engine.backward(self.module.loss(engine(batch["tokens"]), batch))
+            engine.step()
+            schedule.step()
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
 
 
 def memory_of(module: nn.Module, optimizer: Optimizer) -> int:
@@ -167,7 +203,11 @@ def shard(module: GPT) -> nn.Module:
     return module
 
 
-PLACED: dict[str, Callable[[GPT], nn.Module]] = {"ddp": replicate, "fsdp2": shard}
+BARE: dict[str, Callable[[Setting], Loop]] = {
+    "ddp": partial(Bare, place=replicate),
+    "fsdp2": partial(Bare, place=shard),
+    **{f"deepspeed_stage_{stage}": partial(BareEngine, stage=stage) for stage in range(4)},
+}
 
 
 def row(strategy: str, turns: dict[str, list[Timing]], memory: dict[str, int]) -> list[str]:
@@ -187,14 +227,20 @@ def row(strategy: str, turns: dict[str, list[Timing]], memory: dict[str, int]) -
         f"{low:.3f} to {high:.3f}",
         f"{noise:.3f}",
         f"{statistics.median(computed):.3f}",
-        f"{memory['bare'] / 2**20:.2f}",
-        f"{memory['ours'] / 2**20:.2f}",
-        f"{memory['ours'] / memory['bare']:.4f}",
+        *(
+            (
+                f"{memory['bare'] / 2**20:.2f}",
+                f"{memory['ours'] / 2**20:.2f}",
+                f"{memory['ours'] / memory['bare']:.4f}",
+            )
+            if memory["bare"]
+            else "---"
+        ),
     ]
 
 
 COLUMNS = {  # heading to width
-    "strategy": 8,
+    "strategy": 17,
     "bare, ms": 8,
     "ours, ms": 8,
     "time ratio": 10,
@@ -216,11 +262,12 @@ def measure(options: argparse.Namespace) -> None:
     tokens = Tokens(updates * options.batch_size * ranks, options.length, VOCABULARY)
     setting = Setting(tokens, options.batch_size, options.updates)
     loops: dict[tuple[str, str], Loop] = {}
-    for strategy, place in PLACED.items():
-        loops[strategy, "bare"] = Bare(setting, place)
+    strategies: list[str] = options.strategies.split(",")
+    for strategy in strategies:
+        loops[strategy, "bare"] = BARE[strategy](setting)
         loops[strategy, "ours"] = Ours(setting, strategy, options.directory)
-        loops[strategy, "bare again"] = Bare(setting, place)
-    times: dict[str, dict[str, list[Timing]]] = {s: {"bare": [], "ours": [], "bare again": []} for s in PLACED}
+        loops[strategy, "bare again"] = BARE[strategy](setting)
+    times: dict[str, dict[str, list[Timing]]] = {s: {"bare": [], "ours": [], "bare again": []} for s in strategies}
     for number in range(options.rounds + 1):
         for (strategy, name), loop in in_turns(loops, number):
             timing = loop.turn()
@@ -228,7 +275,7 @@ def measure(options: argparse.Namespace) -> None:
                 times[strategy][name].append(timing)
         if is_main:
             print(f"round {number} of {options.rounds}", end="\r", file=sys.stderr, flush=True)
-    memory: dict[str, dict[str, int]] = {strategy: {} for strategy in PLACED}
+    memory: dict[str, dict[str, int]] = {strategy: {} for strategy in strategies}
     for (strategy, name), loop in loops.items():
         memory[strategy][name] = loop.memory
     if is_main:
@@ -238,10 +285,11 @@ def measure(options: argparse.Namespace) -> None:
             f"ranks of one thread; {parameters:,} parameters, {options.batch_size} x {options.length} tokens a rank; "
             f"{options.rounds} rounds of {options.updates} updates"
         )
-        for cells in [list(COLUMNS), *(row(strategy, times[strategy], memory[strategy]) for strategy in PLACED)]:
+        for cells in [list(COLUMNS), *(row(strategy, times[strategy], memory[strategy]) for strategy in strategies)]:
             print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
-        part = memory["fsdp2"]["ours"] / memory["ddp"]["ours"]
-        print(f"fsdp2 holds {part:.4f} of a whole replica on each of {ranks} ranks")
+        if {"ddp", "fsdp2"} <= {*strategies}:
+            part = memory["fsdp2"]["ours"] / memory["ddp"]["ours"]
+            print(f"fsdp2 holds {part:.4f} of a whole replica on each of {ranks} ranks")
     dist.barrier()
     dist.destroy_process_group()
     time.sleep(0.2)  # gloo's threads end a little later (pytorch #190489)
@@ -251,6 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--strategies", default="ddp,fsdp2", help=f"comma-separated: {', '.join(BARE)}")
     parser.add_argument("--ranks", type=int, default=2, help="processes; no more than cores")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each loop")
     parser.add_argument("--updates", type=int, default=8, help="timed updates in a turn")
@@ -264,7 +313,9 @@ def main() -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
         with tempfile.TemporaryDirectory() as directory:
             arguments = [*sys.argv[1:], f"--directory={directory}"]
-            sys.exit(subprocess.call([sys.executable, *launcher, __file__, *arguments]))
+            # DeepSpeed would warn that it found no accelerator.
+            environment = {"DS_ACCELERATOR": "cpu", **os.environ}
+            sys.exit(subprocess.call([sys.executable, *launcher, __file__, *arguments], env=environment))
 
 
 if __name__ == "__main__":
