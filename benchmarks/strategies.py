@@ -142,14 +142,20 @@ class Ours(Loop, Callback):
 
 
 class BareEngine(Loop):
-    """What a user of DeepSpeed writes: the same optimizer and clipping, by the engine."""
+    """What a user of DeepSpeed writes: the same optimizer and clipping, by the engine. It has the same two groups (what
+    weight decay is for, and what not), for each of which the engine has collectives of its own.
+    """
 
     def __init__(self, setting: Setting, stage: int) -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, and isn't used
         super().__init__(setting)
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        parameters = list(self.module.parameters())
+        groups = [[p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in groups], lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        )
         config = {
             "train_micro_batch_size_per_gpu": setting.batch_size,
             "gradient_clipping": MAX_NORM,

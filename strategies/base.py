@@ -44,6 +44,7 @@ class RunDescription:
         learning_rate, betas, epsilon, weight_decay: of the optimizer.
         schedule: its name; None where the module brings its own.
         warmup_steps, total_steps: of the schedule.
+        compiles_checkpointed_blocks: whether blocks are both compiled and computed again in backward.
     """
 
     micro_batch_size: int
@@ -57,6 +58,7 @@ class RunDescription:
     schedule: str | None
     warmup_steps: int
     total_steps: int
+    compiles_checkpointed_blocks: bool
 
 
 class Strategy(PlacedModule):

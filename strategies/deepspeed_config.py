@@ -157,6 +157,11 @@ def fill(
     """
     filled: dict[str, Any] = json.loads(json.dumps(dict(config)))
     problems = list(unknown_keys(filled))
+    if stage == 3 and run.compiles_checkpointed_blocks:
+        problems.append(
+            "torch_compile=True with gradient_checkpointing=True would compile nothing at stage 3, whose hooks gather "
+            "parameters inside each block: leave one out, or take stage 2, or strategy='fsdp2'"
+        )
     zero = filled.setdefault("zero_optimization", {})
     zero["stage"] = stage
     for wanted, key, lowest in ((offload_optimizer, "offload_optimizer", 1), (offload_parameters, "offload_param", 3)):

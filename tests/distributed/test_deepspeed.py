@@ -5,7 +5,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from test_batch_size import run as run_hungry
 from test_resharding import contents, continue_each
 from test_strategies import OnlyBias, OnlyHead, single
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import default_collate
 from training import Tagger, curves, make_fit, token_rows, train
 
 pytestmark = [
@@ -243,11 +247,86 @@ def test_a_search_puts_the_module_back(zero_ranks: Ranks, tmp_path: Path, stage:
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
+def operations(run: Callable[[], Any]) -> Counter[str]:
+    """How often each collective, and step of an optimizer, is called."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    return Counter({name: n for name, n in counts.items() if name.startswith(("c10d::", "aten::_fused_adamw_"))})
+
+
+def in_an_update(stage: int) -> list[dict[str, int]]:
+    """What Fit calls in an update, and what a hand-written loop does with the same groups and clipping."""
+    import deepspeed
+
+    rows, rank = token_rows(), int(os.environ["RANK"])
+    batches = [default_collate(rows[start : start + 4]) for start in range(4 * rank, 80, 8)]
+    options = {"strategy": "deepspeed", "options": {"stage": stage}, "logging_steps": 100}
+    fit = make_fit(Tagger(), rows, per_device_train_batch_size=4, **options)
+    fit.train(trial={"max_steps": 1})  # a first run also broadcasts the module
+    module = Tagger()
+    optimizer = module.configure_optimizer(fit.args)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": fit.args.max_grad_norm,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+    def by_hand(updates: int) -> None:
+        for batch in batches[:updates]:
+            engine.backward(module.loss(engine(batch["tokens"]), batch))
+            engine.step()
+
+    by_hand(1)
+    found = []
+    for train_for in (lambda updates: fit.train(trial={"max_steps": updates}), by_hand):
+        more, few = (operations(partial(train_for, updates)) for updates in (6, 2))
+        found.append({name: count / 4 for name, count in (more - few).items()})
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_update_costs_what_a_hand_written_one_does(zero_ranks: Ranks, stage: int) -> None:
+    ours, by_hand = zero_ranks.run(in_an_update, stage=stage)[0]
+    assert by_hand["aten::_fused_adamw_"] == 3  # one for each group
+    # Ours counts the global batch's items; at stage 0 the engine's own clipping sums norms that are whole anyway.
+    assert ours == {**by_hand, "c10d::allreduce_": by_hand["c10d::allreduce_"] + (stage > 0)}
+
+
 class InUnits(Tagger):
     """Compiled, and checkpointed, block by block."""
 
     def shard_units(self) -> list[nn.Module]:
         return list(self.blocks)
+
+
+def in_blocks(**arguments: Any) -> tuple[list[float], int, int]:
+    """Losses, how often a block's forward ran in Python, and how many graphs were compiled."""
+    import torch._dynamo
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    module, calls = InUnits(), []
+    module.blocks[0].up.register_forward_hook(lambda *_: calls.append(1) if not torch.compiler.is_compiling() else None)
+    fit = make_fit(module, token_rows(), max_steps=3, **arguments)
+    fit.train()
+    return curves(fit)["loss"], len(calls), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_blocks_compiled_and_checkpointed(zero_ranks: Ranks, stage: int) -> None:
+    torch.manual_seed(0)
+    expected, calls, _ = in_blocks(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    checkpointed = run(zero_ranks, stage, in_blocks, gradient_checkpointing=True)
+    compiled = run(zero_ranks, stage, in_blocks, gradient_checkpointing=stage < 3, torch_compile=True)
+    assert checkpointed[0] == checkpointed[1] and compiled[0] == compiled[1]
+    assert checkpointed[0][0] == pytest.approx(expected, rel=1e-5)
+    assert compiled[0][0] == pytest.approx(expected, rel=1e-5)
+    assert calls == 6 and checkpointed[0][1] == 12  # backward computes each again
+    assert compiled[0][2] > 0
 
 
 def alone(**arguments: Any) -> list[float]:
@@ -264,8 +343,12 @@ def alone(**arguments: Any) -> list[float]:
 def test_one_process_without_a_launcher(tmp_path: Path) -> None:
     one = Ranks(1)
     expected = one.run(alone, strategy="single")[0]
-    extras = {"gradient_checkpointing": True, "torch_compile": True}
-    found = [one.run(alone, strategy="deepspeed", options={"stage": s}, **extras)[0] for s in (0, 3, 1)]
+    found = [
+        one.run(
+            alone, strategy="deepspeed", options={"stage": s}, gradient_checkpointing=s != 3, torch_compile=True
+        )[0]
+        for s in (0, 3, 1)
+    ]
     one.end()
     for losses in found:
         assert losses == pytest.approx(expected, rel=1e-6)
@@ -375,6 +458,11 @@ def test_contradictions_are_listed_at_once(zero_ranks: Ranks) -> None:
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, "never trains under ZeRO"),
         ({"torch_autocast": {"enabled": True}}, {}, "or precision='bf16-mixed'"),
         ({"zero_optimization": {"stage": 1}}, {"stage": 3}, "stage=1, and the strategy was asked for stage 3"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            {"gradient_checkpointing": True, "torch_compile": True},
+            "would compile nothing at stage 3",
+        ),
         ({"zero_optimization": {"stage": 4}}, {}, "write 0, 1, 2, 3 or 'auto'"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "needs stage 3 or more"),
         ({"optimizer": {"type": "OneBitAdam"}}, {}, "choose by Fit's optim="),
