@@ -141,9 +141,7 @@ def test_files_have_one_format(saved: dict[str, Path]) -> None:
 
 
 def bf16_alone() -> dict[str, Any]:
-    return train(
-        precision="bf16-mixed", max_steps=50, per_device_train_batch_size=8, gradient_accumulation_steps=2
-    )
+    return train(precision="bf16-mixed", max_steps=50, per_device_train_batch_size=8, gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -344,9 +342,7 @@ def test_one_process_without_a_launcher(tmp_path: Path) -> None:
     one = Ranks(1)
     expected = one.run(alone, strategy="single")[0]
     found = [
-        one.run(
-            alone, strategy="deepspeed", options={"stage": s}, gradient_checkpointing=s != 3, torch_compile=True
-        )[0]
+        one.run(alone, strategy="deepspeed", options={"stage": s}, gradient_checkpointing=s != 3, torch_compile=True)[0]
         for s in (0, 3, 1)
     ]
     one.end()
