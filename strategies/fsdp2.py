@@ -29,6 +29,7 @@ from .process_group import (
     broadcast_module,
     move_module,
     split_world,
+    submesh,
     whole_of,
 )
 from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
@@ -120,12 +121,12 @@ class FSDP2(ProcessGroupStrategy):
         if options.context_parallel > 1:
             from .context_parallel import ContextParallel
 
-            self.context = ContextParallel(self.mesh[CONTEXT], module)
+            self.context = ContextParallel(submesh(self.mesh, CONTEXT), module)
         meta_layers = self.build(module)
         move_module(module, self.device)
         broadcast_module(module)
         if options.tensor_parallel > 1:
-            apply_plan(module, self.mesh[TENSOR], loss_parallel=options.loss_parallel)
+            apply_plan(module, submesh(self.mesh, TENSOR), loss_parallel=options.loss_parallel)
         prepare(module)
         # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
@@ -143,11 +144,11 @@ class FSDP2(ProcessGroupStrategy):
         mixed = compute is not None and compute != self.precision.parameter_dtype
         check_storage(module, self.name, flat=None, cast_to=compute if mixed else None)
         # One dimension shards; two replicate over the first and shard over the second.
-        mesh = self.mesh[REPLICATE, SHARD] if options.replicas > 1 else self.mesh[SHARD]
+        mesh = submesh(self.mesh, *((REPLICATE, SHARD) if options.replicas > 1 else (SHARD,)))
         if options.context_parallel > 1:  # its ranks have gradients of their own, and shard the model like any other
-            mesh = self.mesh[SHARD, CONTEXT]._flatten("shards")
+            mesh = submesh(self.mesh, SHARD, CONTEXT)._flatten("shards")
             if options.replicas > 1:
-                mesh = DeviceMesh._concatenate([self.mesh[REPLICATE], mesh])
+                mesh = DeviceMesh._concatenate([submesh(self.mesh, REPLICATE), mesh])
         common: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": options.reshard_after_forward,

@@ -207,6 +207,14 @@ def mesh_for(world: dist.ProcessGroup | None, device_type: str, shape: tuple[tup
     return init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
 
+@cache
+def submesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:
+    """Dimensions of a mesh of ``mesh_for``, one object in the world's life. DTensor's caches hand out the first of
+    those that are equal, and a graph that is compiled with one mesh in its parameters and another in its results fails.
+    """
+    return mesh[names]
+
+
 def leave(waits_for_work: bool = True) -> None:
     """Destroy the process group.
 
@@ -215,6 +223,7 @@ def leave(waits_for_work: bool = True) -> None:
     """
     if dist.is_initialized():
         mesh_for.cache_clear()
+        submesh.cache_clear()
         if waits_for_work or "nccl" not in backend():
             dist.destroy_process_group()
         else:
@@ -230,6 +239,7 @@ def forget_groups() -> None:
     nothing else. The caches would also find an equal mesh of another world, whose groups are gone.
     """
     mesh_for.cache_clear()
+    submesh.cache_clear()
     clear_native_cache = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
     if clear_native_cache is not None:
         clear_native_cache()

@@ -12,6 +12,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import Callback, TrainModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from training import PLACEMENTS, Tagger, curves, everywhere, make_fit, share_of_16, token_rows, train
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,27 @@ def test_compiled_blocks(ranks: dict[int, Ranks], tmp_path: Path, strategy: str)
         assert result["first_step_seconds"][0] > 0
     stored = {name for path in (tmp_path / "checkpoint-4" / "model").iterdir() for name in load_file(path)}
     assert {name.partition("#")[0] for name in stored} == set(names)
+
+
+def meshes_of_two_runs(**arguments: Any) -> int:
+    """How many meshes the weights and inputs of a layer lie on in the forward passes of two runs."""
+    found: list[Any] = []
+
+    def note(layer: nn.Linear, inputs: Any, outputs: Any) -> None:
+        found.extend(tensor.device_mesh for tensor in (layer.weight, *inputs) if isinstance(tensor, DTensor))
+
+    for _ in range(2):
+        fit = make_fit(Tagger(), token_rows(), max_steps=1, per_device_train_batch_size=8, **arguments)
+        fit.place()
+        fit.module.blocks[0].up.register_forward_hook(note)
+        fit.train()
+    assert len(found) == 4
+    return len({id(mesh) for mesh in found})
+
+
+def test_runs_of_one_process_share_a_mesh(ranks: dict[int, Ranks]) -> None:
+    # DTensor's caches know the equal mesh of an earlier run; inductor fails where it meets both in one graph.
+    assert ranks[2].run(meshes_of_two_runs, strategy="tp") == [1, 1]
 
 
 # NEFTune.
