@@ -338,7 +338,7 @@ def destroy(engine: Any) -> None:
         if part is not None:
             vars(part).clear()
     offload = sys.modules["deepspeed.runtime.zero.parameter_offload"]
-    offload.FWD_MODULE_STACK.clear()  # type: ignore[attr-defined]
+    offload.FWD_MODULE_STACK.clear()
     name = "_PartitionedParameterCoordinator__params_to_release"
     for cell in vars(offload.PartitionedParameterCoordinator)[name].__closure__:  # DeepSpeed has wrapped it
         if hasattr(cell.cell_contents, "cache_clear"):
