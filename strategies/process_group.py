@@ -29,6 +29,7 @@ from .base import Strategy
 REPLICATE, SHARD, CONTEXT, TENSOR = "replicate", "shard", "context", "tensor"
 
 CACHE = type(cache(lambda: None))
+LAST_SHAPE: list[tuple[tuple[str, int], ...]] = []  # of the mesh that was set up last in this process
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ProcessGroupStrategy(Strategy):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = self.choose_device()
         shape = self.mesh_shape(self.world_size)
+        take_up(tuple(shape.items()))
         self.mesh = mesh_for(dist.group.WORLD, self.device.type, tuple(shape.items()))
         self.tensor_parallel_size = shape[TENSOR]
         self.context_parallel_size = shape[CONTEXT]
@@ -215,6 +217,25 @@ def submesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:
     return mesh[names]
 
 
+def take_up(shape: tuple[tuple[str, int], ...]) -> None:
+    """Where the last run's mesh had another shape, empty DTensor's caches: a part of it may be equal to one of this
+    mesh, and has process groups of its own.
+    """
+    if LAST_SHAPE and LAST_SHAPE != [shape]:
+        clear_tensor_caches()
+    LAST_SHAPE[:] = [shape]
+
+
+def clear_tensor_caches() -> None:
+    """Empty DTensor's caches, which hold meshes and hand them out where an equal one is asked for."""
+    clear_native_cache = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if clear_native_cache is not None:
+        clear_native_cache()
+    for thing in gc.get_objects():
+        if type(thing) is CACHE and (getattr(thing, "__module__", None) or "").startswith("torch.distributed.tensor"):
+            thing.cache_clear()
+
+
 def leave(waits_for_work: bool = True) -> None:
     """Destroy the process group.
 
@@ -240,9 +261,7 @@ def forget_groups() -> None:
     """
     mesh_for.cache_clear()
     submesh.cache_clear()
-    clear_native_cache = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
-    if clear_native_cache is not None:
-        clear_native_cache()
+    clear_tensor_caches()
     gc.collect()
     for thing in gc.get_objects():
         if type(thing) is DeviceMesh:
@@ -250,8 +269,6 @@ def forget_groups() -> None:
         elif type(thing) is FunctionType and any(type(v) is dist.ProcessGroup for v in thing.__defaults__ or ()):
             # torch.distributed.nn's group=group.WORLD, which is None unless it is imported after the world was joined.
             thing.__defaults__ = tuple(None if type(v) is dist.ProcessGroup else v for v in thing.__defaults__ or ())
-        elif type(thing) is CACHE and (getattr(thing, "__module__", None) or "").startswith("torch.distributed.tensor"):
-            thing.cache_clear()
 
 
 def move_module(module: nn.Module, device: torch.device) -> None:
