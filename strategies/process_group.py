@@ -221,7 +221,7 @@ def take_up(shape: tuple[tuple[str, int], ...]) -> None:
     """Where the last run's mesh had another shape, empty DTensor's caches: a part of it may be equal to one of this
     mesh, and has process groups of its own.
     """
-    if LAST_SHAPE and LAST_SHAPE != [shape]:
+    if LAST_SHAPE and [shape] != LAST_SHAPE:
         clear_tensor_caches()
     LAST_SHAPE[:] = [shape]
 

@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from ranks import Ranks
 from stratagem import Callback
+from test_context_parallel import train_on_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -145,6 +146,8 @@ def test_tensor_parallel_sums_activations(ranks: dict[int, Ranks]) -> None:
 
 
 def test_two_dimensions_reduce_each_group_once_an_update(ranks: dict[int, Ranks]) -> None:
+    # A mesh with an equal part before it, whose process groups are others.
+    train_on_ranks(ranks, "context-2-tensor-2", max_steps=2)
     for messages in ranks[4].run(listen, strategy="fsdp2", options={"tensor_parallel": 2}):
         sent = update(messages)
         assert sum(times for (name, _, _), times in sent.items() if name == "reduce_scatter_base") == 3
