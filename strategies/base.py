@@ -294,8 +294,7 @@ class Strategy(PlacedModule):
         if not gradients:
             return torch.zeros(())
         with torch.no_grad():  # torch.nn.utils.clip_grad_norm_ to the bit, without its sorting by device and dtype
-            wide = None if gradients[0].dtype.itemsize > 2 else torch.float32
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=wide)))
+            norm = torch.linalg.vector_norm(torch.stack(norms(gradients)))
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -413,3 +412,8 @@ class Strategy(PlacedModule):
             if getattr(self.options, field.name) != field.default
         )
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+def norms(gradients: list[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, at least in float32: 16 bits would round their sum, and overflow at 65504."""
+    return list(torch._foreach_norm(gradients, 2.0, dtype=None if gradients[0].dtype.itemsize > 2 else torch.float32))

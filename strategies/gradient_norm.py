@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from .base import norms
+
 
 @torch.no_grad()  # also: to_local() outside would record itself for autograd
 def clip_by_norm(
@@ -58,11 +60,6 @@ def clip_by_norm(
     for gradients in filter(None, by_sharding.values()):
         torch._foreach_mul_(gradients, scale)
     return norm
-
-
-def norms(gradients: list[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, at least in float32: 16 bits would round their sum, and overflow at 65504."""
-    return list(torch._foreach_norm(gradients, 2.0, dtype=None if gradients[0].dtype.itemsize > 2 else torch.float32))
 
 
 def is_sharded(placement: object) -> bool:

@@ -23,6 +23,7 @@ from ..precision.registry import did_you_mean
 from .process_group import mesh_of
 
 Plan = Mapping[str, "str | ParallelStyle"]
+Ties = list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]
 
 STYLES: Mapping[str, Any] = {
     # whole input -> features cut over the ranks
@@ -84,7 +85,7 @@ def apply_plan(module: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool = Fal
                 "tensor_parallel_plan cuts one of two layers that share a weight, but not the other. Cut both by the "
                 'same dimension ("embedding" and "colwise_gather"), or neither.'
             )
-        layer._parameters[name] = first_layer._parameters[first_name]
+    tie(tied)
 
 
 def styles_by_layer(module: nn.Module) -> "dict[str, str | ParallelStyle]":
@@ -190,7 +191,7 @@ def check_cut(name: str, style: "str | ParallelStyle", layer: nn.Module, degree:
         )
 
 
-def tied_parameters(module: nn.Module) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+def tied_parameters(module: nn.Module) -> Ties:
     """(owner, name) of every further place of a shared parameter, with the (owner, name) of its first place."""
     first: dict[int, tuple[nn.Module, str]] = {}
     tied = []
@@ -203,6 +204,12 @@ def tied_parameters(module: nn.Module) -> list[tuple[tuple[nn.Module, str], tupl
             else:
                 first[id(parameter)] = layer, name
     return tied
+
+
+def tie(tied: Ties) -> None:
+    """Make one parameter again of those that ``tied_parameters`` found, where layers were given new ones."""
+    for (layer, name), (first_layer, first_name) in tied:
+        layer._parameters[name] = first_layer._parameters[first_name]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """torch_xla's SPMD: one process and one program, which the compiler cuts over all devices by marked shardings."""
 
+import math
 import os
 import warnings
 import zlib
@@ -18,7 +19,8 @@ from ..precision.registry import did_you_mean
 from .base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
 from .devices import move_to
 from .materialize import materialize
-from .xla_sharding import AXES, DATA, FSDP, Partition, mark, partitions, ties_kept
+from .tensor_parallel_plan import tie, tied_parameters
+from .xla_sharding import AXES, DATA, FSDP, Partition, mark, partitions
 
 TORCH, TORCH_XLA = "2.9.0", "2.9.0"  # the last pair that fits together; torch_xla doesn't say which torch it needs
 WARM_UP = 3  # training programs that may be compiled: without optimizer state, with it, and one to spare
@@ -74,7 +76,6 @@ class XLASPMD(Strategy):
 
     mesh: Any
     hooks: list[RemovableHandle]
-    parameters: dict[str, nn.Parameter]
     partitions: dict[str, Partition]
     updates: int
     compiled_before: int
@@ -106,11 +107,12 @@ class XLASPMD(Strategy):
         late = self.build(module)
         materialize(module, late, torch.device("cpu"))
         prepare(module)
-        with ties_kept(module):
-            module.to(self.device)  # makes new parameters
+        tied = tied_parameters(module)
+        module.to(self.device)  # makes new parameters
+        tie(tied)
         self.module = self.model = module
-        self.parameters, self.partitions = self.named_parameters(), partitions(module, self.mesh)
-        for name, parameter in self.parameters.items():
+        self.partitions = partitions(module, self.mesh)
+        for name, parameter in self.named_parameters().items():
             mark(parameter, self.mesh, self.partitions[name])
         for buffer in module.buffers():
             mark(buffer, self.mesh, (None,) * buffer.ndim)
@@ -176,7 +178,7 @@ class XLASPMD(Strategy):
     def mark_like(self, name: str, value: Any) -> None:
         """Mark an entry of a parameter's optimizer state: as the parameter where it has as many numbers, else whole."""
         if isinstance(value, Tensor) and value.device.type == "xla":
-            follows = value.shape == self.parameters[name].shape
+            follows = value.shape == self.module.get_parameter(name).shape
             mark(value, self.mesh, self.partitions[name] if follows else (None,) * value.ndim)
 
     def factor(self, value: float) -> float | Tensor:
@@ -271,7 +273,7 @@ class XLASPMD(Strategy):
         counted = {id(p) for group in self.capturable_groups() for p in group["params"]}
 
         def placed(name: str, value: Any) -> Any:
-            if isinstance(value, Tensor) and (value.ndim or id(self.parameters[name]) in counted):
+            if isinstance(value, Tensor) and (value.ndim or id(self.module.get_parameter(name)) in counted):
                 value = value.to(self.device)
                 self.mark_like(name, value)
             return value
@@ -355,9 +357,7 @@ def check_mesh(sizes: Mapping[str, int], devices: int) -> None:
     Raises:
         ValueError: says how many there are.
     """
-    product = 1
-    for size in sizes.values():
-        product *= size
+    product = math.prod(sizes.values())
     if product != devices:
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
         raise ValueError(

@@ -1,12 +1,11 @@
 """How each parameter lies on a mesh of XLA devices."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from .tensor_parallel_plan import check_cut, cut_dimension, styles_by_layer, tied_parameters
+from .tensor_parallel_plan import check_cut, cut_dimension, styles_by_layer
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")  # of a mesh, outermost first
 
@@ -72,12 +71,3 @@ def mark(tensor: Tensor, mesh: Any, axes: Partition) -> None:
 
     clear_sharding(tensor)
     mark_sharding(tensor, mesh, axes)
-
-
-@contextmanager
-def ties_kept(module: nn.Module) -> Iterator[None]:
-    """What is one parameter before is one afterwards."""
-    tied = tied_parameters(module)
-    yield
-    for (layer, name), (first_layer, first_name) in tied:
-        layer._parameters[name] = first_layer._parameters[first_name]
