@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ class FitArguments:
     optimizer step; "step" in a name means update too.
 
     Args:
-        output_dir: where checkpoints and logs go; made when something is first written.
+        output_dir: where checkpoints and logs go; made when something is first written. "~" is your home.
         max_steps: updates to train for; -1 trains for ``num_train_epochs``. Overrides the epochs.
         num_train_epochs: passes over the training data; may be a fraction.
         per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
@@ -53,7 +54,10 @@ class FitArguments:
         load_best_model_at_end: end with the weights of the best checkpoint. Rotation keeps that one.
         save_strategy: "no", "steps" or "epoch".
         save_steps: updates between checkpoints, or a fraction of the run.
-        save_total_limit: checkpoints kept; None keeps all. The newest whole one always stays.
+        save_total_limit: checkpoints of the run kept; None keeps all. The newest whole one and that of the best
+            evaluation always stay.
+        other_checkpoints: what becomes of checkpoints in ``output_dir`` that the run doesn't go on from: "set_aside"
+            renames them to ``checkpoint-<update>.set-aside``, "refuse" ends the run before it begins.
         save_only_trainable: checkpoints and exports hold trainable parameters and buffers, without the frozen ones (the
             base model under a peft model's adapters); those a resumed run takes from the module as you built it.
         async_save: write checkpoints in the background; training stops only for the copy to host memory. A write that
@@ -126,6 +130,7 @@ class FitArguments:
     save_strategy: str = "steps"
     save_steps: float = 500
     save_total_limit: int | None = None
+    other_checkpoints: str = "set_aside"
     save_only_trainable: bool = False
     async_save: bool = False
 
@@ -155,6 +160,8 @@ class FitArguments:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.output_dir, str):
+            object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
         problems = [f"{name}={getattr(self, name)!r}: {why}" for name, why in self._problems()]
         if problems:
             raise ValueError("These arguments can't work:\n  " + "\n  ".join(problems))
@@ -179,6 +186,8 @@ class FitArguments:
         if found:
             return found
 
+        unknown_home = self.output_dir.startswith("~")
+        require("output_dir", not unknown_home, "this user's home isn't known; write the path, or './~...' for a name")
         require("max_steps", self.max_steps == -1 or self.max_steps > 0, "give a number of updates, or -1 for epochs")
         require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
         for name in (
@@ -227,6 +236,7 @@ class FitArguments:
         for name, known in (
             ("include_num_input_tokens_seen", ("no", "all", "non_padding")),
             ("debug", ("", "underflow_overflow")),
+            ("other_checkpoints", ("set_aside", "refuse")),
             ("torch_compile_mode", ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
         ):
             require(name, getattr(self, name) in known, f"must be one of {', '.join(map(repr, known))}")

@@ -1,6 +1,7 @@
 """Which evaluation was best, and the checkpoint that belongs to it."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,7 +40,36 @@ def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str,
         state.best_global_step = state.global_step
 
 
-def best_checkpoint(args: FitArguments, state: TrainState) -> Path | None:
-    """The checkpoint of the best evaluation, where one was saved with it."""
-    path = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-    return path if state.best_metric is not None and path.is_dir() else None
+def best_update(state: TrainState) -> int | None:
+    """The update of the best evaluation so far; None before the first."""
+    return state.best_global_step if state.best_metric is not None else None
+
+
+def best_checkpoint(args: FitArguments, update: int | None) -> Path | None:
+    """The checkpoint that was saved with the best evaluation, where one was.
+
+    Args:
+        args: of the run.
+        update: see ``best_update``; of the moment that is meant, which with ``async_save`` may be one that is past.
+    """
+    path = Path(args.output_dir) / f"checkpoint-{update}"
+    return path if update is not None and path.is_dir() else None
+
+
+def checkpoint_to_load(args: FitArguments, state: TrainState) -> Path | None:
+    """The checkpoint whose weights a run with ``load_best_model_at_end`` is to end with; None leaves them as they are,
+    with a warning where they aren't the best.
+    """
+    update = best_update(state)
+    path = best_checkpoint(args, update)
+    if path is None and (update is None or update != state.global_step):
+        why = (
+            "no evaluation was made"
+            if update is None
+            else f"the best evaluation was at update {update}, and there is no "
+            f"{Path(args.output_dir) / f'checkpoint-{update}'}"
+        )
+        warnings.warn(
+            f"load_best_model_at_end=True has no effect: {why}. The weights are those of the last update.", stacklevel=3
+        )
+    return path

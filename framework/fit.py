@@ -19,7 +19,7 @@ from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
 from . import batch_size, beginning, best, checkpoint, evaluation, fresh, journal, loop, pretrained, random_state
-from .agreement import UpdateExchange, check_ranks_agree
+from .agreement import UpdateExchange, check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .averages import Averages
 from .callbacks import Callback, Callbacks
@@ -81,6 +81,8 @@ class Fit:
     count_tokens: TokenCounter
     callbacks: Callbacks
 
+    directory: checkpoint.RunDirectory  # of the last run that was begun
+
     # Set where a run begins (beginning.py).
     scheduler: LRScheduler
     optimizer_mode: OptimizerMode
@@ -138,6 +140,8 @@ class Fit:
             },
         )
         if train_data is not None:
+            if self.args.save_strategy != "no":
+                self.check_can_save()
             check_optimizer_by_name(self.args, self.strategy)
             self.stream = self.get_train_dataloader()
             beginning.resolve_length(self)
@@ -172,8 +176,9 @@ class Fit:
         """Train to the end of the run.
 
         Args:
-            resume_from_checkpoint: True continues from the newest whole checkpoint in ``output_dir`` (and begins anew
-                where there is none); a path continues from that one, a URL ("s3://...") from a copy of it there.
+            resume_from_checkpoint: True continues from the newest whole checkpoint of the last run in ``output_dir``
+                (and begins anew where there is none); a path continues from that one, a URL ("s3://...") from a copy
+                of it there.
             trial: fields of FitArguments to change for this run, in a mapping or a trial of Optuna's (a FixedTrial, a
                 study's best one). The same on every rank. With ``module_init``, the run has a fresh module.
             ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.
@@ -182,7 +187,8 @@ class Fit:
             Updates done, mean training loss, and run time and rates.
 
         Raises:
-            CheckpointError: the checkpoint that was asked for is damaged or belongs to another model.
+            CheckpointError: the checkpoint that was asked for is damaged or belongs to another model, or ``output_dir``
+                is in use by another process.
         """
         if self.train_data is None:
             raise ValueError("This Fit has no train_data. Pass train_data= to Fit.")
@@ -193,8 +199,22 @@ class Fit:
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         if self.writer is not None:
             self.writer.finish()
-        path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
-        return batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
+        return self.run_in_directory(resume_from_checkpoint)
+
+    def run_in_directory(self, resume_from_checkpoint: bool | str | Path | None) -> TrainOutput:
+        """Train in ``output_dir``, in which no other process trains meanwhile; see ``train``."""
+        self.directory = checkpoint.RunDirectory(self.strategy, self.args)
+        with self.directory.at_work(resume_from_checkpoint) as path:
+            try:
+                output = batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
+            except BaseException:
+                if self.writer is not None:  # what it writes is still this run's
+                    with contextlib.suppress(Exception):
+                        self.writer.finish()
+                raise
+            if self.writer is not None:
+                self.writer.finish()
+            return output
 
     def run(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
@@ -206,7 +226,7 @@ class Fit:
             self.open_loggers()
             loop.run(self)
             if self.args.load_best_model_at_end:
-                checkpoint.load_weights(self, best.best_checkpoint(self.args, self.state))
+                checkpoint.load_weights(self, best.checkpoint_to_load(self.args, self.state))
         except BaseException as error:
             with contextlib.suppress(Exception):  # the first error is the one to show
                 self.emit("on_exception", exception=error)
@@ -526,40 +546,66 @@ class Fit:
 
     # Checkpoints.
 
-    def save_checkpoint(self) -> Path:
-        """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``."""
-        self.settle_schedule()
-        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+    def check_can_save(self) -> None:
+        """Refuse an ``output_dir`` that can't be written to now, not at the first checkpoint. Collective.
 
-        def published() -> None:
+        Raises:
+            ValueError: on every rank; the message names the directory and the reason.
+        """
+
+        def check() -> None:
             if self.strategy.is_main:
-                self.callbacks.checkpoint_published(path)
-            self.rotate_checkpoints()
+                checkpoint.check_can_write(Path(self.args.output_dir))
 
-        with self.optimizer_mode.evaluating():
-            snapshot = checkpoint.take(self)
-            if self.args.async_save:
-                if self.writer is None:
-                    self.writer = checkpoint.BackgroundWriter(self.strategy)
-                self.writer.start(snapshot, path, then=published)
-            else:
-                checkpoint.write(snapshot, path, self.strategy)
-                published()
+        on_all_ranks(self.strategy, check, ValueError)
+
+    def save_checkpoint(self) -> Path:
+        """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest of its line beyond
+        ``save_total_limit``. Outside of ``train`` it is there when this returns, with ``async_save`` too.
+        """
+        self.settle_schedule()
+        best_update = best.best_update(self.state)  # of now: written in the background, it is published later
+
+        with self.directory.saving(self.state.global_step) as path:
+
+            def published() -> None:
+                if self.strategy.is_main:
+                    self.directory.note_published(path)
+                    self.callbacks.checkpoint_published(path)
+                    self._rotate(best_update)
+
+            with self.optimizer_mode.evaluating():
+                snapshot = checkpoint.take(self)
+                if self.args.async_save:
+                    if self.writer is None:
+                        self.writer = checkpoint.BackgroundWriter(self.strategy)
+                    self.writer.start(snapshot, path, then=published)
+                    if not self.directory.is_at_work:
+                        self.writer.finish()
+                else:
+                    checkpoint.write(snapshot, path, self.strategy)
+                    on_all_ranks(self.strategy, published, checkpoint.CheckpointError)
         self.emit("on_save", path=path)
         return path
 
     def rotate_checkpoints(self) -> None:
-        """Remove the oldest checkpoints beyond ``save_total_limit``, but for the best one and those that a callback
-        still needs.
+        """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best one, the newest
+        and those that a callback still needs. Collective.
         """
-        if self.strategy.is_main:
-            kept = best.best_checkpoint(self.args, self.state) if self.args.load_best_model_at_end else None
-            checkpoint.rotate(
-                Path(self.args.output_dir),
-                self.args.save_total_limit,
-                keep=[kept] if kept else [],
-                spare=self.callbacks.checkpoints_to_keep(),
-            )
+
+        def rotate() -> None:
+            if self.strategy.is_main:
+                self._rotate(best.best_update(self.state))
+
+        on_all_ranks(self.strategy, rotate, checkpoint.CheckpointError)
+
+    def _rotate(self, best_update: int | None) -> None:
+        kept = best.best_checkpoint(self.args, best_update)
+        self.directory.rotate(
+            self.args.save_total_limit,
+            keep=[kept] if kept else [],
+            spare=self.callbacks.checkpoints_to_keep(),
+        )
 
     def export(self, path: str | Path) -> Path:
         """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones

@@ -9,7 +9,7 @@ from typing import Any
 
 from .arguments import FitArguments
 from .callbacks import Callback
-from .checkpoint import published, remote
+from .checkpoint import remote
 from .state import Control, TrainState
 
 
@@ -54,7 +54,7 @@ class Upload(Callback):
     def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """What the run that is resumed may not have uploaded any more comes first."""
         if state.global_step and context["fit"].strategy.is_main:
-            self.enqueue(published(Path(args.output_dir)))
+            self.enqueue(context["fit"].directory.checkpoints())
 
     def checkpoint_published(self, path: Path) -> None:
         """Upload it, and once more those that failed."""

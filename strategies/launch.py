@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import uuid
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -34,6 +35,8 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int) -> No
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         if LAUNCHER in os.environ:
             end_with(int(os.environ[LAUNCHER]))
+        elif (agent := elastic_agent()) is not None:
+            end_with(agent)
         running = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if devices not in ("auto", running):
             raise ValueError(
@@ -88,6 +91,25 @@ def launch(ranks: int, max_restarts: int) -> NoReturn:
         print(f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended.", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     sys.exit(0)
+
+
+def elastic_agent() -> int | None:
+    """The process of torchrun that started this rank, where it did, and is this one's parent.
+
+    A rank's environment says that an agent of torch's elastic launcher started it, but is inherited by every process
+    that the rank starts: the agent is a parent that doesn't have it itself. None where the parent can't be looked at
+    (on another system than Linux), is a script that torchrun runs in the rank's place, or was there from the start of
+    the machine or the container: process 1 is also the parent of those whose own is gone.
+    """
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    parent = os.getppid()
+    if run is None or parent == 1:
+        return None
+    try:
+        inherited = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return None if f"TORCHELASTIC_RUN_ID={run}".encode() in inherited else parent
 
 
 def end_with(launcher: int) -> None:

@@ -72,6 +72,7 @@ def take(fit: "Fit") -> Snapshot:
             else:
                 numbers[f"{name}/{key}"] = value
     state = {
+        "run": fit.directory.line.to_dict(),
         "strategy": strategy.name,
         "precision": strategy.precision.name,
         "world_size": strategy.world_size,

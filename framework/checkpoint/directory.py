@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a directory that is still being written, or removed
 REPLACED = ".replaced"  # ends the name of a checkpoint while another of the same update takes its place
+SET_ASIDE = ".set-aside"  # ends the name of a checkpoint of another run than the one that works in the directory
+DAMAGED = ".damaged"  # ends the name of one that was found to be other than its manifest says
 NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -73,8 +76,7 @@ def partial_path(final: Path) -> Path:
 def begin(final: Path) -> Path:
     """An empty directory beside ``final`` to write into; what a killed save left there is removed."""
     partial = partial_path(final)
-    if partial.exists():
-        shutil.rmtree(partial)
+    remove(partial)
     try:
         partial.mkdir(parents=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -93,12 +95,12 @@ def publish(final: Path, files: dict[str, dict[str, Any]]) -> None:
     write_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}))
     for directory in {(partial / name).parent for name in files} | {partial}:
         flush(directory)
-    if final.exists():
+    if os.path.lexists(final):
         replaced = final.with_name(final.name + REPLACED)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         final.rename(replaced)
         partial.rename(final)
-        shutil.rmtree(replaced)
+        remove(replaced)
     else:
         partial.rename(final)
     flush(final.parent)
@@ -141,49 +143,102 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
             )
 
 
-def tidy(output_dir: Path) -> None:
-    """Remove what a killed run left half-written, and give a checkpoint that it was about to replace its name back."""
-    for path in sorted(output_dir.glob(f"checkpoint-*{REPLACED}")):
-        final = path.with_name(path.name.removesuffix(REPLACED))
-        if final.exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(final)
-    for path in sorted(output_dir.glob(f"checkpoint-*{PARTIAL}")):
+def remove(path: Path) -> None:
+    """Remove a directory with all that is in it, or a file. Of a link only the link goes; what it leads to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif os.path.lexists(path):
         shutil.rmtree(path)
 
 
+def rename_aside(path: Path, ending: str) -> Path:
+    """Give a checkpoint a name under which no run takes, counts or removes it: its own with ``ending``, and a number
+    where that is taken.
+
+    Returns:
+        The new name.
+    """
+    aside, count = path.with_name(path.name + ending), 1
+    while os.path.lexists(aside):
+        count += 1
+        aside = path.with_name(f"{path.name}{ending}-{count}")
+    path.rename(aside)
+    return aside
+
+
+def leftovers(output_dir: Path, ending: str) -> list[Path]:
+    """What lies in a directory under a checkpoint's name and an ending that a save or a rotation gives it."""
+    if not output_dir.is_dir():
+        return []
+    found = (path for path in output_dir.iterdir() if path.name.endswith(ending))
+    return sorted(path for path in found if NAME.match(path.name.removesuffix(ending)))
+
+
+def tidy(output_dir: Path) -> None:
+    """Remove what a killed run left half-written, and give a checkpoint that it was about to replace its name back.
+    Only whoever holds the directory's lock may: others may be writing there.
+    """
+    for path in leftovers(output_dir, REPLACED):
+        final = path.with_name(path.name.removesuffix(REPLACED))
+        if path.is_dir() and not os.path.lexists(final):
+            path.rename(final)
+        else:
+            remove(path)
+    for path in leftovers(output_dir, PARTIAL):
+        remove(path)
+
+
 def published(output_dir: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first; they may still be damaged."""
+    """The checkpoints in a directory, oldest first, links to some among them; they may still be damaged."""
     if not output_dir.is_dir():
         return []
     found = [(int(m.group(1)), p) for p in output_dir.iterdir() if (m := NAME.match(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
 
-def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path] = (), spare: Iterable[Path] = ()) -> list[Path]:
+def rotate(
+    checkpoints: Sequence[Path], limit: int | None, keep: Iterable[Path] = (), spare: Iterable[Path] = ()
+) -> list[Path]:
     """Remove the oldest checkpoints beyond ``limit``.
 
     Args:
-        output_dir: holds them.
+        checkpoints: of one run's line, oldest first.
         limit: how many stay; None keeps all.
-        keep: these stay whatever their age, and count towards the limit. The newest always stays.
+        keep: these stay whatever their age, and count towards the limit.
         spare: these stay for now, and others aren't removed in their place.
 
     Returns:
         The removed ones.
     """
-    checkpoints = published(output_dir)
     if limit is None or len(checkpoints) <= limit:
         return []
-    protected = {*keep, checkpoints[-1]}
+    protected = set(keep)
     removable = [path for path in checkpoints if path not in protected]
     spared = set(spare)
     removed = [path for path in removable[: len(checkpoints) - limit] if path not in spared]
     for path in removed:
         # Renamed first, so that a kill in the middle leaves no half checkpoint under a good name.
         doomed = partial_path(path)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)
     return removed
+
+
+def check_can_write(output_dir: Path) -> None:
+    """Write, flush and remove a small file where checkpoints are to be, or where their directory is to be made.
+
+    Raises:
+        ValueError: that fails; the message says why.
+    """
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))  # a block: an empty file fits on a full disk
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} can't be written to: {error.strerror} ({place}). Write another "
+            "output_dir, or save_strategy='no' to save no checkpoint."
+        ) from error

@@ -1,59 +1,75 @@
-"""Which checkpoint a run resumes from: the newest whole one, or the one that was asked for."""
+"""Which checkpoint a run resumes from: the newest whole one of its line, or the one that was asked for."""
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
-from .directory import CheckpointError, published, tidy, verify
-from .remote import download
+from .directory import CheckpointError, published, verify
+from .line import Marker, origin_of
 
 
-def find(strategy: Strategy, output_dir: Path, wanted: bool | str | Path | None) -> Path | None:
-    """A checkpoint that agrees with its manifest. Ranks share the reading. Collective.
+def check_is_whole(strategy: Strategy, path: Path) -> None:
+    """Compare a checkpoint with its manifest; ranks share the reading. Collective.
+
+    Raises:
+        CheckpointError: on every rank; names what is missing or altered.
+    """
+    on_all_ranks(strategy, partial(verify, path, strategy.rank, strategy.world_size), CheckpointError)
+
+
+def newest_whole(strategy: Strategy, candidates: Sequence[Path], output_dir: Path) -> tuple[Path | None, list[Path]]:
+    """The last of the candidates that agrees with its manifest; says which it passed over. Collective.
 
     Args:
         strategy: set up.
-        output_dir: where checkpoints are, oldest to newest.
-        wanted: True takes the newest whole one and says which newer ones it passed over; a path takes that one, and
-            a URL too, which is first copied into ``output_dir``; None and False take none.
+        candidates: oldest first; the same on every rank.
+        output_dir: where they were looked for.
 
     Returns:
-        None where none is wanted, or True and there is no checkpoint at all.
+        The checkpoint, None where there are no candidates; and those that were passed over.
 
     Raises:
-        CheckpointError: the one asked for is damaged, or all there are.
+        CheckpointError: none of them is whole.
     """
-    if wanted is None or wanted is False:
-        return None
-    if wanted is True:
-        if strategy.is_main:
-            tidy(output_dir)
-        candidates = strategy.broadcast(published(output_dir))
-    elif isinstance(wanted, str) and "://" in wanted:
-        url = wanted
-
-        def fetch() -> Path | None:
-            return download(url, output_dir) if strategy.is_main else None
-
-        candidates = [path for path in on_all_ranks(strategy, fetch, CheckpointError) if path is not None]
-    else:
-        candidates = [Path(wanted)]
-    damages = []
+    damaged, damages = [], []
     for path in reversed(candidates):
         try:
-            on_all_ranks(strategy, partial(verify, path, strategy.rank, strategy.world_size), CheckpointError)
+            check_is_whole(strategy, path)
         except CheckpointError as error:
-            if wanted is not True:
-                raise
+            damaged.append(path)
             damages.append(str(error))
             if strategy.is_main:
                 print(f"Passed over a checkpoint: {error}", file=sys.stderr)
         else:
-            return path
+            return path, damaged
     if damages:
         raise CheckpointError(
             f"No checkpoint in {output_dir} is whole. {' '.join(damages)} To begin anew, remove them."
         )
-    return None
+    return None, []
+
+
+def candidates_in(output_dir: Path, marker: Marker | None) -> list[Path]:
+    """The checkpoints that a run may go on from, oldest first: those of the marker's line, and what can't be told whose
+    it is, which is damaged; without a marker all there are.
+    """
+    found = published(output_dir)
+    if marker is None:
+        return found
+    origins = {path: origin_of(path) for path in found}
+    candidates = [path for path, origin in origins.items() if origin is None or origin.is_of(marker.line)]
+    if marker.resumed_from is not None and marker.line.ancestors:
+        # The run's own are newer than what it began with, and its ancestors' in the directory may be older.
+        began, place = marker.line.ancestors[-1][1], Path(marker.resumed_from)
+        if place.is_dir():
+            older = [path for path in candidates if update_of(path) < began]
+            return [*older, place, *candidates[len(older) :]]
+    return candidates
+
+
+def update_of(path: Path) -> int:
+    """The update that a checkpoint's name tells."""
+    return int(path.name.rpartition("-")[2])

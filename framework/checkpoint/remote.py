@@ -1,6 +1,7 @@
 """Copies of checkpoints at a URL: there whole or not at all, as local ones are."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def download(url: str, output_dir: Path) -> Path:
         output_dir: made where it isn't there.
 
     Returns:
-        Where it is now. Its files are still to be verified.
+        Where it is now, whole.
 
     Raises:
         CheckpointError: there is no whole checkpoint at the URL, or another one has its name in ``output_dir``.
@@ -86,18 +87,25 @@ def download(url: str, output_dir: Path) -> Path:
         final = output_dir / source.rpartition("/")[2]
         if not directory.NAME.match(final.name):
             raise CheckpointError("its name must be checkpoint-<update>")
-        if final.exists():
+        if os.path.lexists(final):
             if (final / MANIFEST).exists() and (final / MANIFEST).read_bytes() == manifest:
                 return final
             raise CheckpointError(f"{final} is another one; move it away, or resume from it")
-        partial = directory.begin(final)
         for name in files:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise CheckpointError(f"its manifest names {name!r}, outside of it")
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(f"{source}/{name}", str(partial / name))
-            directory.flush(partial / name)
-        directory.publish(final, files)
+        partial = directory.begin(final)
+        try:
+            for name in files:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(f"{source}/{name}", str(partial / name))
+                directory.flush(partial / name)
+            (partial / MANIFEST).write_bytes(manifest)
+            directory.verify(partial)
+            directory.publish(final, files)
+        except BaseException:
+            directory.remove(partial)
+            raise
     except Exception as error:
         raise CheckpointError(f"{url} can't be resumed from: {error or repr(error)}") from error
     return final

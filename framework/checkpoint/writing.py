@@ -2,7 +2,7 @@
 
 import atexit
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any = None
     try:
         _write(snapshot, final, strategy, group)
     except BaseException:
-        if strategy.is_main:
-            shutil.rmtree(directory.partial_path(final), ignore_errors=True)
+        # Each rank what it sees: where ranks don't share the directory, no other could.
+        shutil.rmtree(directory.partial_path(final), ignore_errors=True)
         raise
 
 
@@ -57,14 +57,37 @@ def _write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any) -> N
     for folder, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
         if tensors:
             save_tensors(partial / folder, tensors, group)  # collective itself: one rank's error is raised on all
-    files = {
-        name: entry
-        for part in on_all_ranks(strategy, write_part, CheckpointError, group)
-        for name, entry in part.items()
-    }
-    on_all_ranks(
-        strategy, lambda: directory.publish(final, files) if strategy.is_main else None, CheckpointError, group
-    )
+    parts = on_all_ranks(strategy, write_part, CheckpointError, group)
+
+    def publish() -> None:
+        check_parts_are_here(partial, parts)
+        directory.publish(final, {name: entry for part in parts for name, entry in part.items()})
+
+    on_all_ranks(strategy, lambda: publish() if strategy.is_main else None, CheckpointError, group)
+
+
+def check_parts_are_here(partial: Path, parts: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+    """Look for each file that a rank says it wrote, before a checkpoint is published that lacks some.
+
+    Args:
+        partial: where rank 0 sees them.
+        parts: of each rank, names to sizes and hashes.
+
+    Raises:
+        CheckpointError: names the rank whose file isn't there.
+    """
+    for rank, part in enumerate(parts):
+        for name, entry in part.items():
+            try:
+                size = (partial / name).stat().st_size
+            except FileNotFoundError:
+                size = None
+            if size != entry["bytes"]:
+                raise CheckpointError(
+                    f"rank {rank} wrote {name} to a directory that rank 0 doesn't see: it isn't in "
+                    f"{partial.absolute()}. All ranks save into one directory: write an output_dir on a filesystem "
+                    "that all machines share, as an absolute path."
+                )
 
 
 def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class JsonLinesLogger(Logger):
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).expanduser()
         self.file: TextIO | None = None
 
     def open(self, fit: "Fit") -> None:

@@ -20,7 +20,7 @@ class TensorBoardLogger(Logger):
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
-        self.directory = None if directory is None else Path(directory)
+        self.directory = None if directory is None else Path(directory).expanduser()
         self.writer: Any = None
 
     def open(self, fit: "Fit") -> None:

@@ -7,7 +7,6 @@ meet again in another process group; see ``strategies/meeting.py``.
 
 import contextlib
 import copy
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -158,7 +157,7 @@ class Search:
                 self.begin(proposal.args, self.make_module(trial, proposal))
                 fit.ignore_keys_for_eval = ()
                 # A trial that was begun by a process that died goes on where that saved it.
-                fit.run(checkpoint.find(strategy, Path(fit.args.output_dir), True))
+                fit.run_in_directory(resume_from_checkpoint=True)
                 strategy.sum_on_host([0])  # a rank that is done must hear of one that failed after it
         except BaseException as caught:
             error = caught
@@ -282,6 +281,7 @@ class Search:
 
 
 def remove_checkpoints(directory: Path | None) -> None:
-    """Remove a run's checkpoints; its logs stay."""
-    for path in checkpoint.published(directory) if directory is not None else []:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove a run's checkpoints, those of its own line; its logs stay."""
+    for path in checkpoint.checkpoints_of_last_run(directory) if directory is not None else []:
+        with contextlib.suppress(OSError):
+            checkpoint.remove(path)

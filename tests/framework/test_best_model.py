@@ -74,7 +74,7 @@ def test_greater_can_be_better(make_fit: MakeFit) -> None:
 
 def test_without_it_the_last_weights_stay(make_fit: MakeFit) -> None:
     fit = run(make_fit, [1.0, 2.0, 3.0, 4.0, 5.0], save_total_limit=2)
-    assert kept(fit) == {20, 25}
+    assert kept(fit) == {5, 25}  # the best one's checkpoint stays, for whoever wants it
     assert fit.module.head.bias.item() == pytest.approx(25)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework.checkpoint import CheckpointError, rotate
+from stratagem.framework.checkpoint.directory import published
 from tiny import Dropping, MakeFit, Regressor, StopAt, parameters_of, regression_rows
 from torch import Tensor, nn
 
@@ -366,7 +367,7 @@ def test_rotation_leaves_other_things_alone(tmp_path: Path) -> None:
     for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-x", "my-checkpoint-1", "checkpoint-1-old"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-0").write_text("a file")
-    removed = rotate(tmp_path, 1)
+    removed = rotate(published(tmp_path), 1)
     assert [path.name for path in removed] == ["checkpoint-1", "checkpoint-2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-0",
@@ -380,7 +381,7 @@ def test_rotation_leaves_other_things_alone(tmp_path: Path) -> None:
 def test_rotation_keeps_what_it_is_told_to(tmp_path: Path) -> None:
     for step in range(1, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    rotate(tmp_path, 2, keep=[tmp_path / "checkpoint-2"])
+    rotate(published(tmp_path), 2, keep=[tmp_path / "checkpoint-2", tmp_path / "checkpoint-5"])
     assert checkpoints_in(tmp_path) == ["checkpoint-2", "checkpoint-5"]
 
 

@@ -1,0 +1,364 @@
+"""The directory that a run saves into: whose checkpoints are in it, and that no other process works there.
+
+What happens, in this order::
+
+    lock the directory            where the run will save; else at its first save
+    find                          tidy; which checkpoint to resume from, and so which line the run is of
+    claim                         where the run will save; else at its first save:
+        write the marker          from here on a run that is killed is known by it, and its next start finishes the rest
+        rename what was found damaged, and the checkpoints of other lines
+    train: save, rotate           along the run's own line
+    unlock
+
+A run that saves nothing changes nothing in the directory, and needs no lock.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from ...strategies.base import Strategy
+from ..agreement import on_all_ranks
+from ..arguments import FitArguments
+from .directory import (
+    DAMAGED,
+    NAME,
+    PARTIAL,
+    REPLACED,
+    SET_ASIDE,
+    CheckpointError,
+    leftovers,
+    published,
+    rename_aside,
+    rotate,
+    tidy,
+)
+from .finding import candidates_in, check_is_whole, newest_whole
+from .line import BEFORE_IDS, MARKER, Line, Marker, checkpoints_of, origin_of, read_marker, write_marker
+from .locking import DirectoryLock
+from .remote import download
+
+Result = TypeVar("Result")
+
+RENAMED = re.compile(rf"checkpoint-(\d+)({re.escape(SET_ASIDE)}|{re.escape(DAMAGED)})")
+
+
+class RunDirectory:
+    """Where one run saves. Every rank makes one; what is done in the directory, the main process does.
+
+    Args:
+        strategy: set up.
+        args: of the run.
+
+    Attributes:
+        path: ``output_dir``.
+        line: of the run, once ``find`` was called.
+        is_at_work: whether a run is under way in it.
+    """
+
+    def __init__(self, strategy: Strategy, args: FitArguments) -> None:
+        self.strategy = strategy
+        self.path = Path(args.output_dir)
+        self.refuses_others = args.other_checkpoints == "refuse"
+        self.saves = args.save_strategy != "no"
+        self.lock = DirectoryLock(self.path)
+        self.line = Line(BEFORE_IDS)
+        self.resumed_from: str | None = None
+        self.damaged: list[Path] = []
+        self.newest: Path | None = None  # of the line: what was resumed from, then what was published last
+        self.made: list[Path] = []  # directories, the innermost first
+        self.may_leave_nothing = False  # where no checkpoint is saved after all
+        self.is_locked = self.is_claimed = self.is_at_work = False
+
+    @contextmanager
+    def at_work(self, wanted: bool | str | Path | None) -> Iterator[Path | None]:
+        """Entered around a run; gives the checkpoint that it resumes from. Collective.
+
+        Args:
+            wanted: True takes the newest whole checkpoint of the line of the directory's last run; a path takes that
+                one, and a URL too, which is first copied into the directory; None and False take none.
+
+        Raises:
+            CheckpointError: the checkpoint asked for is damaged, or all there are; another process works in the
+                directory; there are others' checkpoints, and they are not to be set aside.
+        """
+        if self.saves:
+            self.take_lock()
+        try:
+            path = self.find(wanted)
+            if self.saves:
+                self.on_main(self.claim)
+                self.check_ranks_share_it()
+            self.is_at_work = True
+            yield path
+        finally:
+            self.is_at_work = False
+            self.release_lock()
+
+    @contextmanager
+    def saving(self, update: int) -> Iterator[Path]:
+        """Entered around a save; gives the checkpoint's name. Collective.
+
+        Args:
+            update: that the run stands at.
+
+        Raises:
+            CheckpointError: as ``at_work``.
+        """
+        final = self.path / f"checkpoint-{update}"
+        if not self.is_locked:
+            self.take_lock()
+        try:
+            if not self.is_claimed or not self.is_at_work:  # between two runs another one may have worked here
+                self.on_main(self.claim)
+                self.check_ranks_share_it()
+            self.on_main(lambda: self.make_way(final))
+            yield final
+        finally:
+            if not self.is_at_work:
+                self.release_lock()
+
+    def checkpoints(self) -> list[Path]:
+        """Those of the run's line, oldest first. On the main process."""
+        return checkpoints_of(self.line, self.path)
+
+    def rotate(self, limit: int | None, keep: Iterable[Path] = (), spare: Iterable[Path] = ()) -> list[Path]:
+        """Remove the oldest of the run's line beyond ``limit``, but for what ``directory.rotate`` is told to leave and
+        the newest whole one. On the main process.
+        """
+        if limit is None:
+            return []
+        newest = [self.newest] if self.newest is not None else []
+        return self.plainly(lambda: rotate(self.checkpoints(), limit, [*keep, *newest], spare))
+
+    def note_published(self, path: Path) -> None:
+        """A checkpoint of the run is there, whole: rotation leaves it until the next one is."""
+        self.newest = path
+
+    # Which checkpoint.
+
+    def find(self, wanted: bool | str | Path | None) -> Path | None:
+        """Which checkpoint the run resumes from, None for none; its line follows. Collective."""
+        path: Path | None = None
+        if wanted is True:
+            candidates = self.on_main(self.look)
+            path, self.damaged = newest_whole(self.strategy, candidates, self.path)
+        elif isinstance(wanted, str) and "://" in wanted:
+            path = self.on_main(lambda: download(wanted, self.path))
+            check_is_whole(self.strategy, path)
+        elif wanted is not None and wanted is not False:
+            path = Path(wanted).expanduser()
+            check_is_whole(self.strategy, path)
+        found = path
+        self.line, self.resumed_from = self.on_main(lambda: self.line_from(found, by_path=wanted is not True))
+        is_here = path is not None and NAME.match(path.name) and path.parent.resolve() == self.path.resolve()
+        self.newest = self.path / path.name if path is not None and is_here else None
+        return path
+
+    def look(self) -> list[Path]:
+        """Tidy the directory, if no other process works there, and list what the run may go on from."""
+        if self.lock.place:
+            tidy(self.path)
+        elif leftovers(self.path, PARTIAL) or leftovers(self.path, REPLACED):
+            self.tidy_if_free()
+        candidates = candidates_in(self.path, read_marker(self.path))
+        others = renamed_checkpoints(self.path) + published(self.path) if not candidates else []
+        if others:
+            print(
+                f"{self.path} holds no checkpoint of its last run, but {listed(others)}: this run begins anew. To go "
+                f"on from one of them, pass its path: resume_from_checkpoint={str(others[-1])!r}.",
+                file=sys.stderr,
+            )
+        return candidates
+
+    def tidy_if_free(self) -> None:
+        """Tidy for a run that saves nothing, and may not be able to: a kill may have left the newest without a name."""
+        try:
+            if self.lock.try_to_take():
+                try:
+                    tidy(self.path)
+                finally:
+                    self.lock.release()
+        except OSError:
+            return
+
+    def line_from(self, path: Path | None, by_path: bool) -> tuple[Line, str | None]:
+        """The line of a run that resumes from a checkpoint, None for none, and what its marker says of that.
+
+        Args:
+            path: was found whole.
+            by_path: whether it was asked for; else it is the newest of the directory's own line.
+        """
+        if path is None:
+            return Line.begin(), None
+        origin = origin_of(path)
+        if origin is None:
+            raise CheckpointError(f"{path / 'state.json'} can't be read as the state of a run.")
+        is_here = NAME.match(path.name) and path.parent.resolve() == self.path.resolve()
+        try:
+            marker = read_marker(self.path)
+        except CheckpointError:
+            if not by_path:
+                raise
+            marker = None  # it is replaced
+        current = marker.line if marker is not None else origin.line
+        if not by_path:
+            goes_on = True
+        else:
+            line = [p.name for p in candidates_in(self.path, Marker(current))]
+            goes_on = bool(is_here) and origin.is_of(current) and line[-1:] == [path.name]
+        if goes_on and current.id != BEFORE_IDS:
+            return current, marker.resumed_from if marker is not None else None
+        return origin.line.branch(origin.update), None if is_here else os.path.abspath(path)
+
+    # Whose the directory is.
+
+    def claim(self) -> None:
+        """Leave the marker, and rename what was found damaged and what belongs to other lines. On the main process.
+
+        Raises:
+            CheckpointError: others' are there, and ``other_checkpoints`` is "refuse".
+        """
+        mine = set(self.checkpoints())
+        others = [path for path in published(self.path) if path not in mine and path not in self.damaged]
+        if others and self.refuses_others:
+            raise CheckpointError(
+                f"{self.path} holds checkpoints that this run doesn't go on from: {listed(others)}. Pass "
+                "resume_from_checkpoint=True to go on from the newest, write another output_dir, move them away, or "
+                "leave other_checkpoints='set_aside' to have them renamed."
+            )
+        marker = Marker(self.line, self.resumed_from)
+        if not self.is_marked(marker):
+            self.may_leave_nothing = not (self.line.ancestors or others or (self.path / MARKER).exists())
+            write_marker(self.path, marker)
+        self.lock.name(self.line.id)
+        self.is_claimed = True
+        for path in self.damaged:
+            if path.parent == self.path and NAME.match(path.name) and path.is_dir():
+                aside = rename_aside(path, DAMAGED)
+                print(f"Renamed the damaged {path} to {aside.name}.", file=sys.stderr)
+        self.damaged = []
+        renamed = [rename_aside(path, SET_ASIDE) for path in others]
+        if renamed:
+            print(
+                f"Set aside what this run doesn't go on from in {self.path}: {listed(renamed)}. To go on from one of "
+                f"them, pass its path: resume_from_checkpoint={str(renamed[-1])!r}.",
+                file=sys.stderr,
+            )
+
+    def is_marked(self, marker: Marker) -> bool:
+        """Whether the directory has this marker already."""
+        try:
+            return read_marker(self.path) == marker
+        except CheckpointError:
+            return False
+
+    def make_way(self, final: Path) -> None:
+        """Set aside what isn't of this run and has the name that it is about to give a checkpoint: a file, a link, or
+        what was copied there while the run was under way.
+        """
+        if not os.path.lexists(final):
+            return
+        origin = origin_of(final)
+        if final.is_symlink() or origin is None or not origin.is_of(self.line):
+            aside = rename_aside(final, SET_ASIDE)
+            print(f"{final} is not of this run: renamed it to {aside.name}.", file=sys.stderr)
+
+    def check_ranks_share_it(self) -> None:
+        """Have every rank look for the marker: a rank that doesn't see it would write its part of each checkpoint
+        elsewhere. Collective.
+
+        Raises:
+            CheckpointError: on every rank; names the first that doesn't.
+        """
+        self.is_claimed = True
+
+        def check() -> None:
+            try:
+                marker = read_marker(self.path)
+            except CheckpointError:
+                marker = None
+            if marker is None or marker.line != self.line:
+                raise CheckpointError(
+                    f"{os.path.abspath(self.path)} isn't the directory that rank 0 writes to: {MARKER}, which rank 0 "
+                    f"has written to its {self.path}, isn't there. All ranks save into one directory: write an "
+                    "output_dir on a filesystem that all machines share, as an absolute path."
+                )
+
+        on_all_ranks(self.strategy, check, CheckpointError)
+
+    # On the main process, and under the lock.
+
+    def take_lock(self) -> None:
+        """Keep other processes out of the directory, which is made. Collective."""
+
+        def take() -> None:
+            self.made += [path for path in (self.path, *self.path.parents) if not path.exists()]
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise CheckpointError(
+                    f"Can't write checkpoints to {self.path}: it is a file, or lies below one."
+                ) from error
+            self.lock.take()
+
+        self.on_main(take)
+        self.is_locked = True
+
+    def release_lock(self) -> None:
+        """Let others in. What was made for checkpoints goes where there is none: a run that fails at once leaves
+        nothing.
+        """
+        self.is_locked = False
+        if not self.lock.place:
+            return
+        if self.may_leave_nothing and self.newest is None:
+            (self.path / MARKER).unlink(missing_ok=True)
+            self.is_claimed = False
+        self.lock.release()
+        if self.newest is None:
+            with contextlib.suppress(OSError):  # something else is in there
+                for path in self.made:
+                    path.rmdir()
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """What only the main process does; its result on every rank. Collective.
+
+        Raises:
+            CheckpointError: on every rank, where it fails.
+        """
+        is_main = self.strategy.is_main
+        results = on_all_ranks(
+            self.strategy, lambda: self.plainly(action) if is_main else None, CheckpointError
+        )
+        result = results[0]
+        return result  # type: ignore[return-value]
+
+    def plainly(self, action: Callable[[], Result]) -> Result:
+        """Do something with files; a failure names the file.
+
+        Raises:
+            CheckpointError: the system refused.
+        """
+        try:
+            return action()
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror} ({error.filename or 'no file'})") from error
+
+
+def renamed_checkpoints(output_dir: Path) -> list[Path]:
+    """What was set aside, or renamed as damaged, in a directory, oldest first."""
+    found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
+    matched = [(RENAMED.match(path.name), path) for path in found if path.is_dir()]
+    return [path for _, path in sorted((int(match.group(1)), path) for match, path in matched if match)]
+
+
+def listed(paths: Iterable[Path]) -> str:
+    """The names of checkpoints, the last ten of them."""
+    names = [path.name for path in paths]
+    return (f"{len(names) - 10} more and " if len(names) > 10 else "") + ", ".join(names[-10:])
