@@ -125,7 +125,7 @@ class DirectoryLock:
         self.name("")
         return True
 
-    def _say_there_are_no_locks(self, why: str) -> None:
+    def _say_there_are_no_locks(self, why: str | None) -> None:
         place = os.path.realpath(self.directory)
         if place in without_locks:
             return
