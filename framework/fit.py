@@ -612,18 +612,20 @@ class Fit:
         with ``save_only_trainable``.
         """
         self.place()
+        path = Path(path).expanduser()
         with self.optimizer_mode.evaluating():
-            checkpoint.export(self.strategy, Path(path), only_trainable=self.args.save_only_trainable)
-        return Path(path)
+            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
+        return path
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
         """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
         it. ``options`` are those of the model's own ``save_pretrained``.
         """
         self.place()
+        directory = Path(directory).expanduser()
         with self.optimizer_mode.evaluating():
-            pretrained.save_pretrained(self.strategy, Path(directory), self.args.save_only_trainable, **options)
-        return Path(directory)
+            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
+        return directory
 
 
 def length(data: Any) -> int | None:

@@ -167,13 +167,12 @@ class RunDirectory:
         elif leftovers(self.path, PARTIAL) or leftovers(self.path, REPLACED):
             self.tidy_if_free()
         candidates = candidates_in(self.path, read_marker(self.path))
-        others = renamed_checkpoints(self.path) + published(self.path) if not candidates else []
-        if others:
-            print(
-                f"{self.path} holds no checkpoint of its last run, but {listed(others)}: this run begins anew. To go "
-                f"on from one of them, pass its path: resume_from_checkpoint={str(others[-1])!r}.",
-                file=sys.stderr,
-            )
+        if not candidates:
+            aside = renamed_checkpoints(self.path)
+            if others := [*aside, *published(self.path)]:
+                how = f" To go on from {aside[-1].name}, pass its path: {resuming_from(aside[-1])}." if aside else ""
+                none = f"{self.path} holds no checkpoint of its last run, but {listed(others)}"
+                say(f"{none}: this run begins anew.{how}")
         return candidates
 
     def tidy_if_free(self) -> None:
@@ -241,14 +240,13 @@ class RunDirectory:
         for path in self.damaged:
             if path.parent == self.path and NAME.match(path.name) and path.is_dir():
                 aside = rename_aside(path, DAMAGED)
-                print(f"Renamed the damaged {path} to {aside.name}.", file=sys.stderr)
+                say(f"Renamed the damaged {path} to {aside.name}.")
         self.damaged = []
         renamed = [rename_aside(path, SET_ASIDE) for path in others]
         if renamed:
-            print(
+            say(
                 f"Set aside what this run doesn't go on from in {self.path}: {listed(renamed)}. To go on from one of "
-                f"them, pass its path: resume_from_checkpoint={str(renamed[-1])!r}.",
-                file=sys.stderr,
+                f"them, pass its path: {resuming_from(renamed[-1])}."
             )
 
     def is_marked(self, marker: Marker) -> bool:
@@ -259,15 +257,15 @@ class RunDirectory:
             return False
 
     def make_way(self, final: Path) -> None:
-        """Set aside what isn't of this run and has the name that it is about to give a checkpoint: a file, a link, or
-        what was copied there while the run was under way.
+        """Set aside what isn't of this run and has the name that it is about to give a checkpoint: a file, a stray link,
+        or what was copied there while the run was under way.
         """
         if not os.path.lexists(final):
             return
         origin = origin_of(final)
-        if final.is_symlink() or origin is None or not origin.is_of(self.line):
+        if origin is None or not origin.is_of(self.line):
             aside = rename_aside(final, SET_ASIDE)
-            print(f"{final} is not of this run: renamed it to {aside.name}.", file=sys.stderr)
+            say(f"{final} is not of this run: renamed it to {aside.name}.")
 
     def check_ranks_share_it(self) -> None:
         """Have every rank look for the marker: a rank that doesn't see it would write its part of each checkpoint
@@ -333,9 +331,7 @@ class RunDirectory:
             CheckpointError: on every rank, where it fails.
         """
         is_main = self.strategy.is_main
-        results = on_all_ranks(
-            self.strategy, lambda: self.plainly(action) if is_main else None, CheckpointError
-        )
+        results = on_all_ranks(self.strategy, lambda: self.plainly(action) if is_main else None, CheckpointError)
         result = results[0]
         return result  # type: ignore[return-value]
 
@@ -362,3 +358,13 @@ def listed(paths: Iterable[Path]) -> str:
     """The names of checkpoints, the last ten of them."""
     names = [path.name for path in paths]
     return (f"{len(names) - 10} more and " if len(names) > 10 else "") + ", ".join(names[-10:])
+
+
+def resuming_from(checkpoint: Path) -> str:
+    """The argument that goes on from a checkpoint."""
+    return f"resume_from_checkpoint={str(checkpoint)!r}"
+
+
+def say(what: str) -> None:
+    """Tell the user, beside the program's own output."""
+    print(what, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run's own line: rotation and resuming see its checkpoints alone; those of others, and damaged ones, are set aside."""
+"""A run's own line: rotation and resuming see its checkpoints alone; those of others and damaged ones are set aside."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def test_nothing_is_renamed_where_none_is_whole(make_fit: MakeFit, output: Path)
     fit_of(make_fit, 4).train()
     for step in (2, 4):
         damage(output / f"checkpoint-{step}")
-    with pytest.raises(CheckpointError, match="No checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole"):
         fit_of(make_fit, 6).train(resume_from_checkpoint=True)
     assert names_in(output) == ["checkpoint-2", "checkpoint-4"]
 
@@ -101,7 +101,7 @@ def test_one_that_no_longer_tells_whose_it_is_is_damaged_and_not_foreign(
     assert names_in(output) == ["checkpoint-2", "checkpoint-4", "checkpoint-4.damaged"]
     for step in (2, 4):  # never a fresh start
         damage(output / f"checkpoint-{step}", file)
-    with pytest.raises(CheckpointError, match="No checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole"):
         fit_of(make_fit, 6).train(resume_from_checkpoint=True)
 
 
@@ -196,7 +196,8 @@ def test_true_begins_anew_and_says_so_where_only_others_are_left(
     fit.train(resume_from_checkpoint=True)
     assert (
         f"{output} holds no checkpoint of its last run, but checkpoint-2.set-aside, checkpoint-4.set-aside: this run "
-        f"begins anew. To go on from one of them, pass its path: resume_from_checkpoint='{output}/checkpoint-4"
+        "begins anew. To go on from checkpoint-4.set-aside, pass its path: "
+        f"resume_from_checkpoint='{output}/checkpoint-4.set-aside'."
     ) in capsys.readouterr().err
     assert names_in(output)[:2] == ["checkpoint-1", "checkpoint-2"]
 
@@ -229,11 +230,18 @@ def test_a_save_by_hand_after_another_run_came_sets_that_aside(make_fit: MakeFit
     first.train()
     fit_of(make_fit, 4).train()
     first.save_checkpoint()
-    assert names_in(output) == ["checkpoint-2", "checkpoint-2.set-aside", "checkpoint-2.set-aside-2", "checkpoint-4.set-aside"]
+    assert names_in(output) == [
+        "checkpoint-2",
+        "checkpoint-2.set-aside",
+        "checkpoint-2.set-aside-2",
+        "checkpoint-4.set-aside",
+    ]
     verify(output / "checkpoint-2")
 
 
-def test_what_was_copied_in_while_the_run_was_under_way_is_left_alone(make_fit: MakeFit, output: Path, tmp_path: Path) -> None:
+def test_what_was_copied_in_while_the_run_was_under_way_is_left_alone(
+    make_fit: MakeFit, output: Path, tmp_path: Path
+) -> None:
     fit_of(make_fit, 6, output_dir=str(tmp_path / "first")).train()
 
     class CopyIn(Callback):
@@ -363,7 +371,9 @@ def test_a_best_checkpoint_that_is_missing_is_said(make_fit: MakeFit, output: Pa
             shutil.rmtree(output / "checkpoint-2")
 
     fit = scripted_fit(make_fit, [1.0, 2.0], Lose(), load_best_model_at_end=True, max_steps=4)
-    with pytest.warns(UserWarning, match=r"load_best_model_at_end=True has no effect: the best evaluation was at update 2"):
+    with pytest.warns(
+        UserWarning, match=r"load_best_model_at_end=True has no effect: the best evaluation was at update 2"
+    ):
         fit.train()
     assert fit.module.head.bias.item() == pytest.approx(4)
 
