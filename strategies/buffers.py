@@ -118,7 +118,9 @@ class ChangingBuffers:
         """Rank 0's, in one message for each dtype. Collective over all ranks where any buffer changes."""
         if self.shared:
             tensors = [sendable(self.layers[layer]._buffers[key]) for layer, key in self.shared]
-            dist._broadcast_coalesced(dist.group.WORLD, tensors, BROADCAST_BYTES, 0)
+            world = dist.group.WORLD
+            assert world is not None
+            dist._broadcast_coalesced(world, tensors, BROADCAST_BYTES, 0)
 
 
 def version(buffer: Tensor | None) -> int:

@@ -24,6 +24,7 @@ from ..precision.base import Precision
 from ..precision.quantized import scales
 from . import meeting
 from .base import Strategy
+from .batch_norm import separate, synchronize
 from .buffers import ChangingBuffers
 
 # Mesh dimensions, outermost first. Neighbours in the last one are neighbours in rank, on one node's fast links.
@@ -39,9 +40,12 @@ class ProcessGroupOptions:
 
     Args:
         timeout: seconds that a collective waits for the other ranks before it fails.
+        sync_batchnorm: BatchNorm layers compute their statistics over the samples of all ranks, at the price of a
+            message in each layer's forward and backward. Without it each rank normalizes by its own samples.
     """
 
     timeout: float = 1800.0
+    sync_batchnorm: bool = False
 
 
 class ProcessGroupStrategy(Strategy):
@@ -117,9 +121,17 @@ class ProcessGroupStrategy(Strategy):
             self.share_buffers(any(self.sum_on_host([int(self.buffers.has_news)])))
 
     def release(self, module: nn.Module) -> None:
-        """Let go, of the buffers too."""
+        """Let go, of the buffers and their statistics too."""
         self.buffers = None
+        separate(module)
         super().release(module)
+
+    def build(self, module: nn.Module) -> list[nn.Module]:
+        """With statistics over all ranks where they are asked for."""
+        late = super().build(module)
+        if self.options.sync_batchnorm:
+            synchronize(module, self.gradient_group)
+        return late
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """All-reduce over the ranks with different samples or positions."""

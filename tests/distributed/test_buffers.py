@@ -270,3 +270,117 @@ def count_broadcasts(strategy: str, module: type[TrainModule]) -> int:
 def test_buffers_that_stay_cost_no_message(ranks: dict[int, Ranks], strategy: str) -> None:
     assert ranks[2].run(count_broadcasts, strategy=strategy, module=Still) == [0, 0]
     assert ranks[2].run(count_broadcasts, strategy=strategy, module=Normed) == [4, 4]  # 3 updates, and at the end
+
+
+class Joint(TrainModule):
+    """BatchNorms of sequences and of rows, one with a mean that is large beside its deviation."""
+
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.lift, self.first = nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=momentum)
+        self.second, self.head = nn.BatchNorm1d(3, affine=False), nn.Linear(6, 1)
+        with torch.no_grad():
+            self.lift.bias.fill_(30.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(self.lift(x)).view(-1, 3, 2)
+        return self.head(torch.tanh(self.second(hidden)).flatten(1))
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(outputs, batch["y"])
+
+
+class Cumulative(Joint):
+    """Its running statistics are plain means."""
+
+    def __init__(self) -> None:
+        super().__init__(momentum=None)
+
+
+def train_jointly(module: type[TrainModule], path: str, **arguments: Any) -> dict[str, Any]:
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    options = {"max_steps": 5, "optim": "sgd", "shuffle": False, "num_train_epochs": 2, "logging_steps": 1}
+    fit = make_fit(module(), rows(46), rows(30), **{"learning_rate": 0.02, **options, **arguments})
+    fit.train()
+    fit.export(path)
+    logs = [log for log in fit.state.log_history if "loss" in log]
+    found = {name: [log[name] for log in logs] for name in ("loss", "grad_norm")}
+    return {**found, "eval": fit.evaluate()["eval_loss"]}
+
+
+SYNCHRONIZED = ["ddp", "fsdp2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp1", "deepspeed_stage_2"))]
+
+
+@pytest.mark.parametrize("strategy", SYNCHRONIZED)
+@pytest.mark.parametrize("module", [Joint, Cumulative])
+def test_batch_norm_over_all_ranks_is_one_devices(
+    ranks: dict[int, Ranks], tmp_path: Path, strategy: str, module: type[TrainModule]
+) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    alone = train_jointly(module, str(tmp_path / "alone.safetensors"), per_device_train_batch_size=16)
+    found = ranks[2].run(
+        train_jointly,
+        module=module,
+        path=str(tmp_path / "ranks.safetensors"),
+        strategy=strategy,
+        options={"sync_batchnorm": True},
+        per_device_train_batch_size=8,
+    )
+    assert found[1] == found[0]
+    # The third batch is 14 samples, 8 and 6 of them: a rank's share counts by its samples.
+    for name in alone:
+        assert found[0][name] == pytest.approx(alone[name], rel=1e-5), name
+    expected, weights = (load_file(tmp_path / f"{name}.safetensors") for name in ("alone", "ranks"))
+    module().load_state_dict(weights)  # plain BatchNorms take it
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def normalize(sizes: list[int], double: bool) -> dict[str, Any]:
+    """Output, gradients and statistics of one layer whose rank has so many samples; of one device on all of them."""
+    from stratagem.strategies.batch_norm import separate, synchronize
+
+    rank, dtype = dist.get_rank(), torch.float64 if double else torch.float32
+    torch.manual_seed(3)
+    everything = torch.randn(sum(sizes), 5, 2, 3, dtype=dtype) * 3 + 40
+    upstream = torch.randn_like(everything)
+    layer, plain = nn.BatchNorm2d(5, dtype=dtype), nn.BatchNorm2d(5, dtype=dtype)
+    for one in (layer, plain):
+        nn.init.normal_(one.weight, generator=torch.Generator().manual_seed(1))
+    synchronize(layer, dist.group.WORLD)
+    begin = sum(sizes[:rank])
+    mine = everything[begin : begin + sizes[rank]].clone().requires_grad_()
+    whole = everything.clone().requires_grad_()
+    output, expected = layer(mine), plain(whole)
+    (output * upstream[begin : begin + sizes[rank]]).sum().backward()
+    (expected * upstream).sum().backward()
+    gradients = torch.stack([layer.weight.grad, layer.bias.grad])
+    dist.all_reduce(gradients)
+    pairs = {
+        "output": (output, expected[begin : begin + sizes[rank]]),
+        "gradient": (mine.grad, whole.grad[begin : begin + sizes[rank]]),
+        "parameters": (gradients, torch.stack([plain.weight.grad, plain.bias.grad])),
+        "mean": (layer.running_mean, plain.running_mean),
+        "variance": (layer.running_var, plain.running_var),
+        "evaluated": (layer.eval()(mine), plain.eval()(mine)),
+    }
+    separate(layer)
+    assert "forward" not in vars(layer)
+    assert layer.num_batches_tracked == plain.num_batches_tracked == 1
+    return {name: float((a - b).abs().max()) / float(b.abs().max()) if a.numel() else 0.0 for name, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [1, 6], [0, 3]], ids=str)
+def test_batch_norm_of_unequal_shares(ranks: dict[int, Ranks], sizes: list[int]) -> None:
+    for double, tolerance in ((False, 2e-6), (True, 1e-13)):
+        for found in ranks[2].run(normalize, sizes=sizes, double=double):
+            assert all(error < tolerance for error in found.values()), (double, found)
+
+
+def test_sync_batchnorm_without_batch_norm_is_refused() -> None:
+    class Plain(Still):
+        pass
+
+    with pytest.raises(ValueError, match="sync_batchnorm=True has no effect: Plain has no BatchNorm layer. Leave it out."):
+        train_plainly(Plain, strategy="ddp", options={"sync_batchnorm": True})
