@@ -67,7 +67,8 @@ def on_all_ranks(
 
 class UpdateExchange:
     """What the ranks tell one another once an update, in one message between their hosts: how many items they hold,
-    what their callbacks ask for, and whether something failed in the background.
+    what their callbacks ask for, whether something failed in the background, and whether buffers change that the ranks
+    don't share yet.
 
     What a callback asks for at the end of an update goes out with the next update's message, and is obeyed by all at
     that one's end: no rank waits for another more often than once an update.
@@ -92,7 +93,9 @@ class UpdateExchange:
         Returns:
             The sums over all ranks: the items, and whether anything failed on any.
         """
-        total, failures, *self.agreed = self.strategy.sum_on_host([items, int(failed), *self.asked])
+        mine = [items, int(failed), int(self.strategy.has_news_of_buffers()), *self.asked]
+        total, failures, news, *self.agreed = self.strategy.sum_on_host(mine)
+        self.strategy.share_buffers(news > 0)
         return total, failures > 0
 
     def agree(self, due: list[int]) -> None:

@@ -43,6 +43,7 @@ def run(
         metric.to(strategy.device)
     sums: dict[str, Tensor] = {}
     kept: list[Any] = []
+    strategy.settle_buffers()
     was_training, past, objective.past = model.training, objective.past, None
     stage = fit.memory.begin("predict" if predict else "eval")
     model.eval()

@@ -416,6 +416,7 @@ class Fit:
     def end_training(self) -> None:
         """After the last update: the schedule settled, the weights those to use, and every checkpoint on the disk."""
         self.settle_schedule()
+        self.strategy.settle_buffers()
         self.optimizer_mode.eval()
         if self.writer is not None:
             self.writer.finish()

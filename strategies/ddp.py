@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..precision.base import Precision
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_scales
+from .replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DDP(ProcessGroupStrategy):
         if not any(p.requires_grad for p in module.parameters()):
             return  # nothing to average; DDP refuses such a module
         options = self.options
-        self.model = DistributedDataParallel(
+        self.model = Replicas(
             module,
             device_ids=[self.device] if self.device.type != "cpu" else None,
             process_group=self.gradient_group,

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
-from torch.utils._pytree import tree_map
 
+from ..precision.products import casts, float32_slots
 from ..precision.quantized import check_storage
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from .gradient_norm import clip_by_norm
@@ -31,6 +31,7 @@ from .process_group import (
     move_module,
     split_world,
 )
+from .wrapping import wrapped_layers
 
 WRAPPER = "_fsdp_wrapped_module."
 
@@ -76,7 +77,6 @@ class FSDP1(ProcessGroupStrategy):
         move_module(module, self.device)
         broadcast_module(module)
         prepare(module)
-        units = set(map(id, module.shard_units()))  # type: ignore[operator]
         hybrid, full = options.replicas > 1, options.reshard_after_forward
         sharding = {
             (False, True): ShardingStrategy.FULL_SHARD,
@@ -85,14 +85,20 @@ class FSDP1(ProcessGroupStrategy):
             (True, False): ShardingStrategy._HYBRID_SHARD_ZERO2,
         }[hybrid, full]
         compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
-        mixed = compute is not None and compute != self.precision.parameter_dtype
+        mixed = casts(compute, self.precision.parameter_dtype)
+        # Products' matrices are gathered in 16 bits, by the layers that hold them. Inputs and outputs pass as they are:
+        # autocast casts where single-device runs do, and nowhere else.
+        narrow = MixedPrecision(compute, reduce, cast_root_forward_inputs=False, _module_classes_to_ignore=())
+        units = module.shard_units()  # type: ignore[operator]
+        layers = wrapped_layers(module, units, float32_slots(module)) if mixed else dict.fromkeys((*units, module))
+        policy_of = {layer: {"mixed_precision": narrow if is_narrow else None} for layer, is_narrow in layers.items()}
         check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
         self.model = FullyShardedDataParallel(
             module,
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
             sharding_strategy=sharding,
-            auto_wrap_policy=CustomPolicy(lambda layer: id(layer) in units),
-            mixed_precision=MixedPrecision(compute, reduce, cast_forward_inputs=True) if mixed else None,
+            auto_wrap_policy=CustomPolicy(lambda layer: {} if layer is module else policy_of.get(layer, {})),
+            **policy_of[module],
             device_id=self.device,
             use_orig_params=True,
             # Called for each block before it is cut, so that no more than one block is whole at a time.
@@ -100,8 +106,6 @@ class FSDP1(ProcessGroupStrategy):
                 module, [layer for layer in unit.modules() if layer in late and has_meta(layer)], self.device
             ),
         )
-        if mixed:  # FSDP2's output_dtype: the loss is computed in float32
-            self.model.register_forward_hook(lambda model, inputs, outputs: tree_map(to_float32, outputs))
         self.module = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
@@ -188,8 +192,3 @@ class FSDP1(ProcessGroupStrategy):
             for key, value in held.items():
                 if isinstance(value, Tensor) and value.dtype != loaded[key].dtype:
                     loaded[key] = value.to(loaded[key].device, copy=True)
-
-
-def to_float32(value: Any) -> Any:
-    """A floating-point tensor in float32; anything else as it is."""
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -15,8 +15,10 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
 from ..precision.base import ShapesOnRank
+from ..precision.products import casts, float32_slots
 from ..precision.quantized import check_storage
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
+from .gathering import gather_by_parameter
 from .gradient_norm import clip_by_norm
 from .materialize import materialize
 from .process_group import (
@@ -141,7 +143,7 @@ class FSDP2(ProcessGroupStrategy):
         """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
         options = self.options
         compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
-        mixed = compute is not None and compute != self.precision.parameter_dtype
+        mixed = casts(compute, self.precision.parameter_dtype)
         check_storage(module, self.name, flat=None, cast_to=compute if mixed else None)
         # One dimension shards; two replicate over the first and shard over the second.
         mesh = submesh(self.mesh, *((REPLICATE, SHARD) if options.replicas > 1 else (SHARD,)))
@@ -156,16 +158,16 @@ class FSDP2(ProcessGroupStrategy):
             if options.cpu_offload
             else OffloadPolicy(),
         }
+        # What products read is gathered in 16 bits. Inputs and outputs pass as they are: autocast casts where single-
+        # device runs do, and nowhere else.
+        policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
+        kept = float32_slots(module) if mixed else set()
         for unit in module.shard_units():  # type: ignore[operator]
-            fully_shard(
-                unit,
-                mp_policy=MixedPrecisionPolicy(compute, reduce) if mixed else MixedPrecisionPolicy(),
-                **common,
-            )
-        # Outputs come back in float32, so that the loss is computed there.
-        root = MixedPrecisionPolicy(compute, reduce, output_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+            fully_shard(unit, mp_policy=policy, **common)
+            gather_by_parameter(unit, kept)
         # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
-        fully_shard(module, mp_policy=root, **{**common, "reshard_after_forward": False})
+        fully_shard(module, mp_policy=policy, **{**common, "reshard_after_forward": False})
+        gather_by_parameter(module, kept)
 
     def release(self, module: nn.Module) -> None:
         """Let go; and have torch forget that these layers are sharded, or it refuses to shard them again."""
@@ -215,7 +217,7 @@ class FSDP2(ProcessGroupStrategy):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """The policy casts at the borders of blocks, the format's own context wherever dtypes meet between them."""
+        """The format's own, and what some layers are computed by."""
         with super().forward_context(), self.own_operators():
             yield
 

@@ -56,6 +56,22 @@ class PlacedModule:
         self.precision.take_weights(self.module, state)
         self.weights_have_changed()
 
+    # Buffers that forward changes are each rank's own until they are shared: see strategies/buffers.py.
+
+    def has_news_of_buffers(self) -> bool:
+        """Whether the last update changed buffers that the ranks don't share yet."""
+        return False
+
+    def share_buffers(self, news: bool) -> None:
+        """Before an update: rank 0's buffers on every rank, of those that change.
+
+        Args:
+            news: ``has_news_of_buffers`` on any rank. The same on all.
+        """
+
+    def settle_buffers(self) -> None:
+        """The same, between updates: before the module is evaluated, saved or used. Collective."""
+
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state: parameter name to (state key to tensor or number)."""
         assert self.optimizer is not None

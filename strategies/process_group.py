@@ -24,6 +24,8 @@ from ..precision.base import Precision
 from ..precision.quantized import scales
 from . import meeting
 from .base import Strategy
+from .batch_norm import separate, synchronize
+from .buffers import ChangingBuffers
 
 # Mesh dimensions, outermost first. Neighbours in the last one are neighbours in rank, on one node's fast links.
 REPLICATE, SHARD, CONTEXT, TENSOR = "replicate", "shard", "context", "tensor"
@@ -38,9 +40,12 @@ class ProcessGroupOptions:
 
     Args:
         timeout: seconds that a collective waits for the other ranks before it fails.
+        sync_batchnorm: BatchNorm layers compute their statistics over the samples of all ranks, at the price of a
+            message in each layer's forward and backward. Without it each rank normalizes by its own samples.
     """
 
     timeout: float = 1800.0
+    sync_batchnorm: bool = False
 
 
 class ProcessGroupStrategy(Strategy):
@@ -53,6 +58,7 @@ class ProcessGroupStrategy(Strategy):
     options: Any
     needs_ranks = True
     attempt_store: dist.Store
+    buffers: ChangingBuffers | None = None
 
     def set_up(self, precision: Precision) -> None:
         """Join the process group, make the mesh and find this rank's place in it."""
@@ -86,6 +92,46 @@ class ProcessGroupStrategy(Strategy):
         device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
         return device
+
+    def step(self) -> None:
+        """Step the optimizer, and see which buffers the update has changed."""
+        super().step()
+        if self.buffers is not None:
+            self.buffers.end_update()
+
+    def has_news_of_buffers(self) -> bool:
+        """By what ``step`` saw."""
+        return self.buffers is not None and self.buffers.has_news
+
+    def share_buffers(self, news: bool) -> None:
+        """Agree upon which they are, where there is news, and broadcast those."""
+        if self.world_size == 1:
+            return
+        if self.buffers is None:
+            self.buffers = ChangingBuffers(self.module)
+        if news:
+            self.buffers.agree(self.gather)
+        self.buffers.broadcast()
+        self.buffers.begin_update()
+
+    def settle_buffers(self) -> None:
+        """Ask all ranks for news first."""
+        if self.buffers is not None:
+            self.buffers.look_for_layers()
+            self.share_buffers(any(self.sum_on_host([int(self.buffers.has_news)])))
+
+    def release(self, module: nn.Module) -> None:
+        """Let go, of the buffers and their statistics too."""
+        self.buffers = None
+        separate(module)
+        super().release(module)
+
+    def build(self, module: nn.Module) -> list[nn.Module]:
+        """With statistics over all ranks where they are asked for."""
+        late = super().build(module)
+        if self.options.sync_batchnorm:
+            synchronize(module, self.gradient_group)
+        return late
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """All-reduce over the ranks with different samples or positions."""

@@ -57,6 +57,7 @@ class Snapshot:
 def take(fit: "Fit") -> Snapshot:
     """The run as it stands between two updates. Collective."""
     strategy = fit.strategy
+    strategy.settle_buffers()
     model = untied_state(strategy)
     names = left_out(strategy, fit.args.save_only_trainable).intersection(model)
     if fit.frozen.keys() != names:  # read once in a run: what is frozen doesn't change

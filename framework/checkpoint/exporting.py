@@ -42,6 +42,7 @@ def whole_weights(strategy: Strategy, only_trainable: bool, *, adapters: bool = 
             "as plain weights. Write what was trained alone: set save_only_trainable=True."
         )
     names |= strategy.tied_names().keys()
+    strategy.settle_buffers()
     weights = {}
     for name, tensor in strategy.full_state(names):
         if strategy.is_main:

@@ -19,7 +19,7 @@ from ranks import Ranks  # noqa: E402 (found by the path above)
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[dict[int, Ranks]]:
     """World size to its ranks: ``ranks[2].run(job, **options)``."""
-    worlds = {world_size: Ranks(world_size) for world_size in (1, 2, 4)}
+    worlds = {world_size: Ranks(world_size) for world_size in (1, 2, 3, 4)}
     yield worlds
     for world in worlds.values():
         world.end()
