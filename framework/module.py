@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..strategies.batches import is_by_position, labels_in, tensors_of
 from .optimizers import make_optimizer
 from .schedulers import make_scheduler
 
@@ -21,7 +22,8 @@ class TrainModule(nn.Module):
     """A module that says how it is trained. ``forward`` and ``loss`` are yours; the rest has defaults.
 
     ``forward`` is given what it names: of a mapping batch the keys that are its parameters, of a tuple its entries by
-    position, anything else whole.
+    position, anything else whole: a tensor, a list (of samples, as ``collate_fn=list`` makes it), a dataclass, an object
+    of a library. Samples that are tuples make a batch that is a tuple, also by torch's ``default_collate``.
 
     Example:
         >>> class Regressor(TrainModule):
@@ -66,10 +68,11 @@ class TrainModule(nn.Module):
         )
 
     def count_items(self, batch: Any) -> int | Tensor:
-        """How many items the mean of ``loss`` is over: labels other than -100 where the batch has "labels", else the
-        size of its first dimension. Called on the batch as the data gives it, before it moves to the device.
+        """How many items the mean of ``loss`` is over: labels other than -100 where the batch has "labels" (an entry of
+        a mapping, an attribute of a dataclass or another object), else the size of its first dimension; of a list, the
+        number of samples in it. Called on the batch as the data gives it, before it moves to the device.
         """
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        labels = labels_in(batch)
         if isinstance(labels, Tensor):
             if labels.is_floating_point() or labels.ndim == 0:
                 return len(labels) if labels.ndim else 1
@@ -103,12 +106,13 @@ class TrainModule(nn.Module):
 
     def metric_inputs(self, outputs: Any, batch: Any) -> tuple[Any, ...]:
         """What a metric's ``update`` is given: predictions, then targets. Default: the outputs (their "logits" where
-        they are a mapping) and the batch's "labels" (its second entry where it is a tuple).
+        they are a mapping) and the batch's "labels" (the second entry of a tuple that has none by that name).
         """
         predictions = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
-        if isinstance(batch, Mapping) and "labels" in batch:
-            return predictions, batch["labels"]
-        if isinstance(batch, tuple | list) and len(batch) == 2:
+        labels = labels_in(batch)
+        if labels is not None:
+            return predictions, labels
+        if isinstance(batch, tuple) and len(batch) == 2:
             return predictions, batch[1]
         raise ValueError(
             f"{type(self).__name__}.metrics() needs predictions and targets, and a {type(batch).__name__} batch "
@@ -185,17 +189,41 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def first_dimension(batch: Any) -> int:
-    """The number of samples in a batch: the first dimension of its first tensor."""
-    if isinstance(batch, Tensor):
-        if batch.ndim:
-            return batch.shape[0]
-    elif isinstance(batch, Mapping | Sequence) and not isinstance(batch, str | bytes):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            if isinstance(value, Tensor) and value.ndim:
-                return value.shape[0]
+    """The number of samples in a batch: the first dimension of its first tensor; of a list, how many it holds.
+
+    Raises:
+        ValueError: there is none, or a list could hold samples as well as whole columns of them.
+    """
+    if isinstance(batch, list) and batch:
+        return length_of_list(batch)
+    size = next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim), None)
+    if size is None:
+        raise ValueError(
+            f"Can't tell how many items are in a batch of type {type(batch).__name__}: it holds no tensor with a first "
+            "dimension. Write count_items(self, batch) on your TrainModule."
+        )
+    return size
+
+
+def length_of_list(batch: list[Any]) -> int:
+    """The number of samples in a list: its entries, unless these are the columns of a batch, as in [x, y].
+
+    Tensors of different kinds (numbers of dimensions, dtypes) that agree in their first dimension are columns.
+
+    Raises:
+        ValueError: tensors of one kind that agree in the first dimension alone may be either.
+    """
+    if not all(isinstance(entry, Tensor) and entry.ndim for entry in batch) or len({e.shape[0] for e in batch}) > 1:
+        return len(batch)
+    size = batch[0].shape[0]
+    if len({(entry.ndim, entry.dtype) for entry in batch}) > 1:
+        return size
+    if size == len(batch) or len({entry.shape for entry in batch}) == 1:
+        return len(batch)
     raise ValueError(
-        f"Can't tell how many items are in a batch of type {type(batch).__name__}: it holds no tensor with a first "
-        "dimension. Write count_items(self, batch) on your TrainModule."
+        f"A batch that is a list of {len(batch)} tensors, each of {size} in its first dimension, may hold "
+        f"{len(batch)} samples or {size}. Have collate_fn return a tuple if they are {size}, or write "
+        "count_items(self, batch) on your TrainModule."
     )
 
 
@@ -209,8 +237,9 @@ def forward_call(module: nn.Module) -> Call:
         A function (model, batch) -> outputs. ``model`` may be a wrapper around ``module``.
 
     The function raises:
-        ValueError: the batch lacks what forward needs.
+        ValueError: the batch lacks what forward needs, or is a list that can be read in two ways.
     """
+    name = f"{type(module).__name__}.forward"
     parameters = list(inspect.signature(module.forward).parameters.values())
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     takes_rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -218,6 +247,7 @@ def forward_call(module: nn.Module) -> Call:
     names = [p.name for p in named if p.kind is not p.POSITIONAL_ONLY]
     positions = len([p for p in named if p.kind is not p.KEYWORD_ONLY])
     required = [p.name for p in named if p.default is p.empty]
+    lists_are_whole = positions <= 1 and not takes_rest
 
     def call(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
@@ -225,17 +255,38 @@ def forward_call(module: nn.Module) -> Call:
             missing = [name for name in required if name not in arguments]
             if missing:
                 raise ValueError(
-                    f"{type(module).__name__}.forward needs {', '.join(missing)}, which the batch doesn't hold. "
+                    f"{name} needs {', '.join(missing)}, which the batch doesn't hold. "
                     f"forward names {', '.join(names)}; the batch's keys are {', '.join(map(str, batch))}."
                 )
             return model(**arguments)
-        if isinstance(batch, tuple | list):
+        if is_by_position(batch):
             if len(batch) < len(required):
                 raise ValueError(
-                    f"{type(module).__name__}.forward needs {len(required)} inputs ({', '.join(required)}), but the "
+                    f"{name} needs {len(required)} inputs ({', '.join(required)}), but the "
                     f"batch is a {type(batch).__name__} of {len(batch)}."
                 )
             return model(*(batch if takes_rest else batch[:positions]))
+        if not lists_are_whole and isinstance(batch, list):
+            check_list(batch)
         return model(batch)
+
+    def check_list(batch: list[Any]) -> None:
+        nonlocal lists_are_whole
+        ways = (
+            "Have collate_fn return a tuple if its entries are forward's inputs, and (batch,), a tuple of one, if the "
+            "list is its first input."
+        )
+        if len(required) > 1:
+            raise ValueError(
+                f"{name} needs {len(required)} inputs ({', '.join(required)}), but the batch is a list of {len(batch)}, "
+                f"which is one input. {ways}"
+            )
+        if 1 < len(batch) and (takes_rest or len(batch) <= positions):
+            raise ValueError(
+                f"The batch is a list of {len(batch)}, and {name} could take it in two ways: whole as "
+                f"{names[0] if names else 'its first input'}, or entry by entry as {len(batch)} inputs. {ways}"
+            )
+        # A longer one can only be whole, and so is whatever else the same collate_fn makes: the short last batch, too.
+        lists_are_whole = len(batch) > positions
 
     return call

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..strategies.batches import is_by_position, labels_in
 from .module import TrainModule, forward_call
 
 Count = int | Tensor  # a Tensor where the batch itself already lives on an accelerator
@@ -108,13 +109,14 @@ class Objective:
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
         elif self.label_smoothing:
-            if not isinstance(batch, Mapping) or "labels" not in batch:
+            labels = labels_in(batch)
+            if labels is None:
                 found = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "no keys"
                 raise ValueError(
                     f"label_smoothing_factor smooths the batch's 'labels', and the batch has {found}. Name them so, or "
                     "leave the argument out."
                 )
-            loss = smoothed_loss(outputs, batch["labels"], self.label_smoothing, self.module.causal)
+            loss = smoothed_loss(outputs, labels, self.label_smoothing, self.module.causal)
             return loss, NO_EXTRAS
         else:
             loss = self.module.loss(outputs, batch, **options)
@@ -171,10 +173,11 @@ def smoothed_loss(outputs: Any, labels: Tensor, smoothing: float, causal: bool) 
 
 
 def labels_of(batch: Any) -> Any:
-    """The batch's targets: its "labels" entry, else the last entry of a tuple, else None."""
-    if isinstance(batch, Mapping):
-        return batch.get("labels")
-    return batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    """The batch's targets: its "labels" (an entry or an attribute), else the last entry of a tuple, else None."""
+    labels = labels_in(batch)
+    if labels is None and is_by_position(batch) and len(batch) > 1:
+        return batch[-1]
+    return labels
 
 
 def without_loss(loss: Tensor, outputs: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Context parallelism: each rank holds a part of every sequence, and attention reaches over all parts in a ring."""
 
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .batches import LABELS, field_names, is_by_position, map_batch, refilled, tensors_of, with_fields
 
 POSITIONS = ("positions", "position_ids")
 """What forward may call the places of its tokens in the whole sequence."""
@@ -68,19 +71,28 @@ class ContextParallel:
         the index of the token, so next-token labels are shifted beforehand, in the dataset.
 
         Args:
-            batch: a mapping, to which positions are added where it has none, or a tuple, which brings them.
+            batch: a mapping, to which positions are added where it has none, or a tuple, a dataclass or an attrs class,
+                which bring them. Entries may be such containers in turn, of tensors that are cut as well.
 
         Raises:
-            TypeError: it is neither.
+            TypeError: it is none of them.
             ValueError: it has no sequence that can be cut evenly, or no positions.
         """
+        if isinstance(batch, dict | UserDict):
+            return refilled(batch, self.split_entries(dict(batch), "labels", self.positions))
         if isinstance(batch, Mapping):
             return self.split_entries(dict(batch), "labels", self.positions)
-        if isinstance(batch, tuple | list):
-            parts = self.split_entries(dict(enumerate(batch)), len(batch) - 1, self.positions_index).values()
+        if is_by_position(batch):
+            named = LABELS in getattr(batch, "_fields", ())
+            labels = batch._fields.index(LABELS) if named else len(batch) - 1
+            parts = self.split_entries(dict(enumerate(batch)), labels, self.positions_index).values()
             return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        if names := field_names(batch):
+            entries = {name: getattr(batch, name) for name in names}
+            brought = next((name for name in POSITIONS if name in entries), None)
+            return with_fields(batch, self.split_entries(entries, LABELS, brought))
         raise TypeError(
-            f"{self.option} cuts the tensors of a mapping or a tuple along dimension 1, and the batch is a "
+            f"{self.option} cuts the tensors of a mapping, a tuple or a dataclass along dimension 1, and the batch is a "
             f"{type(batch).__name__}. Have the dataset's samples be mappings."
         )
 
@@ -110,7 +122,11 @@ class ContextParallel:
         if isinstance(positions, str) and positions not in entries:
             indices = torch.arange(length, device=long[name].device)
             entries[positions] = long[positions] = indices.expand(samples, length)
-        cut = {key for key, value in long.items() if value.shape[1] == length}
+
+        def is_cut(tensor: Any) -> bool:
+            return isinstance(tensor, Tensor) and tensor.ndim > 1 and tensor.shape[1] == length
+
+        cut = {key for key, value in entries.items() if any(map(is_cut, tensors_of(value)))}
         if positions not in cut:
             raise ValueError(
                 f"{self.option}: forward takes {self.positions} of shape (batch, {length}), and the batch doesn't hold "
@@ -122,7 +138,8 @@ class ContextParallel:
                 f"{self.option}: nothing else in the batch has a length of {length}, as its {name!r} does. Inputs and "
                 "labels must be of one length; shift next-token labels in the dataset."
             )
-        return {key: self.part(value) if key in cut else value for key, value in entries.items()}
+        part = self.part
+        return {key: map_batch(lambda t: part(t) if is_cut(t) else t, value) for key, value in entries.items()}
 
     def part(self, tensor: Tensor) -> Tensor:
         """This rank's pieces of a tensor, next to each other; in page-locked memory where the tensor is."""

@@ -1,10 +1,14 @@
 """The device that a process computes on, and moving batches there."""
 
-from collections.abc import Mapping
+import copy
+import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .batches import map_batch
 
 
 def default_device() -> torch.device:
@@ -14,13 +18,26 @@ def default_device() -> torch.device:
 
 
 def move_to(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; copies from page-locked memory overlap with computation."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: move_to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move_to(value, device) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(move_to(value, device) for value in batch)
-    return batch
+    """The batch with its tensors on ``device``; copies from page-locked memory overlap with computation.
+
+    An object that moves itself is copied first (``copy.copy``): many change themselves, and a dataset may keep them.
+    """
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        own = copy.copy(value)
+        result = own.to(device, non_blocking=True) if moves_non_blocking(type(value)) else own.to(device)
+        return own if result is None else result
+
+    return map_batch(moved, batch)
+
+
+@functools.cache
+def moves_non_blocking(kind: type) -> bool:
+    """Whether the method ``to`` of a class takes ``non_blocking``."""
+    try:
+        parameters = inspect.signature(kind.to).parameters  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return "non_blocking" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

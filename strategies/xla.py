@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..precision.registry import did_you_mean
 from .base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
+from .batches import tensors_of
 from .devices import move_to
 from .materialize import materialize
 from .tensor_parallel_plan import tie, tied_parameters
@@ -142,14 +143,12 @@ class XLASPMD(Strategy):
         batch = move_to(batch, self.device)
         samples: list[int] = []
 
-        def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim:
-                samples.append(value.shape[0])
-                if value.shape[0] == samples[0]:
-                    mark(value, self.mesh, by_samples(value))
-            return value
-
-        return tree_map(cut, batch)
+        for tensor in tensors_of(batch):
+            if tensor.ndim:
+                samples.append(tensor.shape[0])
+                if tensor.shape[0] == samples[0]:
+                    mark(tensor, self.mesh, by_samples(tensor))
+        return batch
 
     def capturable_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups that may compute with tensors where others compute with Python's numbers."""

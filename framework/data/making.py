@@ -1,5 +1,6 @@
 """The stream over what a user gave as data: a Dataset, an IterableDataset or a ready DataLoader."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    default_collate,
 )
 
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
+from .collating import CollatePinnable, collate, with_tuples
 from .mapped import MapStream
 from .reread import IterableStream, LoaderStream
 from .stream import DataStream, LoaderOptions
@@ -40,7 +41,7 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
         batch_size=per_device * strategy.devices_per_rank,
         shuffle=args.shuffle and training,
         drop_last=args.dataloader_drop_last and training,
-        collate_fn=default_collate,
+        collate_fn=collate,
         workers={
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and strategy.device.type == "cuda",
@@ -56,7 +57,7 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
             batch_size=options.batch_size if training and args.auto_find_batch_size else data.batch_size or 1,
             shuffle=isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True,
             drop_last=data.drop_last,
-            collate_fn=data.collate_fn,
+            collate_fn=with_tuples(data.collate_fn),
             workers={
                 "num_workers": data.num_workers,
                 "pin_memory": data.pin_memory,
@@ -68,6 +69,8 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
             },
         )
         data = data.dataset
+    if options.workers["pin_memory"] and torch.accelerator.is_available():  # torch's loader pins only then, too
+        options = dataclasses.replace(options, collate_fn=CollatePinnable(options.collate_fn))
     kind = "train_data" if training else "eval_data"
     if isinstance(data, IterableDataset):
         return IterableStream(data, options, seed, rank, size)

@@ -1,16 +1,20 @@
 """Streams whose order is their own affair, iterables and ready loaders: a resume reads over what was used."""
 
+import copy
+import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
 from .. import random_state
 from ..objective import Weightless
-from .stream import DataStream, LoaderOptions, batch_seed, share
+from .collating import columns, convert
+from .shares import DECLARED, BeginWorker, CollateShare, Share, Shares
+from .stream import DataStream, LoaderOptions, batch_seed
 
 
 class RereadStream(DataStream):
@@ -70,9 +74,12 @@ END = object()
 
 
 class IterableStream(RereadStream):
-    """Batches of an iterable dataset. Every rank reads the whole sequence and keeps its slice. With workers, the
-    dataset itself must share its samples among them (torch.utils.data.get_worker_info).
+    """Batches of an iterable dataset. Every rank reads the whole sequence and keeps its slice; so does each of its
+    workers, unless the dataset shares its samples among them itself (see ``shares.py``).
     """
+
+    workers_at_start = 0  # of the saved epoch, where the dataset shared its samples among them itself
+    sharing_workers = 0
 
     def __init__(self, dataset: IterableDataset, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
         super().__init__(options, seed, rank, size)
@@ -80,77 +87,87 @@ class IterableStream(RereadStream):
         if hasattr(dataset, "__len__"):
             self.num_examples = len(dataset)
 
-    def read(self, epoch: int, skip: int) -> Iterator[Any]:
-        """This rank's micro-batches from a position on."""
-        in_process = not self.options.workers.get("num_workers")
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """This rank's micro-batches of one epoch. What is drawn at random to read them is drawn in a state of its own."""
+        return self.hand_out(self.read(epoch, self.begin()))
+
+    def read(self, epoch: int, skip: int) -> Iterator[Share]:
+        """This rank's shares from a position on."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        shares = Shares(self.dataset, self.options, self.rank, self.size, skip if in_process else 0)
-        collate: Callable[[Any], Any] = CollateShare(self.options.collate_fn)
+        workers = dict(self.options.workers)
+        if workers.get("num_workers"):
+            workers["worker_init_fn"] = BeginWorker(workers.get("worker_init_fn"))
         loader: DataLoader[Any] = DataLoader(
-            shares,
+            Shares(self.dataset, self.options, self.seed, epoch, self.rank, self.size, skip),
             batch_size=None,
-            collate_fn=collate,
+            collate_fn=CollateShare(self.options.collate_fn),
             generator=torch.Generator().manual_seed(self.seed + epoch),
-            **self.options.workers,
+            **workers,
         )
-        batches = iter(loader)
-        if not in_process:
-            used = 0
-            while used < skip and (chunk := next(batches, None)):
-                used += chunk[1]
-            if used > skip:  # another batch size or number of ranks than before
-                warnings.warn(
-                    f"resuming an iterable dataset with workers after {skip} samples, which is no whole number of its "
-                    f"batches here: {used - skip} samples are left out",
-                    stacklevel=2,
-                )
-            skip = max(skip, used)
-        self.position = skip
-        return self._hand_out(batches)
+        shares = iter(loader)
+        self.sharing_workers = 0
+        if not workers.get("num_workers"):
+            return shares
+        first = next(shares, None)
+        if first is None:
+            return iter(())
+        shares = itertools.chain([first], shares)
+        if first.sharing == "ours":
+            return shares
+        if first.sharing == "unclear":
+            self.warn_unclear()
+        self.sharing_workers = workers["num_workers"]
+        return self.read_over(shares, skip)
 
-    def _hand_out(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch, samples, is_mine in batches:
-            self.position += samples
+    def read_over(self, shares: Iterator[Share], skip: int) -> Iterator[Share]:
+        """Leave out what was used, where only the workers know what that was."""
+        if skip and self.workers_at_start not in (0, self.sharing_workers):
+            raise ValueError(
+                f"{type(self.dataset).__name__} shares its samples among {self.sharing_workers} workers by itself, and "
+                f"the run that is resumed had {self.workers_at_start}: which samples were used can't be told. Set "
+                f"dataloader_num_workers={self.workers_at_start}, or have the dataset yield all samples in every "
+                "worker, which are then shared for it."
+            )
+        used = 0
+        while used < skip and (chunk := next(shares, None)):
+            used += chunk.size
+        if used > skip:  # another batch size or number of ranks than before
+            warnings.warn(
+                f"resuming an iterable dataset with workers after {skip} samples, which is no whole number of its "
+                f"batches here: {used - skip} samples are left out",
+                stacklevel=2,
+            )
+        self.position = max(skip, used)
+        return shares
+
+    def warn_unclear(self) -> None:
+        """Say, where the dataset's class is, that it can't be told whether it shares its samples."""
+        kind = type(self.dataset)
+        warnings.warn_explicit(
+            f"{kind.__name__} asks get_worker_info() for its worker's id, but not for the number of workers. It is taken "
+            "to share its samples among the workers by the id; if it doesn't, each sample comes once from every worker. "
+            f"Set {DECLARED} = True on it if it does, and {DECLARED} = False if each worker yields all samples.",
+            UserWarning,
+            filename=getattr(inspect.getmodule(kind), "__file__", None) or kind.__module__,
+            lineno=1,
+            module=kind.__module__,
+        )
+
+    def hand_out(self, shares: Iterator[Share]) -> Iterator[Any]:
+        """The batches, counted."""
+        for batch, _, size, is_mine, _ in shares:
+            self.position += size
             yield batch if is_mine else Weightless(batch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and how many workers the dataset shared its samples among; 0 where we do."""
+        return {**super().state_dict(), "sharing_workers": self.sharing_workers}
 
-class Shares(IterableDataset):
-    """Global micro-batches of an iterable dataset, cut to one rank's slice: (samples, global size, is mine)."""
-
-    def __init__(self, dataset: IterableDataset, options: LoaderOptions, rank: int, size: int, skip: int) -> None:
-        self.dataset = dataset
-        self.batch_size = options.batch_size
-        self.drop_last = options.drop_last
-        self.rank = rank
-        self.size = size
-        self.skip = skip
-
-    def __iter__(self) -> Iterator[tuple[list[Any], int, bool]]:
-        samples = iter(self.dataset)
-        for _ in itertools.islice(samples, self.skip):
-            pass
-        return self._cut(samples)
-
-    def _cut(self, samples: Iterator[Any]) -> Iterator[tuple[list[Any], int, bool]]:
-        step = self.batch_size * self.size
-        while chunk := list(itertools.islice(samples, step)):
-            if len(chunk) < step and self.drop_last:
-                return
-            mine = share(chunk, self.rank, self.size, self.batch_size)
-            yield list(mine or chunk[:1]), len(chunk), bool(mine)
-
-
-class CollateShare:
-    """Collates the samples of a share and passes the rest on."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, item: tuple[list[Any], int, bool]) -> tuple[Any, int, bool]:
-        """(samples, global size, is mine) to (batch, global size, is mine)."""
-        samples, size, is_mine = item
-        return self.collate_fn(samples), size, is_mine
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next ``epoch`` is the saved one, from its position."""
+        super().load_state_dict(state)
+        self.workers_at_start = state.get("sharing_workers", 0)
 
 
 class LoaderStream(RereadStream):
@@ -162,6 +179,9 @@ class LoaderStream(RereadStream):
     def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int) -> None:
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
         super().__init__(LoaderOptions(batch_size, False, loader.drop_last, default_collate, {}), seed, rank, size)
+        if loader.collate_fn is default_convert:
+            loader = copy.copy(loader)  # the user's keeps torch's
+            loader.collate_fn = convert
         self.loader = loader
         if hasattr(loader.dataset, "__len__"):
             self.num_examples = len(loader.dataset)
@@ -185,6 +205,8 @@ class LoaderStream(RereadStream):
         batches = iter(self.loader)
         for _ in range(skip):
             next(batches, None)
+        if self.loader.collate_fn is default_collate:
+            batches = map(columns, batches)
         return self._hand_out(batches)
 
     def _hand_out(self, batches: Iterator[Any]) -> Iterator[Any]:

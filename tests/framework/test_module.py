@@ -1,9 +1,11 @@
 """TrainModule: how forward is called, what is counted, wrapped models, default optimizers and schedules."""
 
+import dataclasses
 import math
-from collections import namedtuple
-from typing import Any
+from collections import OrderedDict, UserDict, namedtuple
+from typing import Any, NamedTuple
 
+import attrs
 import pytest
 import torch
 from stratagem import FitArguments, TrainModule
@@ -13,9 +15,47 @@ from stratagem.framework.objective import Objective
 from stratagem.framework.optimizers import decay_groups
 from stratagem.framework.schedulers import make_scheduler
 from stratagem.strategies import Strategy
+from stratagem.strategies.batches import Pinnable, map_batch
 from stratagem.strategies.devices import move_to
 from tiny import MakeFit, Regressor, collate, parameters_of, regression_rows
 from torch import Tensor, nn
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    x: Tensor
+    labels: Tensor
+
+
+class Named(NamedTuple):
+    x: Tensor
+    labels: Tensor
+
+
+@dataclasses.dataclass
+class Fields:
+    x: Tensor
+    inner: Any
+    made: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.made += 1
+
+
+class Graph:
+    """An object of some library, which moves itself in place, as torch_geometric's do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device) -> "Graph":
+        self.x = self.x.to(device)
+        return self
+
+    def pin_memory(self) -> "Graph":
+        return Graph(self.x + 100)
+
 
 # How forward is called.
 
@@ -43,16 +83,19 @@ def test_a_mapping_gives_forward_what_it_names() -> None:
 
 
 def test_a_tuple_gives_forward_its_entries_by_position() -> None:
-    for batch in ((1, 2, 3), [1, 2, 3]):
-        assert call(lambda self, x: (x,), batch) == (1,)
-        assert call(lambda self, x, y: (x, y), batch) == (1, 2)
-        assert call(lambda self, x, *rest: (x, rest), batch) == (1, (2, 3))
-        assert call(lambda self, a, b, c, d=4: (a, b, c, d), batch) == (1, 2, 3, 4)
+    batch = (1, 2, 3)
+    assert call(lambda self, x: (x,), batch) == (1,)
+    assert call(lambda self, x, y: (x, y), batch) == (1, 2)
+    assert call(lambda self, x, *rest: (x, rest), batch) == (1, (2, 3))
+    assert call(lambda self, a, b, c, d=4: (a, b, c, d), batch) == (1, 2, 3, 4)
 
 
 def test_anything_else_is_given_whole() -> None:
     assert call(lambda self, x: (x,), "text") == ("text",)
     assert call(lambda self, x: (x,), 5) == (5,)
+    assert call(lambda self, x: (x,), [1, 2, 3]) == ([1, 2, 3],)
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    assert call(lambda self, x, y=None: (x, y), packed) == (packed, None)
 
 
 def test_move_to_keeps_the_containers() -> None:
@@ -65,7 +108,82 @@ def test_move_to_keeps_the_containers() -> None:
     assert (type(moved["a"]), type(moved["e"])) == (list, tuple)
 
 
+@attrs.frozen
+class Attributes:
+    x: Tensor
+    name: str
+
+
+def test_move_to_moves_dataclasses_attrs_and_objects_and_changes_none_of_them() -> None:
+    graph, x = Graph(torch.ones(2)), torch.ones(2)
+    encoding = UserDict(ids=x, inner=[x])
+    batch = {
+        "fields": Fields(x, {"deep": (x, [Labelled(x, x)])}),
+        "attributes": Attributes(x, "name"),
+        "graph": graph,
+        "encoding": encoding,
+        "ordered": OrderedDict(a=x),
+        "named": Named(x, x),
+    }
+    moved = move_to(batch, torch.device("meta"))
+    assert {name: type(value) for name, value in moved.items()} == {name: type(v) for name, v in batch.items()}
+    found = [moved["fields"].x, *moved["fields"].inner["deep"][:1], moved["fields"].inner["deep"][1][0].labels]
+    found += [moved["attributes"].x, moved["graph"].x, moved["encoding"]["ids"], moved["encoding"]["inner"][0]]
+    found += [moved["ordered"]["a"], *moved["named"]]
+    assert {tensor.device.type for tensor in found} == {"meta"}
+    assert moved["fields"].made == 1 and moved["attributes"].name == "name"
+    assert graph.x is not moved["graph"].x and graph.x.device.type == "cpu"
+    assert encoding["ids"] is x and batch["fields"].x is x
+
+
+def test_a_packed_sequence_moves_by_its_own_method() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    seen: list[Any] = []
+    map_batch(lambda value: seen.append(value) or value, {"sequence": packed})  # type: ignore[func-returns-value]
+    assert seen == [packed]  # whose batch_sizes stay on the host whatever the device
+    assert move_to(packed, torch.device("cpu")).data.equal(packed.data)
+
+
+def test_a_batch_of_any_shape_pins_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 10)  # there is no page-locked memory without a GPU
+    batch = Pinnable(Fields(torch.ones(1), {"graph": Graph(torch.ones(1)), "list": [torch.ones(1)]}))
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert type(pinned) is Fields
+    assert (pinned.x.item(), pinned.inner["graph"].x.item(), pinned.inner["list"][0].item()) == (11, 101, 11)
+
+
+def test_a_list_that_fits_in_two_ways_is_refused_with_both_readings() -> None:
+    def images_and_targets(self: Any, images: Any, targets: Any = None) -> Any:
+        return images, targets
+
+    with pytest.raises(ValueError, match=r"list of 2, .* in two ways: whole as images, or entry by entry as 2 inputs"):
+        call(images_and_targets, [1, 2])
+    with pytest.raises(ValueError, match="whole as x, or entry by entry as 5"):
+        call(lambda self, x, *rest: x, [1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match=r"needs 2 inputs \(x, y\), but the batch is a list of 2, which is one input"):
+        call(lambda self, x, y: x, [1, 2])
+    assert call(images_and_targets, ([1, 2],)) == ([1, 2], None)
+    assert call(images_and_targets, (1, 2)) == (1, 2)
+
+
+def test_a_list_longer_than_forward_says_how_the_shorter_last_one_is_meant() -> None:
+    class Module(nn.Module):
+        def forward(self, images: Any, targets: Any = None) -> Any:
+            return images, targets
+
+    module = Module()
+    forward = forward_call(module)
+    assert forward(module, [1, 2, 3]) == ([1, 2, 3], None)
+    assert forward(module, [1, 2]) == ([1, 2], None)
+
+
 # What is counted.
+
+
+def test_a_list_of_tensors_that_may_be_columns_or_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="may hold 2 samples or 4. Have collate_fn return a tuple if they are 4"):
+        Regressor().count_items([torch.ones(4, 3), torch.ones(4, 1)])
+
 
 
 @pytest.mark.parametrize(
@@ -79,14 +197,21 @@ def test_move_to_keeps_the_containers() -> None:
         ({"name": "text", "x": torch.ones(5, 2)}, 5),
         (torch.ones(6, 2), 6),
         ((torch.ones(4, 2), torch.ones(4)), 4),
-        ([torch.ones(4, 2)], 4),
+        ([torch.ones(4, 2)], 1),  # a list is one of samples
+        ([{"x": torch.ones(4)}, {"x": torch.ones(5)}], 2),
+        ([torch.ones(3, 8, 8), torch.ones(3, 8, 8)], 2),
+        ([torch.ones(4, 2), torch.ones(4)], 4),  # but for columns
+        ({"inner": {"x": torch.ones(5, 2)}}, 5),
+        (Labelled(torch.ones(3, 2), torch.tensor([1, -100, 2])), 2),
+        (Named(torch.ones(3, 2), torch.tensor([1, -100, -100])), 1),
+        (Fields(torch.ones(3, 2), {"y": torch.ones(3)}), 3),
     ],
 )
 def test_items_of_a_batch(batch: Any, count: int) -> None:
     assert Regressor().count_items(batch) == count
 
 
-@pytest.mark.parametrize("batch", [torch.tensor(1.0), {"name": "text"}, "text", 5, []])
+@pytest.mark.parametrize("batch", [torch.tensor(1.0), {"name": "text"}, "text", 5, [], Graph(torch.ones(3))])
 def test_batches_that_cant_be_counted(batch: Any) -> None:
     with pytest.raises(ValueError, match=r"Can't tell how many items.*Write count_items"):
         Regressor().count_items(batch)
