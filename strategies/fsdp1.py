@@ -31,6 +31,7 @@ from .process_group import (
     move_module,
     split_world,
 )
+from .whole_parameters import is_indivisible_or_integer, whole_parameters
 
 WRAPPER = "_fsdp_wrapped_module."
 
@@ -52,6 +53,7 @@ class FSDP1(ProcessGroupStrategy):
     """``strategy="fsdp1"``: flat shards (Zhao et al., 2023). New work is better served by "fsdp2". See FSDP1Options.
 
     A parameter that a backward doesn't reach has a gradient of 0 in here, elsewhere none: weight decay moves it.
+    Parameters without dimensions, complex ones and integers are whole on every rank.
 
     Example:
         ``Fit(module, data, strategy=FSDP1(reshard_after_forward=False), devices=2)``
@@ -87,8 +89,14 @@ class FSDP1(ProcessGroupStrategy):
         compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
         mixed = compute is not None and compute != self.precision.parameter_dtype
         check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
+        # A layer that keeps some of its parameters whole is filled now, since they are no affair of param_init_fn.
+        kept = set(map(id, whole_parameters(module, is_indivisible_or_integer)))
+        early = [layer for layer in late if any(id(p) in kept for p in layer.parameters(recurse=False))]
+        materialize(module, early, self.device)
+        self.whole_parameters = whole_parameters(module, is_indivisible_or_integer)
         self.model = FullyShardedDataParallel(
             module,
+            ignored_states=list(self.whole_parameters),
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
             sharding_strategy=sharding,
             auto_wrap_policy=CustomPolicy(lambda layer: id(layer) in units),
@@ -121,7 +129,7 @@ class FSDP1(ProcessGroupStrategy):
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards, in the gradients' own dtype."""
-        return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),))
+        return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),), self.whole_parameters)
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """This rank's views into the flat shards, under the user's names."""

@@ -33,6 +33,7 @@ from .process_group import (
     whole_of,
 )
 from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
+from .whole_parameters import whole_parameters
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel
@@ -69,7 +70,8 @@ class FSDP2(ProcessGroupStrategy):
     """``strategy="fsdp2"`` (or "fsdp"): every rank keeps a shard of parameters, gradients and optimizer state.
 
     Placed in this order: build on the meta device, cast, tensor parallelism, shard blocks and root, fill the shards,
-    optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) See FSDP2Options.
+    optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) Parameters without dimensions and complex ones are whole
+    on every rank. See FSDP2Options.
 
     Example:
         ``Fit(module, data, strategy=FSDP2(tensor_parallel=2), devices=4)``
@@ -132,6 +134,9 @@ class FSDP2(ProcessGroupStrategy):
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
+        self.whole_parameters = whole_parameters(module)
+        for parameter in self.whole_parameters:  # offloading is of shards alone
+            parameter.data = parameter.data.to(self.device)
         if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
             module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
@@ -152,6 +157,7 @@ class FSDP2(ProcessGroupStrategy):
         common: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": options.reshard_after_forward,
+            "ignored_params": set(whole_parameters(module)),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type != "cpu")
             if options.cpu_offload
             else OffloadPolicy(),
@@ -235,5 +241,6 @@ class FSDP2(ProcessGroupStrategy):
     def step(self) -> None:
         """Step the optimizer, mesh by mesh where there are several."""
         assert self.optimizer is not None
-        with groups_split_by_mesh(self.optimizer) if self.options.tensor_parallel > 1 else nullcontext():
+        several = self.options.tensor_parallel > 1 or self.whole_parameters
+        with groups_split_by_mesh(self.optimizer) if several else nullcontext():
             super().step()

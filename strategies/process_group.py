@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +24,7 @@ from ..precision.base import Precision
 from ..precision.quantized import scales
 from . import meeting
 from .base import Strategy
+from .whole_parameters import average_gradients
 
 # Mesh dimensions, outermost first. Neighbours in the last one are neighbours in rank, on one node's fast links.
 REPLICATE, SHARD, CONTEXT, TENSOR = "replicate", "shard", "context", "tensor"
@@ -47,11 +48,15 @@ class ProcessGroupStrategy(Strategy):
     """Joins the ranks that torchrun (or ``Fit(devices=n)``) started; alone, it is a group of one.
 
     Subclasses say how the ranks are arranged (``mesh_shape``) and how the module is placed.
+
+    Attributes:
+        whole_parameters: what a sharding subclass keeps whole on every rank (strategies/whole_parameters.py).
     """
 
     Options = ProcessGroupOptions
     options: Any
     needs_ranks = True
+    whole_parameters: Sequence[nn.Parameter] = ()
     attempt_store: dist.Store
 
     def set_up(self, precision: Precision) -> None:
@@ -86,6 +91,12 @@ class ProcessGroupStrategy(Strategy):
         device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
         return device
+
+    def prepare_gradients(self) -> None:
+        """What no shard holds is averaged here, before overflow is looked for."""
+        if self.whole_parameters:
+            average_gradients(self.whole_parameters, self.gradient_group)
+        super().prepare_gradients()
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """All-reduce over the ranks with different samples or positions."""
