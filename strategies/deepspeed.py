@@ -14,12 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from ..precision.base import Precision
 from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
 from .deepspeed_config import fill, given_stage, read
-from .deepspeed_state import EngineOptimizer, ZeroState
+from .deepspeed_state import EngineOptimizer, ScalarsAsBytes, ZeroState
 from .process_group import (
     CONTEXT,
     REPLICATE,
@@ -334,15 +333,6 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
     ENGINES[engine] = names
     return engine
-
-
-class ScalarsAsBytes(TorchFunctionMode):
-    """In here a tensor without dimensions can be viewed as bytes, by which DeepSpeed broadcasts every parameter."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.view and args[0].ndim == 0 and args[1:] == (torch.uint8,):
-            return args[0].reshape(1).view(torch.uint8)
-        return function(*args, **(kwargs or {}))
 
 
 def destroy(engine: Any) -> None:
