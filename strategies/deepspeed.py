@@ -28,6 +28,7 @@ from .process_group import (
     ProcessGroupStrategy,
     broadcast_module,
 )
+from .sparse_gradients import check_dense
 
 # Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
 ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
@@ -124,6 +125,7 @@ class DeepSpeed(ProcessGroupStrategy):
         if self.optimizer is None:
             return
         check_parameters(module)
+        check_dense(module, self.name)
         check_optimizer(self.optimizer)
         assert self.filled, "expect() comes before place()"
         groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]

@@ -31,6 +31,7 @@ from .process_group import (
     move_module,
     split_world,
 )
+from .sparse_gradients import check_dense
 from .whole_parameters import is_indivisible_or_integer, whole_parameters
 
 WRAPPER = "_fsdp_wrapped_module."
@@ -78,6 +79,7 @@ class FSDP1(ProcessGroupStrategy):
         move_module(module, self.device)
         broadcast_module(module)
         prepare(module)
+        check_dense(module, self.name)
         units = set(map(id, module.shard_units()))  # type: ignore[operator]
         hybrid, full = options.replicas > 1, options.reshard_after_forward
         sharding = {

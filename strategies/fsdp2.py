@@ -32,6 +32,7 @@ from .process_group import (
     submesh,
     whole_of,
 )
+from .sparse_gradients import check_dense
 from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
 from .whole_parameters import whole_parameters
 
@@ -125,6 +126,7 @@ class FSDP2(ProcessGroupStrategy):
 
             self.context = ContextParallel(submesh(self.mesh, CONTEXT), module)
         meta_layers = self.build(module)
+        check_dense(module, self.name)
         move_module(module, self.device)
         broadcast_module(module)
         if options.tensor_parallel > 1:

@@ -56,6 +56,7 @@ class ProcessGroupStrategy(Strategy):
     Options = ProcessGroupOptions
     options: Any
     needs_ranks = True
+    takes_closure = False
     whole_parameters: Sequence[nn.Parameter] = ()
     attempt_store: dist.Store
 
