@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +33,7 @@ from .process_group import (
     split_world,
 )
 from .sparse_gradients import check_dense
+from .used_outside import UsedOutside
 from .whole_parameters import is_indivisible_or_integer, whole_parameters
 
 WRAPPER = "_fsdp_wrapped_module."
@@ -64,6 +66,7 @@ class FSDP1(ProcessGroupStrategy):
     parameter_form = "flat"
     Options = FSDP1Options
     options: FSDP1Options
+    loss_follows = False
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Replicas outermost; shards are what is left."""
@@ -80,14 +83,12 @@ class FSDP1(ProcessGroupStrategy):
         broadcast_module(module)
         prepare(module)
         check_dense(module, self.name)
-        units = set(map(id, module.shard_units()))  # type: ignore[operator]
-        hybrid, full = options.replicas > 1, options.reshard_after_forward
-        sharding = {
-            (False, True): ShardingStrategy.FULL_SHARD,
-            (False, False): ShardingStrategy.SHARD_GRAD_OP,
-            (True, True): ShardingStrategy.HYBRID_SHARD,
-            (True, False): ShardingStrategy._HYBRID_SHARD_ZERO2,
-        }[hybrid, full]
+        blocks = list(module.shard_units())  # type: ignore[operator]
+        units = set(map(id, blocks))
+        hybrid = options.replicas > 1
+        kept_to_backward = ShardingStrategy._HYBRID_SHARD_ZERO2 if hybrid else ShardingStrategy.SHARD_GRAD_OP
+        dropped = ShardingStrategy.HYBRID_SHARD if hybrid else ShardingStrategy.FULL_SHARD
+        of_units = {"sharding_strategy": dropped if options.reshard_after_forward else kept_to_backward}
         compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
         mixed = compute is not None and compute != self.precision.parameter_dtype
         check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
@@ -96,12 +97,16 @@ class FSDP1(ProcessGroupStrategy):
         early = [layer for layer in late if any(id(p) in kept for p in layer.parameters(recurse=False))]
         materialize(module, early, self.device)
         self.whole_parameters = whole_parameters(module, is_indivisible_or_integer)
+        shapes = {(id(layer), name): p.shape for layer in module.modules() for name, p in layer._parameters.items() if p is not None}
+        self.used_outside = UsedOutside(
+            self.name, module, blocks, lambda layer, name: getattr(layer, name).shape != shapes[id(layer), name]
+        )
         self.model = FullyShardedDataParallel(
             module,
             ignored_states=list(self.whole_parameters),
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
-            sharding_strategy=sharding,
-            auto_wrap_policy=CustomPolicy(lambda layer: id(layer) in units),
+            sharding_strategy=kept_to_backward,  # the root's, which the loss may use, and whose backward follows at once
+            auto_wrap_policy=CustomPolicy(lambda layer: of_units if id(layer) in units else False),
             mixed_precision=MixedPrecision(compute, reduce, cast_forward_inputs=True) if mixed else None,
             device_id=self.device,
             use_orig_params=True,
@@ -112,7 +117,10 @@ class FSDP1(ProcessGroupStrategy):
         )
         if mixed:  # FSDP2's output_dtype: the loss is computed in float32
             self.model.register_forward_hook(lambda model, inputs, outputs: tree_map(to_float32, outputs))
+        self.model.register_forward_hook(self.gather_for_loss)
         self.module = module
+        kept = set(map(id, self.whole_parameters))
+        self.used_outside.watch({name: p for name, p in self.named_parameters().items() if id(p) not in kept})
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
     def release(self, module: nn.Module) -> None:
@@ -128,6 +136,24 @@ class FSDP1(ProcessGroupStrategy):
         """No reduction before the last micro-batch."""
         assert isinstance(self.model, FullyShardedDataParallel)
         return nullcontext() if last else self.model.no_sync()
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The loss, too, may use what the root gathers."""
+        self.loss_follows, self.gathered = True, []
+        try:
+            with self.used_outside, super().forward_context():
+                yield
+        finally:
+            self.loss_follows = False
+            for handle in self.gathered:
+                handle.reshard(False)
+
+    def gather_for_loss(self, model: Any, inputs: Any, outputs: Any) -> None:
+        """After the root's forward: its parameters once more, which torch keeps there for a backward alone."""
+        if self.loss_follows and model._handle and not torch.is_grad_enabled():
+            model._handle.unshard()
+            self.gathered.append(model._handle)
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards, in the gradients' own dtype."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import _composable_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
@@ -34,6 +35,7 @@ from .process_group import (
 )
 from .sparse_gradients import check_dense
 from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
+from .used_outside import UsedOutside
 from .whole_parameters import whole_parameters
 
 if TYPE_CHECKING:
@@ -134,11 +136,14 @@ class FSDP2(ProcessGroupStrategy):
         prepare(module)
         # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
+        self.used_outside = UsedOutside(self.name, module, list(module.shard_units()), is_sharded)  # type: ignore[operator]
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
         self.whole_parameters = whole_parameters(module)
         for parameter in self.whole_parameters:  # offloading is of shards alone
             parameter.data = parameter.data.to(self.device)
+        kept = set(map(id, self.whole_parameters))
+        self.used_outside.watch({name: p for name, p in module.named_parameters() if id(p) not in kept})
         if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
             module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
@@ -224,7 +229,7 @@ class FSDP2(ProcessGroupStrategy):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """The policy casts at the borders of blocks, the format's own context wherever dtypes meet between them."""
-        with super().forward_context(), self.own_operators():
+        with self.used_outside, super().forward_context(), self.own_operators():
             yield
 
     def local_loss(self, loss: Tensor) -> Tensor:
@@ -246,3 +251,9 @@ class FSDP2(ProcessGroupStrategy):
         several = self.options.tensor_parallel > 1 or self.whole_parameters
         with groups_split_by_mesh(self.optimizer) if several else nullcontext():
             super().step()
+
+
+def is_sharded(layer: nn.Module, name: str) -> bool:
+    """Whether a parameter lies on the mesh's data dimensions; gathered, it is plain, or cut by tensor parallelism."""
+    parameter = getattr(layer, name)
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != (TENSOR,)

@@ -239,3 +239,188 @@ def fails(ranks: Ranks, job: Callable[..., Any], match: str, **options: Any) -> 
 
 def test_zero_refuses_complex_parameters_by_name(ranks: dict[int, Ranks]) -> None:
     fails(ranks[2], run, r"can't train complex parameters.*spectral.*view_as_real", module=Complexes, strategy="deepspeed")
+
+
+class Tower(Base):
+    """Blocks, and a head that ``loss`` calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 1)
+        self.spread = nn.Parameter(torch.rand(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return ((self.head(outputs) - batch["y"]) * self.spread.exp()).square().mean()
+
+
+class BlockInLoss(Tower):
+    """Its loss calls a layer of a block."""
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return super().loss(self.blocks[1][0](outputs), batch)
+
+
+class LayerOfFirstBlock(Tower):
+    """Its forward begins in the first block (as a diffusers DiT does), before that block's own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.blocks[0][0](x))
+
+
+class FirstBlockInRoot(LayerOfFirstBlock):
+    """What the message says to write."""
+
+    def shard_units(self) -> list[nn.Module]:
+        return [block for block in super().shard_units() if block is not self.get_submodule("blocks.0")]
+
+
+class Penalty(Tower):
+    """Its loss has a penalty over all weights."""
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        penalty = torch.stack([parameter.square().sum() for parameter in self.parameters()]).sum()
+        return super().loss(outputs, batch) + 0.01 * penalty
+
+
+def run_and_evaluate(module: type[TrainModule], **arguments: Any) -> list[float]:
+    """Losses of training and of two evaluations."""
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    arguments = {"max_steps": 6, "per_device_train_batch_size": BATCH, "eval_strategy": "steps", **arguments}
+    fit = make_fit(module(), rows(), rows(19), eval_steps=3, **arguments)
+    fit.train()
+    fit.evaluate()
+    return [log[name] for log in fit.state.log_history for name in ("loss", "eval_loss") if name in log]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("world", "strategy", "options"), [*TWO, (2, "fsdp1", {"reshard_after_forward": False})], ids=str)
+@pytest.mark.parametrize("module", [Tower, FirstBlockInRoot])
+def test_a_loss_may_call_a_layer_of_the_root(
+    ranks: dict[int, Ranks], module: Any, world: int, strategy: str, options: dict[str, Any], precision: str
+) -> None:
+    expected = run_and_evaluate(module, precision=precision)
+    seen = ranks[world].run(
+        run_and_evaluate,
+        module=module,
+        strategy=strategy,
+        options=options,
+        precision=precision,
+        per_device_train_batch_size=BATCH // world,
+    )
+    assert seen[0] == pytest.approx(expected, rel=TOLERANCE if precision == "32-true" else 0.02)
+    assert len(expected) == 9
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (BlockInLoss, r"'blocks\.1\.0' was used outside of the forward of 'blocks\.1'.*shard_units\(self\) on BlockInLoss"),
+        (LayerOfFirstBlock, r"'blocks\.0\.0' was used outside.*block is not self\.get_submodule\('blocks\.0'\)"),
+        (Penalty, r"'blocks\.\d\.0\.\w+' was used outside.*For a penalty on weights, use weight_decay"),
+    ],
+)
+def test_a_layer_that_is_used_outside_of_its_block_is_told_by_name(
+    ranks: dict[int, Ranks], module: type[TrainModule], message: str, strategy: str
+) -> None:
+    fails(ranks[2], run, message, module=module, strategy=strategy)
+
+
+class Unused(Base):
+    """A layer that no loss needs, and one that only the samples of some ranks do."""
+
+    branches = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 1)
+        self.other = nn.Linear(WIDTH, 1)
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        if self.branches and self.seen > 2 and os.environ.get("RANK") == "1":
+            return self.other(x)
+        return self.head(x) + (self.other(x) if self.branches else 0.0)
+
+
+class Branches(Unused):
+    """From the third update on, rank 1 takes another branch."""
+
+    branches = True
+
+
+@pytest.mark.parametrize("module", [Unused, Branches])
+def test_ddp_names_parameters_without_a_gradient(ranks: dict[int, Ranks], module: type[TrainModule]) -> None:
+    name = "other" if module is Unused else "head"
+    message = rf"no gradient reached {name}\.weight, {name}\.bias.*DDP\(find_unused_parameters=True\)"
+    fails(ranks[2], run, message, module=module, strategy="ddp")
+
+
+def test_ddp_trains_with_unused_parameters_where_it_looks_for_them(ranks: dict[int, Ranks]) -> None:
+    expected = run(Unused)
+    seen = ranks[2].run(
+        run,
+        module=Unused,
+        strategy="ddp",
+        options={"find_unused_parameters": True},
+        per_device_train_batch_size=BATCH // 2,
+    )
+    assert_close(expected, seen[0])
+
+
+class Lookup(Base):
+    """A sparse embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, WIDTH, sparse=True)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table((x * 3).long().abs() % 7)).sum(1))
+
+    def configure_optimizer(self, args: FitArguments) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=args.learning_rate)
+
+
+def test_ddp_averages_sparse_gradients(ranks: dict[int, Ranks]) -> None:
+    expected = run(Lookup)
+    seen = ranks[2].run(run, module=Lookup, strategy="ddp", per_device_train_batch_size=BATCH // 2)
+    assert_close(expected, seen[0])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "deepspeed"])
+def test_sharding_refuses_sparse_gradients_by_name(ranks: dict[int, Ranks], strategy: str) -> None:
+    fails(ranks[2], run, r"can't shard the gradients of table: made with sparse=True", module=Lookup, strategy=strategy)
+
+
+class Nested(Base):
+    """Makes a nested tensor on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ragged = torch.nested.nested_tensor(list(x[:, None]), layout=torch.jagged)
+        return self.head(torch.tanh(self.inner(ragged).values()))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_nested_tensors_train_as_on_one_device(ranks: dict[int, Ranks], strategy: str) -> None:
+    expected = run(Nested)
+    seen = ranks[2].run(run, module=Nested, strategy=strategy, per_device_train_batch_size=BATCH // 2)
+    assert_close(expected, seen[0])
+
+
+def test_stage_3_refuses_nested_tensors_by_name(ranks: dict[int, Ranks]) -> None:
+    message = r"stage 3 of DeepSpeed can't compute with nested tensors.*'inner'.*strategy='fsdp2'"
+    fails(ranks[2], run, message, module=Nested, strategy="deepspeed", options={"stage": 3})
