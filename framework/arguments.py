@@ -72,6 +72,8 @@ class FitArguments:
         dataloader_persistent_workers: keep worker processes, and the dataset copies in them, between epochs.
         label_smoothing_factor: replaces the module's loss by cross entropy against the batch's "labels", which give
             this much of their weight to all classes alike (Szegedy et al., 2016).
+        pad_index: fills up the outputs and labels of shorter batches, where those of an evaluation or prediction are
+            joined and differ in length; False where they are bools.
         past_index: this entry of the outputs is handed to the next batch as ``mems``; -1 hands on nothing.
         neftune_noise_alpha: noise on input embeddings in training, see NEFTune; the paper uses 5 to 15.
         gradient_checkpointing: recompute blocks in backward instead of keeping what they computed.
@@ -144,6 +146,7 @@ class FitArguments:
     dataloader_persistent_workers: bool = False
 
     label_smoothing_factor: float = 0.0
+    pad_index: int = -100
     past_index: int = -1
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False

@@ -1,6 +1,8 @@
 """Means of what the loss returns, kept on the device between logs and read once at each."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +58,16 @@ class Averages:
         """Note how many items and input tokens a micro-batch held; a tensor stays on the device."""
         self.items = self.items + items
         self.tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is noted in here of micro-batches is forgotten, for those that are computed once more."""
+        before = self.shares, self.items, self.tokens
+        self.shares = {}
+        try:
+            yield
+        finally:
+            self.shares, self.items, self.tokens = before
 
     def settle(self) -> None:
         """Sum what is pending over ranks and bring it to the host. The one place that waits for the device."""

@@ -11,7 +11,9 @@ from ..strategies.base import Strategy
 from . import batch_size, cadence, checkpoint, fresh, random_state
 from .arguments import FitArguments
 from .averages import Averages
+from .closure import closure_for
 from .combinations import check_optimizer
+from .configured import configured_optimizer, configured_scheduler
 from .optimizer_mode import OptimizerMode
 from .preparation import prepare_module
 from .run_description import describe_run
@@ -32,7 +34,8 @@ def begin(fit: "Fit", path: Path | None) -> None:
     reset_optimizer(fit)
     if path is not None:
         resolve_resumed_length(fit, path)
-    fit.scheduler = fit.module.configure_scheduler(fit.optimizer, fit.args)
+    has_evaluations = fit.eval_data is not None and fit.args.eval_strategy != "no"
+    fit.scheduler = configured_scheduler(fit.module, fit.optimizer, fit.args, has_evaluations)
     if path is None:
         fit.random_to_restore = None
         fit.stream.load_state_dict({"position": 0})
@@ -60,7 +63,7 @@ def place(fit: "Fit") -> None:
         prepare_module(fit.module, fit.args, fit.strategy)
 
     def configure_optimizer(module: nn.Module) -> Optimizer:  # when the parameters are final
-        optimizer = fit.module.configure_optimizer(fit.args)
+        optimizer = configured_optimizer(fit.module, fit.args)
         fit.initial_state = copied(optimizer.state)
         return optimizer
 
@@ -72,6 +75,7 @@ def place(fit: "Fit") -> None:
     fit.optimizer_mode = OptimizerMode(fit.strategy.optimizer, fit.strategy.weights_have_changed)
     if trains:
         check_optimizer(fit.optimizer, fit.strategy, fit.args)
+        fit.closure = closure_for(fit)
         fit.initial_options = options_by_parameter(fit.optimizer, fit.strategy)
         fit.initial_scaling = fit.strategy.precision.state_dict()
 

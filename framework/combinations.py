@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from ..precision.base import Precision
 from ..strategies.base import Strategy
 from .arguments import FitArguments
+from .closure import check_closure
 from .lomo import check_update_in_backward
 from .module import TrainModule
 from .optimizers import UPDATING_IN_BACKWARD
@@ -144,6 +145,7 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments
             check_update_in_backward(name, strategy, args.max_grad_norm, args.gradient_accumulation_steps)
         if hasattr(part, "train"):
             check_moves_in_step_alone(name, strategy)
+        check_closure(part, strategy, args)
     return optimizer
 
 

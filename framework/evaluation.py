@@ -96,7 +96,7 @@ def run(
     parts, sharing = [other["predictions"] for other in reports], strategy.context_parallel_size
     groups = [parts[i : i + sharing] for i in range(0, len(parts), sharing)]
     joined = [[strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
-    predictions, labels = concatenate(in_order(joined))
+    predictions, labels = concatenate(in_order(joined), fit.args.pad_index)
     if fit.compute_metrics is not None and isinstance(labels, Tensor):
         results |= {f"{prefix}_{name}": float(n) for name, n in fit.compute_metrics(predictions, labels).items()}
     return results, predictions if predict else None
@@ -169,13 +169,40 @@ def to_host(outputs: Any, ignore_keys: set[str]) -> Any:
     return outputs
 
 
-def concatenate(parts: list[Any]) -> Any:
-    """The batches' outputs, joined along the first dimension; what is no tensor becomes a list."""
+def concatenate(parts: list[Any], pad_index: int) -> Any:
+    """The batches' outputs, joined along the first dimension; what is no tensor becomes a list.
+
+    Args:
+        parts: one for each batch.
+        pad_index: fills up the other dimensions, at their ends, where batches differ in them.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat([part.reshape(-1) if part.ndim == 0 else part for part in parts])
+        rows = [part.reshape(-1) if part.ndim == 0 else part for part in parts]
+        return torch.cat(padded(rows, pad_index) if any(row.shape[1:] != rows[0].shape[1:] for row in rows) else rows)
     if isinstance(first, dict):
-        return {key: concatenate([part[key] for part in parts]) for key in first}
+        return {key: concatenate([part[key] for part in parts], pad_index) for key in first}
     if isinstance(first, tuple):
-        return tuple(concatenate([part[i] for part in parts]) for i in range(len(first)))
+        return tuple(concatenate([part[i] for part in parts], pad_index) for i in range(len(first)))
     return parts
+
+
+def padded(rows: list[Tensor], pad_index: int) -> list[Tensor]:
+    """Tensors of one shape but for their first dimension.
+
+    Raises:
+        ValueError: they have no dimensions in common.
+    """
+    if len({row.ndim for row in rows}) > 1:
+        shapes = ", ".join(sorted({str(tuple(row.shape)) for row in rows}))
+        raise ValueError(
+            f"The outputs of batches can't be joined: their shapes are {shapes}. Have forward return as many dimensions "
+            "for every batch, or leave the entry out by ignore_keys."
+        )
+    longest = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
+    filled = []
+    for row in rows:
+        whole = row.new_full((len(row), *longest), False if row.dtype is torch.bool else pad_index)
+        whole[(slice(None), *(slice(size) for size in row.shape[1:]))] = row
+        filled.append(whole)
+    return filled

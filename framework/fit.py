@@ -23,6 +23,7 @@ from .agreement import UpdateExchange, check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .averages import Averages
 from .callbacks import Callback, Callbacks
+from .closure import Closure
 from .combinations import check_combination, check_optimizer_by_name, check_precision
 from .data import DataStream, make_stream
 from .loggers import Logger, get_loggers
@@ -158,6 +159,7 @@ class Fit:
         self.grad_norm: Tensor | None = None
         self.schedule_is_due = False
         self.placed = False
+        self.closure: Closure | None = None
         self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
         self.unplaced: fresh.Unplaced | None = None
         self.writer: checkpoint.BackgroundWriter | None = None

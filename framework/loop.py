@@ -80,6 +80,9 @@ def run(fit: "Fit") -> None:
             emit("on_pre_optimizer_step")
             fit.settle_schedule()  # of the update before, where loss scaling has only now told whether it stepped
             state.learning_rate = fit.optimizer.param_groups[0]["lr"]
+            assert update_loss is not None
+            if fit.closure is not None:
+                fit.closure.begin_update(micro_batches, num_items, update_loss)
             strategy.step()
             fit.schedule_is_due = True
             emit("on_optimizer_step")
@@ -89,7 +92,6 @@ def run(fit: "Fit") -> None:
                 parameter.grad = None
             strategy.execute()
 
-            assert update_loss is not None
             fit.averages.end_update(update_loss)
             state.global_step += 1
             state.epoch = epoch + fit.stream.fraction()

@@ -141,7 +141,9 @@ class TrainModule(nn.Module):
 
     def shard_units(self) -> Sequence[nn.Module]:
         """The blocks that fully sharded strategies gather one at a time, and that activation checkpointing recomputes.
-        Default: the layers of the outermost lists whose layers are all of one class.
+        Default: the layers of the outermost lists whose layers are all of one class; where these are lists in their
+        turn, which have no forward that could gather anything, the layers inside them. A layer whose parameters are
+        used from outside of its forward must not be among them.
         """
         return repeated_blocks(self)
 
@@ -174,7 +176,9 @@ class TrainModule(nn.Module):
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers of every ModuleList or Sequential, not inside another one found, that are two or more of one class."""
+    """The layers of every ModuleList or Sequential, not inside another one found, that are two or more of one class;
+    for those without a forward the layers inside them.
+    """
     found: list[nn.Module] = []
     for child in module.children():
         layers = list(child.children())
@@ -182,10 +186,21 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
         if repeats and all(
             type(layer) is type(layers[0]) and any(True for _ in layer.parameters()) for layer in layers
         ):
-            found += layers
+            found += [called for layer in layers for called in called_layers(layer)]
         else:
             found += repeated_blocks(child)
-    return found
+    return list(dict.fromkeys(found))
+
+
+def called_layers(layer: nn.Module) -> list[nn.Module]:
+    """The layer itself; or where it has no forward, as a ModuleList hasn't, those with parameters inside it, without
+    single norms and projections where there are larger ones.
+    """
+    if type(layer).forward is not nn.Module.forward or "forward" in vars(layer):
+        return [layer]
+    parts = [part for child in layer.children() for part in called_layers(child)]
+    parts = [part for part in parts if any(True for _ in part.parameters())]
+    return [part for part in parts if any(True for _ in part.children())] or parts
 
 
 def first_dimension(batch: Any) -> int:

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -147,5 +147,14 @@ def make_scheduler(optimizer: Optimizer, args: "FitArguments", total: int) -> LR
 
 
 def waits_for_metric(scheduler: LRScheduler) -> bool:
-    """Whether a schedule is stepped with an evaluation's metric instead of after each update."""
-    return isinstance(scheduler, ReduceLROnPlateau)
+    """Whether a schedule is stepped with an evaluation's metric instead of after each update: its ``step`` can't be
+    called without an argument.
+    """
+    return step_takes_metric(type(scheduler))
+
+
+@cache
+def step_takes_metric(made_by: type) -> bool:
+    """Whether ``step`` of a class of schedules needs an argument."""
+    _, *parameters = inspect.signature(made_by.step).parameters.values()  # type: ignore[attr-defined]
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

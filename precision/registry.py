@@ -65,9 +65,15 @@ def resolve(
 
     Raises:
         ValueError: the name is not in the table.
-        TypeError: ``choice`` is neither a name nor an instance.
+        TypeError: ``choice`` is neither a name nor an instance, or an instance of a class without a name.
     """
     if isinstance(choice, base):
+        if not isinstance(getattr(choice, "name", None), str):
+            made_by = type(choice).__name__
+            raise TypeError(
+                f"{made_by} is a {base.__name__} without a name, which logs, checkpoints and messages call it by. "
+                f'Write name = "{made_by.lower()}" in the class.'
+            )
         return choice
     if not isinstance(choice, str):
         raise TypeError(

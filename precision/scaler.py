@@ -47,6 +47,8 @@ class RankAwareGradScaler(GradScaler):
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                 if local.is_sparse:
                     local = local._values()
+                if local.is_complex():
+                    local = torch.view_as_real(local)
                 if local.dtype == torch.float16 and not allow_fp16:
                     raise ValueError(
                         "Loss scaling needs float32 gradients, but found float16 ones: the module's parameters were "

@@ -116,6 +116,8 @@ class Strategy(PlacedModule):
     gradients_are_final_in_backward: ClassVar[bool] = False
     """Whether what backward accumulates in a parameter is the gradient of the whole update, or its last part: then an
     optimizer may consume it there and then (LOMO)."""
+    takes_closure: ClassVar[bool] = True
+    """Whether an optimizer may compute loss and gradients again within its step, by a closure (LBFGS)."""
     refusals: ClassVar[Mapping[str, str]] = {}
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
     recompute: Callable[..., Any] = staticmethod(checkpoint)
@@ -416,4 +418,9 @@ class Strategy(PlacedModule):
 
 def norms(gradients: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each tensor, at least in float32: 16 bits would round their sum, and overflow at 65504."""
-    return list(torch._foreach_norm(gradients, 2.0, dtype=None if gradients[0].dtype.itemsize > 2 else torch.float32))
+    dtype = None if gradients[0].dtype.itemsize > 2 else torch.float32
+    try:
+        return list(torch._foreach_norm(gradients, 2.0, dtype=dtype))
+    except NotImplementedError:  # of sparse ones, where what has the same index must be added up first
+        values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        return list(torch._foreach_norm(values, 2.0, dtype=dtype))

@@ -95,6 +95,24 @@ class DDP(ProcessGroupStrategy):
             return nullcontext()
         return self.model.no_sync()
 
+    def prepare_gradients(self) -> None:
+        """Asks first whether all gradients were averaged: where one never came, its bucket waits."""
+        if isinstance(self.model, DistributedDataParallel):
+            try:
+                self.model._check_reducer_finalized()
+            except RuntimeError as error:
+                raise ValueError(self.unreduced()) from error
+        super().prepare_gradients()
+
+    def unreduced(self) -> str:
+        """What to write where backward didn't reach every parameter."""
+        names = [name for name, p in self.named_parameters().items() if p.requires_grad and p.grad is None]
+        return (
+            f"strategy='ddp': no gradient reached {', '.join(names)} on rank {self.rank} in this update, so that gradients "
+            "were not averaged. Where a layer isn't used in every update, or not on every rank, pass "
+            "strategy=DDP(find_unused_parameters=True); where it is never used, freeze it by requires_grad_(False)."
+        )
+
 
 def compressed_average(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Average a bucket of gradients over ranks in a 16-bit dtype, and write it back in its own.

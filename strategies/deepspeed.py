@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ..precision.base import Precision
 from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
 from .deepspeed_config import fill, given_stage, read
-from .deepspeed_state import EngineOptimizer, ZeroState
+from .deepspeed_state import EngineOptimizer, ScalarsAsBytes, ZeroState
 from .process_group import (
     CONTEXT,
     REPLICATE,
@@ -28,6 +28,7 @@ from .process_group import (
     ProcessGroupStrategy,
     broadcast_module,
 )
+from .sparse_gradients import check_dense
 
 # Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
 ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
@@ -123,6 +124,8 @@ class DeepSpeed(ProcessGroupStrategy):
         broadcast_module(module)
         if self.optimizer is None:
             return
+        check_parameters(module)
+        check_dense(module, self.name)
         check_optimizer(self.optimizer)
         assert self.filled, "expect() comes before place()"
         groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
@@ -280,6 +283,21 @@ def check_precision(precision: Precision) -> None:
         )
 
 
+def check_parameters(module: nn.Module) -> None:
+    """Refuse parameters that the engine can't take.
+
+    Raises:
+        ValueError: names them, says why, and what works.
+    """
+    found = [f"{name} ({parameter.dtype})" for name, parameter in module.named_parameters() if parameter.is_complex()]
+    if found:
+        raise ValueError(
+            f"strategy='deepspeed' can't train complex parameters: the engine lays real numbers end to end. Found: "
+            f"{', '.join(found)}. Use strategy='fsdp2' or 'ddp', or hold torch.view_as_real(...) of them as parameters "
+            "and write torch.view_as_complex(...) in forward."
+        )
+
+
 def check_optimizer(optimizer: Optimizer) -> None:
     """Refuse an optimizer that doesn't work on flat shards without knowing the parameters in them.
 
@@ -313,7 +331,7 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
     config["gradient_clipping"] = 0.0
     names = [set(vars(parameter)) for parameter in module.parameters()]
-    with environment():
+    with environment(), ScalarsAsBytes():
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
     ENGINES[engine] = names
     return engine

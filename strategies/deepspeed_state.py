@@ -8,12 +8,14 @@ The names with an underscore are DeepSpeed's own, of the 0.19 releases.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.overrides import TorchFunctionMode
 
 from .process_group import whole_of
 
@@ -168,11 +170,13 @@ class ZeroState:
 
     # Shapes.
 
-    def gathered(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
+    @contextmanager
+    def gathered(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> Iterator[None]:
         """In here a stage-3 parameter is whole; afterwards ``modifier_rank``'s values are everybody's."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
+        with ScalarsAsBytes(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank):
+            yield
 
     def rows(self, whole: Tensor) -> Tensor:
         """This rank's rows of a whole tensor, as a copy; a number stays one."""
@@ -188,6 +192,15 @@ class ZeroState:
     def is_counter(self, parameter: nn.Parameter, key: str, value: Any) -> bool:
         """Whether an entry of a parameter's state counts something, instead of having the parameter's shape."""
         return key == "step" or not isinstance(value, Tensor) or tuple(value.shape) != tuple(self.shapes[id(parameter)])
+
+
+class ScalarsAsBytes(TorchFunctionMode):
+    """In here a tensor without dimensions can be viewed as bytes, by which DeepSpeed broadcasts every parameter."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.view and args[0].ndim == 0 and args[1:] == (torch.uint8,):
+            return args[0].reshape(1).view(torch.uint8)
+        return function(*args, **(kwargs or {}))
 
 
 def is_moment(value: Any, flat: Tensor) -> bool:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,6 +32,9 @@ from .process_group import (
     move_module,
     split_world,
 )
+from .sparse_gradients import check_dense
+from .used_outside import UsedOutside
+from .whole_parameters import is_indivisible_or_integer, whole_parameters
 from .wrapping import wrapped_layers
 
 WRAPPER = "_fsdp_wrapped_module."
@@ -53,6 +57,7 @@ class FSDP1(ProcessGroupStrategy):
     """``strategy="fsdp1"``: flat shards (Zhao et al., 2023). New work is better served by "fsdp2". See FSDP1Options.
 
     A parameter that a backward doesn't reach has a gradient of 0 in here, elsewhere none: weight decay moves it.
+    Parameters without dimensions, complex ones and integers are whole on every rank.
 
     Example:
         ``Fit(module, data, strategy=FSDP1(reshard_after_forward=False), devices=2)``
@@ -62,6 +67,7 @@ class FSDP1(ProcessGroupStrategy):
     parameter_form = "flat"
     Options = FSDP1Options
     options: FSDP1Options
+    loss_follows = False
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Replicas outermost; shards are what is left."""
@@ -77,28 +83,44 @@ class FSDP1(ProcessGroupStrategy):
         move_module(module, self.device)
         broadcast_module(module)
         prepare(module)
-        hybrid, full = options.replicas > 1, options.reshard_after_forward
-        sharding = {
-            (False, True): ShardingStrategy.FULL_SHARD,
-            (False, False): ShardingStrategy.SHARD_GRAD_OP,
-            (True, True): ShardingStrategy.HYBRID_SHARD,
-            (True, False): ShardingStrategy._HYBRID_SHARD_ZERO2,
-        }[hybrid, full]
+        check_dense(module, self.name)
+        units = list(module.shard_units())  # type: ignore[operator]
+        hybrid = options.replicas > 1
+        kept_to_backward = ShardingStrategy._HYBRID_SHARD_ZERO2 if hybrid else ShardingStrategy.SHARD_GRAD_OP
+        dropped = ShardingStrategy.HYBRID_SHARD if hybrid else ShardingStrategy.FULL_SHARD
+        of_units = dropped if options.reshard_after_forward else kept_to_backward
         compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
         mixed = casts(compute, self.precision.parameter_dtype)
         # Products' matrices are gathered in 16 bits, by the layers that hold them. Inputs and outputs pass as they are:
         # autocast casts where single-device runs do, and nowhere else.
         narrow = MixedPrecision(compute, reduce, cast_root_forward_inputs=False, _module_classes_to_ignore=())
-        units = module.shard_units()  # type: ignore[operator]
         layers = wrapped_layers(module, units, float32_slots(module)) if mixed else dict.fromkeys((*units, module))
-        policy_of = {layer: {"mixed_precision": narrow if is_narrow else None} for layer, is_narrow in layers.items()}
+        policy_of = {
+            layer: {"mixed_precision": narrow if is_narrow else None, "sharding_strategy": of_units}
+            for layer, is_narrow in layers.items()
+        }
         check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
+        # A layer that keeps some of its parameters whole is filled now, since they are no affair of param_init_fn.
+        kept = set(map(id, whole_parameters(module, is_indivisible_or_integer)))
+        early = [layer for layer in late if any(id(p) in kept for p in layer.parameters(recurse=False))]
+        materialize(module, early, self.device)
+        self.whole_parameters = whole_parameters(module, is_indivisible_or_integer)
+        shapes = {
+            (id(layer), name): parameter.shape
+            for layer in module.modules()
+            for name, parameter in layer.named_parameters(recurse=False)
+        }
+        self.used_outside = UsedOutside(
+            self.name, module, units, lambda layer, name: getattr(layer, name).shape != shapes[id(layer), name]
+        )
         self.model = FullyShardedDataParallel(
             module,
+            ignored_states=list(self.whole_parameters),
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
-            sharding_strategy=sharding,
-            auto_wrap_policy=CustomPolicy(lambda layer: {} if layer is module else policy_of.get(layer, {})),
-            **policy_of[module],
+            # The loss may use what the root holds, and the root's backward follows at once.
+            sharding_strategy=kept_to_backward,
+            auto_wrap_policy=CustomPolicy(lambda layer: {} if layer is module else policy_of.get(layer, False)),
+            mixed_precision=policy_of[module]["mixed_precision"],
             device_id=self.device,
             use_orig_params=True,
             # Called for each block before it is cut, so that no more than one block is whole at a time.
@@ -106,7 +128,10 @@ class FSDP1(ProcessGroupStrategy):
                 module, [layer for layer in unit.modules() if layer in late and has_meta(layer)], self.device
             ),
         )
+        self.model.register_forward_hook(self.gather_for_loss)
         self.module = module
+        kept = set(map(id, self.whole_parameters))
+        self.used_outside.watch({name: p for name, p in self.named_parameters().items() if id(p) not in kept})
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
     def release(self, module: nn.Module) -> None:
@@ -123,9 +148,27 @@ class FSDP1(ProcessGroupStrategy):
         assert isinstance(self.model, FullyShardedDataParallel)
         return nullcontext() if last else self.model.no_sync()
 
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The loss, too, may use what the root gathers."""
+        self.loss_follows, self.gathered = True, []
+        try:
+            with self.used_outside, super().forward_context():
+                yield
+        finally:
+            self.loss_follows = False
+            for handle in self.gathered:
+                handle.reshard(False)
+
+    def gather_for_loss(self, model: Any, inputs: Any, outputs: Any) -> None:
+        """After the root's forward: its parameters once more, which torch keeps there for a backward alone."""
+        if self.loss_follows and model._handle and not torch.is_grad_enabled():
+            model._handle.unshard()
+            self.gathered.append(model._handle)
+
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards, in the gradients' own dtype."""
-        return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),))
+        return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),), self.whole_parameters)
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """This rank's views into the flat shards, under the user's names."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import _composable_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
@@ -34,7 +35,10 @@ from .process_group import (
     submesh,
     whole_of,
 )
+from .sparse_gradients import check_dense
 from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
+from .used_outside import UsedOutside
+from .whole_parameters import whole_parameters
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel
@@ -71,7 +75,8 @@ class FSDP2(ProcessGroupStrategy):
     """``strategy="fsdp2"`` (or "fsdp"): every rank keeps a shard of parameters, gradients and optimizer state.
 
     Placed in this order: build on the meta device, cast, tensor parallelism, shard blocks and root, fill the shards,
-    optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) See FSDP2Options.
+    optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) Parameters without dimensions and complex ones are whole
+    on every rank. See FSDP2Options.
 
     Example:
         ``Fit(module, data, strategy=FSDP2(tensor_parallel=2), devices=4)``
@@ -125,6 +130,7 @@ class FSDP2(ProcessGroupStrategy):
 
             self.context = ContextParallel(submesh(self.mesh, CONTEXT), module)
         meta_layers = self.build(module)
+        check_dense(module, self.name)
         move_module(module, self.device)
         broadcast_module(module)
         if options.tensor_parallel > 1:
@@ -132,8 +138,14 @@ class FSDP2(ProcessGroupStrategy):
         prepare(module)
         # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
+        self.used_outside = UsedOutside(self.name, module, list(module.shard_units()), is_sharded)  # type: ignore[operator]
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
+        self.whole_parameters = whole_parameters(module)
+        for parameter in self.whole_parameters:  # offloading is of shards alone
+            parameter.data = parameter.data.to(self.device)
+        kept = set(map(id, self.whole_parameters))
+        self.used_outside.watch({name: p for name, p in module.named_parameters() if id(p) not in kept})
         if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
             module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
@@ -154,6 +166,7 @@ class FSDP2(ProcessGroupStrategy):
         common: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": options.reshard_after_forward,
+            "ignored_params": set(whole_parameters(module)),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type != "cpu")
             if options.cpu_offload
             else OffloadPolicy(),
@@ -217,8 +230,8 @@ class FSDP2(ProcessGroupStrategy):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """The format's own, and what some layers are computed by."""
-        with super().forward_context(), self.own_operators():
+        """The format's own, and what some layers are computed by. A layer that is used outside is told by name."""
+        with self.used_outside, super().forward_context(), self.own_operators():
             yield
 
     def local_loss(self, loss: Tensor) -> Tensor:
@@ -237,5 +250,12 @@ class FSDP2(ProcessGroupStrategy):
     def step(self) -> None:
         """Step the optimizer, mesh by mesh where there are several."""
         assert self.optimizer is not None
-        with groups_split_by_mesh(self.optimizer) if self.options.tensor_parallel > 1 else nullcontext():
+        several = self.options.tensor_parallel > 1 or self.whole_parameters
+        with groups_split_by_mesh(self.optimizer) if several else nullcontext():
             super().step()
+
+
+def is_sharded(layer: nn.Module, name: str) -> bool:
+    """Whether a parameter lies on the mesh's data dimensions; gathered, it is plain, or cut by tensor parallelism."""
+    parameter = getattr(layer, name)
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != (TENSOR,)

@@ -1,7 +1,7 @@
 """The 2-norm of gradients that are spread over meshes of several kinds, and clipping by it."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,10 @@ from .base import norms
 
 @torch.no_grad()  # also: to_local() outside would record itself for autograd
 def clip_by_norm(
-    parameters: Sequence[nn.Parameter], max_norm: float, groups: tuple[dist.ProcessGroup, ...] = ()
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    groups: tuple[dist.ProcessGroup, ...] = (),
+    whole: Collection[nn.Parameter] = (),
 ) -> Tensor:
     """Scale gradients in place so that their common 2-norm is at most ``max_norm``.
 
@@ -24,6 +27,7 @@ def clip_by_norm(
         parameters: with plain or DTensor gradients, or none.
         max_norm: in the units of the gradient.
         groups: ranks that hold shards of the *plain* gradients (FSDP1's flat ones).
+        whole: parameters whose gradients are whole, and equal on all ranks, all the same.
 
     Returns:
         The norm before clipping, 0-dim on the gradients' device, equal on all ranks.
@@ -31,6 +35,7 @@ def clip_by_norm(
     by_sharding: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     if groups:
         by_sharding[groups] = []  # a rank whose shards are all frozen takes part in the sum all the same
+    whole_ids = {id(parameter) for parameter in whole}
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
@@ -41,7 +46,7 @@ def clip_by_norm(
             sharding = [d for d, placement in enumerate(gradient.placements) if is_sharded(placement)]
             by_sharding[tuple(mesh.get_group(d) for d in sharding)].append(gradient.to_local())
         else:
-            by_sharding[groups].append(gradient)
+            by_sharding[() if id(parameter) in whole_ids else groups].append(gradient)
     squares = []
     for sharded_over, gradients in by_sharding.items():
         if gradients:

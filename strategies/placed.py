@@ -76,7 +76,7 @@ class PlacedModule:
         """The optimizer's state: parameter name to (state key to tensor or number)."""
         assert self.optimizer is not None
         state = self.optimizer.state
-        return {name: state[p] for name, p in self.stepped_parameters().items() if p in state}
+        return {name: lists_apart(state[p]) for name, p in self.stepped_parameters().items() if p in state}
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the optimizer's state by ``state``, whose tensors are placed as those of ``model_state``."""
@@ -84,7 +84,7 @@ class PlacedModule:
         parameters = self.stepped_parameters()
         self.optimizer.state.clear()
         for name, entries in state.items():
-            self.optimizer.state[parameters[name]] = dict(entries)
+            self.optimizer.state[parameters[name]] = lists_together(entries)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor of the model's state, gathered where it is sharded. Collective."""
@@ -113,3 +113,24 @@ class PlacedModule:
     def weights_have_changed(self) -> None:
         """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""
         self.precision.weights_have_changed(self.module)
+
+
+def lists_apart(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state without lists of tensors (LBFGS' history): a list's items are entries of their own, named
+    "<key>.<index>", and their number stands for it.
+    """
+    found: dict[str, Any] = {}
+    for key, value in entries.items():
+        if isinstance(value, list):
+            found |= {key: {"items": len(value)}, **{f"{key}.{i}": item for i, item in enumerate(value)}}
+        else:
+            found[key] = value
+    return found
+
+
+def lists_together(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that ``lists_apart`` took apart."""
+    lengths = {key: value["items"] for key, value in entries.items() if isinstance(value, dict)}
+    items = {f"{key}.{i}" for key, length in lengths.items() for i in range(length)}
+    whole = {key: value for key, value in entries.items() if key not in items}
+    return whole | {key: [entries[f"{key}.{i}"] for i in range(length)] for key, length in lengths.items()}

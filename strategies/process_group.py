@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from . import meeting
 from .base import Strategy
 from .batch_norm import separate, synchronize
 from .buffers import ChangingBuffers
+from .whole_parameters import average_gradients
 
 # Mesh dimensions, outermost first. Neighbours in the last one are neighbours in rank, on one node's fast links.
 REPLICATE, SHARD, CONTEXT, TENSOR = "replicate", "shard", "context", "tensor"
@@ -52,11 +53,16 @@ class ProcessGroupStrategy(Strategy):
     """Joins the ranks that torchrun (or ``Fit(devices=n)``) started; alone, it is a group of one.
 
     Subclasses say how the ranks are arranged (``mesh_shape``) and how the module is placed.
+
+    Attributes:
+        whole_parameters: what a sharding subclass keeps whole on every rank (strategies/whole_parameters.py).
     """
 
     Options = ProcessGroupOptions
     options: Any
     needs_ranks = True
+    takes_closure = False
+    whole_parameters: Sequence[nn.Parameter] = ()
     attempt_store: dist.Store
     buffers: ChangingBuffers | None = None
 
@@ -132,6 +138,12 @@ class ProcessGroupStrategy(Strategy):
         if self.options.sync_batchnorm:
             synchronize(module, self.gradient_group)
         return late
+
+    def prepare_gradients(self) -> None:
+        """What no shard holds is averaged here, before overflow is looked for."""
+        if self.whole_parameters:
+            average_gradients(self.whole_parameters, self.gradient_group)
+        super().prepare_gradients()
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """All-reduce over the ranks with different samples or positions."""

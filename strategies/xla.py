@@ -67,6 +67,7 @@ class XLASPMD(Strategy):
     Options = XLASPMDOptions
     options: XLASPMDOptions
     parameter_form = "lazy"
+    takes_closure = False
     recompute_options: ClassVar[Mapping[str, Any]] = {}
     refusals: ClassVar[Mapping[str, str]] = {
         "torch_compile": "has no effect under strategy='xla', which compiles whole updates. Leave it out",

@@ -245,7 +245,7 @@ def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, St
             )
             if names
         ]
-        raise CheckpointError(f"{path} is a checkpoint of another model. " + "; ".join(parts) + ".")
+        raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(parts) + ".")
 
 
 def parameter_groups(strategy: Strategy) -> list[dict[str, Any]]:
