@@ -25,5 +25,6 @@ def describe_run(fit: "Fit") -> RunDescription:
         schedule=args.lr_scheduler_type if module.configure_scheduler is TrainModule.configure_scheduler else None,
         warmup_steps=args.warmup_steps or math.ceil(args.max_steps * args.warmup_ratio),
         total_steps=args.max_steps,
+        compiles_blocks=args.torch_compile,
         compiles_checkpointed_blocks=args.torch_compile and args.gradient_checkpointing,
     )

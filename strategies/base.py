@@ -44,6 +44,7 @@ class RunDescription:
         learning_rate, betas, epsilon, weight_decay: of the optimizer.
         schedule: its name; None where the module brings its own.
         warmup_steps, total_steps: of the schedule.
+        compiles_blocks: whether blocks are compiled.
         compiles_checkpointed_blocks: whether blocks are both compiled and computed again in backward.
     """
 
@@ -58,6 +59,7 @@ class RunDescription:
     schedule: str | None
     warmup_steps: int
     total_steps: int
+    compiles_blocks: bool
     compiles_checkpointed_blocks: bool
 
 

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from ..precision.base import ShapesOnRank
 from ..precision.products import casts, float32_slots
 from ..precision.quantized import check_storage
-from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
+from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from .cut_features import CutFeatures
 from .gathering import gather_by_parameter
 from .gradient_norm import clip_by_norm
 from .materialize import materialize
@@ -87,6 +88,8 @@ class FSDP2(ProcessGroupStrategy):
     Options = FSDP2Options
     options: FSDP2Options
     context: "ContextParallel | None" = None
+    cut_features: CutFeatures | None = None
+    compiles_blocks = False
 
     @property
     def splits_classes(self) -> bool:
@@ -118,6 +121,11 @@ class FSDP2(ProcessGroupStrategy):
         """What tensor parallelism leaves of each layer that the plan cuts. Shards are whole again when they compute."""
         return local_shapes(module, self.tensor_parallel_size) if self.tensor_parallel_size > 1 else {}
 
+    def expect(self, run: RunDescription) -> None:
+        """Note whether blocks are compiled."""
+        super().expect(run)
+        self.compiles_blocks = run.compiles_blocks
+
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
@@ -134,7 +142,8 @@ class FSDP2(ProcessGroupStrategy):
         move_module(module, self.device)
         broadcast_module(module)
         if options.tensor_parallel > 1:
-            apply_plan(module, submesh(self.mesh, TENSOR), loss_parallel=options.loss_parallel)
+            tensor_mesh = submesh(self.mesh, TENSOR)
+            self.cut_features = apply_plan(module, tensor_mesh, self.gather, loss_parallel=options.loss_parallel)
         prepare(module)
         # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
@@ -185,7 +194,7 @@ class FSDP2(ProcessGroupStrategy):
     def release(self, module: nn.Module) -> None:
         """Let go; and have torch forget that these layers are sharded, or it refuses to shard them again."""
         super().release(module)
-        self.context = None
+        self.context = self.cut_features = None
         for layer in module.modules():
             _composable_state._module_state_mapping.pop(layer, None)
 
@@ -194,7 +203,7 @@ class FSDP2(ProcessGroupStrategy):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
-        return nullcontext()
+        return self.cut_features.watch(self.compiles_blocks) if self.cut_features else nullcontext()
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """The shards, under the user's names."""
@@ -240,8 +249,16 @@ class FSDP2(ProcessGroupStrategy):
 
     def backward(self, loss: Tensor) -> None:
         """The backward of such a cross-entropy or attention is its own, too."""
+        if self.cut_features:
+            self.cut_features.see_loss(loss)
         with self.own_operators():
             super().backward(loss)
+
+    def prepare_gradients(self) -> None:
+        """Sum over the tensor-parallel ranks what is a part on each; then as ever."""
+        if self.cut_features:
+            self.cut_features.sum_gradients(self.named_parameters)
+        super().prepare_gradients()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm over all shards; torch's own fails where parameters live on different meshes."""

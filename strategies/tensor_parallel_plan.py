@@ -1,7 +1,7 @@
 """Tensor parallelism by a plan: patterns over layer names to the way each layer is cut."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 
 from ..precision.quantized import is_quantized
 from ..precision.registry import did_you_mean
+from .cut_features import CUT, WHOLE, CutFeatures, Gather
 from .process_group import mesh_of
+from .ready_plans import ready_plan, refusal
 
 Plan = Mapping[str, "str | ParallelStyle"]
 Ties = list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]
@@ -40,44 +42,43 @@ STYLES: Mapping[str, Any] = {
     "colwise_gather_from_sequence": lambda: ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     "rowwise_to_sequence": lambda: RowwiseParallel(output_layouts=Shard(1)),
     "embedding_to_sequence": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    # parameters of its own that stay whole: found out by cut_features.py, unless the plan says it
+    "used_on_cut": None,
+    "used_on_whole": None,
 }
 """What a plan may name, beside instances of torch's ParallelStyle."""
 
+USED_ON = {"used_on_cut": CUT, "used_on_whole": WHOLE}
+
 CUT_DIMENSION = {"colwise": 0, "rowwise": 1, "embedding": 0}  # of the weight, by the first part of a style's name
 
-LLAMA_PLAN: Plan = {
-    "*embed_tokens": "embedding",
-    "*layers.*.self_attn.q_proj": "colwise",
-    "*layers.*.self_attn.k_proj": "colwise",
-    "*layers.*.self_attn.v_proj": "colwise",
-    "*layers.*.self_attn.o_proj": "rowwise",
-    "*layers.*.mlp.gate_proj": "colwise",
-    "*layers.*.mlp.up_proj": "colwise",
-    "*layers.*.mlp.down_proj": "rowwise",
-    "*lm_head": "colwise_gather",
-}
-"""For models that name their layers as transformers' Llama does (Mistral, Qwen2, Gemma, ...)."""
-
-
-def apply_plan(module: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool = False) -> None:
+def apply_plan(
+    module: nn.Module, mesh: DeviceMesh, gather: Gather, *, loss_parallel: bool = False
+) -> CutFeatures:
     """Cut the layers that the module's ``tensor_parallel_plan()`` names, in place, over a one-dimensional mesh.
 
     Args:
         module: its plan maps name patterns (``blocks.*.up``) to a name in STYLES or a ParallelStyle.
         mesh: the tensor-parallel ranks.
+        gather: over all ranks.
         loss_parallel: leave the outputs of "colwise_gather" layers cut by class, for a loss under loss_parallel().
+
+    Returns:
+        What sums the gradients of whole parameters that are used on cut features.
 
     Raises:
         ValueError: no plan, a pattern that matches nothing, two that match one name, or a size that can't be cut.
     """
     layers = dict(module.named_modules())
-    chosen = styles_by_layer(module)
+    chosen = styles_by_layer(module, mesh.size())
     tied = tied_parameters(module)
-    parallelize_module(
-        module,
-        mesh,
-        {name: _style(name, style, layers[name], mesh.size(), loss_parallel) for name, style in chosen.items()},
-    )
+    stated = {name: USED_ON[style] for name, style in chosen.items() if isinstance(style, str) and style in USED_ON}
+    styles = {
+        name: _style(name, style, layers[name], mesh.size(), loss_parallel)
+        for name, style in chosen.items()
+        if name not in stated
+    }
+    parallelize_module(module, mesh, styles)
     # parallelize_module makes a new parameter for each layer, which unties those that were one.
     for (layer, name), (first_layer, first_name) in tied:
         if type(layer._parameters[name]) is not type(first_layer._parameters[first_name]):
@@ -86,18 +87,25 @@ def apply_plan(module: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool = Fal
                 'same dimension ("embedding" and "colwise_gather"), or neither.'
             )
     tie(tied)
+    return CutFeatures(module, styles, stated, mesh.get_group(), gather)
 
 
-def styles_by_layer(module: nn.Module) -> "dict[str, str | ParallelStyle]":
+def plan_of(module: nn.Module, degree: int) -> Plan:
+    """The module's own plan, else the ready one for what it is.
+
+    Raises:
+        ValueError: there is neither; the message has the lines of a ready one that match, to start from.
+    """
+    plan: Plan = module.tensor_parallel_plan() or ready_plan(module, degree)  # type: ignore[operator]
+    if not plan:
+        raise ValueError(refusal(module))
+    return plan
+
+
+def styles_by_layer(module: nn.Module, degree: int) -> "dict[str, str | ParallelStyle]":
     """The layers that the module's plan names, and how each is cut; raises as ``apply_plan`` does."""
     layers = dict(module.named_modules())
-    plan: Plan = module.tensor_parallel_plan() or ready_plan(layers)  # type: ignore[operator]
-    if not plan:
-        raise ValueError(
-            f"Tensor parallelism needs to know how {type(module).__name__} is cut. Write tensor_parallel_plan(self), "
-            'e.g. return {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}; or use strategy="fsdp2", which needs '
-            "no plan."
-        )
+    plan = plan_of(module, degree)
     chosen: dict[str, tuple[str, str | ParallelStyle]] = {}
     for pattern, style in plan.items():
         names = [name for name in layers if fnmatchcase(name, pattern)]
@@ -119,7 +127,7 @@ def local_shapes(module: nn.Module, degree: int) -> dict[str, tuple[int, ...]]:
     """
     layers = dict(module.named_modules())
     found: dict[str, tuple[int, ...]] = {}
-    for name, style in styles_by_layer(module).items():
+    for name, style in styles_by_layer(module, degree).items():
         weight = getattr(layers[name], "weight", None)
         if not isinstance(weight, Tensor):
             continue
@@ -134,13 +142,6 @@ def cut_dimension(style: "str | ParallelStyle") -> int | None:
     if isinstance(style, str):
         return CUT_DIMENSION.get(style.partition("_")[0])
     return 0 if isinstance(style, ColwiseParallel) else 1 if isinstance(style, RowwiseParallel) else None
-
-
-def ready_plan(names: Iterable[str]) -> Plan:
-    """LLAMA_PLAN where the layers bear its names, else no plan."""
-    names = list(names)
-    matched = {pattern: style for pattern, style in LLAMA_PLAN.items() if any(fnmatchcase(n, pattern) for n in names)}
-    return matched if len(matched) >= len(LLAMA_PLAN) - 1 else {}  # a headless model has no lm_head
 
 
 def _style(

@@ -47,7 +47,7 @@ def dimensions_by_plan(module: nn.Module, degree: int) -> dict[int, int]:
     """The dimension of each parameter that the module's plan cuts, by the parameter's id."""
     layers = dict(module.named_modules())
     found: dict[int, int] = {}
-    for name, style in styles_by_layer(module).items():
+    for name, style in styles_by_layer(module, degree).items():
         check_cut(name, style, layers[name], degree)
         dimension = cut_dimension(style)
         if dimension is None:
