@@ -71,6 +71,11 @@ def problems(args: "FitArguments") -> list[tuple[str, str]]:
         f"is a mode of the backend 'inductor', and torch_compile_backend={args.torch_compile_backend!r}; leave one of "
         "them out",
     )
+    if args.torch_compile and args.torch_compile_backend is not None:
+        from torch._dynamo import list_backends  # two seconds that only runs that compile pay
+
+        known = list_backends(exclude_tags=())
+        require("torch_compile_backend", args.torch_compile_backend in known, f"must be one of {', '.join(known)}")
     groups = args.train_sampling_strategy == "group_by_length"
     require(
         "train_sampling_strategy",

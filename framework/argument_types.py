@@ -60,17 +60,26 @@ def hints(arguments: type) -> dict[str, Any]:
     return get_type_hints(arguments)
 
 
+@cache
+def allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]]:
+    """(field, the types that fit it, how an error calls them) of a dataclass."""
+    found = []
+    for name, kind in hints(arguments).items():
+        allowed = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
+        wanted = "dict" if kind is Options else kind.__name__ if isinstance(kind, type) else str(kind)
+        found.append((name, (*allowed, int) if float in allowed else allowed, wanted))
+    return found
+
+
 def type_problems(arguments: Any) -> list[tuple[str, str]]:
     """(field, what it must hold) for every field that holds something of another type."""
     found = []
-    for name, kind in hints(type(arguments)).items():
+    for name, allowed, wanted in allowed_types(type(arguments)):
         value = getattr(arguments, name)
-        allowed = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
-        fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
+        fits = isinstance(value, allowed)
         if isinstance(value, bool):  # an int to Python, and a mistake where a number is asked for
             fits = bool in allowed
         if not fits:
-            wanted = ("dict" if kind is Options else kind.__name__) if isinstance(kind, type) else kind
             found.append((name, f"must be {wanted}, not {type(value).__name__}"))
     return found
 

@@ -71,8 +71,8 @@ class FitArguments:
         full_determinism: compute the same bits in every run on the same machine: torch's deterministic algorithms, from
             the beginning of training to its end. Some are slower, by a tenth up to several times, and an operation that
             has none ends training with torch's error.
-        train_sampling_strategy: "random"; "sequential", which is shuffle=False; or "group_by_length", which puts samples
-            of about the same length together, in an order that is new each epoch.
+        train_sampling_strategy: "random"; "sequential", which is shuffle=False; or "group_by_length", which puts
+            samples of about the same length together, in an order that is new each epoch.
         length_column_name: where "group_by_length" finds lengths: an attribute or a column of the data, or an entry of
             each sample; where there is none, the length of a sample's "input_ids" is taken.
         dataloader_num_workers: worker processes that load data; 0 loads in the training process.
@@ -126,7 +126,7 @@ class FitArguments:
     adam_epsilon: float = 1e-8
     optim: str = "adamw"
     optim_args: Options = field(default_factory=Options)
-    optim_target_modules: None | str | list[str] = None
+    optim_target_modules: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser reads the second type)
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: Options = field(default_factory=Options)
     warmup_steps: float = 0

@@ -42,7 +42,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "trackio_space_id": LOGGERS,
     "trackio_bucket_id": LOGGERS,
     "trackio_static_space_id": LOGGERS,
-    "prediction_loss_only": "Predictions are kept only where compute_metrics is given, or by fit.predict: leave it out.",
+    "prediction_loss_only": "Predictions are kept where compute_metrics is given, and by fit.predict: leave it out.",
     "eval_do_concat_batches": "Predictions are always joined: leave it out, or take them in on_prediction_step.",
     "eval_use_gather_object": "Predictions of any kind are gathered: leave it out.",
     "include_for_metrics": "Return what your metric needs from TrainModule.metric_inputs(outputs, batch), and the "

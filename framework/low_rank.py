@@ -19,6 +19,7 @@ APOLLO: Mapping[str, Any] = {
 }
 """The options of groups that are projected, with transformers' defaults."""
 
+KEPT = ("ortho_matrix", "seed")  # of a projector; the rest are the group's options
 PREFIX = "projector."  # of a projector's attributes among a parameter's state
 
 
@@ -87,11 +88,9 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
                     vars(state["projector"]).update({key.removeprefix(PREFIX): plain(kept[key]) for key in kept})
             super().step()
             for _, parameter in projected:
-                projector = self.state[parameter].pop("projector", None)
-                kept = {key: value for key, value in vars(projector or object()).items()} if projector else {}
-                self.state[parameter].update(
-                    {f"{PREFIX}{key}": value for key, value in kept.items() if key in ("ortho_matrix", "seed")}
-                )
+                state = self.state[parameter]
+                made = vars(state.pop("projector")) if "projector" in state else {}
+                state.update({f"{PREFIX}{key}": contiguous(made[key]) for key in KEPT if key in made})
 
         def projector(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
             """A new projector of the package's, with the group's options."""
@@ -103,6 +102,11 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
 
     PlainState.__name__ = PlainState.__qualname__ = name
     return PlainState
+
+
+def contiguous(value: Any) -> Any:
+    """A matrix as a checkpoint gives it back: the layout decides how a product is rounded."""
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def plain(value: Any) -> Any:

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from ..precision.registry import did_you_mean
 from . import low_rank
+from .adapted_optimizers import grok_adamw, stable_adamw
 from .argument_types import load
-from .grok import grok_adamw
 from .lomo import AdaLomo, Lomo, argument_problems
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def betas(args: "FitArguments") -> dict[str, Any]:
 
 
 def ademamix_options(args: "FitArguments") -> dict[str, Any]:
-    """AdEMAMix's constants (Pagliardini et al., 2024): Adam's, and the slow average's decay, which ``optim_args`` may
-    give as ``beta3``.
+    """AdEMAMix's constants (Pagliardini et al., 2024): Adam's, and the slow average's decay; ``optim_args`` may give
+    other ``betas``.
     """
     return {"betas": (args.adam_beta1, args.adam_beta2, 0.9999), "eps": args.adam_epsilon}
 
@@ -332,7 +332,7 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer
     "adagrad": from_torch("Adagrad"),
     "muon": muon,
     "lion": FromPackage("lion_pytorch", "lion-pytorch", "Lion", lambda args: {"betas": (args.adam_beta1, 0.99)}),
-    "stable_adamw": FromPackage("optimi", "torch-optimi", "StableAdamW", adam_options),
+    "stable_adamw": FromPackage("optimi", "torch-optimi", "StableAdamW", adam_options, stable_adamw),
     "grokadamw": FromPackage("grokadamw", "grokadamw", "GrokAdamW", adam_options, grok_adamw),
     "schedule_free_adamw": schedule_free("AdamWScheduleFree"),
     "schedule_free_radam": schedule_free("RAdamScheduleFree"),
@@ -341,9 +341,9 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer
     "adamw_bnb_8bit": bitsandbytes("AdamW8bit"),
     "paged_adamw_32bit": bitsandbytes("PagedAdamW32bit"),
     "paged_adamw_8bit": bitsandbytes("PagedAdamW8bit"),
-    "ademamix": bitsandbytes("AdEMAMix32bit", ademamix_options),
+    "ademamix": bitsandbytes("AdEMAMix", ademamix_options),
     "ademamix_8bit": bitsandbytes("AdEMAMix8bit", ademamix_options),
-    "paged_ademamix_32bit": bitsandbytes("PagedAdEMAMix32bit", ademamix_options),
+    "paged_ademamix_32bit": bitsandbytes("PagedAdEMAMix", ademamix_options),
     "paged_ademamix_8bit": bitsandbytes("PagedAdEMAMix8bit", ademamix_options),
     "lion_32bit": bitsandbytes("Lion32bit", betas),
     "lion_8bit": bitsandbytes("Lion8bit", betas),
@@ -365,7 +365,16 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer
 """Name to maker."""
 
 LOW_RANK = tuple(name for name, make in OPTIMIZERS.items() if isinstance(make, LowRank))
-PAGED = tuple(name for name in OPTIMIZERS if name.startswith("paged_"))
+PAGED: Mapping[str, str] = {
+    "paged_adamw_32bit": "adamw",
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_ademamix_32bit": "ademamix",
+    "paged_ademamix_8bit": "ademamix_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+}
+"""Optimizers whose state moves between a GPU and the host, to the same one without that."""
+
 SCHEDULE_FREE = tuple(name for name in OPTIMIZERS if name.startswith("schedule_free_"))
 
 LAYERWISE = "updates layer by layer in backward; write optim='lomo' or 'adalomo', which do, or leave '_layerwise' out"

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -221,13 +221,19 @@ def problems(args: "FitArguments") -> list[tuple[str, str]]:
     return found
 
 
-def options_problem(name: str, options: Mapping[str, Any], peak: float) -> str | None:
-    """Why a schedule can't take these options, or None where it can."""
+@cache
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The options that a schedule takes."""
     made_by: Callable[..., Any] = ON_METRIC.get(name) or SHAPES[name]
     parameters = inspect.signature(made_by).parameters.values()
     taken = {p.name: p for p in parameters if name in ON_METRIC or p.kind is p.KEYWORD_ONLY}
     taken.pop("optimizer", None)
-    rates = AS_RATES.get(name, {})
+    return taken
+
+
+def options_problem(name: str, options: Mapping[str, Any], peak: float) -> str | None:
+    """Why a schedule can't take these options, or None where it can."""
+    taken, rates = options_of(name), AS_RATES.get(name, {})
     known = [*taken, *rates]
     unknown = [option for option in options if option not in known]
     missing = [p.name for p in taken.values() if p.default is p.empty and p.name not in options]
