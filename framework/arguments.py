@@ -1,27 +1,25 @@
 """Every option of a run, under the field's names, checked together when they are made."""
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
-from ..precision.registry import did_you_mean
-from .cadence import CADENCES, STEPS, in_updates, is_number_or_fraction
-from .lomo import argument_problems
-from .optimizers import OPTIMIZERS, UPDATING_IN_BACKWARD
-from .schedulers import PLATEAU, SCHEDULERS, WITHOUT_WARMUP, scheduler_problem
+from . import argument_ranges, cadence, optimizers, schedulers
+from .argument_types import Options, as_options, hints, path_of, type_problems, with_help
+from .foreign_arguments import unknown_argument
 
 
 @dataclass(frozen=True)
 class FitArguments:
     """Options of a training run.
 
-    The names are those of transformers' TrainingArguments wherever the same thing exists there. "Update" means one
-    optimizer step; "step" in a name means update too.
+    The names are those of transformers' TrainingArguments wherever the same thing exists there, and its
+    HfArgumentParser makes a command line of them. "Update" means one optimizer step; "step" in a name means update too.
 
     Args:
         output_dir: where checkpoints and logs go; made when something is first written. "~" is your home.
+        run_name: what the run is called in its logs and on the display; None leaves it without a name.
         max_steps: updates to train for; -1 trains for ``num_train_epochs``. Overrides the epochs.
         num_train_epochs: passes over the training data; may be a fraction.
         per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
@@ -34,25 +32,34 @@ class FitArguments:
         weight_decay: decay of weights; norms and biases are never decayed.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).
         optim: the optimizer: adamw, adam, sgd, adafactor, rmsprop, adagrad, muon, lomo, adalomo; from packages of their
-            own: lion, adamw_8bit, schedule_free_adamw (which wants a constant schedule).
-        optim_args: the optimizer's own options, by name.
-        lr_scheduler_type: shape of the schedule: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
-            constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay or reduce_lr_on_plateau.
+            own: lion, stable_adamw, grokadamw, schedule_free_adamw, _radam and _sgd (which want a constant schedule),
+            adamw_8bit and others of bitsandbytes, galore_adamw, apollo_adamw; or a class or function of parameters, lr
+            and options, itself or as "package.module.name".
+        optim_args: the optimizer's own options, by name; also as JSON, or as "name=value,name=value".
+        optim_target_modules: the linear layers whose gradients GaLore and APOLLO project: parts of their names, one
+            regular expression of the whole name, or "all-linear".
+        lr_scheduler_type: shape of the schedule: linear, cosine, cosine_with_restarts, cosine_with_min_lr,
+            cosine_warmup_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay,
+            reduce_lr_on_plateau or greedy.
         lr_scheduler_kwargs: the schedule's own options, by name.
-        warmup_steps: updates over which the learning rate rises from 0 to its peak.
-        warmup_ratio: the same as a fraction of the run.
-        max_grad_norm: gradients are scaled down to this 2-norm; 0 switches clipping off (and the norm's log).
+        warmup_steps: updates over which the learning rate rises from 0 to its peak; below 1, a fraction of the run,
+            rounded up to whole updates.
+        warmup_ratio: the same, as a fraction of the run alone.
+        max_grad_norm: gradients are scaled down to this 2-norm; 0 or None switches clipping off (and the norm's log).
         logging_strategy: "no", "steps" or "epoch".
         logging_steps: updates between logs; below 1, a fraction of the run, rounded up to whole updates.
         logging_first_step: also log after the first update.
         eval_strategy: "no", "steps" or "epoch".
         eval_steps: updates between evaluations, or a fraction of the run; None means ``logging_steps``.
+        eval_delay: updates, or epochs with eval_strategy="epoch", before which nothing is evaluated.
+        eval_accumulation_steps: batches of predictions that stay on the device before they are moved to the host
+            together; None moves each at once.
         eval_on_start: evaluate before the first update.
         metric_for_best_model: the evaluation's metric that tells which checkpoint is best, and that a
             reduce_lr_on_plateau schedule waits for, with or without "eval_"; None means "loss".
         greater_is_better: whether more of it is better; None means yes, unless its name ends in "loss".
         load_best_model_at_end: end with the weights of the best checkpoint. Rotation keeps that one.
-        save_strategy: "no", "steps" or "epoch".
+        save_strategy: "no", "steps", "epoch", or "best" after each evaluation that is the best so far.
         save_steps: updates between checkpoints, or a fraction of the run.
         save_total_limit: checkpoints of the run kept; None keeps all. The newest whole one and that of the best
             evaluation always stay.
@@ -65,6 +72,13 @@ class FitArguments:
         seed: of the model's randomness and the order of the data.
         data_seed: of the order of the data alone; None means ``seed``.
         shuffle: draw a new order of the training data each epoch.
+        full_determinism: compute the same bits in every run on the same machine: torch's deterministic algorithms, from
+            the beginning of training to its end. Some are slower, by a tenth up to several times, and an operation that
+            has none ends training with torch's error.
+        train_sampling_strategy: "random"; "sequential", which is shuffle=False; or "group_by_length", which puts
+            samples of about the same length together, in an order that is new each epoch.
+        length_column_name: where "group_by_length" finds lengths: an attribute or a column of the data, or an entry of
+            each sample; where there is none, the length of a sample's "input_ids" is taken.
         dataloader_num_workers: worker processes that load data; 0 loads in the training process.
         dataloader_pin_memory: load into page-locked memory, for faster copies to a GPU.
         dataloader_drop_last: leave out the last micro-batch of an epoch where it is short.
@@ -80,7 +94,10 @@ class FitArguments:
         gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint.
         torch_compile: compile the blocks (``shard_units()``, else the whole module); the first log says how long the
             first update took, compilation included.
+        torch_compile_backend: what compiles: one of torch._dynamo.list_backends(); None means "inductor".
         torch_compile_mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
+        tf32: in training, multiply float32 matrices in TF32 (10 bits of mantissa) on NVIDIA GPUs since Ampere; False
+            forbids it, None leaves torch's setting.
         torch_empty_cache_steps: updates between emptyings of the accelerator's cache; None never does.
         include_num_input_tokens_seen: count input tokens: "no", "all", or "non_padding" (by the attention mask, else
             the module's ``pad_token_id``).
@@ -99,6 +116,7 @@ class FitArguments:
     """
 
     output_dir: str = "output"
+    run_name: str | None = None
 
     max_steps: int = -1
     num_train_epochs: float = 3.0
@@ -113,18 +131,21 @@ class FitArguments:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     optim: str = "adamw"
-    optim_args: dict = field(default_factory=dict)
+    optim_args: Options = field(default_factory=Options)
+    optim_target_modules: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser reads the second type)
     lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict = field(default_factory=dict)
-    warmup_steps: int = 0
+    lr_scheduler_kwargs: Options = field(default_factory=Options)
+    warmup_steps: float = 0
     warmup_ratio: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
 
     logging_strategy: str = "steps"
     logging_steps: float = 500
     logging_first_step: bool = False
     eval_strategy: str = "no"
     eval_steps: float | None = None
+    eval_delay: float = 0
+    eval_accumulation_steps: int | None = None
     eval_on_start: bool = False
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
@@ -139,6 +160,9 @@ class FitArguments:
     seed: int = 42
     data_seed: int | None = None
     shuffle: bool = True
+    full_determinism: bool = False
+    train_sampling_strategy: str = "random"
+    length_column_name: str = "length"
     dataloader_num_workers: int = 0
     dataloader_pin_memory: bool = True
     dataloader_drop_last: bool = False
@@ -150,9 +174,11 @@ class FitArguments:
     past_index: int = -1
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
-    gradient_checkpointing_kwargs: dict = field(default_factory=dict)
+    gradient_checkpointing_kwargs: Options = field(default_factory=Options)
     torch_compile: bool = False
+    torch_compile_backend: str | None = None
     torch_compile_mode: str = "default"
+    tf32: bool | None = None
     torch_empty_cache_steps: int | None = None
     include_num_input_tokens_seen: str = "no"
     include_tokens_per_second: bool = False
@@ -162,176 +188,40 @@ class FitArguments:
 
     progress: bool = True
 
+    def __new__(cls, *values: Any, **arguments: Any) -> "FitArguments":
+        """A new object, where the names are those of fields.
+
+        Raises:
+            TypeError: one isn't; the message says what is written here instead, or suggests the nearest.
+        """
+        known = hints(cls)
+        for name in arguments:
+            if name not in known:
+                raise TypeError(unknown_argument(name, known))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.output_dir, str):
             object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
+        if callable(self.optim):
+            object.__setattr__(self, "optim", path_of(self.optim))
+        for name, kind in hints(type(self)).items():
+            if kind is Options:
+                object.__setattr__(self, name, as_options(getattr(self, name)))
         problems = [f"{name}={getattr(self, name)!r}: {why}" for name, why in self._problems()]
         if problems:
             raise ValueError("These arguments can't work:\n  " + "\n  ".join(problems))
 
     def _problems(self) -> list[tuple[str, str]]:
-        """(field, why it can't work and what to write instead), for every field that can't."""
-        found: list[tuple[str, str]] = []
-
-        def require(name: str, holds: bool, why: str) -> None:
-            if not holds:
-                found.append((name, why))
-
-        for declared in dataclasses.fields(self):
-            value, kind = getattr(self, declared.name), declared.type
-            allowed = get_args(kind) or (kind,)
-            fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
-            if isinstance(value, bool):  # an int to Python, and a mistake where a number is asked for
-                fits = bool in allowed
-            if not fits:
-                wanted = kind.__name__ if isinstance(kind, type) else kind
-                found.append((declared.name, f"must be {wanted}, not {type(value).__name__}"))
-        if found:
-            return found
-
-        unknown_home = self.output_dir.startswith("~")
-        require("output_dir", not unknown_home, "this user's home isn't known; write the path, or './~...' for a name")
-        require("max_steps", self.max_steps == -1 or self.max_steps > 0, "give a number of updates, or -1 for epochs")
-        require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            require(name, getattr(self, name) >= 1, "must be at least 1")
-        uncounted = [name for name in STEPS if not is_number_or_fraction(getattr(self, name))]
-        for name in uncounted:
-            require(name, False, "must be a number of updates, at least 1, or a fraction of the run between 0 and 1")
-        for name in ("save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps"):
-            value = getattr(self, name)
-            require(name, value is None or value >= 1, "must be at least 1, or None")
-        for name in (
-            "learning_rate",
-            "weight_decay",
-            "warmup_steps",
-            "max_grad_norm",
-            "dataloader_num_workers",
-            "seed",
-        ):
-            require(name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
-        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
-            require(name, getattr(self, name) in CADENCES, f"must be one of {', '.join(map(repr, CADENCES))}")
-        require(
-            "lr_scheduler_type", self.lr_scheduler_type in SCHEDULERS, did_you_mean(self.lr_scheduler_type, SCHEDULERS)
-        )
-        if self.lr_scheduler_type in SCHEDULERS:
-            problem = scheduler_problem(self.lr_scheduler_type, self.lr_scheduler_kwargs)
-            require("lr_scheduler_kwargs", problem is None, str(problem))
-        require("label_smoothing_factor", 0 <= self.label_smoothing_factor < 1, "must be in [0, 1)")
-        require("past_index", self.past_index >= -1, "is the place of an output, or -1 for none")
-        require(
-            "neftune_noise_alpha", self.neftune_noise_alpha is None or self.neftune_noise_alpha > 0, "must be above 0"
-        )
-        for name, depends in (("gradient_checkpointing_kwargs", "gradient_checkpointing"),):
-            require(name, not getattr(self, name) or getattr(self, depends), f"has no effect without {depends}=True")
-        require(
-            "torch_compile_mode",
-            self.torch_compile or self.torch_compile_mode == "default",
-            "has no effect without torch_compile=True",
-        )
-        for name, known in (
-            ("include_num_input_tokens_seen", ("no", "all", "non_padding")),
-            ("debug", ("", "underflow_overflow")),
-            ("other_checkpoints", ("set_aside", "refuse")),
-            ("torch_compile_mode", ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
-        ):
-            require(name, getattr(self, name) in known, f"must be one of {', '.join(map(repr, known))}")
-        require("optim", self.optim in OPTIMIZERS, did_you_mean(self.optim, OPTIMIZERS))
-        if self.optim in UPDATING_IN_BACKWARD:
-            found += argument_problems(self.max_grad_norm, self.gradient_accumulation_steps)
-            require(
-                "auto_find_batch_size",
-                not self.auto_find_batch_size,
-                f"accumulates what a smaller batch leaves out, and optim={self.optim!r} can't accumulate; find "
-                "per_device_train_batch_size by hand",
-            )
-        require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "is a fraction of the run, from 0 to 1")
-        require(
-            "warmup_ratio",
-            not (self.warmup_ratio and self.warmup_steps),
-            f"says the same as warmup_steps={self.warmup_steps}; give one of them",
-        )
-        warms_up = self.lr_scheduler_type not in WITHOUT_WARMUP
-        for name in ("warmup_steps", "warmup_ratio"):
-            require(
-                name,
-                warms_up or not getattr(self, name),
-                f"has no effect with lr_scheduler_type={self.lr_scheduler_type!r}; constant_with_warmup has one",
-            )
-        waits = self.lr_scheduler_type == PLATEAU
-        require(
-            "lr_scheduler_type",
-            not waits or self.eval_strategy != "no",
-            "steps on an evaluation's metric; set eval_strategy to 'steps' or 'epoch'",
-        )
-        require(
-            "load_best_model_at_end",
-            not self.load_best_model_at_end or self.eval_strategy != "no",
-            "needs evaluations to tell which is best; set eval_strategy to 'steps' or 'epoch'",
-        )
-        require(
-            "load_best_model_at_end",
-            not self.load_best_model_at_end or self.save_strategy != "no",
-            "needs checkpoints to load from; set save_strategy as eval_strategy",
-        )
-        if self.load_best_model_at_end and not uncounted and "no" not in (self.save_strategy, self.eval_strategy):
-            evaluated, saved = self._spacing()
-            matches = self.save_strategy == self.eval_strategy and (min(evaluated, saved) < 1 or saved % evaluated == 0)
-            require(
-                "save_strategy",
-                matches,
-                "with load_best_model_at_end each checkpoint needs an evaluation of its own: save as evaluation goes "
-                f"(eval_strategy={self.eval_strategy!r}), every multiple of {evaluated} updates; here every {saved}",
-            )
-        require(
-            "greater_is_better",
-            self.greater_is_better is None or self.metric_for_best_model is not None,
-            "has no effect without metric_for_best_model",
-        )
-        require(
-            "warmup_steps",
-            self.max_steps == -1 or self.warmup_steps <= self.max_steps,
-            f"is longer than the run (max_steps={self.max_steps}): the learning rate would never reach its peak",
-        )
-        decay = self.lr_scheduler_kwargs.get("num_decay_steps")
-        warmup = self.warmup_steps or math.ceil(self.max_steps * self.warmup_ratio)
-        require(
-            "lr_scheduler_kwargs",
-            self.max_steps == -1 or type(decay) is not int or warmup + decay <= self.max_steps,
-            f"{warmup} updates of warm-up and {decay} of decay are more than the run's {self.max_steps}; give fewer",
-        )
-        require(
-            "eval_steps",
-            self.eval_steps is None or self.eval_strategy == "steps",
-            f"has no effect with eval_strategy={self.eval_strategy!r}; write eval_strategy='steps'",
-        )
-        require(
-            "dataloader_prefetch_factor",
-            self.dataloader_prefetch_factor is None or self.dataloader_num_workers > 0,
-            "has no effect without workers; set dataloader_num_workers",
-        )
-        require(
-            "dataloader_persistent_workers",
-            not self.dataloader_persistent_workers or self.dataloader_num_workers > 0,
-            "has no effect without workers; set dataloader_num_workers",
-        )
-        return found
-
-    def _spacing(self) -> tuple[float, float]:
-        """What lies between two evaluations and between two checkpoints: updates, or still a fraction of the run where
-        its length isn't known yet. Fit asks again when it is.
+        """(field, why it can't work and what to write instead), for every field that can't; each subject's file knows
+        its own.
         """
-        steps = self.eval_every or 1, self.save_steps
-        if self.max_steps < 1:
-            return steps
-        return in_updates(steps[0], self.max_steps), in_updates(steps[1], self.max_steps)
+        return type_problems(self) or [
+            *argument_ranges.problems(self),
+            *cadence.problems(self),
+            *schedulers.problems(self),
+            *optimizers.problems(self),
+        ]
 
     @property
     def best_metric(self) -> str:
@@ -353,14 +243,13 @@ class FitArguments:
         """A copy with some fields changed.
 
         Raises:
-            TypeError: a name that isn't a field; the message suggests the nearest.
+            TypeError: a name that isn't a field; the message says what to write instead, or suggests the nearest.
         """
-        known = {field.name for field in dataclasses.fields(self)}
-        for name in changes:
-            if name not in known:
-                raise TypeError(f"Fit has no argument {name!r}. {did_you_mean(name, known)}")
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         return dataclasses.asdict(self)
+
+
+with_help(FitArguments)

@@ -1,29 +1,14 @@
 """The table of all arguments, for the documents: ``python -m stratagem.framework.arguments_table``."""
 
 import dataclasses
-import inspect
-import re
 
+from .argument_types import descriptions
 from .arguments import FitArguments
-
-
-def descriptions() -> dict[str, str]:
-    """What FitArguments' docstring says of each field."""
-    text = inspect.cleandoc(FitArguments.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
-    found: dict[str, str] = {}
-    names: list[str] = []
-    for line in text.splitlines():
-        if begins := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
-            names = begins.group(1).split(", ")
-            found.update(dict.fromkeys(names, begins.group(2)))
-        else:
-            found.update({name: f"{found[name]} {line.strip()}" for name in names})
-    return found
 
 
 def arguments_table() -> str:
     """A Markdown page: every field with its default and what it does."""
-    said = descriptions()
+    said = descriptions(FitArguments)
     rows = []
     for field in dataclasses.fields(FitArguments):
         default = field.default_factory() if callable(field.default_factory) else field.default

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .arguments import FitArguments
+from .cadence import BEST
 from .state import TrainState
 
 
@@ -30,14 +31,21 @@ def is_better(args: FitArguments, value: float, than: float | None, by: float = 
     return value > than + by if args.more_is_better else value < than - by
 
 
-def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str, float]) -> None:
-    """Remember an evaluation that is the best so far; without a choice of metric, by a loss if there is one."""
-    if args.best_metric not in metrics and args.metric_for_best_model is None and not args.load_best_model_at_end:
-        return
+def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str, float]) -> bool:
+    """Remember an evaluation that is the best so far; without a choice of metric, by a loss if there is one.
+
+    Returns:
+        Whether it is the best so far.
+    """
+    needs_best = args.metric_for_best_model is not None or args.load_best_model_at_end or args.save_strategy == BEST
+    if args.best_metric not in metrics and not needs_best:
+        return False
     value = chosen_metric(args, metrics)
-    if is_better(args, value, state.best_metric):
-        state.best_metric = value
-        state.best_global_step = state.global_step
+    if not is_better(args, value, state.best_metric):
+        return False
+    state.best_metric = value
+    state.best_global_step = state.global_step
+    return True
 
 
 def best_update(state: TrainState) -> int | None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .arguments import FitArguments
 
 CADENCES = ("no", "steps", "epoch")
+BEST = "best"  # of save_strategy alone
 STEPS = ("logging_steps", "eval_steps", "save_steps")
 """The arguments that count updates, or are a fraction of the run."""
 
@@ -32,6 +33,69 @@ def in_updates(steps: float, max_steps: int) -> int:
     return int(steps) if steps >= 1 else math.ceil(round(steps * max_steps, 6)) or 1
 
 
+def problems(args: "FitArguments") -> list[tuple[str, str]]:
+    """(field, why it can't work and what to write instead), for every field that says when and can't."""
+    found: list[tuple[str, str]] = []
+
+    def require(name: str, holds: bool, why: str) -> None:
+        if not holds:
+            found.append((name, why))
+
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        known = (*CADENCES, BEST) if name == "save_strategy" else CADENCES
+        require(name, getattr(args, name) in known, f"must be one of {', '.join(map(repr, known))}")
+    uncounted = [name for name in STEPS if not is_number_or_fraction(getattr(args, name))]
+    for name in uncounted:
+        require(name, False, "must be a number of updates, at least 1, or a fraction of the run between 0 and 1")
+    evaluates = args.eval_strategy != "no"
+    require(
+        "eval_steps",
+        args.eval_steps is None or args.eval_strategy == "steps",
+        f"has no effect with eval_strategy={args.eval_strategy!r}; write eval_strategy='steps'",
+    )
+    require("eval_delay", evaluates or not args.eval_delay, "has no effect with eval_strategy='no'")
+    require(
+        "greater_is_better",
+        args.greater_is_better is None or args.metric_for_best_model is not None,
+        "has no effect without metric_for_best_model",
+    )
+    require(
+        "save_strategy",
+        args.save_strategy != BEST or evaluates,
+        "needs evaluations to tell which is best; set eval_strategy to 'steps' or 'epoch'",
+    )
+    require(
+        "load_best_model_at_end",
+        not args.load_best_model_at_end or evaluates,
+        "needs evaluations to tell which is best; set eval_strategy to 'steps' or 'epoch'",
+    )
+    require(
+        "load_best_model_at_end",
+        not args.load_best_model_at_end or args.save_strategy != "no",
+        "needs checkpoints to load from; set save_strategy as eval_strategy",
+    )
+    if args.load_best_model_at_end and not uncounted and evaluates and args.save_strategy not in ("no", BEST):
+        evaluated, saved = spacing(args)
+        matches = args.save_strategy == args.eval_strategy and (min(evaluated, saved) < 1 or saved % evaluated == 0)
+        require(
+            "save_strategy",
+            matches,
+            "with load_best_model_at_end each checkpoint needs an evaluation of its own: save as evaluation goes "
+            f"(eval_strategy={args.eval_strategy!r}), every multiple of {evaluated} updates; here every {saved}",
+        )
+    return found
+
+
+def spacing(args: "FitArguments") -> tuple[float, float]:
+    """What lies between two evaluations and between two checkpoints: updates, or still a fraction of the run where its
+    length isn't known yet. Fit asks again when it is.
+    """
+    steps = args.eval_every or 1, args.save_steps
+    if args.max_steps < 1:
+        return steps
+    return in_updates(steps[0], args.max_steps), in_updates(steps[1], args.max_steps)
+
+
 def resolve(args: "FitArguments", max_steps: int) -> "FitArguments":
     """The arguments with the length of the run, and every number of updates that depends on it, filled in.
 
@@ -46,20 +110,22 @@ def resolve(args: "FitArguments", max_steps: int) -> "FitArguments":
 def after_update(args: "FitArguments", state: TrainState, control: Control) -> None:
     """Raise the flags that are due after an update: by steps, and at the end of the run."""
     step = state.global_step
+    evaluates = args.eval_strategy == "steps" and step >= args.eval_delay
     if args.logging_strategy == "steps" and (step % args.logging_steps == 0 or (step == 1 and args.logging_first_step)):
         control.should_log = True
-    if args.eval_strategy == "steps" and step % (args.eval_every or 1) == 0:
+    if evaluates and step % (args.eval_every or 1) == 0:
         control.should_evaluate = True
     if args.save_strategy == "steps" and step % args.save_steps == 0:
         control.should_save = True
     if step >= state.max_steps:
         control.should_training_stop = True
         control.should_log |= args.logging_strategy == "steps"
+        control.should_evaluate |= evaluates
         control.should_save |= args.save_strategy == "steps"
 
 
-def after_epoch(args: "FitArguments", control: Control) -> None:
+def after_epoch(args: "FitArguments", state: TrainState, control: Control) -> None:
     """Raise the flags that are due after an epoch."""
     control.should_log |= args.logging_strategy == "epoch"
-    control.should_evaluate |= args.eval_strategy == "epoch"
+    control.should_evaluate |= args.eval_strategy == "epoch" and state.epoch >= args.eval_delay
     control.should_save |= args.save_strategy == "epoch"

@@ -106,10 +106,24 @@ class Callback:
 
 
 class Callbacks:
-    """The run's callbacks, and for each event the methods that somebody wrote."""
+    """The run's callbacks, and for each event the methods that somebody wrote.
 
-    def __init__(self, callbacks: Iterable[Callback]) -> None:
-        self.all = list(callbacks)
+    Args:
+        callbacks: hear events in this order.
+        last: hear them after all others, also after those that are added later.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback], last: Iterable[Callback] = ()) -> None:
+        self.first, self.last = list(callbacks), list(last)
+        self.listen()
+
+    def listen(self) -> None:
+        """Find out which events somebody hears.
+
+        Raises:
+            TypeError: a callback is none.
+        """
+        self.all = [*self.first, *self.last]
         for callback in self.all:
             if not isinstance(callback, Callback):
                 raise TypeError(
@@ -120,6 +134,21 @@ class Callbacks:
             event: [getattr(c, event) for c in self.all if getattr(type(c), event) is not getattr(Callback, event)]
             for event in EVENTS
         }
+
+    def add(self, callback: Callback) -> None:
+        """Have one callback more, after those that were given."""
+        self.first.append(callback)
+        self.listen()
+
+    def pop(self, callback: Callback | type[Callback]) -> Callback | None:
+        """Have one callback less: the instance, or the first one of the class. None where there is none such."""
+        found = [c for c in self.all if c is callback or type(c) is callback]
+        if not found:
+            return None
+        self.first = [other for other in self.first if other is not found[0]]
+        self.last = [other for other in self.last if other is not found[0]]
+        self.listen()
+        return found[0]
 
     def emit(self, event: str, fit: "Fit", **context: Any) -> None:
         """Call the listeners of an event, in the order of the callbacks."""

@@ -12,7 +12,7 @@ from .arguments import FitArguments
 from .closure import check_closure
 from .lomo import check_update_in_backward
 from .module import TrainModule
-from .optimizers import UPDATING_IN_BACKWARD
+from .optimizers import OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD, FromPackage
 
 # Optimizer class and Strategy.parameter_form to why not, and what to write instead.
 UNSUITED: Mapping[tuple[str, str], str] = {
@@ -37,13 +37,13 @@ UNSUITED: Mapping[tuple[str, str], str] = {
     ("fused SGD", "dtensor"): "torch's SGD can't step fused on DTensor shards; leave fused=True out",
     ("fused Adagrad", "dtensor"): "torch's Adagrad can't step fused on DTensor shards; leave fused=True out",
 }
-MOVING_OUTSIDE_STEP = (*UPDATING_IN_BACKWARD, "schedule_free_adamw")
+MOVING_OUTSIDE_STEP = (*UPDATING_IN_BACKWARD, *SCHEDULE_FREE)
 CLASSES = {  # of optim, see UNSUITED
+    **{name: make.class_name for name, make in OPTIMIZERS.items() if isinstance(make, FromPackage)},
     "adam": "Adam",
     "adamw": "AdamW",
     "adafactor": "Adafactor",
     "adagrad": "Adagrad",
-    "adamw_8bit": "AdamW8bit",
     "muon": "Muon",
     "sgd": "SGD",
 }
@@ -121,6 +121,11 @@ def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:
         args: of the run, whose ``optim`` is the optimizer.
         strategy: set up, with the precision it runs in.
     """
+    if args.optim in PAGED and strategy.device.type != "cuda":
+        raise ValueError(
+            f"optim={args.optim!r} moves its state between a GPU's memory and the host's, and this run is on "
+            f"{strategy.device.type!r}. Write optim={PAGED[args.optim]!r}."
+        )
     if args.optim in MOVING_OUTSIDE_STEP:
         check_moves_in_step_alone(f"optim={args.optim!r}", strategy)
     if args.optim in UPDATING_IN_BACKWARD:

@@ -1,7 +1,7 @@
 """Evaluation and prediction: item-weighted means, torchmetrics, and outputs on the host."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def run(
     fit: "Fit", stream: DataStream, prefix: str, ignore_keys: Iterable[str] = (), *, predict: bool = False
-) -> tuple[dict[str, float], Any]:
+) -> tuple[dict[str, float], Any, Any]:
     """One pass over a stream in evaluation mode.
 
     The loss is the mean over all items of the data. Sums stay on the device; they are summed over ranks and read once,
@@ -33,7 +33,7 @@ def run(
         predict: hand out the outputs; the loss is then computed only where a batch has labels.
 
     Returns:
-        (metrics, predictions); predictions is None unless asked for.
+        (metrics, predictions, labels); the latter two are None unless asked for.
     """
     ignored = {*ignore_keys} or {*getattr(getattr(fit.module, "config", None), "keys_to_ignore_at_inference", ())}
     keeps = predict or fit.compute_metrics is not None
@@ -42,7 +42,7 @@ def run(
     for metric in metrics.values():
         metric.to(strategy.device)
     sums: dict[str, Tensor] = {}
-    kept: list[Any] = []
+    kept = Kept(ignored, fit.args.eval_accumulation_steps or 1, fit.preprocess_logits_for_metrics)
     strategy.settle_buffers()
     was_training, past, objective.past = model.training, objective.past, None
     stage = fit.memory.begin("predict" if predict else "eval")
@@ -67,7 +67,7 @@ def run(
                 for metric in metrics.values():
                     metric.update(*fit.module.metric_inputs(outputs, inputs))
                 if keeps:
-                    kept.append((to_host(outputs, ignored), to_host(labels_of(inputs), set())))
+                    kept.add(outputs, labels_of(inputs))
             strategy.execute()
             fit.emit("on_prediction_step")
     finally:
@@ -77,7 +77,7 @@ def run(
     report = {
         "sums": dict(zip(sums, strategy.read(list(sums.values())), strict=True)) if sums else {},
         "metrics": {name: host_states(metric) for name, metric in metrics.items()},
-        "predictions": kept,
+        "predictions": kept.on_host(),
     }
     # One exchange for everything. The tensor-parallel ranks of a sample have all counted it: the first speaks for them.
     reports = strategy.gather(report)[:: strategy.tensor_parallel_size]
@@ -92,14 +92,61 @@ def run(
             merge_states(metric, [other["metrics"][name] for other in reports])
         results |= scalars(f"{prefix}_{name}", metric.compute())
     if not keeps:
-        return results, None
+        return results, None, None
     parts, sharing = [other["predictions"] for other in reports], strategy.context_parallel_size
     groups = [parts[i : i + sharing] for i in range(0, len(parts), sharing)]
     joined = [[strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
     predictions, labels = concatenate(in_order(joined), fit.args.pad_index)
     if fit.compute_metrics is not None and isinstance(labels, Tensor):
         results |= {f"{prefix}_{name}": float(n) for name, n in fit.compute_metrics(predictions, labels).items()}
-    return results, predictions if predict else None
+    return results, *((predictions, labels) if predict else (None, None))
+
+
+class Kept:
+    """Outputs and labels of batches, which move to the host some batches at a time.
+
+    Args:
+        ignored: entries of a mapping output that are left out.
+        batches: that stay on the device together.
+        preprocess: (outputs, labels) to what is kept of the outputs; None keeps them as they are.
+    """
+
+    def __init__(self, ignored: set[str], batches: int, preprocess: Callable[[Any, Any], Any] | None) -> None:
+        self.ignored, self.batches, self.preprocess = ignored, batches, preprocess
+        self.moved: list[Any] = []
+        self.on_device: list[Any] = []
+
+    def add(self, outputs: Any, labels: Any) -> None:
+        """Keep a batch's."""
+        if self.preprocess is not None:
+            outputs = self.preprocess(alone(without(outputs, self.ignored)), labels)
+        self.on_device.append((outputs, labels))
+        if len(self.on_device) >= self.batches:
+            self.move()
+
+    def move(self) -> None:
+        """Move what is on the device to the host."""
+        self.moved += [(to_host(outputs, self.ignored), to_host(labels, set())) for outputs, labels in self.on_device]
+        self.on_device = []
+
+    def on_host(self) -> list[Any]:
+        """All of it, on the host."""
+        self.move()
+        return self.moved
+
+
+def without(outputs: Any, ignored: set[str]) -> Any:
+    """Outputs without the entries of a mapping that aren't wanted, and without its loss."""
+    return (
+        {k: v for k, v in outputs.items() if k not in ignored and k != "loss"} if isinstance(outputs, dict) else outputs
+    )
+
+
+def alone(outputs: Any) -> Any:
+    """The only entry of a mapping or tuple that has one; anything else as it is."""
+    if isinstance(outputs, dict | tuple) and len(outputs) == 1:
+        return next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
+    return outputs
 
 
 def host_states(metric: Any) -> list[dict[str, Any]]:
@@ -163,7 +210,7 @@ def to_host(outputs: Any, ignore_keys: set[str]) -> Any:
         # A view on the host would keep all that it was cut from: the whole sequence for the sake of its first token.
         return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
     if isinstance(outputs, dict):
-        return {k: to_host(v, ignore_keys) for k, v in outputs.items() if k not in ignore_keys and k != "loss"}
+        return {k: to_host(v, ignore_keys) for k, v in without(outputs, ignore_keys).items()}
     if isinstance(outputs, tuple | list):
         return tuple(to_host(value, ignore_keys) for value in outputs)
     return outputs

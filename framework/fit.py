@@ -18,7 +18,19 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import batch_size, beginning, best, checkpoint, evaluation, fresh, journal, loop, pretrained, random_state
+from . import (
+    batch_size,
+    beginning,
+    best,
+    checkpoint,
+    evaluation,
+    fresh,
+    journal,
+    loop,
+    pretrained,
+    random_state,
+    torch_settings,
+)
 from .agreement import UpdateExchange, check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .averages import Averages
@@ -58,8 +70,11 @@ class Fit:
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
+        preprocess_logits_for_metrics: (outputs, labels) of a batch, on the device, to what is kept of the outputs for
+            ``compute_metrics`` and ``predict``: their argmax instead of a vocabulary's logits. Outputs with one entry
+            are given as that entry.
         module_init: makes the module: a function of an Optuna trial, which it may ask for parameters of its own, or of
-            None where there is no trial. Each trial of a search, and of ``train(trial=...)``, has a fresh module.
+            None where there is no trial. Each trial of a search, and each ``train()`` but the first, has a fresh one.
         **arguments: fields of FitArguments; they override ``args``.
 
     Attributes:
@@ -109,6 +124,7 @@ class Fit:
         loggers: Iterable[str | Logger] = ("jsonl",),
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         module_init: Callable[[Any], TrainModule] | None = None,
         **arguments: Any,
     ) -> None:
@@ -122,6 +138,7 @@ class Fit:
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.module = module = fresh.given_module(module, module_init, self.args.seed)
         self.module_init, self.compute_loss_func, self.compute_metrics = module_init, compute_loss_func, compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.own_trial: Any = None  # whose arguments are the Fit's own: the best one of a search
         self.given_callbacks = list(callbacks)
         check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
@@ -129,6 +146,8 @@ class Fit:
         self.loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
         check_precision(self.args, number_format)
+        if self.args.tf32:
+            torch_settings.check_tf32(self.strategy.device)
         fresh.equip(self)
         self.train_data, self.eval_data = train_data, eval_data
         check_ranks_agree(
@@ -165,6 +184,7 @@ class Fit:
         self.writer: checkpoint.BackgroundWriter | None = None
         self._loss_was_checked = False
         self.random_to_restore: dict[str, Any] | None = None
+        self.has_trained = False
         self.emit("on_init_end")
 
     # Training.
@@ -176,6 +196,9 @@ class Fit:
         ignore_keys_for_eval: Iterable[str] | None = None,
     ) -> TrainOutput:
         """Train to the end of the run.
+
+        A second call trains on from the weights that the first one left, with an optimizer and counters that begin
+        anew; with ``module_init``, from a fresh module.
 
         Args:
             resume_from_checkpoint: True continues from the newest whole checkpoint of the last run in ``output_dir``
@@ -196,8 +219,9 @@ class Fit:
             raise ValueError("This Fit has no train_data. Pass train_data= to Fit.")
         if trial is not None:
             begin_trial(self, trial)
-        elif self.requested != self.running:  # the last run was a trial's
+        elif self.requested != self.running or (self.module_init is not None and self.has_trained):
             begin_own(self)
+        self.has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         if self.writer is not None:
             self.writer.finish()
@@ -220,23 +244,23 @@ class Fit:
 
     def run(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
-        beginning.begin(self, path)
-        began, first = time.perf_counter(), journal.first_state(self)
-        self.logged_at, self.tokens_logged = began, first.num_input_tokens_seen
-        self.memory.begin("train")
-        try:
-            self.open_loggers()
-            loop.run(self)
-            if self.args.load_best_model_at_end:
-                checkpoint.load_weights(self, best.checkpoint_to_load(self.args, self.state))
-        except BaseException as error:
-            with contextlib.suppress(Exception):  # the first error is the one to show
-                self.emit("on_exception", exception=error)
-            raise
-        finally:
-            self.close_loggers()
-        metrics = journal.final_metrics(self, began, first)
-        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+        with torch_settings.of_run(self.args.full_determinism, self.args.tf32, self.strategy.device):
+            beginning.begin(self, path)
+            self.began, self.first_state = time.perf_counter(), journal.first_state(self)
+            self.logged_at, self.tokens_logged = self.began, self.first_state.num_input_tokens_seen
+            self.memory.begin("train")
+            try:
+                self.open_loggers()
+                loop.run(self)
+                if self.args.load_best_model_at_end:
+                    checkpoint.load_weights(self, best.checkpoint_to_load(self.args, self.state))
+            except BaseException as error:
+                with contextlib.suppress(Exception):  # the first error is the one to show
+                    self.emit("on_exception", exception=error)
+                raise
+            finally:
+                self.close_loggers()
+        return TrainOutput(self.state.global_step, self.totals["train_loss"], self.totals)
 
     def hyperparameter_search(
         self,
@@ -416,12 +440,16 @@ class Fit:
                 self.scheduler.step()
 
     def end_training(self) -> None:
-        """After the last update: the schedule settled, the weights those to use, and every checkpoint on the disk."""
+        """After the last update: the schedule settled, the weights those to use, every checkpoint on the disk, and the
+        run's totals logged.
+        """
         self.settle_schedule()
         self.strategy.settle_buffers()
         self.optimizer_mode.eval()
         if self.writer is not None:
             self.writer.finish()
+        self.totals = journal.final_metrics(self, self.began, self.first_state)
+        self.log(self.totals)
 
     def begin_next_epoch(self) -> None:
         """The data stands at the beginning of the next epoch; a checkpoint saved from here on continues there."""
@@ -486,6 +514,29 @@ class Fit:
             for logger in self.loggers:
                 logger.log(logs, self.state.global_step)
 
+    def add_callback(self, callback: Callback | type[Callback]) -> None:
+        """Have a callback hear events from here on, after those that were given; of a class, an instance is made."""
+        made = callback() if isinstance(callback, type) else callback
+        self.callbacks.add(made)
+        self.given_callbacks.append(made)
+
+    def pop_callback(self, callback: Callback | type[Callback]) -> Callback | None:
+        """Have a callback hear no more events, and hand it out.
+
+        Args:
+            callback: the instance, or a class, of which the first instance goes.
+
+        Returns:
+            The callback that is gone; None where there is none such.
+        """
+        found = self.callbacks.pop(callback)
+        self.given_callbacks = [other for other in self.given_callbacks if other is not found]
+        return found
+
+    def remove_callback(self, callback: Callback | type[Callback]) -> None:
+        """Have a callback hear no more events; see ``pop_callback``."""
+        self.pop_callback(callback)
+
     def open_loggers(self) -> None:
         """Open the loggers on the main process."""
         if self.strategy.is_main:
@@ -539,13 +590,16 @@ class Fit:
     def predict(
         self, data: Any, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """The module's outputs over all of ``data``, in its order, on the host, with the loss where it has labels."""
+        """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has
+        them.
+        """
         self.place()
         stream = self.get_eval_dataloader(data)
         with self.optimizer_mode.evaluating():
-            metrics, predictions = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
+            found = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
+        metrics, predictions, labels = found
         self.emit("on_predict", metrics=metrics)
-        return PredictionOutput(predictions, metrics)
+        return PredictionOutput(predictions, labels, metrics)
 
     # Checkpoints.
 

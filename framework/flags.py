@@ -25,7 +25,7 @@ def end_update(fit: "Fit") -> None:
 
 def end_epoch(fit: "Fit") -> None:
     """Tell callbacks that an epoch is over, and act on the flags."""
-    cadence.after_epoch(fit.args, fit.control)
+    cadence.after_epoch(fit.args, fit.state, fit.control)
     fit.emit("on_epoch_end")
     agree_at_once(fit)
     log_evaluate_save(fit)
@@ -48,7 +48,8 @@ def log_evaluate_save(fit: "Fit") -> None:
     if control.should_evaluate:
         control.should_evaluate = False
         metrics = fit.evaluate(ignore_keys=fit.ignore_keys_for_eval)
-        best.note_evaluation(fit.args, fit.state, metrics)
+        improved = best.note_evaluation(fit.args, fit.state, metrics)
+        control.should_save |= improved and fit.args.save_strategy == cadence.BEST
         if waits_for_metric(fit.scheduler):
             fit.scheduler.step(best.chosen_metric(fit.args, metrics))  # type: ignore[arg-type]
     if control.should_save:

@@ -28,10 +28,12 @@ ModuleInit = Callable[[Any], TrainModule]
 
 MADE_IN_PLACING = (
     "optim",
+    "optim_target_modules",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "torch_compile",
     "torch_compile_mode",
+    "torch_compile_backend",
 )
 """Arguments that a placed module, or its optimizer, is made with: a later run can't change them."""
 
@@ -111,7 +113,7 @@ def equip(fit: "Fit") -> None:
 def listen(fit: "Fit") -> None:
     """Gather the callbacks: those that arguments stand for, those given, and what shows progress."""
     shown = [Progress()] if fit.args.progress and fit.strategy.is_main else []
-    fit.callbacks = Callbacks([*callbacks_of(fit.args), *fit.given_callbacks, *shown])
+    fit.callbacks = Callbacks([*callbacks_of(fit.args), *fit.given_callbacks], last=shown)
 
 
 def check(fit: "Fit", args: FitArguments, module: TrainModule) -> None:

@@ -37,6 +37,7 @@ def run(fit: "Fit") -> None:
             on_epoch_end
             log, evaluate, save              each if its flag is set
         wait for the checkpoint under way    with async_save
+        log the run's totals -> on_log
         on_train_end
 
     Nothing in here waits for the device: losses and norms are read when a log is due.

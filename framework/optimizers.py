@@ -8,12 +8,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .lomo import AdaLomo, Lomo
+from ..precision.registry import did_you_mean
+from . import low_rank
+from .adapted_optimizers import grok_adamw, stable_adamw
+from .argument_types import load
+from .lomo import AdaLomo, Lomo, argument_problems
 
 if TYPE_CHECKING:
     from .arguments import FitArguments
 
 Groups = list[dict[str, Any]]
+
+OptionsOf = Callable[["FitArguments"], dict[str, Any]]
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -72,16 +78,85 @@ def make_optimizer(module: nn.Module, args: "FitArguments") -> Optimizer:
         TypeError: the optimizer has no such option.
     """
     groups = decay_groups(module, args.weight_decay)
-    return OPTIMIZERS[args.optim](module, groups, args)
+    make = OPTIMIZERS.get(args.optim) or from_path
+    return make(module, groups, args)
 
 
-def fused_adam(class_name: str) -> Any:
-    """A maker of Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), fused where the device can."""
+def problems(args: "FitArguments") -> list[tuple[str, str]]:
+    """(field, why it can't work and what to write instead), for every field of the optimizer that can't."""
+    found: list[tuple[str, str]] = []
+    is_path = "." in args.optim
+    if args.optim in REFUSED:
+        found.append(("optim", REFUSED[args.optim]))
+    elif is_path:
+        found += [("optim", str(error)) for error in errors_of(args.optim)]
+    elif args.optim not in OPTIMIZERS:
+        found.append(
+            ("optim", f"{did_you_mean(args.optim, OPTIMIZERS)} A class is named by its path, 'package.Class'.")
+        )
+    for name, usual in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
+        if is_path and getattr(args, name) != usual:
+            found.append((name, f"doesn't reach optim={args.optim!r}; write it in optim_args, as the class calls it"))
+    low_rank = args.optim in LOW_RANK
+    if low_rank and not args.optim_target_modules:
+        found.append(
+            ("optim_target_modules", f"optim={args.optim!r} needs linear layers to project; 'all-linear' are all")
+        )
+    if not low_rank and args.optim_target_modules is not None:
+        found.append(
+            ("optim_target_modules", f"has no effect with optim={args.optim!r}; {', '.join(LOW_RANK)} have one")
+        )
+    if args.optim in UPDATING_IN_BACKWARD:
+        found += argument_problems(args.max_grad_norm or 0.0, args.gradient_accumulation_steps)
+        if args.auto_find_batch_size:
+            why = (
+                f"accumulates what a smaller batch leaves out, and optim={args.optim!r} can't accumulate; find "
+                "per_device_train_batch_size by hand"
+            )
+            found.append(("auto_find_batch_size", why))
+    return found
+
+
+def errors_of(path: str) -> list[ValueError]:
+    """The error of importing a path, if there is one."""
+    try:
+        load(path)
+    except ValueError as error:
+        return [error]
+    return []
+
+
+def from_path(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
+    """An optimizer of a class, or a function that makes one, by its path.
+
+    Raises:
+        ValueError: it doesn't decay weights, and ``weight_decay`` asks for it.
+        TypeError: what it makes is no optimizer.
+    """
+    optimizer = load(args.optim)(groups, lr=args.learning_rate, **args.optim_args)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optim={args.optim!r} must make a torch.optim.Optimizer. It made: {optimizer!r:.200}")
+    if args.weight_decay and "weight_decay" not in optimizer.defaults:
+        raise ValueError(
+            f"weight_decay={args.weight_decay}: {type(optimizer).__name__} has no such option, so that nothing would "
+            "decay. Leave it out."
+        )
+    return optimizer
+
+
+def adam(class_name: str, fused: bool | None = None) -> Any:
+    """A maker of Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019).
+
+    Args:
+        class_name: in torch.optim.
+        fused: one kernel for all parameters; None where the device can.
+    """
 
     def make(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
         parameters = [p for group in groups for p in group["params"]]
         fusable = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
-        options = {"fused": fusable or None, **adam_options(args), **args.optim_args}
+        chosen = (fusable or None) if fused is None else fused
+        options = {"fused": chosen, **adam_options(args), **args.optim_args}
         return getattr(torch.optim, class_name)(groups, lr=args.learning_rate, **options)
 
     return make
@@ -90,6 +165,18 @@ def fused_adam(class_name: str) -> Any:
 def adam_options(args: "FitArguments") -> dict[str, Any]:
     """Adam's constants under torch's names."""
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def betas(args: "FitArguments") -> dict[str, Any]:
+    """Adam's decays alone, for optimizers without its epsilon."""
+    return {"betas": (args.adam_beta1, args.adam_beta2)}
+
+
+def ademamix_options(args: "FitArguments") -> dict[str, Any]:
+    """AdEMAMix's constants (Pagliardini et al., 2024): Adam's, and the slow average's decay; ``optim_args`` may give
+    other ``betas``.
+    """
+    return {"betas": (args.adam_beta1, args.adam_beta2, 0.9999), "eps": args.adam_epsilon}
 
 
 def muon(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
@@ -135,7 +222,7 @@ class Together(Optimizer):
             part.step()
 
 
-def from_torch(class_name: str, options: Callable[["FitArguments"], dict[str, Any]] = lambda args: {}) -> Any:
+def from_torch(class_name: str, options: OptionsOf = lambda args: {}) -> Any:
     """A maker of one of torch.optim's optimizers."""
 
     def make(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
@@ -145,9 +232,7 @@ def from_torch(class_name: str, options: Callable[["FitArguments"], dict[str, An
     return make
 
 
-def from_package(
-    package: str, distribution: str, class_name: str, options: Callable[["FitArguments"], dict[str, Any]]
-) -> Any:
+class FromPackage:
     """A maker of an optimizer from a package that need not be installed.
 
     Args:
@@ -155,19 +240,74 @@ def from_package(
         distribution: to install.
         class_name: in the package.
         options: what it is given beside groups and learning rate.
+        find_class: returns the class, where the package's own has to be made fit first.
     """
 
-    def make(module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
+    def __init__(
+        self,
+        package: str,
+        distribution: str,
+        class_name: str,
+        options: OptionsOf = lambda args: {},
+        find_class: Callable[[], Callable[..., Any]] | None = None,
+    ) -> None:
+        self.distribution, self.class_name, self.options = distribution, class_name, options
+        self.find_class = find_class or (lambda: getattr(import_module(package), class_name))
+
+    def __call__(self, module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
+        """Make it.
+
+        Raises:
+            ValueError: the package isn't installed.
+        """
         try:
-            made_by = getattr(import_module(package), class_name)
+            made_by = self.find_class()
         except ImportError as error:
             raise ValueError(
-                f"optim={args.optim!r} comes from the package {distribution}, which isn't installed ({error}). "
-                f"Run: pip install {distribution} (or 'stratagem[optimizers]', which holds all of them)"
+                f"optim={args.optim!r} comes from the package {self.distribution}, which isn't installed ({error}). "
+                f"Run: pip install {self.distribution} (or 'stratagem[optimizers]', which holds all of them)"
             ) from error
-        return made_by(groups, lr=args.learning_rate, **{**options(args), **args.optim_args})
+        return made_by(groups, lr=args.learning_rate, **{**self.options(args), **args.optim_args})
 
-    return make
+
+def bitsandbytes(class_name: str, options: OptionsOf = adam_options) -> FromPackage:
+    """A maker of one of bitsandbytes' optimizers."""
+    return FromPackage("bitsandbytes.optim", "bitsandbytes", class_name, options)
+
+
+def schedule_free(class_name: str, options: OptionsOf = adam_options) -> FromPackage:
+    """A maker of one of the schedule-free optimizers (Defazio et al., 2024)."""
+    return FromPackage("schedulefree", "schedulefree", class_name, options)
+
+
+class LowRank(FromPackage):
+    """A maker of an optimizer that projects the gradients of ``optim_target_modules``.
+
+    Args:
+        package: to import, and to install with "-" for "_".
+        class_name: in the package.
+        projected: options of the groups that are projected, with their defaults; ``optim_args`` override them.
+        options: what it is given beside groups and learning rate.
+    """
+
+    def __init__(self, package: str, class_name: str, projected: Mapping[str, Any], options: OptionsOf) -> None:
+        own = f"Plain{class_name}"
+        super().__init__(
+            package,
+            package.replace("_", "-"),
+            own,
+            options,
+            lambda: low_rank.with_plain_state(package, class_name, own),
+        )
+        self.projected = projected
+
+    def __call__(self, module: nn.Module, groups: Groups, args: "FitArguments") -> Optimizer:
+        """Make it."""
+        assert args.optim_target_modules is not None, "FitArguments refuses it"
+        of_groups = {name: args.optim_args.get(name, value) for name, value in self.projected.items()}
+        others = {name: value for name, value in args.optim_args.items() if name not in self.projected}
+        groups = low_rank.projected_groups(module, groups, args.optim_target_modules, of_groups)
+        return super().__call__(module, groups, args.replace(optim_args=others))
 
 
 def updating_in_backward(made_by: Callable[..., Optimizer]) -> Any:
@@ -182,17 +322,75 @@ def updating_in_backward(made_by: Callable[..., Optimizer]) -> Any:
 UPDATING_IN_BACKWARD = ("lomo", "adalomo")
 
 OPTIMIZERS: Mapping[str, Callable[[nn.Module, Groups, "FitArguments"], Optimizer]] = {
-    "adamw": fused_adam("AdamW"),
-    "adam": fused_adam("Adam"),
+    "adamw": adam("AdamW"),
+    "adamw_torch": adam("AdamW", fused=False),
+    "adamw_torch_fused": adam("AdamW", fused=True),
+    "adam": adam("Adam"),
     "sgd": from_torch("SGD"),
     "adafactor": from_torch("Adafactor"),
     "rmsprop": from_torch("RMSprop"),
     "adagrad": from_torch("Adagrad"),
     "muon": muon,
-    "lion": from_package("lion_pytorch", "lion-pytorch", "Lion", lambda args: {"betas": (args.adam_beta1, 0.99)}),
-    "adamw_8bit": from_package("bitsandbytes.optim", "bitsandbytes", "AdamW8bit", adam_options),
-    "schedule_free_adamw": from_package("schedulefree", "schedulefree", "AdamWScheduleFree", adam_options),
+    "lion": FromPackage("lion_pytorch", "lion-pytorch", "Lion", lambda args: {"betas": (args.adam_beta1, 0.99)}),
+    "stable_adamw": FromPackage("optimi", "torch-optimi", "StableAdamW", adam_options, stable_adamw),
+    "grokadamw": FromPackage("grokadamw", "grokadamw", "GrokAdamW", adam_options, grok_adamw),
+    "schedule_free_adamw": schedule_free("AdamWScheduleFree"),
+    "schedule_free_radam": schedule_free("RAdamScheduleFree"),
+    "schedule_free_sgd": schedule_free("SGDScheduleFree", lambda args: {}),
+    "adamw_8bit": bitsandbytes("AdamW8bit"),
+    "adamw_bnb_8bit": bitsandbytes("AdamW8bit"),
+    "paged_adamw_32bit": bitsandbytes("PagedAdamW32bit"),
+    "paged_adamw_8bit": bitsandbytes("PagedAdamW8bit"),
+    "ademamix": bitsandbytes("AdEMAMix", ademamix_options),
+    "ademamix_8bit": bitsandbytes("AdEMAMix8bit", ademamix_options),
+    "paged_ademamix_32bit": bitsandbytes("PagedAdEMAMix", ademamix_options),
+    "paged_ademamix_8bit": bitsandbytes("PagedAdEMAMix8bit", ademamix_options),
+    "lion_32bit": bitsandbytes("Lion32bit", betas),
+    "lion_8bit": bitsandbytes("Lion8bit", betas),
+    "paged_lion_32bit": bitsandbytes("PagedLion32bit", betas),
+    "paged_lion_8bit": bitsandbytes("PagedLion8bit", betas),
+    "rmsprop_bnb": bitsandbytes("RMSprop32bit", lambda args: {}),
+    "rmsprop_bnb_32bit": bitsandbytes("RMSprop32bit", lambda args: {}),
+    "rmsprop_bnb_8bit": bitsandbytes("RMSprop8bit", lambda args: {}),
+    "galore_adamw": LowRank(
+        "galore_torch",
+        "GaLoreAdamW",
+        low_rank.GALORE,
+        lambda args: {**adam_options(args), "no_deprecation_warning": True},
+    ),
+    "apollo_adamw": LowRank("apollo_torch", "APOLLOAdamW", low_rank.APOLLO, adam_options),
     "lomo": updating_in_backward(Lomo),
     "adalomo": updating_in_backward(AdaLomo),
 }
 """Name to maker."""
+
+LOW_RANK = tuple(name for name, make in OPTIMIZERS.items() if isinstance(make, LowRank))
+PAGED: Mapping[str, str] = {
+    "paged_adamw_32bit": "adamw",
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_ademamix_32bit": "ademamix",
+    "paged_ademamix_8bit": "ademamix_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+}
+"""Optimizers whose state moves between a GPU and the host, to the same one without that."""
+
+SCHEDULE_FREE = tuple(name for name in OPTIMIZERS if name.startswith("schedule_free_"))
+
+LAYERWISE = "updates layer by layer in backward; write optim='lomo' or 'adalomo', which do, or leave '_layerwise' out"
+SUBCLASSES = "keeps its moments in tensor classes of torchao's, which no checkpoint of plain tensors holds; write "
+"""Names of transformers' that can't work here, to why and what to write instead."""
+REFUSED: Mapping[str, str] = {
+    "adamw_torch_xla": "is fused by the compiler: write optim='adamw' with strategy='xla'",
+    "adamw_torch_npu_fused": "needs Ascend's torch_npu; write optim='adamw'",
+    "adamw_anyprecision": "comes from torchdistx, which has no release for this torch; write optim='adamw'",
+    "adamw_torch_4bit": SUBCLASSES + "optim='adamw_8bit'",
+    "adamw_torch_8bit": SUBCLASSES + "optim='adamw_8bit'",
+    "galore_adamw_8bit": "swaps each parameter's data for its projection while it steps, and its 8-bit kernels need a "
+    "GPU; write optim='galore_adamw'",
+    "galore_adafactor": "keeps its projectors in objects that no checkpoint holds; write optim='galore_adamw'",
+    "galore_adamw_layerwise": LAYERWISE,
+    "galore_adamw_8bit_layerwise": LAYERWISE,
+    "galore_adafactor_layerwise": LAYERWISE,
+    "apollo_adamw_layerwise": LAYERWISE,
+}

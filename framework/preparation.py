@@ -1,5 +1,7 @@
 """What arguments add to a run before it begins: changes to the module's blocks, and callbacks."""
 
+from functools import partial
+
 import torch
 
 from ..precision.quantized import keep_trainable
@@ -34,7 +36,12 @@ def prepare_module(module: TrainModule, args: FitArguments, strategy: Strategy) 
         # Block by block: every block is the same code, so it is compiled once, and sharding can work between blocks.
         for part in module.shard_units() or [module]:
             # Not part.compile(): that passes over classes of torch's own, such as nn.Sequential, without a word.
-            wrap_forward(part, lambda forward: torch.compile(forward, mode=args.torch_compile_mode))
+            wrap_forward(part, partial(torch.compile, **compile_options(args)))
+
+
+def compile_options(args: FitArguments) -> dict[str, str]:
+    """What torch.compile is asked for."""
+    return {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
 
 
 def callbacks_of(args: FitArguments) -> list[Callback]:

@@ -30,11 +30,12 @@ class Progress(Callback):
         self.loss = ""
         self.live = sys.stdout.isatty()
         if self.live:
+            from rich.markup import escape
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn("update"),
+                TextColumn(f"{escape(args.run_name)} update" if args.run_name else "update"),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.description}"),
@@ -61,7 +62,9 @@ class Progress(Callback):
                 self.bar.console.print(f"update {state.global_step}: {shown}", highlight=False)
             self.draw_in_time(state)
         else:
-            line = f"update {state.global_step}/{state.max_steps} | {shown}"
+            line = (
+                f"{f'{args.run_name} ' if args.run_name else ''}update {state.global_step}/{state.max_steps} | {shown}"
+            )
             if "loss" in logs:
                 line += f" | {self.rate} | {self.time_left(state)} left"
             print(line, flush=True)

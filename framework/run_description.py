@@ -1,10 +1,10 @@
 """What a run is in a few numbers, for a strategy whose own configuration says some of it again."""
 
-import math
 from typing import TYPE_CHECKING
 
 from ..strategies.base import RunDescription
 from .module import TrainModule
+from .schedulers import warmup_updates
 
 if TYPE_CHECKING:
     from .fit import Fit
@@ -23,7 +23,7 @@ def describe_run(fit: "Fit") -> RunDescription:
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
         schedule=args.lr_scheduler_type if module.configure_scheduler is TrainModule.configure_scheduler else None,
-        warmup_steps=args.warmup_steps or math.ceil(args.max_steps * args.warmup_ratio),
+        warmup_steps=warmup_updates(args, args.max_steps),
         total_steps=args.max_steps,
         compiles_blocks=args.torch_compile,
         compiles_checkpointed_blocks=args.torch_compile and args.gradient_checkpointing,

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from ..precision.registry import did_you_mean
+from .greedy import GreedyLR
+
 if TYPE_CHECKING:
     from .arguments import FitArguments
 
@@ -31,6 +34,11 @@ def half_cosine(fraction: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * fraction))
 
 
+def waves(fraction: float, num_cycles: float, lowest: float = 0.0) -> float:
+    """Whole cosines from 1 at 0, down to ``lowest``; half of one ends there."""
+    return max(0.0, lowest + (1.0 - lowest) * half_cosine(2.0 * num_cycles * fraction))
+
+
 def constant(update: int, warmup_steps: int, total: int) -> float:
     """1 throughout."""
     return 1.0
@@ -46,9 +54,9 @@ def linear(update: int, warmup_steps: int, total: int) -> float:
     return rise(update, warmup_steps) * (1.0 - done(update, warmup_steps, total))
 
 
-def cosine(update: int, warmup_steps: int, total: int) -> float:
-    """Linear warm-up, then half a cosine to 0 (Loshchilov and Hutter, 2017)."""
-    return rise(update, warmup_steps) * half_cosine(done(update, warmup_steps, total))
+def cosine(update: int, warmup_steps: int, total: int, *, num_cycles: float = 0.5) -> float:
+    """Linear warm-up, then ``num_cycles`` cosines, half of one to 0 (Loshchilov and Hutter, 2017)."""
+    return rise(update, warmup_steps) * waves(done(update, warmup_steps, total), num_cycles)
 
 
 def cosine_with_restarts(update: int, warmup_steps: int, total: int, *, num_cycles: int = 1) -> float:
@@ -57,11 +65,32 @@ def cosine_with_restarts(update: int, warmup_steps: int, total: int, *, num_cycl
     return 0.0 if fraction >= 1.0 else rise(update, warmup_steps) * half_cosine((num_cycles * fraction) % 1.0)
 
 
-def cosine_with_min_lr(update: int, warmup_steps: int, total: int, *, min_lr_rate: float = 0.1) -> float:
+def cosine_with_min_lr(
+    update: int, warmup_steps: int, total: int, *, min_lr_rate: float = 0.1, num_cycles: float = 0.5
+) -> float:
     """Linear warm-up, then half a cosine to ``min_lr_rate`` of the peak."""
     if update < warmup_steps:
         return rise(update, warmup_steps)
-    return min_lr_rate + (1.0 - min_lr_rate) * half_cosine(done(update, warmup_steps, total))
+    return waves(done(update, warmup_steps, total), num_cycles, min_lr_rate)
+
+
+def cosine_warmup_with_min_lr(
+    update: int,
+    warmup_steps: int,
+    total: int,
+    *,
+    min_lr_rate: float = 0.1,
+    warmup_lr_rate: float | None = None,
+    num_cycles: float = 0.5,
+) -> float:
+    """The same, one update ahead: the first update of the warm-up has ``warmup_lr_rate`` of the peak (default: one
+    part of as many as there are updates), the last one all of it, and the run's last update the lowest rate.
+    """
+    if update < warmup_steps:
+        if warmup_lr_rate is None:
+            return (update + 1.0) / warmup_steps
+        return warmup_lr_rate + (1.0 - warmup_lr_rate) * update / max(1, warmup_steps - 1)
+    return waves((update - warmup_steps + 1) / max(1, total - warmup_steps), num_cycles, min_lr_rate)
 
 
 def polynomial(update: int, warmup_steps: int, total: int, *, power: float = 1.0, lr_end_rate: float = 0.0) -> float:
@@ -80,54 +109,162 @@ def inverse_sqrt(update: int, warmup_steps: int, total: int, *, timescale: int |
     return rise(update, warmup_steps) if update < warmup_steps else ((update + scale - warmup_steps) / scale) ** -0.5
 
 
+RISES: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda fraction: fraction,
+    "cosine": lambda fraction: 1.0 - half_cosine(fraction),
+    "1-sqrt": lambda fraction: 1.0 - math.sqrt(1.0 - fraction),
+}
+
+
 def warmup_stable_decay(
-    update: int, warmup_steps: int, total: int, *, num_decay_steps: int, min_lr_rate: float = 0.0
+    update: int,
+    warmup_steps: int,
+    total: int,
+    *,
+    num_decay_steps: int,
+    num_stable_steps: int | None = None,
+    min_lr_rate: float = 0.0,
+    min_lr_ratio: float | None = None,
+    warmup_type: str = "linear",
+    decay_type: str = "cosine",
+    num_cycles: float = 0.5,
 ) -> float:
-    """Linear warm-up, 1, then half a cosine to ``min_lr_rate`` over the last ``num_decay_steps`` (Hu et al., 2024)."""
+    """Warm-up, 1, then a decay to ``min_lr_rate`` over the last ``num_decay_steps`` (Hu et al., 2024); after
+    ``num_stable_steps`` where they are given. ``min_lr_ratio`` is where the warm-up begins, too.
+    """
+    lowest = min_lr_rate if min_lr_ratio is None else min_lr_ratio
     if update < warmup_steps:
-        return rise(update, warmup_steps)
-    fraction = min(1.0, max(0, update - (total - num_decay_steps)) / num_decay_steps)
-    return min_lr_rate + (1.0 - min_lr_rate) * half_cosine(fraction)
+        first = min_lr_ratio or 0.0
+        return first + (1.0 - first) * RISES[warmup_type](update / warmup_steps)
+    decay_begins = total - num_decay_steps if num_stable_steps is None else warmup_steps + num_stable_steps
+    fraction = max(0, update - decay_begins) / num_decay_steps
+    if fraction >= 1.0:
+        return lowest
+    if decay_type == "cosine":
+        return waves(fraction, num_cycles, lowest)
+    return lowest + (1.0 - lowest) * (1.0 - fraction if decay_type == "linear" else 1.0 - math.sqrt(fraction))
 
 
-PLATEAU = "reduce_lr_on_plateau"
+PLATEAU, GREEDY = "reduce_lr_on_plateau", "greedy"
+ON_METRIC: Mapping[str, Callable[..., LRScheduler]] = {PLATEAU: ReduceLROnPlateau, GREEDY: GreedyLR}
+"""Schedules that an evaluation's metric steps."""
 
 SHAPES: Mapping[str, Shape] = {
     "linear": linear,
     "cosine": cosine,
     "cosine_with_restarts": cosine_with_restarts,
     "cosine_with_min_lr": cosine_with_min_lr,
+    "cosine_warmup_with_min_lr": cosine_warmup_with_min_lr,
     "polynomial": polynomial,
     "constant": constant,
     "constant_with_warmup": constant_with_warmup,
     "inverse_sqrt": inverse_sqrt,
     "warmup_stable_decay": warmup_stable_decay,
 }
-SCHEDULERS = (*SHAPES, PLATEAU)
-WITHOUT_WARMUP = ("constant", PLATEAU)
+SCHEDULERS = (*SHAPES, *ON_METRIC)
+WITHOUT_WARMUP = ("constant", *ON_METRIC)
+
+# Options that are learning rates, to what the shapes take: the same as a part of the peak.
+AS_RATES: Mapping[str, Mapping[str, str]] = {
+    "cosine_with_min_lr": {"min_lr": "min_lr_rate"},
+    "cosine_warmup_with_min_lr": {"min_lr": "min_lr_rate"},
+    "polynomial": {"lr_end": "lr_end_rate"},
+}
+COUNTS = ("num_decay_steps", "num_stable_steps", "timescale")  # options that divide something
+WORDS: Mapping[str, tuple[str, ...]] = {"warmup_type": tuple(RISES), "decay_type": tuple(RISES)}
 
 
-COUNTS = ("num_cycles", "num_decay_steps", "timescale")  # options that divide something
+def problems(args: "FitArguments") -> list[tuple[str, str]]:
+    """(field, why it can't work and what to write instead), for every field of the schedule that can't."""
+    found: list[tuple[str, str]] = []
+    name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+
+    def require(field: str, holds: bool, why: str) -> None:
+        if not holds:
+            found.append((field, why))
+
+    require("lr_scheduler_type", name in SCHEDULERS, did_you_mean(name, SCHEDULERS))
+    if name in SCHEDULERS:
+        problem = options_problem(name, options, args.learning_rate)
+        require("lr_scheduler_kwargs", problem is None, str(problem))
+    require(
+        "lr_scheduler_type",
+        name not in ON_METRIC or args.eval_strategy != "no",
+        "steps on an evaluation's metric; set eval_strategy to 'steps' or 'epoch'",
+    )
+    is_count = args.warmup_steps < 1 or float(args.warmup_steps).is_integer()
+    require("warmup_steps", is_count, "must be a number of updates, or a fraction of the run below 1")
+    require("warmup_ratio", 0 <= args.warmup_ratio <= 1, "is a fraction of the run, from 0 to 1")
+    require(
+        "warmup_ratio",
+        not (args.warmup_ratio and args.warmup_steps),
+        f"says the same as warmup_steps={args.warmup_steps}; give one of them",
+    )
+    for field in ("warmup_steps", "warmup_ratio"):
+        require(
+            field,
+            name not in WITHOUT_WARMUP or not getattr(args, field),
+            f"has no effect with lr_scheduler_type={name!r}; constant_with_warmup has one",
+        )
+    if args.max_steps > 0 and is_count:
+        require(
+            "warmup_steps",
+            args.warmup_steps <= args.max_steps,
+            f"is longer than the run (max_steps={args.max_steps}): the learning rate would never reach its peak",
+        )
+        decay, warmup = options.get("num_decay_steps"), warmup_updates(args, args.max_steps)
+        require(
+            "lr_scheduler_kwargs",
+            type(decay) is not int or warmup + decay <= args.max_steps,
+            f"{warmup} updates of warm-up and {decay} of decay are more than the run's {args.max_steps}; give fewer",
+        )
+    return found
 
 
-def scheduler_problem(name: str, options: Mapping[str, Any]) -> str | None:
-    """Why a schedule can't take these options, or None where it can."""
-    made_by: Callable[..., Any] = ReduceLROnPlateau if name == PLATEAU else SHAPES[name]
+@cache
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The options that a schedule takes."""
+    made_by: Callable[..., Any] = ON_METRIC.get(name) or SHAPES[name]
     parameters = inspect.signature(made_by).parameters.values()
-    taken = {p.name: p for p in parameters if name == PLATEAU or p.kind is p.KEYWORD_ONLY}
+    taken = {p.name: p for p in parameters if name in ON_METRIC or p.kind is p.KEYWORD_ONLY}
     taken.pop("optimizer", None)
-    unknown = [option for option in options if option not in taken]
+    return taken
+
+
+def options_problem(name: str, options: Mapping[str, Any], peak: float) -> str | None:
+    """Why a schedule can't take these options, or None where it can."""
+    taken, rates = options_of(name), AS_RATES.get(name, {})
+    known = [*taken, *rates]
+    unknown = [option for option in options if option not in known]
     missing = [p.name for p in taken.values() if p.default is p.empty and p.name not in options]
     if unknown:
-        return f"{name} has no option {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}"
+        return f"{name} has no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}"
     if missing:
         return f"{name} needs {', '.join(missing)}"
+    if name in ON_METRIC:
+        return None
     for option, value in options.items():
-        if option in COUNTS and not (type(value) is int and value >= 1):
-            return f"{option} is a whole number of at least 1"
-        if name != PLATEAU and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if option in WORDS:
+            if value not in WORDS[option]:
+                return f"{option} is one of {', '.join(map(repr, WORDS[option]))}"
+        elif option in COUNTS or (name == "cosine_with_restarts" and option == "num_cycles"):
+            if not (type(value) is int and value >= 1):
+                return f"{option} is a whole number of at least 1"
+        elif isinstance(value, bool) or not isinstance(value, int | float):
             return f"{option} is a number, not {type(value).__name__}"
+    for rate, fraction in rates.items():
+        if rate in options and fraction in options:
+            return f"{rate} and {fraction} say the same; give one of them"
+        if rate in options and not 0 <= options[rate] < peak:
+            return f"{rate} is a learning rate below the peak, learning_rate={peak}"
     return None
+
+
+def warmup_updates(args: "FitArguments", total: int) -> int:
+    """Updates of warm-up in a run of that length."""
+    if args.warmup_steps >= 1:
+        return int(args.warmup_steps)
+    return math.ceil(total * (args.warmup_steps or args.warmup_ratio))
 
 
 def make_scheduler(optimizer: Optimizer, args: "FitArguments", total: int) -> LRScheduler:
@@ -138,11 +275,17 @@ def make_scheduler(optimizer: Optimizer, args: "FitArguments", total: int) -> LR
         args: gives the name, the warm-up and the schedule's own options.
         total: updates in the whole run.
     """
-    if args.lr_scheduler_type == PLATEAU:
-        options = {"mode": "max" if args.more_is_better else "min", **args.lr_scheduler_kwargs}
-        return ReduceLROnPlateau(optimizer, **options)
-    shape = partial(SHAPES[args.lr_scheduler_type], **args.lr_scheduler_kwargs)
-    warmup_steps = args.warmup_steps or math.ceil(total * args.warmup_ratio)
+    name = args.lr_scheduler_type
+    if name in ON_METRIC:
+        return ON_METRIC[name](
+            optimizer, **{"mode": "max" if args.more_is_better else "min", **args.lr_scheduler_kwargs}
+        )
+    rates = AS_RATES.get(name, {})
+    options = {
+        rates.get(option, option): value / args.learning_rate if option in rates else value
+        for option, value in args.lr_scheduler_kwargs.items()
+    }
+    shape, warmup_steps = partial(SHAPES[name], **options), warmup_updates(args, total)
     return LambdaLR(optimizer, lambda update: shape(update, warmup_steps, total))
 
 

@@ -70,10 +70,12 @@ class PredictionOutput(NamedTuple):
 
     Attributes:
         predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host.
+        label_ids: the labels in the same way; None where the data has none.
         metrics: loss and metrics where the data has labels.
     """
 
     predictions: Any
+    label_ids: Any
     metrics: dict[str, float]
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import (
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from .collating import CollatePinnable, collate, with_tuples
+from .lengths import LengthGroups
 from .mapped import MapStream
 from .reread import IterableStream, LoaderStream
 from .stream import DataStream, LoaderOptions
@@ -31,7 +32,7 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
         training: shuffle and use the training batch size; else neither.
 
     Raises:
-        ValueError: the data is empty.
+        ValueError: the data is empty, or has no lengths to group by.
         TypeError: it is none of the three.
     """
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -39,7 +40,7 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
     per_device = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
     options = LoaderOptions(
         batch_size=per_device * strategy.devices_per_rank,
-        shuffle=args.shuffle and training,
+        shuffle=args.shuffle and training and args.train_sampling_strategy != "sequential",
         drop_last=args.dataloader_drop_last and training,
         collate_fn=collate,
         workers={
@@ -49,6 +50,12 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
             "prefetch_factor": args.dataloader_prefetch_factor,
         },
     )
+    groups = training and args.train_sampling_strategy == "group_by_length"
+    if groups and isinstance(data, DataLoader | IterableDataset):
+        raise ValueError(
+            "train_sampling_strategy='group_by_length' orders a Dataset with __getitem__ and __len__. Received: "
+            f"train_data, a {type(data).__name__}. Give Fit the dataset, or leave the argument out."
+        )
     if isinstance(data, DataLoader):
         if not has_plain_sampler(data):
             return LoaderStream(data, seed, rank, size)
@@ -86,7 +93,9 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
             f"{kind} has {len(data)} samples, fewer than one global micro-batch of {options.batch_size * size}, and "
             "dataloader_drop_last=True leaves out the only batch there is."
         )
-    return MapStream(data, options, seed, rank, size)
+    update_samples = options.batch_size * size * args.gradient_accumulation_steps
+    by_length = LengthGroups(data, args.length_column_name, update_samples) if groups else None
+    return MapStream(data, options, seed, rank, size, by_length)
 
 
 def has_plain_sampler(loader: DataLoader[Any]) -> bool:

@@ -8,14 +8,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import random_state
 from ..objective import Weightless
+from .lengths import LengthGroups
 from .stream import DataStream, LoaderOptions, batch_seed, share
 
 
 class MapStream(DataStream):
-    """Batches of a map-style dataset. Resuming jumps to the position; nothing is read to get there."""
+    """Batches of a map-style dataset. Resuming jumps to the position; nothing is read to get there.
 
-    def __init__(self, dataset: Dataset, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
+    Args:
+        dataset: with ``__getitem__`` and ``__len__``.
+        options, seed, rank, size: see DataStream.
+        groups: orders samples by length; None draws them one by one.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        options: LoaderOptions,
+        seed: int,
+        rank: int,
+        size: int,
+        groups: LengthGroups | None = None,
+    ) -> None:
         super().__init__(options, seed, rank, size)
+        self.groups = groups
+        self.group_size = 0  # of an epoch that goes on after a resume; 0 takes the groups' own
         self.num_examples = len(dataset)  # type: ignore[arg-type]
         self.epoch_number = 0
         # Workers have random states of their own that can't be saved: there, each batch seeds its randomness by its
@@ -35,6 +52,8 @@ class MapStream(DataStream):
         if not self.options.shuffle:
             return range(self.num_examples)
         generator = torch.Generator().manual_seed(self.seed + self.epoch_number)
+        if self.groups is not None:
+            return self.groups.order(generator, self.group_size or self.groups.group_size)  # type: ignore[return-value]
         # A numpy array takes 8 bytes a sample; a list of ints would take 36.
         return torch.randperm(self.num_examples, generator=generator).numpy()  # type: ignore[return-value]
 
@@ -50,9 +69,21 @@ class MapStream(DataStream):
             indices = mine.tolist() if shuffled else list(mine)  # type: ignore[attr-defined]
             yield (batch_seed(self.seed, self.epoch_number, start), indices) if self.seeds_batches else indices
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the size of groups, which decides the epoch's order."""
+        if self.groups is None:
+            return super().state_dict()
+        return {**super().state_dict(), "group_size": self.group_size or self.groups.group_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next ``epoch`` begins at the saved position, in the saved order, whatever an update now holds."""
+        super().load_state_dict(state)
+        self.group_size = state.get("group_size", 0)
+
     def epoch(self, epoch: int) -> Iterator[Any]:
         """This rank's micro-batches of one epoch."""
-        self.begin()
+        if self.begin() == 0:
+            self.group_size = 0
         self.epoch_number = epoch
         return self._hand_out(iter(self.loader))
 

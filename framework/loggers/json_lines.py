@@ -15,8 +15,8 @@ class JsonLinesLogger(Logger):
     """Appends ``{"step": 50, "loss": 2.1, ...}`` to a file.
 
     A resumed run goes on in the same file after a line ``{"step": ..., "event": "resume"}``; numbers that aren't finite
-    are written as strings, which JSON can hold. Where the strategy's package has a configuration of its own, that line
-    holds it.
+    are written as strings, which JSON can hold. That line holds the ``run_name``, and what the
+    strategy's package was configured with.
 
     Args:
         path: the file; None means ``<output_dir>/log.jsonl``.
@@ -35,6 +35,8 @@ class JsonLinesLogger(Logger):
         if is_cut_off:  # a kill in the middle of a line, which must not swallow the next one
             self.file.write("\n")
         begin: dict[str, Any] = {"step": fit.state.global_step, "event": "resume" if fit.state.global_step else "begin"}
+        if fit.args.run_name is not None:
+            begin["run_name"] = fit.args.run_name
         if configuration := fit.strategy.configuration():
             begin["configuration"] = dict(configuration)
         self._write(begin)

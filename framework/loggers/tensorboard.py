@@ -16,7 +16,7 @@ class TensorBoardLogger(Logger):
     beyond the step it resumes from.
 
     Args:
-        directory: of the event files; None means ``<output_dir>/tensorboard``.
+        directory: of the event files; None means ``<output_dir>/tensorboard``, and the ``run_name`` in there.
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
@@ -27,7 +27,7 @@ class TensorBoardLogger(Logger):
         """Start an event file."""
         from torch.utils.tensorboard import SummaryWriter  # half a second that only runs with TensorBoard pay
 
-        directory = self.directory or Path(fit.args.output_dir) / "tensorboard"
+        directory = self.directory or Path(fit.args.output_dir, "tensorboard", fit.args.run_name or "")
         step = fit.state.global_step
         self.writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 

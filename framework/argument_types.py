@@ -1,0 +1,153 @@
+"""What FitArguments' fields may hold: their types as they are declared, options as text, an optimizer as its path."""
+
+import ast
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from inspect import cleandoc
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    Options = dict
+else:
+
+    class Options(dict):
+        """Options by name; also from text, as a command line gives them: JSON, or "name=value,name=value".
+
+        Raises:
+            ValueError: the text is neither.
+
+        Example:
+            >>> Options("momentum=0.9,nesterov=True")
+            {'momentum': 0.9, 'nesterov': True}
+        """
+
+        def __init__(self, given: Any = (), **named: Any) -> None:
+            super().__init__(read_options(given) if isinstance(given, str) else given, **named)
+
+
+def read_options(text: str) -> dict[str, Any]:
+    """Options from text.
+
+    Raises:
+        ValueError: the text is neither JSON nor "name=value,name=value".
+    """
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    if any(not name.strip() or not equals for name, equals, _ in pairs):
+        raise ValueError(f"Options are written as JSON or as 'name=value,name=value'. Received: {text!r}")
+    return {name.strip(): literal(value.strip()) for name, _, value in pairs}
+
+
+def literal(text: str) -> Any:
+    """The Python value that a text is; the text itself where it is none."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+@cache
+def hints(arguments: type) -> dict[str, Any]:
+    """The declared types of a dataclass, from its annotations: parsers such as transformers' write other types into the
+    fields themselves.
+    """
+    return get_type_hints(arguments)
+
+
+@cache
+def allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]]:
+    """(field, the types that fit it, how an error calls them) of a dataclass."""
+    found = []
+    for name, kind in hints(arguments).items():
+        allowed = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
+        wanted = "dict" if kind is Options else kind.__name__ if isinstance(kind, type) else str(kind)
+        found.append((name, (*allowed, int) if float in allowed else allowed, wanted))
+    return found
+
+
+def type_problems(arguments: Any) -> list[tuple[str, str]]:
+    """(field, what it must hold) for every field that holds something of another type."""
+    found = []
+    for name, allowed, wanted in allowed_types(type(arguments)):
+        value = getattr(arguments, name)
+        fits = isinstance(value, allowed)
+        if isinstance(value, bool):  # an int to Python, and a mistake where a number is asked for
+            fits = bool in allowed
+        if not fits:
+            found.append((name, f"must be {wanted}, not {type(value).__name__}"))
+    return found
+
+
+def as_options(given: Any) -> Any:
+    """Options from a mapping, a text or None; anything else as it is."""
+    return Options(given or ()) if given is None or isinstance(given, str | dict) else given
+
+
+def path_of(made_by: Any) -> str:
+    """Where a class or function is imported from, "package.module.name": what a checkpoint can say of it.
+
+    Raises:
+        ValueError: it can't be found there.
+
+    Example:
+        >>> path_of(torch.optim.NAdam)
+        'torch.optim.nadam.NAdam'
+    """
+    path = f"{getattr(made_by, '__module__', None)}.{getattr(made_by, '__qualname__', None)}"
+    try:
+        found = load(path)
+    except ValueError:
+        found = None
+    if found is not made_by:
+        raise ValueError(
+            f"{made_by!r:.200} can't be imported as {path!r}, so that a checkpoint couldn't name it. Define it at the "
+            "top of a module, or override TrainModule.configure_optimizer."
+        )
+    return path
+
+
+def load(path: str) -> Any:
+    """What a path "package.module.name" leads to.
+
+    Raises:
+        ValueError: there is nothing of that name.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path!r} can't be imported: {error}") from error
+
+
+def descriptions(arguments: type) -> dict[str, str]:
+    """What a dataclass's docstring says of each field, in its section "Args"."""
+    text = cleandoc(arguments.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        if begins := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names = begins.group(1).split(", ")
+            found.update(dict.fromkeys(names, begins.group(2)))
+        else:
+            found.update({name: f"{found[name]} {line.strip()}" for name in names})
+    return found
+
+
+def with_help(arguments: type) -> type:
+    """The dataclass with its docstring's words in each field's metadata, where parsers look for the help of an option.
+
+    Args:
+        arguments: a dataclass whose fields have no metadata.
+    """
+    said: Mapping[str, str] = descriptions(arguments)
+    for declared in dataclasses.fields(arguments):
+        # argparse formats a help text with "%".
+        help_text = said[declared.name].replace("``", "").replace("%", "%%")
+        declared.metadata = MappingProxyType({"help": help_text})  # type: ignore[misc]
+    return arguments

@@ -1,0 +1,114 @@
+"""GaLore and APOLLO: moments of gradients that are projected to a few rows or columns; their state as plain tensors."""
+
+import re
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+GALORE: Mapping[str, Any] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+APOLLO: Mapping[str, Any] = {
+    "rank": 128,
+    "proj": "random",
+    "scale_type": "channel",
+    "update_proj_gap": 200,
+    "scale": 1.0,
+    "proj_type": "std",
+}
+"""The options of groups that are projected, with transformers' defaults."""
+
+KEPT = ("ortho_matrix", "seed")  # of a projector; the rest are the group's options
+PREFIX = "projector."  # of a projector's attributes among a parameter's state
+
+
+def projected_groups(
+    module: nn.Module, groups: list[dict[str, Any]], targets: str | list[str], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups, cut into weights that are projected and others.
+
+    Args:
+        module: whose linear layers are looked at.
+        groups: of all its trainable parameters.
+        targets: parts of the layers' names; one regular expression of the whole name; or "all-linear".
+        options: of the groups that are projected.
+
+    Raises:
+        ValueError: no linear layer has such a name.
+    """
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    chosen = {id(layer.weight) for name, layer in linear.items() if is_target(name, targets)}
+    projected, others = [], []
+    for group in groups:
+        mine = [p for p in group["params"] if id(p) in chosen]
+        projected.append({**group, "params": mine, **options})
+        others.append({**group, "params": [p for p in group["params"] if id(p) not in chosen]})
+    if not any(group["params"] for group in projected):
+        raise ValueError(
+            f"optim_target_modules={targets!r} names no linear layer with a trainable weight. There are "
+            f"{', '.join(linear) or 'none'}."
+        )
+    return [group for group in (*others, *projected) if group["params"]]
+
+
+def is_target(name: str, targets: str | list[str]) -> bool:
+    """Whether a layer's name is meant."""
+    if isinstance(targets, str):
+        return targets.replace("_", "-") == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(part in name for part in targets)
+
+
+def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., Any]:
+    """An optimizer class of a package, whose projectors a checkpoint can hold: between two steps their matrices and
+    counters are entries of the parameters' state.
+
+    Args:
+        package, class_name: where the class is.
+        name: of the class that is made; the packages call theirs "AdamW", which torch's is called, too.
+
+    Raises:
+        ImportError: the package isn't installed.
+    """
+    made_by: Any = getattr(import_module(package), class_name)
+
+    class PlainState(made_by):
+        """Puts projectors together before a step, and takes them apart after it."""
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> None:
+            """Step, with the projectors in place."""
+            assert closure is None, "nothing here calls a closure"
+            projected = [(group, p) for group in self.param_groups if "rank" in group for p in group["params"]]
+            for group, parameter in projected:
+                state = self.state[parameter]
+                kept = {key: state.pop(key) for key in list(state) if key.startswith(PREFIX)}
+                if kept:
+                    state["projector"] = self.projector(group, state)
+                    vars(state["projector"]).update({key.removeprefix(PREFIX): plain(kept[key]) for key in kept})
+            super().step()
+            for _, parameter in projected:
+                state = self.state[parameter]
+                made = vars(state.pop("projector")) if "projector" in state else {}
+                state.update({f"{PREFIX}{key}": contiguous(made[key]) for key in KEPT if key in made})
+
+        def projector(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+            """A new projector of the package's, with the group's options."""
+            if hasattr(self, "_initialize_projector"):
+                return self._initialize_projector(group, state)
+            options = ("rank", "update_proj_gap", "scale", "proj_type")
+            home = import_module(f"{package}.galore_projector")
+            return home.GaLoreProjector(**{option: group[option] for option in options})
+
+    PlainState.__name__ = PlainState.__qualname__ = name
+    return PlainState
+
+
+def contiguous(value: Any) -> Any:
+    """A matrix as a checkpoint gives it back: the layout decides how a product is rounded."""
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
+def plain(value: Any) -> Any:
+    """A number for a 0-dim tensor; anything else as it is."""
+    return value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
