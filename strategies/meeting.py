@@ -6,12 +6,15 @@ a rank whose collective failed finds the reason in the store. The first failure 
 is no reason to begin again, every failure stands.
 """
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 VERDICT = "verdict"
 AGAIN, ENDED = "again: ", "ended"  # what it begins with
@@ -61,6 +64,24 @@ def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> Non
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Rank {other} did not come to begin the run again within {timeout:.0f} s.")
             time.sleep(SECONDS)
+
+
+def let_go(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:
+    """Take process groups that were left out of whatever still holds them: a strategy, a mesh's description or a DDP
+    module of another Fit in this process. They are of no use to it any more, and gloo closes a group's connections, by
+    which the waiting ranks are woken, only when the last reference to it goes.
+    """
+    for thing in gc.get_objects():
+        if type(thing) is DistributedDataParallel:
+            vars(thing).pop("reducer", None)  # holds the group where Python can't see it
+            vars(thing).pop("logger", None)
+    for reference in groups:
+        group = reference()
+        for holder in gc.get_referrers(group) if group is not None else ():
+            attributes = holder if type(holder) is dict else getattr(holder, "__dict__", {})
+            for name in [name for name, value in attributes.items() if value is group]:
+                attributes[name] = None
+    gc.collect()
 
 
 @contextmanager

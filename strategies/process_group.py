@@ -135,10 +135,11 @@ class ProcessGroupStrategy(Strategy):
     def begin_again(self) -> None:
         """Leave the process group, wait until all others have, and join another one."""
         store, rank, world_size, timeout = self.attempt_store, self.rank, self.world_size, self.options.timeout
-        groups = [weakref.ref(group) for group in (dist.group.WORLD, self.gradient_group) if group]
+        groups = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map]
         del self.mesh, self.gradient_group
         forget_groups()
         leave(waits_for_work=False)
+        meeting.let_go(groups)
         if any(group() is not None for group in groups):
             warnings.warn(
                 "Something outside of stratagem still refers to a process group, so that its connections stay open: "
