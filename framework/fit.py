@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .averages import Averages
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name, check_precision
 from .data import DataStream, make_stream
-from .loggers import Logger, get_loggers
+from .loggers import Logger, Loggers, get_loggers
 from .memory import MemoryByStage
 from .module import TrainModule
 from .objective import Count, Objective, Weightless, weigh, without_loss
@@ -123,8 +123,10 @@ class Fit:
         self.given_callbacks = list(callbacks)
         check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
         start_ranks(self.strategy, devices, max_restarts)
-        self.loggers = get_loggers(loggers)
+        given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
+        self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
+        weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         check_precision(self.args, number_format)
         fresh.equip(self)
         self.train_data, self.eval_data = train_data, eval_data
@@ -203,7 +205,7 @@ class Fit:
         self.logged_at, self.tokens_logged = began, first.num_input_tokens_seen
         self.memory.begin("train")
         try:
-            self.open_loggers()
+            self.loggers.begin(self)
             loop.run(self)
             if self.args.load_best_model_at_end:
                 checkpoint.load_weights(self, best.best_checkpoint(self.args, self.state))
@@ -212,7 +214,7 @@ class Fit:
                 self.emit("on_exception", exception=error)
             raise
         finally:
-            self.close_loggers()
+            self.loggers.flush()
         metrics = journal.final_metrics(self, began, first)
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
@@ -397,8 +399,13 @@ class Fit:
         """After the last update: the schedule settled, the weights those to use, and every checkpoint on the disk."""
         self.settle_schedule()
         self.optimizer_mode.eval()
-        if self.writer is not None:
-            self.writer.finish()
+        self.close_writer()
+
+    def close_writer(self) -> None:
+        """Wait for the checkpoint under way, and end the thread and the process group that wrote it. Collective."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
 
     def begin_next_epoch(self) -> None:
         """The data stands at the beginning of the next epoch; a checkpoint saved from here on continues there."""
@@ -459,24 +466,7 @@ class Fit:
         logs = {**logs, "epoch": round(self.state.epoch, 6)}
         self.emit("on_log", logs=logs)
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        if self.strategy.is_main:
-            for logger in self.loggers:
-                logger.log(logs, self.state.global_step)
-
-    def open_loggers(self) -> None:
-        """Open the loggers on the main process."""
-        if self.strategy.is_main:
-            for logger in self.loggers:
-                logger.open(self)
-
-    def close_loggers(self) -> None:
-        """Close the loggers; each is tried, whatever another does."""
-        if self.strategy.is_main:
-            for logger in self.loggers:
-                try:
-                    logger.close()
-                except Exception:
-                    traceback.print_exc()
+        self.loggers.log(self, logs, self.state.global_step)
 
     def emit(self, event: str, **context: Any) -> None:
         """Tell the callbacks that listen to an event."""
@@ -521,8 +511,29 @@ class Fit:
         stream = self.get_eval_dataloader(data)
         with self.optimizer_mode.evaluating():
             metrics, predictions = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
+        if metrics:
+            self.log(metrics)
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, metrics)
+
+    # The end of a Fit.
+
+    def close(self) -> None:
+        """End what the Fit keeps open between two calls: its loggers, and the thread that writes checkpoints. The end of
+        ``with Fit(...) as fit`` calls it, and the loggers are closed with the process at the latest. What is called
+        afterwards opens anew what it needs. Every rank calls it.
+        """
+        self.close_writer()
+        self.loggers.close()
+
+    def __enter__(self) -> "Fit":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+        else:  # other ranks may not come here
+            self.loggers.close()
 
     # Checkpoints.
 

@@ -80,6 +80,7 @@ def take_apart(fit: "Fit") -> None:
     if fit.writer is not None:
         with contextlib.suppress(Exception):  # of a run that failed; the others may have left it half done
             fit.writer.finish()
+        fit.writer.abandon()
         fit.writer = None
     # A worker process that loads data would keep this rank's connections open, as it has inherited them.
     for name in ("scheduler", "extras", "stream", "optimizer_mode"):

@@ -341,6 +341,9 @@ class Strategy(PlacedModule):
         """Another group of all ranks on the host, for ``gather`` in another thread. Collective."""
         return None
 
+    def drop_group(self, group: Any) -> None:
+        """Destroy a group of ``new_group``, in which nothing is under way. Collective."""
+
     def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]

@@ -19,6 +19,7 @@ from ..arguments import FitArguments
 from ..batch_size import forget_frames
 from ..callbacks import Callback
 from ..module import TrainModule
+from ..printing import say
 from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
 from .reporting import draw, print_table, progress_line, write_hparams
@@ -183,6 +184,7 @@ class Search:
 
     def begin(self, args: FitArguments, module: TrainModule | None = None) -> None:
         """The Fit with other arguments, its callbacks as they were before the search."""
+        self.fit.loggers.close()  # a trial's life is over; the next has a directory of its own
         fresh.begin_afresh(self.fit, args, module)
         self.fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
 
@@ -228,7 +230,7 @@ class Search:
         if trial.values:
             write_hparams(trial, output.objectives)
         if self.is_shown:
-            print(progress_line(trial, output, self.options), flush=True)
+            say(progress_line(trial, output, self.options))
         if self.options.remove_losing_checkpoints:
             kept = {each.directory for each in (output.best, *output.pareto) if each is not None}
             for each in output.trials:
@@ -244,7 +246,7 @@ class Search:
         if self.options.plot:
             draw(self.study.study, output, self.study.directory)
         if not any(trial.state == "complete" for trial in output.trials):
-            print(f"No trial of {output.study_name!r} was completed: the arguments stay as they were.", file=sys.stderr)
+            say(f"No trial of {output.study_name!r} was completed: the arguments stay as they were.", sys.stderr)
         return output
 
     def take_best(self, output: SearchOutput) -> None:
