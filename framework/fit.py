@@ -1,7 +1,6 @@
 """Fit: joins a module, data, a strategy and a precision, and trains, evaluates, predicts and saves."""
 
 import contextlib
-import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +24,14 @@ from .averages import Averages
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name, check_precision
 from .data import DataStream, make_stream
+from .in_step import InStep
 from .loggers import Logger, Loggers, get_loggers
 from .memory import MemoryByStage
+from .micro_batches import read_update
 from .module import TrainModule
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .optimizer_mode import OptimizerMode
+from .rescue import Rescue
 from .run_length import run_length
 from .schedulers import waits_for_metric
 from .search.options import SearchOptions, Space
@@ -148,7 +150,7 @@ class Fit:
                 self.get_eval_dataloader(data)  # so that unusable data is refused now, not after an hour of training
         self.state = TrainState()
         self.control = Control()
-        self.exchange = UpdateExchange(self.strategy, self.control)
+        self.exchange = UpdateExchange(self.strategy, self.control, InStep(self.strategy, "train_data"))
         fresh.listen(self)
         self.averages = Averages(self.strategy)
         self.memory = MemoryByStage(self.strategy.device)
@@ -159,6 +161,7 @@ class Fit:
         self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
         self.unplaced: fresh.Unplaced | None = None
         self.writer: checkpoint.BackgroundWriter | None = None
+        self.rescue = Rescue(is_on=False)  # outside of training
         self._loss_was_checked = False
         self.random_to_restore: dict[str, Any] | None = None
         self.emit("on_init_end")
@@ -204,12 +207,14 @@ class Fit:
         began, first = time.perf_counter(), journal.first_state(self)
         self.logged_at, self.tokens_logged = began, first.num_input_tokens_seen
         self.memory.begin("train")
+        self.rescue = Rescue(self.args.save_on_exception)
         try:
             self.loggers.begin(self)
             loop.run(self)
             if self.args.load_best_model_at_end:
                 checkpoint.load_weights(self, best.best_checkpoint(self.args, self.state))
         except BaseException as error:
+            self.rescue.save(self, error)
             with contextlib.suppress(Exception):  # the first error is the one to show
                 self.emit("on_exception", exception=error)
             raise
@@ -363,28 +368,7 @@ class Fit:
             (batches, num_items); num_items is a tensor on the device where there are several ranks. It is None where
             no micro-batch is weighed against another.
         """
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        if not batches:
-            if self.stream.position == 0:
-                raise ValueError(
-                    f"train_data gave no batch in epoch {self.epoch_index}. If it is an iterable that can be read only "
-                    "once, have its __iter__ begin anew each time."
-                )
-            return batches, None
-        if len(batches) == 1 and self.strategy.world_size == 1:
-            return batches, None
-        items = sum(self.objective.count(batch) for batch in batches)
-        on_host = 0 if isinstance(items, Tensor) else items
-        if self.strategy.world_size > 1:
-            write_failed = self.writer is not None and self.writer.has_failed()
-            summed, any_failed = self.exchange.send(on_host, write_failed)
-            if any_failed and self.writer is not None:
-                self.writer.finish()  # raises what it failed with, on every rank
-            # Tensor-parallel ranks have each counted the same items, context-parallel ones their own parts.
-            on_host = summed * self.strategy.gradient_ranks // self.strategy.world_size
-        if isinstance(items, Tensor):  # the batches already live on the device, and so does their count
-            return batches, self.strategy.sum_over_data_ranks(items.to(device)).clamp(min=1)
-        return batches, max(on_host, 1)
+        return read_update(self, epoch_iterator, num_batches, device)
 
     def settle_schedule(self) -> None:
         """Move the schedule for the last update, or count it as skipped, once it is known which."""
@@ -412,6 +396,7 @@ class Fit:
         self.epoch_index += 1
         self.earlier_samples += self.stream.samples
         self.stream.position = 0
+        self.rescue.stand(self)
 
     def restore_random_state(self) -> None:
         """After a resume, once the data stands where it stood: the random state of that moment."""
@@ -519,8 +504,8 @@ class Fit:
     # The end of a Fit.
 
     def close(self) -> None:
-        """End what the Fit keeps open between two calls: its loggers, and the thread that writes checkpoints. The end of
-        ``with Fit(...) as fit`` calls it, and the loggers are closed with the process at the latest. What is called
+        """End what the Fit keeps open between two calls: its loggers, and the thread that writes checkpoints. The end
+        of ``with Fit(...) as fit`` calls it, and the loggers are closed with the process at the latest. What is called
         afterwards opens anew what it needs. Every rank calls it.
         """
         self.close_writer()
@@ -556,6 +541,7 @@ class Fit:
             else:
                 checkpoint.write(snapshot, path, self.strategy)
                 published()
+        self.rescue.saved(self.state.global_step)
         self.emit("on_save", path=path)
         return path
 

@@ -14,6 +14,7 @@ from .agreement import UpdateExchange
 from .arguments import FitArguments
 from .callbacks import Callbacks
 from .combinations import check_combination, check_optimizer_by_name
+from .in_step import InStep
 from .module import TrainModule
 from .objective import Objective
 from .preparation import callbacks_of
@@ -138,7 +139,7 @@ def begin_afresh(fit: "Fit", args: FitArguments, module: TrainModule | None = No
     fit.frozen = {}
     fit._loss_was_checked = False
     fit.control = Control()
-    fit.exchange = UpdateExchange(fit.strategy, fit.control)
+    fit.exchange = UpdateExchange(fit.strategy, fit.control, InStep(fit.strategy, "train_data"))
     change_arguments(fit, args)
 
 

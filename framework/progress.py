@@ -99,7 +99,7 @@ class Progress(Callback):
 
         class Terminal(Console):
             def on_broken_pipe(self) -> None:
-                raise  # noqa: PLE0704 (rich calls this where it has caught BrokenPipeError, and would end the process)
+                raise  # what rich has caught; its own method ends the process
 
         self.bar = Bar(
             TextColumn("update"),
@@ -130,7 +130,7 @@ class Progress(Callback):
             self.is_quiet, self.live = True, False
             bar, self.bar = self.bar, None
             if bar is not None:
-                with suppress(*FAILURES):  # gives sys.stdout and sys.stderr back, which it had replaced, before it fails
+                with suppress(*FAILURES):  # sys.stdout and sys.stderr, which it had replaced, are back before it fails
                     bar.stop()
             give_up(sys.stdout, error)
 

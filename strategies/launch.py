@@ -87,9 +87,8 @@ def launch(ranks: int, max_restarts: int) -> NoReturn:
     except ChildFailedError as error:
         failed, failure = error.get_first_failure()
         with suppress(OSError, ValueError):  # nobody may read it any more
-            print(
-                f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended.", file=sys.stderr
-            )
+            said = f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended."
+            print(said, file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     sys.exit(0)
 

@@ -46,6 +46,19 @@ def tell(store: dist.Store, reason: str | None) -> str | None:
     return verdict.removeprefix(AGAIN) if verdict.startswith(AGAIN) else None
 
 
+def hear(store: dist.Store, seconds: float = 60.0) -> str | None:
+    """Learn what the first failure of the attempt was from the rank that gives it.
+
+    Args:
+        store: of the attempt.
+        seconds: to wait; a rank that has ended meanwhile gives none.
+    """
+    deadline = time.monotonic() + seconds
+    while not store.check([VERDICT]) and time.monotonic() < deadline:
+        time.sleep(SECONDS)
+    return tell(store, None)
+
+
 def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
     """Return once every rank has left the process group and come here.
 
@@ -64,6 +77,25 @@ def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> Non
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Rank {other} did not come to begin the run again within {timeout:.0f} s.")
             time.sleep(SECONDS)
+
+
+def all_say(store: dist.Store, rank: int, world_size: int, said: str, seconds: float) -> bool:
+    """Whether every rank comes here in time and says the same; all that come get one answer.
+
+    Args:
+        store: of the process group.
+        rank, world_size: of it.
+        said: by this rank.
+        seconds: to wait for the others.
+    """
+    here = dist.PrefixStore(f"said-{store.add(f'said/{rank}', 1)}", store)
+    here.set(str(rank), said)
+    deadline, others = time.monotonic() + seconds, [str(other) for other in range(world_size)]
+    while not (came := here.check(others)) and time.monotonic() < deadline:
+        time.sleep(SECONDS)
+    agrees = came and all(here.get(other).decode() == said for other in others)
+    # One that comes when another has given up must give up, too.
+    return here.compare_set(VERDICT, "", "yes" if agrees else "no").decode() == "yes"
 
 
 def let_go(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:

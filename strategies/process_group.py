@@ -137,6 +137,10 @@ class ProcessGroupStrategy(Strategy):
         """By the store, which a rank can read and write while others wait in a collective."""
         return meeting.tell(self.attempt_store, reason)
 
+    def hear_failure(self) -> str | None:
+        """By the store as well."""
+        return meeting.hear(self.attempt_store)
+
     def begin_again(self) -> None:
         """Leave the process group, wait until all others have, and join another one."""
         store, rank, world_size, timeout = self.attempt_store, self.rank, self.world_size, self.options.timeout
@@ -154,6 +158,11 @@ class ProcessGroupStrategy(Strategy):
         meeting.gather(store, rank, world_size, timeout)
         join_by(dist.PrefixStore("again", store), rank, world_size, timeout)
         super().begin_again()
+
+    def all_say(self, what: str, seconds: float) -> bool:
+        """By the store, which a rank can read and write while others wait in a collective."""
+        store = dist.distributed_c10d._get_default_store()
+        return meeting.all_say(store, self.rank, self.world_size, what, seconds)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All-gathered."""

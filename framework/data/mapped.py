@@ -14,6 +14,8 @@ from .stream import DataStream, LoaderOptions, batch_seed, share
 class MapStream(DataStream):
     """Batches of a map-style dataset. Resuming jumps to the position; nothing is read to get there."""
 
+    is_equal_on_ranks = True  # the datasets' lengths were compared when the Fit was made
+
     def __init__(self, dataset: Dataset, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
         super().__init__(options, seed, rank, size)
         self.num_examples = len(dataset)  # type: ignore[arg-type]

@@ -20,9 +20,9 @@ class LoggerWarning(UserWarning):
 class Loggers:
     """The loggers of a Fit, which live as long as it does.
 
-    They are opened at the first ``train``, ``evaluate`` or ``predict``, and stay open for all that follow. Where a later
-    run has another ``output_dir``, as each trial of a search, they are closed and opened for that one. What one of them
-    raises is a LoggerWarning, once, and it is told the next numbers all the same.
+    They are opened at the first ``train``, ``evaluate`` or ``predict``, and stay open for all that follow. Where a
+    later run has another ``output_dir``, as each trial of a search, they are closed and opened for that one. What one
+    of them raises is a LoggerWarning, once, and it is told the next numbers all the same.
 
     Args:
         loggers: none on other processes than the main one.

@@ -18,6 +18,7 @@ from .. import checkpoint, fresh
 from ..arguments import FitArguments
 from ..batch_size import forget_frames
 from ..callbacks import Callback
+from ..in_step import OtherRankError
 from ..module import TrainModule
 from ..printing import say
 from ..state import Control, TrainState
@@ -171,7 +172,10 @@ class Search:
         is_caught = isinstance(error, self.options.catch) or getattr(error, "is_caught", False)
         if not isinstance(error, Exception):
             raise error  # an interrupt: the trial is run again by the search that continues this one
-        reason = strategy.tell_failure(f"{type(error).__name__}: {error}" if is_caught else None)
+        if isinstance(error, OtherRankError):
+            reason = strategy.hear_failure()
+        else:
+            reason = strategy.tell_failure(f"{type(error).__name__}: {error}" if is_caught else None)
         if reason is None:
             if study is not None:
                 with contextlib.suppress(Exception):  # the first error is the one to show
