@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..strategies.base import Strategy
+from .in_step import InStep
 from .state import Control
 
 Result = TypeVar("Result")
@@ -56,7 +57,8 @@ def on_all_ranks(
         result = action()
     except Exception as caught:
         failure = caught
-    said = None if failure is None else str(failure) if isinstance(failure, error) else repr(failure)
+    # Not its repr, which leaves out the file that an OSError is about.
+    said = None if failure is None else str(failure) if isinstance(failure, error) else describe(failure)
     outcomes = strategy.gather((result, said), group)
     failed = {rank: why for rank, (_, why) in enumerate(outcomes) if why is not None}
     if failed:
@@ -65,9 +67,14 @@ def on_all_ranks(
     return [outcome for outcome, _ in outcomes]
 
 
+def describe(error: BaseException) -> str:
+    """An error in one line, as the end of a traceback gives it."""
+    return f"{type(error).__name__}: {error}"
+
+
 class UpdateExchange:
-    """What the ranks tell one another once an update, in one message between their hosts: how many items they hold,
-    what their callbacks ask for, whether something failed in the background, and whether buffers change that the ranks
+    """What the ranks tell one another once an update, in one message between their hosts: how many micro-batches and
+    items they hold, what their callbacks ask for, whether something failed, and whether buffers change that the ranks
     don't share yet.
 
     What a callback asks for at the end of an update goes out with the next update's message, and is obeyed by all at
@@ -76,25 +83,36 @@ class UpdateExchange:
     Args:
         strategy: set up.
         control: this rank's flags.
+        data: compares how much the ranks have read.
     """
 
-    def __init__(self, strategy: Strategy, control: Control) -> None:
+    def __init__(self, strategy: Strategy, control: Control, data: InStep) -> None:
         self.strategy = strategy
         self.control = control
+        self.data = data
         self.asked = self.agreed = control.flags()  # on this rank since the last message; on any rank before it
 
-    def send(self, items: int, failed: bool) -> tuple[int, bool]:
+    def send(
+        self, items: int, write_failed: bool, batches: int, samples: int, error: Exception | None
+    ) -> tuple[int, bool]:
         """Exchange the message of an update. Collective.
 
         Args:
             items: in this rank's micro-batches.
-            failed: whether something failed on this rank.
+            write_failed: whether a checkpoint couldn't be written on this rank.
+            batches, samples, error: what was read, see ``InStep.numbers``.
 
         Returns:
-            The sums over all ranks: the items, and whether anything failed on any.
+            The sums over all ranks: the items, and whether a checkpoint couldn't be written on any.
+
+        Raises:
+            ValueError, OtherRankError: see ``InStep.check``.
         """
-        mine = [items, int(failed), int(self.strategy.has_news_of_buffers()), *self.asked]
-        total, failures, news, *self.agreed = self.strategy.sum_on_host(mine)
+        news = int(self.strategy.has_news_of_buffers())
+        message = [items, int(write_failed), news, *self.data.numbers(batches, samples, error), *self.asked]
+        total, failures, news, *sums = self.strategy.sum_on_host(message)
+        self.agreed = sums[self.data.NUMBERS :]
+        self.data.check(sums[: self.data.NUMBERS], samples, error)
         self.strategy.share_buffers(news > 0)
         return total, failures > 0
 

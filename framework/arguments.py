@@ -69,6 +69,8 @@ class FitArguments:
             base model under a peft model's adapters); those a resumed run takes from the module as you built it.
         async_save: write checkpoints in the background; training stops only for the copy to host memory. A write that
             fails ends training after the next update.
+        save_on_exception: where a callback, the data or an evaluation raises between two updates, save the run as it
+            stands as a checkpoint before the exception goes on. All ranks have to fail for that, as they write together.
         seed: of the model's randomness and the order of the data.
         data_seed: of the order of the data alone; None means ``seed``.
         shuffle: draw a new order of the training data each epoch.
@@ -156,6 +158,7 @@ class FitArguments:
     other_checkpoints: str = "set_aside"
     save_only_trainable: bool = False
     async_save: bool = False
+    save_on_exception: bool = False
 
     seed: int = 42
     data_seed: int | None = None

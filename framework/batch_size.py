@@ -6,8 +6,8 @@ were before it was first placed), optimizer, schedule, loss scale, random state,
 It leaves what only the user's objects know (a dataset's or a callback's own variables), and checkpoints of the failed
 attempt, which are replaced as the new one comes to them.
 
-An attempt that is out of memory ends with ``on_exception`` and closed loggers (with ``on_train_end`` on a rank that was
-done before another one failed); the next one begins with opened loggers and ``on_train_begin``. ``on_init_end`` is not
+An attempt that is out of memory ends with ``on_exception`` (with ``on_train_end`` on a rank that was done before
+another one failed); the next one begins with the loggers' ``begin`` and ``on_train_begin``. ``on_init_end`` is not
 repeated. The size that was found is logged once, as ``per_device_train_batch_size`` beside
 ``gradient_accumulation_steps``, and is ``state.train_batch_size``, which checkpoints save: a run that is resumed with
 the option begins with it, and so does a further ``train`` of the same Fit.
@@ -32,6 +32,8 @@ from .arguments import FitArguments
 from .callbacks import Callback
 from .data import has_plain_sampler
 from .fresh import take_apart
+from .in_step import OtherRankError
+from .printing import say
 from .state import Control, TrainOutput, TrainState
 
 if TYPE_CHECKING:
@@ -113,7 +115,10 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            reason = fit.strategy.tell_failure(describe(fit, error) if is_out_of_memory(error) else None)
+            if isinstance(error, OtherRankError):
+                reason = fit.strategy.hear_failure()
+            else:
+                reason = fit.strategy.tell_failure(describe(fit, error) if is_out_of_memory(error) else None)
             if reason is None:
                 raise
             failure = error
@@ -129,11 +134,11 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
             ) from failure
         begin_with(fit, args)
         if fit.strategy.is_main:
-            print(
+            say(
                 f"Out of memory with per_device_train_batch_size={asked.per_device_train_batch_size}: beginning again "
                 f"with {args.per_device_train_batch_size}, and gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps} for the same samples an update. {reason}",
-                file=sys.stderr,
+                sys.stderr,
             )
 
 

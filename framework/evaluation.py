@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .data import DataStream
+from .micro_batches import in_step
 from .objective import Weightless, labels_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(
     stage = fit.memory.begin("predict" if predict else "eval")
     model.eval()
     try:
-        for batch in fit.batches(stream, 0):
+        for batch in in_step(strategy, stream, fit.batches(stream, 0)):
             count = objective.count(batch)
             is_mine = not isinstance(batch, Weightless)
             inputs = strategy.to_device(batch.batch if isinstance(batch, Weightless) else batch)

@@ -1,9 +1,8 @@
 """Fit: joins a module, data, a strategy and a precision, and trains, evaluates, predicts and saves."""
 
 import contextlib
-import itertools
 import time
-import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,14 @@ from .callbacks import Callback, Callbacks
 from .closure import Closure
 from .combinations import check_combination, check_optimizer_by_name, check_precision
 from .data import DataStream, make_stream
-from .loggers import Logger, get_loggers
+from .in_step import InStep
+from .loggers import Logger, Loggers, get_loggers
 from .memory import MemoryByStage
+from .micro_batches import read_update
 from .module import TrainModule
 from .objective import Count, Objective, Weightless, weigh, without_loss
 from .optimizer_mode import OptimizerMode
+from .rescue import Rescue
 from .run_length import run_length
 from .schedulers import waits_for_metric
 from .search.options import SearchOptions, Space
@@ -143,8 +145,10 @@ class Fit:
         self.given_callbacks = list(callbacks)
         check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
         start_ranks(self.strategy, devices, max_restarts)
-        self.loggers = get_loggers(loggers)
+        given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
+        self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
+        weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         check_precision(self.args, number_format)
         if self.args.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -170,7 +174,7 @@ class Fit:
                 self.get_eval_dataloader(data)  # so that unusable data is refused now, not after an hour of training
         self.state = TrainState()
         self.control = Control()
-        self.exchange = UpdateExchange(self.strategy, self.control)
+        self.exchange = UpdateExchange(self.strategy, self.control, InStep(self.strategy, "train_data"))
         fresh.listen(self)
         self.averages = Averages(self.strategy)
         self.memory = MemoryByStage(self.strategy.device)
@@ -182,6 +186,7 @@ class Fit:
         self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
         self.unplaced: fresh.Unplaced | None = None
         self.writer: checkpoint.BackgroundWriter | None = None
+        self.rescue = Rescue(is_on=False)  # outside of training
         self._loss_was_checked = False
         self.random_to_restore: dict[str, Any] | None = None
         self.has_trained = False
@@ -249,17 +254,19 @@ class Fit:
             self.began, self.first_state = time.perf_counter(), journal.first_state(self)
             self.logged_at, self.tokens_logged = self.began, self.first_state.num_input_tokens_seen
             self.memory.begin("train")
+            self.rescue = Rescue(self.args.save_on_exception)
             try:
-                self.open_loggers()
+                self.loggers.begin(self)
                 loop.run(self)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self, best.checkpoint_to_load(self.args, self.state))
             except BaseException as error:
+                self.rescue.save(self, error)
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 raise
             finally:
-                self.close_loggers()
+                self.loggers.flush()
         return TrainOutput(self.state.global_step, self.totals["train_loss"], self.totals)
 
     def hyperparameter_search(
@@ -407,28 +414,7 @@ class Fit:
             (batches, num_items); num_items is a tensor on the device where there are several ranks. It is None where
             no micro-batch is weighed against another.
         """
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        if not batches:
-            if self.stream.position == 0:
-                raise ValueError(
-                    f"train_data gave no batch in epoch {self.epoch_index}. If it is an iterable that can be read only "
-                    "once, have its __iter__ begin anew each time."
-                )
-            return batches, None
-        if len(batches) == 1 and self.strategy.world_size == 1:
-            return batches, None
-        items = sum(self.objective.count(batch) for batch in batches)
-        on_host = 0 if isinstance(items, Tensor) else items
-        if self.strategy.world_size > 1:
-            write_failed = self.writer is not None and self.writer.has_failed()
-            summed, any_failed = self.exchange.send(on_host, write_failed)
-            if any_failed and self.writer is not None:
-                self.writer.finish()  # raises what it failed with, on every rank
-            # Tensor-parallel ranks have each counted the same items, context-parallel ones their own parts.
-            on_host = summed * self.strategy.gradient_ranks // self.strategy.world_size
-        if isinstance(items, Tensor):  # the batches already live on the device, and so does their count
-            return batches, self.strategy.sum_over_data_ranks(items.to(device)).clamp(min=1)
-        return batches, max(on_host, 1)
+        return read_update(self, epoch_iterator, num_batches, device)
 
     def settle_schedule(self) -> None:
         """Move the schedule for the last update, or count it as skipped, once it is known which."""
@@ -446,16 +432,22 @@ class Fit:
         self.settle_schedule()
         self.strategy.settle_buffers()
         self.optimizer_mode.eval()
-        if self.writer is not None:
-            self.writer.finish()
+        self.close_writer()
         self.totals = journal.final_metrics(self, self.began, self.first_state)
         self.log(self.totals)
+
+    def close_writer(self) -> None:
+        """Wait for the checkpoint under way, and end the thread and the process group that wrote it. Collective."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
 
     def begin_next_epoch(self) -> None:
         """The data stands at the beginning of the next epoch; a checkpoint saved from here on continues there."""
         self.epoch_index += 1
         self.earlier_samples += self.stream.samples
         self.stream.position = 0
+        self.rescue.stand(self)
 
     def restore_random_state(self) -> None:
         """After a resume, once the data stands where it stood: the random state of that moment."""
@@ -510,9 +502,7 @@ class Fit:
         logs = {**logs, "epoch": round(self.state.epoch, 6)}
         self.emit("on_log", logs=logs)
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        if self.strategy.is_main:
-            for logger in self.loggers:
-                logger.log(logs, self.state.global_step)
+        self.loggers.log(self, logs, self.state.global_step)
 
     def add_callback(self, callback: Callback | type[Callback]) -> None:
         """Have a callback hear events from here on, after those that were given; of a class, an instance is made."""
@@ -536,21 +526,6 @@ class Fit:
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
-
-    def open_loggers(self) -> None:
-        """Open the loggers on the main process."""
-        if self.strategy.is_main:
-            for logger in self.loggers:
-                logger.open(self)
-
-    def close_loggers(self) -> None:
-        """Close the loggers; each is tried, whatever another does."""
-        if self.strategy.is_main:
-            for logger in self.loggers:
-                try:
-                    logger.close()
-                except Exception:
-                    traceback.print_exc()
 
     def emit(self, event: str, **context: Any) -> None:
         """Tell the callbacks that listen to an event."""
@@ -598,8 +573,29 @@ class Fit:
         with self.optimizer_mode.evaluating():
             found = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
         metrics, predictions, labels = found
+        if metrics:
+            self.log(metrics)
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, labels, metrics)
+
+    # The end of a Fit.
+
+    def close(self) -> None:
+        """End what the Fit keeps open between two calls: its loggers, and the thread that writes checkpoints. The end
+        of ``with Fit(...) as fit`` calls it, and the loggers are closed with the process at the latest. What is called
+        afterwards opens anew what it needs. Every rank calls it.
+        """
+        self.close_writer()
+        self.loggers.close()
+
+    def __enter__(self) -> "Fit":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+        else:  # other ranks may not come here
+            self.loggers.close()
 
     # Checkpoints.
 
@@ -642,6 +638,7 @@ class Fit:
                 else:
                     checkpoint.write(snapshot, path, self.strategy)
                     on_all_ranks(self.strategy, published, checkpoint.CheckpointError)
+        self.rescue.saved(self.state.global_step)
         self.emit("on_save", path=path)
         return path
 

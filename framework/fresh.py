@@ -14,6 +14,7 @@ from .agreement import UpdateExchange
 from .arguments import FitArguments
 from .callbacks import Callbacks
 from .combinations import check_combination, check_optimizer_by_name
+from .in_step import InStep
 from .module import TrainModule
 from .objective import Objective
 from .preparation import callbacks_of
@@ -82,6 +83,7 @@ def take_apart(fit: "Fit") -> None:
     if fit.writer is not None:
         with contextlib.suppress(Exception):  # of a run that failed; the others may have left it half done
             fit.writer.finish()
+        fit.writer.abandon()
         fit.writer = None
     # A worker process that loads data would keep this rank's connections open, as it has inherited them.
     for name in ("scheduler", "extras", "stream", "optimizer_mode"):
@@ -139,7 +141,7 @@ def begin_afresh(fit: "Fit", args: FitArguments, module: TrainModule | None = No
     fit.frozen = {}
     fit._loss_was_checked = False
     fit.control = Control()
-    fit.exchange = UpdateExchange(fit.strategy, fit.control)
+    fit.exchange = UpdateExchange(fit.strategy, fit.control, InStep(fit.strategy, "train_data"))
     change_arguments(fit, args)
 
 

@@ -25,8 +25,9 @@ PEAK_FLOPS = {
 }
 
 
-def book(fit: "Fit") -> dict[str, float]:
-    """Means over the updates since the last log; they, items and tokens are added to the run's totals.
+def book(fit: "Fit") -> dict[str, float] | None:
+    """Means over the updates since the last log; they, items and tokens are added to the run's totals. None where no
+    update was made; without a loss where none of them had an item that counts.
 
     Losses that aren't finite are left out of means and counted (``logging_nan_inf_filter``), or make the mean theirs.
     """
@@ -38,7 +39,13 @@ def book(fit: "Fit") -> dict[str, float]:
     state.train_loss_count += len(finite)
     state.items_seen += items
     state.num_input_tokens_seen += tokens
-    means = {n: mean_of_finite(values) if filters else sum(values) / len(values) for n, values in taken.items()}
+    if not taken:
+        return None
+    means = {
+        name: mean_of_finite(values) if filters else sum(values) / len(values)
+        for name, values in taken.items()
+        if values
+    }
     if len(finite) < len(losses) and filters:
         means["nonfinite_losses"] = len(losses) - len(finite)
     return means
@@ -48,8 +55,8 @@ def training_log(fit: "Fit") -> dict[str, float]:
     """The numbers of a training log; empty where no update was made since the last one."""
     state = fit.state
     logs = book(fit)
-    if not logs:
-        return logs
+    if logs is None:
+        return {}
     if fit.grad_norm is not None:
         logs["grad_norm"] = fit.grad_norm.item()
     logs["learning_rate"] = float(state.learning_rate)

@@ -45,7 +45,7 @@ def run(fit: "Fit") -> None:
     args, state, control, strategy = fit.args, fit.state, fit.control, fit.strategy
     model, micro_batches_per_update = strategy.model, args.gradient_accumulation_steps
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
-    emit = fit.emit
+    emit, rescue = fit.emit, fit.rescue
 
     control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
     model.train()
@@ -56,11 +56,14 @@ def run(fit: "Fit") -> None:
     for epoch in range(fit.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
         fit.epoch_index = epoch
         control.should_epoch_stop = False
+        rescue.stand(fit)
         batches = fit.batches(fit.stream, epoch)
+        fit.exchange.data.begin_epoch()
         fit.restore_random_state()
         fit.objective.past = None
         emit("on_epoch_begin")
         while not (control.should_epoch_stop or control.should_training_stop):
+            rescue.stand(fit)
             micro_batches, num_items = fit.get_batch_samples(batches, micro_batches_per_update, strategy.device)
             if not micro_batches:
                 control.should_epoch_stop = True
@@ -68,6 +71,7 @@ def run(fit: "Fit") -> None:
             control.should_log = control.should_evaluate = control.should_save = False
             emit("on_step_begin")
 
+            rescue.begin_update()
             update_loss: Tensor | None = None
             for left, inputs in zip(range(len(micro_batches) - 1, -1, -1), micro_batches, strict=True):
                 with strategy.accumulate(last=left == 0):
@@ -96,6 +100,7 @@ def run(fit: "Fit") -> None:
             fit.averages.end_update(update_loss)
             state.global_step += 1
             state.epoch = epoch + fit.stream.fraction()
+            rescue.end_update()
             flags.end_update(fit)
 
         if control.should_epoch_stop:

@@ -2,17 +2,21 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .arguments import FitArguments
 from .callbacks import Callback
+from .printing import FAILURES, give_up, say
 from .state import Control, TrainState
 
 
 class Progress(Callback):
     """Shows update, loss, learning rate, items per second and time left, on the main process.
 
-    Between logs it only looks at the clock; the bar is redrawn at most ``PER_SECOND`` times a second.
+    Between logs it only looks at the clock; the bar is redrawn at most ``PER_SECOND`` times a second. Where nothing can
+    be shown any more (a closed pipe, a lost terminal, a full disk) it is quiet, and the run goes on.
     """
 
     PER_SECOND = 8
@@ -20,6 +24,7 @@ class Progress(Callback):
     def __init__(self) -> None:
         self.bar: Any = None
         self.live = False
+        self.is_quiet = False  # for the rest of the run: it can't be shown
 
     def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Start the display and the clock."""
@@ -28,22 +33,11 @@ class Progress(Callback):
         self.rate = ""
         self.item_name = getattr(context["fit"].module, "item_name", "samples")
         self.loss = ""
-        self.live = sys.stdout.isatty()
+        self.is_quiet = sys.stdout is None or sys.stdout.closed
+        self.live = not self.is_quiet and sys.stdout.isatty()
         if self.live:
-            from rich.markup import escape
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(
-                TextColumn(f"{escape(args.run_name)} update" if args.run_name else "update"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                auto_refresh=False,
-            )
-            self.bar.start()
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            with self.shown():
+                self.start(args, state)
 
     def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Redraw the bar when it is time to."""
@@ -52,6 +46,8 @@ class Progress(Callback):
     def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Take the new numbers in; outside a terminal, print them."""
         logs = context["logs"]
+        if self.is_quiet:
+            return
         shown = " | ".join(f"{name.replace('_', ' ')} {logs[name]:.4g}" for name in logs if name not in HIDDEN)
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f}"
@@ -59,7 +55,8 @@ class Progress(Callback):
             self.rate = f"{(state.items_seen - self.first_items) / elapsed:,.0f} {self.item_name}/s"
         if self.live:
             if "loss" not in logs:
-                self.bar.console.print(f"update {state.global_step}: {shown}", highlight=False)
+                with self.shown():
+                    self.bar.console.print(f"update {state.global_step}: {shown}", highlight=False)
             self.draw_in_time(state)
         else:
             line = (
@@ -67,7 +64,7 @@ class Progress(Callback):
             )
             if "loss" in logs:
                 line += f" | {self.rate} | {self.time_left(state)} left"
-            print(line, flush=True)
+            self.is_quiet = not say(line)
 
     def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Leave the finished bar standing."""
@@ -86,7 +83,8 @@ class Progress(Callback):
     def draw_in_time(self, state: TrainState) -> None:
         """Redraw the bar where the last picture is old enough: one takes a millisecond."""
         if self.live and time.monotonic() - self.drawn > 1 / self.PER_SECOND:
-            self.draw(state)
+            with self.shown():
+                self.draw(state)
 
     def draw(self, state: TrainState) -> None:
         """Redraw the bar."""
@@ -95,13 +93,49 @@ class Progress(Callback):
         self.bar.update(self.task, completed=state.global_step, description=text)
         self.bar.refresh()
 
+    def start(self, args: FitArguments, state: TrainState) -> None:
+        """Begin the live display."""
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        class Terminal(Console):
+            def on_broken_pipe(self) -> None:
+                raise  # what rich has caught; its own method ends the process
+
+        self.bar = Bar(
+            TextColumn(f"{escape(args.run_name)} update" if args.run_name else "update"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            auto_refresh=False,
+            console=Terminal(),
+        )
+        self.bar.start()
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+
     def stop(self, state: TrainState) -> None:
         """End the live display, once."""
         if self.live and self.bar is not None:
-            self.draw(state)
-            self.bar.stop()
-            self.bar = None
-            self.live = False
+            with self.shown():
+                self.draw(state)
+                self.bar.stop()
+            self.bar, self.live = None, False
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Around what is drawn: where that fails, the display is given up for the rest of the run."""
+        try:
+            yield
+        except FAILURES as error:
+            self.is_quiet, self.live = True, False
+            bar, self.bar = self.bar, None
+            if bar is not None:
+                with suppress(*FAILURES):  # sys.stdout and sys.stderr, which it had replaced, are back before it fails
+                    bar.stop()
+            give_up(sys.stdout, error)
 
 
 HIDDEN = ("step", "epoch")  # the line begins with them, or the bar shows them

@@ -345,6 +345,9 @@ class Strategy(PlacedModule):
         """Another group of all ranks on the host, for ``gather`` in another thread. Collective."""
         return None
 
+    def drop_group(self, group: Any) -> None:
+        """Destroy a group of ``new_group``, in which nothing is under way. Collective."""
+
     def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]
@@ -355,6 +358,12 @@ class Strategy(PlacedModule):
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
+
+    def all_say(self, what: str, seconds: float) -> bool:
+        """Whether every rank comes here within so many seconds and says the same. The answer is the same on each that
+        comes. Not collective: others may be anywhere, and never come.
+        """
+        return True
 
     # Beginning again after a failure that another attempt may not meet. Used by runs that ask for it, and only those.
 
@@ -374,6 +383,10 @@ class Strategy(PlacedModule):
             there is none: the failure stands.
         """
         return reason
+
+    def hear_failure(self) -> str | None:
+        """What ``tell_failure`` returns, for a rank that fails because another has: it waits for what that one tells."""
+        return None
 
     def release(self, module: nn.Module) -> None:
         """Let go of what ``place`` made and registered. The caller then puts the module back as it was before.

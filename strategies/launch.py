@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -88,7 +89,9 @@ def launch(ranks: int, max_restarts: int) -> NoReturn:
         elastic_launch(config, entrypoint=sys.executable)(*sys.orig_argv[1:])
     except ChildFailedError as error:
         failed, failure = error.get_first_failure()
-        print(f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended.", file=sys.stderr)
+        with suppress(OSError, ValueError):  # nobody may read it any more
+            said = f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended."
+            print(said, file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     sys.exit(0)
 

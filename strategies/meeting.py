@@ -6,12 +6,15 @@ a rank whose collective failed finds the reason in the store. The first failure 
 is no reason to begin again, every failure stands.
 """
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 VERDICT = "verdict"
 AGAIN, ENDED = "again: ", "ended"  # what it begins with
@@ -43,6 +46,19 @@ def tell(store: dist.Store, reason: str | None) -> str | None:
     return verdict.removeprefix(AGAIN) if verdict.startswith(AGAIN) else None
 
 
+def hear(store: dist.Store, seconds: float = 60.0) -> str | None:
+    """Learn what the first failure of the attempt was from the rank that gives it.
+
+    Args:
+        store: of the attempt.
+        seconds: to wait; a rank that has ended meanwhile gives none.
+    """
+    deadline = time.monotonic() + seconds
+    while not store.check([VERDICT]) and time.monotonic() < deadline:
+        time.sleep(SECONDS)
+    return tell(store, None)
+
+
 def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
     """Return once every rank has left the process group and come here.
 
@@ -61,6 +77,43 @@ def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> Non
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Rank {other} did not come to begin the run again within {timeout:.0f} s.")
             time.sleep(SECONDS)
+
+
+def all_say(store: dist.Store, rank: int, world_size: int, said: str, seconds: float) -> bool:
+    """Whether every rank comes here in time and says the same; all that come get one answer.
+
+    Args:
+        store: of the process group.
+        rank, world_size: of it.
+        said: by this rank.
+        seconds: to wait for the others.
+    """
+    here = dist.PrefixStore(f"said-{store.add(f'said/{rank}', 1)}", store)
+    here.set(str(rank), said)
+    deadline, others = time.monotonic() + seconds, [str(other) for other in range(world_size)]
+    while not (came := here.check(others)) and time.monotonic() < deadline:
+        time.sleep(SECONDS)
+    agrees = came and all(here.get(other).decode() == said for other in others)
+    # One that comes when another has given up must give up, too.
+    return here.compare_set(VERDICT, "", "yes" if agrees else "no").decode() == "yes"
+
+
+def let_go(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:
+    """Take process groups that were left out of whatever still holds them: a strategy, a mesh's description or a DDP
+    module of another Fit in this process. They are of no use to it any more, and gloo closes a group's connections, by
+    which the waiting ranks are woken, only when the last reference to it goes.
+    """
+    for thing in gc.get_objects():
+        if type(thing) is DistributedDataParallel:
+            vars(thing).pop("reducer", None)  # holds the group where Python can't see it
+            vars(thing).pop("logger", None)
+    for reference in groups:
+        group = reference()
+        for holder in gc.get_referrers(group) if group is not None else ():
+            attributes = holder if type(holder) is dict else getattr(holder, "__dict__", {})
+            for name in [name for name, value in attributes.items() if value is group]:
+                attributes[name] = None
+    gc.collect()
 
 
 @contextmanager

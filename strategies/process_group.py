@@ -165,6 +165,11 @@ class ProcessGroupStrategy(Strategy):
         """All ranks once more, over gloo."""
         return dist.new_group(backend="gloo")
 
+    def drop_group(self, group: Any) -> None:
+        """Once every rank has come here: a connection that is closed early ends what its other end still reads."""
+        dist.barrier()
+        dist.destroy_process_group(group)
+
     def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Every rank's value on every rank."""
         values: list[Any] = [None] * self.world_size
@@ -190,13 +195,18 @@ class ProcessGroupStrategy(Strategy):
         """By the store, which a rank can read and write while others wait in a collective."""
         return meeting.tell(self.attempt_store, reason)
 
+    def hear_failure(self) -> str | None:
+        """By the store as well."""
+        return meeting.hear(self.attempt_store)
+
     def begin_again(self) -> None:
         """Leave the process group, wait until all others have, and join another one."""
         store, rank, world_size, timeout = self.attempt_store, self.rank, self.world_size, self.options.timeout
-        groups = [weakref.ref(group) for group in (dist.group.WORLD, self.gradient_group) if group]
+        groups = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map]
         del self.mesh, self.gradient_group
         forget_groups()
         leave(waits_for_work=False)
+        meeting.let_go(groups)
         if any(group() is not None for group in groups):
             warnings.warn(
                 "Something outside of stratagem still refers to a process group, so that its connections stay open: "
@@ -206,6 +216,11 @@ class ProcessGroupStrategy(Strategy):
         meeting.gather(store, rank, world_size, timeout)
         join_by(dist.PrefixStore("again", store), rank, world_size, timeout)
         super().begin_again()
+
+    def all_say(self, what: str, seconds: float) -> bool:
+        """By the store, which a rank can read and write while others wait in a collective."""
+        store = dist.distributed_c10d._get_default_store()
+        return meeting.all_say(store, self.rank, self.world_size, what, seconds)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All-gathered."""

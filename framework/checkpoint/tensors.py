@@ -75,7 +75,9 @@ def _plainly(directory: Path) -> Iterator[None]:
             yield
     except CheckpointException as error:  # no Exception: it would pass every handler on the way out
         rank, (cause, _) = min(error.failures.items())
-        raise CheckpointError(f"{directory}: rank {rank}: {cause}") from cause
+        if not isinstance(cause, Exception):  # an interrupt, on whichever rank
+            raise cause from None
+        raise CheckpointError(f"{directory}: rank {rank}: {type(cause).__name__}: {cause}") from cause
 
 
 def rank_files(directory: Path, rank: int) -> list[Path]:

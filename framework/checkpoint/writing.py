@@ -1,6 +1,5 @@
 """Writing a snapshot: on all ranks or on none, at once or in the background."""
 
-import atexit
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,9 +105,9 @@ class BackgroundWriter:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.group = strategy.new_group()
+        # Python itself waits for its thread when the process ends.
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.under_way: Future[None] | None = None
-        atexit.register(self.thread.shutdown)
 
     def start(self, snapshot: Snapshot, final: Path, then: Callable[[], None]) -> None:
         """Copy the snapshot to the host and write it in the background; waits for the one before.
@@ -138,3 +137,16 @@ class BackgroundWriter:
         if self.under_way is not None:
             written, self.under_way = self.under_way, None
             written.result()
+
+    def close(self) -> None:
+        """Finish, and end the thread and its process group. Collective."""
+        try:
+            self.finish()
+        finally:
+            self.thread.shutdown()
+        self.strategy.drop_group(self.group)
+
+    def abandon(self) -> None:
+        """End the thread once what is under way has been written or has failed; other ranks may be gone."""
+        self.thread.shutdown(wait=False)
+        self.group = None

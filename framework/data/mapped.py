@@ -21,6 +21,8 @@ class MapStream(DataStream):
         groups: orders samples by length; None draws them one by one.
     """
 
+    is_equal_on_ranks = True  # the datasets' lengths were compared when the Fit was made
+
     def __init__(
         self,
         dataset: Dataset,

@@ -52,6 +52,8 @@ class RereadStream(DataStream):
     def state_dict(self) -> dict[str, Any]:
         """The position, and the states in which the stream's own generators began the epoch (between two: begin)."""
         start = self.generators_at_start if self.position else self.generator_states()
+        if self.generators_to_restore is not None:  # they don't stand there yet
+            start = self.generators_to_restore
         return {**super().state_dict(), "generators": start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -40,6 +40,8 @@ class DataStream:
     """
 
     num_examples: int | None = None
+    is_equal_on_ranks = False
+    """Whether every rank surely has equally many micro-batches."""
 
     def __init__(self, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
         self.options = options

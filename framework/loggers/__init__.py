@@ -5,6 +5,7 @@ from typing import Any
 
 from ...precision.registry import resolve
 from .base import Logger
+from .together import Loggers, LoggerWarning
 
 # name -> "file:Class"; the class receives the name's own options.
 LOGGERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -20,4 +21,4 @@ def get_loggers(choices: Iterable["str | Logger"]) -> list[Logger]:
     return [resolve("logger", choice, Logger, LOGGERS, {}, __name__) for choice in choices]
 
 
-__all__ = ["LOGGERS", "Logger", "get_loggers"]
+__all__ = ["LOGGERS", "Logger", "LoggerWarning", "Loggers", "get_loggers"]

@@ -1,10 +1,13 @@
 """What a search is asked for, checked together before anything is begun."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +27,12 @@ def import_optuna() -> ModuleType:
     Raises:
         ImportError: it isn't installed; the message says what to install.
     """
+    # Optional imports of Optuna's that fail are kept with their tracebacks, whose frames lead back to whoever imported
+    # it first: that caller's Fit, with its module, data and process groups, would never go. A thread has no callers.
+    if "optuna" not in sys.modules and find_spec("optuna") is not None:
+        importing = Thread(target=import_module, args=("optuna",), name="import optuna")
+        importing.start()
+        importing.join()
     try:
         import optuna
     except ImportError as error:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..printing import say
 from .options import SearchOptions, import_optuna
 from .results import SearchOutput, TrialResult
 
@@ -58,7 +59,10 @@ def print_table(output: SearchOutput) -> None:
             "" if trial.seconds is None else f"{trial.seconds:.1f}",
             style="bold" if trial.number in best else None,
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
+    with console.capture() as drawn:
+        console.print(table)
+    say(drawn.get().rstrip("\n"))
 
 
 def write_hparams(trial: TrialResult, objectives: tuple[str, ...]) -> None:

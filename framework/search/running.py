@@ -17,7 +17,9 @@ from .. import checkpoint, fresh
 from ..arguments import FitArguments
 from ..batch_size import forget_frames
 from ..callbacks import Callback
+from ..in_step import OtherRankError
 from ..module import TrainModule
+from ..printing import say
 from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
 from .reporting import draw, print_table, progress_line, write_hparams
@@ -169,7 +171,10 @@ class Search:
         is_caught = isinstance(error, self.options.catch) or getattr(error, "is_caught", False)
         if not isinstance(error, Exception):
             raise error  # an interrupt: the trial is run again by the search that continues this one
-        reason = strategy.tell_failure(f"{type(error).__name__}: {error}" if is_caught else None)
+        if isinstance(error, OtherRankError):
+            reason = strategy.hear_failure()
+        else:
+            reason = strategy.tell_failure(f"{type(error).__name__}: {error}" if is_caught else None)
         if reason is None:
             if study is not None:
                 with contextlib.suppress(Exception):  # the first error is the one to show
@@ -182,6 +187,7 @@ class Search:
 
     def begin(self, args: FitArguments, module: TrainModule | None = None) -> None:
         """The Fit with other arguments, its callbacks as they were before the search."""
+        self.fit.loggers.close()  # a trial's life is over; the next has a directory of its own
         fresh.begin_afresh(self.fit, args, module)
         self.fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
 
@@ -227,7 +233,7 @@ class Search:
         if trial.values:
             write_hparams(trial, output.objectives)
         if self.is_shown:
-            print(progress_line(trial, output, self.options), flush=True)
+            say(progress_line(trial, output, self.options))
         if self.options.remove_losing_checkpoints:
             kept = {each.directory for each in (output.best, *output.pareto) if each is not None}
             for each in output.trials:
@@ -243,7 +249,7 @@ class Search:
         if self.options.plot:
             draw(self.study.study, output, self.study.directory)
         if not any(trial.state == "complete" for trial in output.trials):
-            print(f"No trial of {output.study_name!r} was completed: the arguments stay as they were.", file=sys.stderr)
+            say(f"No trial of {output.study_name!r} was completed: the arguments stay as they were.", sys.stderr)
         return output
 
     def take_best(self, output: SearchOutput) -> None:
