@@ -91,14 +91,18 @@ class FSDP1(ProcessGroupStrategy):
         narrow = MixedPrecision(compute, reduce, cast_root_forward_inputs=False, _module_classes_to_ignore=())
         units = module.shard_units()  # type: ignore[operator]
         layers = wrapped_layers(module, units, float32_slots(module)) if mixed else dict.fromkeys((*units, module))
-        policy_of = {layer: {"mixed_precision": narrow if is_narrow else None} for layer, is_narrow in layers.items()}
+        policy_of = {layer: narrow if is_narrow else None for layer, is_narrow in layers.items()}
+
+        def wrapping(layer: nn.Module) -> dict[str, Any]:
+            return {"mixed_precision": policy_of[layer]} if layer in policy_of and layer is not module else {}
+
         check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
         self.model = FullyShardedDataParallel(
             module,
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
             sharding_strategy=sharding,
-            auto_wrap_policy=CustomPolicy(lambda layer: {} if layer is module else policy_of.get(layer, {})),
-            **policy_of[module],
+            auto_wrap_policy=CustomPolicy(wrapping),
+            mixed_precision=policy_of[module],
             device_id=self.device,
             use_orig_params=True,
             # Called for each block before it is cut, so that no more than one block is whole at a time.

@@ -125,7 +125,7 @@ def test_every_kind_of_layer_computes_as_a_replica_does(
     assert found[0]["skipped"] == expected[0]["skipped"]
     assert found[0]["losses"][0] == expected[0]["losses"][0]  # one forward, the same to the bit
     # The norm's sum is in another order, and FSDP1 adds the gradients of micro-batches in 16 bits.
-    tolerance = 1e-3 if strategy == "fsdp1" and accumulation > 1 else 1e-5
+    tolerance = 2**-7 if strategy == "fsdp1" and accumulation > 1 else 1e-5
     assert found[0]["losses"] == pytest.approx(expected[0]["losses"], rel=tolerance)
     assert found[0]["norms"] == pytest.approx(expected[0]["norms"], rel=10 * tolerance, nan_ok=True)
     # On a CPU, evaluation's attention passes autocast by where its weights are float32.
