@@ -1,6 +1,7 @@
 """The page of all precisions, for the documents: ``python -m stratagem.precision.page``."""
 
 from .matrix import MATRIX, PLACEMENTS
+from .products import LARGE
 from .registry import ALIASES, PRECISIONS, class_of
 
 PAGE = """\
@@ -23,9 +24,20 @@ any other's. Made from `precision/matrix.py` by `python -m stratagem.precision.p
 ## What each one promises
 
 * Floating-point parameters and buffers are cast. Integer and complex ones stay, and so do quantized weights.
-* In the mixed formats matrix products run in 16 bits and the rest in float32. In the true ones everything the module
-  computes is in the parameters' dtype: floating-point inputs are cast as they come, and 16-bit outputs reach `loss`
-  in float32. A buffer that needs its bits (positions beyond 256 in bfloat16) is better computed in forward.
+* In the mixed formats matrix products run in 16 bits and the rest in float32, by torch.autocast, under every strategy.
+  In the true ones everything the module computes is in the parameters' dtype: floating-point inputs are cast as they
+  come, and 16-bit outputs reach `loss` in float32. A buffer that needs its bits (positions beyond 256 in bfloat16) is
+  better computed in forward.
+* Under `fsdp1` and `fsdp2` a mixed format gathers in 16 bits what matrix products read, and in float32 what autocast
+  leaves there: norms, embeddings, recurrent layers, and whatever is tied to one of these. Forward is then a replica's,
+  to the bit (tested on two ranks). A parameter that a layer of another kind holds itself is gathered in float32 unless it is a matrix of at least
+  {large:,} numbers, which is taken for one that is multiplied; where such a one is added or scaled by instead, each of
+  its numbers is rounded to 16 bits (by up to 1/256 in bfloat16, 1/2048 in float16).
+* `fsdp2` gathers both kinds of a block in one message. `fsdp1` has one dtype for a message: the fewer of the two kinds
+  are messages of their own, by layer, and within torch's `nn.TransformerEncoderLayer` everything is in float32. It adds
+  the gradients of micro-batches in 16 bits, the others in float32: with gradient accumulation losses differ from a
+  replica's by up to 1/128 in bfloat16.
+* `deepspeed` computes `bf16-mixed` by its engine's own autocast, and stage 3 gathers everything in float32.
 * The float8 formats compute the nn.Linear layers that qualify in float8, forward and backward, and all other products
   in bfloat16 (the table's column): layers whose sizes on their rank are multiples of 16 (`mxfp8`: 32) and whose names
   `skip=` doesn't match; output heads are skipped. Parameters and checkpoints are those of `bf16-mixed`.
@@ -66,7 +78,7 @@ def page() -> str:
         cells = [f"no ({reasons.index(refused[p]) + 1})" if p in refused else "yes" for p in PLACEMENTS]
         matrix.append(f"| `{name}` | " + " | ".join(cells) + " |")
     text = "".join(f"{number}. {why}\n" for number, why in enumerate(reasons, start=1))
-    return PAGE.format(numbers="\n".join(numbers), matrix="\n".join(matrix), notes=text)
+    return PAGE.format(numbers="\n".join(numbers), matrix="\n".join(matrix), notes=text, large=LARGE)
 
 
 if __name__ == "__main__":

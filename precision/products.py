@@ -10,8 +10,9 @@ from torch.nn.modules.conv import _ConvNd
 MULTIPLYING = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 KEPT = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 LARGE = 2**20
-"""Elements from which on a matrix of a layer of another kind is taken for one that is multiplied: experts in one tensor,
-or a transformers.Conv1D. A smaller one may as well be added (an embedding of positions), and is cheap to read whole."""
+"""Elements from which on a matrix of a layer of another kind is taken for one that is multiplied: experts in one
+tensor, or a transformers.Conv1D. A smaller one may as well be added (an embedding of positions), and is cheap to read
+whole."""
 
 Slot = tuple[nn.Module, str]  # a layer, and the name of a parameter of its own
 

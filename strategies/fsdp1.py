@@ -95,10 +95,13 @@ class FSDP1(ProcessGroupStrategy):
         # autocast casts where single-device runs do, and nowhere else.
         narrow = MixedPrecision(compute, reduce, cast_root_forward_inputs=False, _module_classes_to_ignore=())
         layers = wrapped_layers(module, units, float32_slots(module)) if mixed else dict.fromkeys((*units, module))
-        policy_of = {
-            layer: {"mixed_precision": narrow if is_narrow else None, "sharding_strategy": of_units}
-            for layer, is_narrow in layers.items()
-        }
+        policy_of = {layer: narrow if is_narrow else None for layer, is_narrow in layers.items()}
+
+        def wrapping(layer: nn.Module) -> dict[str, Any]:
+            if layer is module or layer not in policy_of:
+                return {}
+            return {"mixed_precision": policy_of[layer], "sharding_strategy": of_units}
+
         check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
         # A layer that keeps some of its parameters whole is filled now, since they are no affair of param_init_fn.
         kept = set(map(id, whole_parameters(module, is_indivisible_or_integer)))
@@ -117,10 +120,9 @@ class FSDP1(ProcessGroupStrategy):
             module,
             ignored_states=list(self.whole_parameters),
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
-            # The loss may use what the root holds, and the root's backward follows at once.
-            sharding_strategy=kept_to_backward,
-            auto_wrap_policy=CustomPolicy(lambda layer: {} if layer is module else policy_of.get(layer, False)),
-            mixed_precision=policy_of[module]["mixed_precision"],
+            sharding_strategy=kept_to_backward,  # the loss may use the root's, whose backward follows at once
+            auto_wrap_policy=CustomPolicy(wrapping),
+            mixed_precision=policy_of[module],
             device_id=self.device,
             use_orig_params=True,
             # Called for each block before it is cut, so that no more than one block is whole at a time.

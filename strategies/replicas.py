@@ -38,4 +38,3 @@ class Replicas(DistributedDataParallel):
         sparse: list[bool]
         parameters, sparse = super()._build_params_for_reducer()
         return (parameters[::-1], sparse[::-1]) if self.rebuilds else (parameters, sparse)
-

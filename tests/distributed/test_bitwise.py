@@ -33,14 +33,46 @@ def check(ranks: dict[int, Ranks], world: int, directory: Path, **arguments: Any
         assert torch.equal(weight, resumed[name]), name
 
 
-# Two ranks add in either order to the same sum: more are needed to see one.
-@pytest.mark.parametrize("world", [3, 4])
+# Two ranks add in either order to the same sum: more are needed to see one. A gradient's place in a bucket tells, so
+# one bucket for all and several of them.
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"bucket_cap_mb": 0.0005}, {"static_graph": True}, {"find_unused_parameters": True}],
+    ("world", "options"),
+    [
+        (3, {"bucket_cap_mb": 0.0005}),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(3, {"static_graph": True}, marks=pytest.mark.slow),
+        pytest.param(3, {"find_unused_parameters": True}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_ddp_on_more_than_two_ranks(
     ranks: dict[int, Ranks], tmp_path: Path, world: int, options: dict[str, Any]
 ) -> None:
     check(ranks, world, tmp_path, strategy="ddp", options=options)
+
+
+OTHERS = ["fsdp1", "fsdp2", "tp", *(f"deepspeed_stage_{stage}" for stage in range(4))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", OTHERS)
+def test_the_other_strategies_on_three_ranks(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    check(ranks, 3, tmp_path, strategy=strategy, gradient_accumulation_steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("fsdp2", {"replicas": 2}), ("fsdp2", {"tensor_parallel": 2})], ids=str
+)
+def test_two_dimensions(ranks: dict[int, Ranks], tmp_path: Path, strategy: str, options: dict[str, Any]) -> None:
+    check(ranks, 4, tmp_path, strategy=strategy, options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "precision"), [("ddp", "16-mixed"), ("fsdp1", "bf16-mixed"), ("fsdp2", "16-mixed")]
+)
+def test_sixteen_bits(ranks: dict[int, Ranks], tmp_path: Path, strategy: str, precision: str) -> None:
+    check(ranks, 3, tmp_path, strategy=strategy, precision=precision)

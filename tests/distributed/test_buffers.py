@@ -63,7 +63,6 @@ class Normed(TrainModule):
         return nn.functional.mse_loss(outputs, batch["y"])
 
 
-
 class Anew(Normed):
     """Its moving average is another tensor after each forward."""
 
@@ -249,7 +248,6 @@ def count_broadcasts(strategy: str, module: type[TrainModule]) -> int:
     calls = []
     send = dist._broadcast_coalesced
 
-
     def counted(group: Any, tensors: list[Tensor], *rest: Any) -> None:
         calls.append(len(tensors))
         send(group, tensors, *rest)
@@ -368,7 +366,9 @@ def normalize(sizes: list[int], double: bool) -> dict[str, Any]:
     separate(layer)
     assert "forward" not in vars(layer)
     assert layer.num_batches_tracked == plain.num_batches_tracked == 1
-    return {name: float((a - b).abs().max()) / float(b.abs().max()) if a.numel() else 0.0 for name, (a, b) in pairs.items()}
+    return {
+        name: float((a - b).abs().max()) / float(b.abs().max()) if a.numel() else 0.0 for name, (a, b) in pairs.items()
+    }
 
 
 @pytest.mark.parametrize("sizes", [[4, 4], [1, 6], [0, 3]], ids=str)
@@ -382,5 +382,5 @@ def test_sync_batchnorm_without_batch_norm_is_refused() -> None:
     class Plain(Still):
         pass
 
-    with pytest.raises(ValueError, match="sync_batchnorm=True has no effect: Plain has no BatchNorm layer. Leave it out."):
+    with pytest.raises(ValueError, match="sync_batchnorm=True has no effect: Plain has no BatchNorm layer"):
         train_plainly(Plain, strategy="ddp", options={"sync_batchnorm": True})
