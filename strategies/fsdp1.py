@@ -97,15 +97,12 @@ class FSDP1(ProcessGroupStrategy):
         early = [layer for layer in late if any(id(p) in kept for p in layer.parameters(recurse=False))]
         materialize(module, early, self.device)
         self.whole_parameters = whole_parameters(module, is_indivisible_or_integer)
-        shapes = {(id(layer), name): p.shape for layer in module.modules() for name, p in layer._parameters.items() if p is not None}
-        self.used_outside = UsedOutside(
-            self.name, module, blocks, lambda layer, name: getattr(layer, name).shape != shapes[id(layer), name]
-        )
+        self.used_outside = UsedOutside(self.name, module, blocks, lambda tensor, shape: tensor.shape != shape)
         self.model = FullyShardedDataParallel(
             module,
             ignored_states=list(self.whole_parameters),
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
-            sharding_strategy=kept_to_backward,  # the root's, which the loss may use, and whose backward follows at once
+            sharding_strategy=kept_to_backward,  # the root's: the loss may use it, and its backward follows at once
             auto_wrap_policy=CustomPolicy(lambda layer: of_units if id(layer) in units else False),
             mixed_precision=MixedPrecision(compute, reduce, cast_forward_inputs=True) if mixed else None,
             device_id=self.device,
