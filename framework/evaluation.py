@@ -244,8 +244,8 @@ def padded(rows: list[Tensor], pad_index: int) -> list[Tensor]:
     if len({row.ndim for row in rows}) > 1:
         shapes = ", ".join(sorted({str(tuple(row.shape)) for row in rows}))
         raise ValueError(
-            f"The outputs of batches can't be joined: their shapes are {shapes}. Have forward return as many dimensions "
-            "for every batch, or leave the entry out by ignore_keys."
+            f"The outputs of batches can't be joined: their shapes are {shapes}. Have forward return as many "
+            "dimensions for every batch, or leave the entry out by ignore_keys."
         )
     longest = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
     filled = []

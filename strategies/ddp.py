@@ -108,8 +108,8 @@ class DDP(ProcessGroupStrategy):
         """What to write where backward didn't reach every parameter."""
         names = [name for name, p in self.named_parameters().items() if p.requires_grad and p.grad is None]
         return (
-            f"strategy='ddp': no gradient reached {', '.join(names)} on rank {self.rank} in this update, so that gradients "
-            "were not averaged. Where a layer isn't used in every update, or not on every rank, pass "
+            f"strategy='ddp': no gradient reached {', '.join(names)} on rank {self.rank} in this update, so that "
+            "gradients were not averaged. Where a layer isn't used in every update, or not on every rank, pass "
             "strategy=DDP(find_unused_parameters=True); where it is never used, freeze it by requires_grad_(False)."
         )
 

@@ -1,6 +1,5 @@
 """DeepSpeed's ZeRO: optimizer state, gradients and parameters cut over ranks, by the package's own engine."""
 
-import importlib.util
 import logging
 import os
 import sys
@@ -17,6 +16,14 @@ from torch.optim import Optimizer
 
 from ..precision.base import Precision
 from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from .deepspeed_checks import (
+    NO_NESTED_TENSORS,
+    check_optimizer,
+    check_package,
+    check_parameters,
+    check_precision,
+    met_nested,
+)
 from .deepspeed_config import fill, given_stage, read
 from .deepspeed_state import EngineOptimizer, ScalarsAsBytes, ZeroState
 from .process_group import (
@@ -32,12 +39,6 @@ from .sparse_gradients import check_dense
 
 # Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
 ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
-
-# What the engine does itself, so that no number format can do it its own way.
-VERBS_OF_ENGINE = (
-    *("backward", "begin_micro_batch", "clipped", "initialize", "masters", "replace_layers", "saved_weights"),
-    *("scale", "step", "take_weights", "unscale", "weights_have_changed"),
-)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,12 @@ class DeepSpeed(ProcessGroupStrategy):
 
     def backward(self, loss: Tensor) -> None:
         """By the engine; the loss is weighed already."""
-        self.engine.backward(loss, scale_wrt_gas=False)
+        try:
+            self.engine.backward(loss, scale_wrt_gas=False)
+        except RuntimeError as error:
+            if self.stage == 3 and met_nested(error):
+                raise ValueError(NO_NESTED_TENSORS) from error
+            raise
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """The norm now, as the engine would compute it in its step; it clips there, by this norm."""
@@ -233,16 +239,6 @@ class DeepSpeed(ProcessGroupStrategy):
         super().tear_down()
 
 
-def check_package() -> None:
-    """Refuse to run without DeepSpeed."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(
-            "strategy='deepspeed' needs the package deepspeed, which isn't installed. With torch installed, run: "
-            "pip install setuptools wheel ninja py-cpuinfo packaging; "
-            "pip install --no-build-isolation 'stratagem[deepspeed]'"
-        )
-
-
 @contextmanager
 def environment() -> Iterator[None]:
     """In here the variables are set that the package looks for; a process that stands alone has none of them."""
@@ -257,61 +253,6 @@ def environment() -> Iterator[None]:
     finally:
         for name in missing:  # they would tell our own start that there are other ranks to meet
             os.environ.pop(name, None)
-
-
-def check_precision(precision: Precision) -> None:
-    """Refuse what ZeRO can't compute in.
-
-    Raises:
-        ValueError: says why, and what works.
-    """
-    works = "Use precision='bf16-mixed', or '32-true'"
-    if precision.scales_loss:
-        raise ValueError(
-            f"precision={precision.name!r} doesn't work under strategy='deepspeed': float16 by autocast never trains "
-            f"under ZeRO, which takes every scaled gradient for an overflow. {works}."
-        )
-    if precision.parameter_dtype not in (None, torch.float32):
-        raise ValueError(
-            f"precision={precision.name!r} keeps parameters in {precision.parameter_dtype}, and strategy='deepspeed' "
-            f"steps float32 master weights. {works}."
-        )
-    if any(getattr(type(precision), verb) is not getattr(Precision, verb) for verb in VERBS_OF_ENGINE):
-        raise ValueError(
-            f"precision={precision.name!r} has layers, weights or steps of its own, and under strategy='deepspeed' the "
-            f"engine has those. {works}."
-        )
-
-
-def check_parameters(module: nn.Module) -> None:
-    """Refuse parameters that the engine can't take.
-
-    Raises:
-        ValueError: names them, says why, and what works.
-    """
-    found = [f"{name} ({parameter.dtype})" for name, parameter in module.named_parameters() if parameter.is_complex()]
-    if found:
-        raise ValueError(
-            f"strategy='deepspeed' can't train complex parameters: the engine lays real numbers end to end. Found: "
-            f"{', '.join(found)}. Use strategy='fsdp2' or 'ddp', or hold torch.view_as_real(...) of them as parameters "
-            "and write torch.view_as_complex(...) in forward."
-        )
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that doesn't work on flat shards without knowing the parameters in them.
-
-    Raises:
-        ValueError: says why, and what works.
-    """
-    name = type(optimizer).__name__
-    why = None
-    if hasattr(optimizer, "train") or hasattr(optimizer, "parts") or hasattr(optimizer, "updates_in_backward"):
-        why = "the engine steps flat shards, and hands on neither its switches nor its parts"
-    elif isinstance(optimizer, torch.optim.Adagrad):
-        why = "the engine replaces it by one of its own making, without its groups"
-    if why is not None:
-        raise ValueError(f"{name} doesn't work under strategy='deepspeed': {why}. Use optim='adamw', or 'sgd'.")
 
 
 def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any]) -> Any:
@@ -331,10 +272,19 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
     config["gradient_clipping"] = 0.0
     names = [set(vars(parameter)) for parameter in module.parameters()]
+    restore_linear()
     with environment(), ScalarsAsBytes():
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
     ENGINES[engine] = names
     return engine
+
+
+def restore_linear() -> None:
+    """Put torch's linear function back, which an engine of stage 3 replaces for all layers of the process, for good."""
+    partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    saved = getattr(getattr(partitioning, "InsertPostInitMethodToModuleSubClasses", None), "linear_bk", None)
+    if saved is not None:
+        nn.functional.linear = saved
 
 
 def destroy(engine: Any) -> None:
@@ -345,6 +295,8 @@ def destroy(engine: Any) -> None:
     names = ENGINES.pop(engine, None)
     if names is None:
         return
+    if not ENGINES:
+        restore_linear()
     zero = engine.optimizer if engine.zero_optimization_stage() else None
     engine.destroy()
     engine.module_forward_pre_hook.remove()

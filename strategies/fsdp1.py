@@ -108,14 +108,7 @@ class FSDP1(ProcessGroupStrategy):
         early = [layer for layer in late if any(id(p) in kept for p in layer.parameters(recurse=False))]
         materialize(module, early, self.device)
         self.whole_parameters = whole_parameters(module, is_indivisible_or_integer)
-        shapes = {
-            (id(layer), name): parameter.shape
-            for layer in module.modules()
-            for name, parameter in layer.named_parameters(recurse=False)
-        }
-        self.used_outside = UsedOutside(
-            self.name, module, units, lambda layer, name: getattr(layer, name).shape != shapes[id(layer), name]
-        )
+        self.used_outside = UsedOutside(self.name, module, units, lambda tensor, shape: tensor.shape != shape)
         self.model = FullyShardedDataParallel(
             module,
             ignored_states=list(self.whole_parameters),

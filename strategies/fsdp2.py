@@ -147,7 +147,9 @@ class FSDP2(ProcessGroupStrategy):
         prepare(module)
         # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
         warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
-        self.used_outside = UsedOutside(self.name, module, list(module.shard_units()), is_sharded)  # type: ignore[operator]
+        units = list(module.shard_units())  # type: ignore[operator]
+        said = None if options.tensor_parallel > 1 else "mixed torch.Tensor and DTensor"
+        self.used_outside = UsedOutside(self.name, module, units, is_sharded, said)
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
         self.whole_parameters = whole_parameters(module)
@@ -251,7 +253,7 @@ class FSDP2(ProcessGroupStrategy):
         """The backward of such a cross-entropy or attention is its own, too."""
         if self.cut_features:
             self.cut_features.see_loss(loss)
-        with self.own_operators():
+        with self.used_outside, self.own_operators():
             super().backward(loss)
 
     def prepare_gradients(self) -> None:
@@ -272,7 +274,6 @@ class FSDP2(ProcessGroupStrategy):
             super().step()
 
 
-def is_sharded(layer: nn.Module, name: str) -> bool:
+def is_sharded(parameter: Tensor, shape: torch.Size) -> bool:
     """Whether a parameter lies on the mesh's data dimensions; gathered, it is plain, or cut by tensor parallelism."""
-    parameter = getattr(layer, name)
     return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != (TENSOR,)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IsSharded = Callable[[nn.Module, str], bool]
+IsSharded = Callable[[Tensor, torch.Size], bool]
 
 
 class UsedOutside:
@@ -20,17 +20,25 @@ class UsedOutside:
         strategy: its name, for the messages.
         module: the user's, with all its layers, not yet wrapped.
         units: those that gather for themselves.
-        is_sharded: whether a layer's parameter of that name lies in shards at the moment.
+        is_sharded: whether a layer's parameter, whose whole shape it is given too, lies in shards at the moment.
+        said_by_torch: what an error says that can mean nothing else, where no layer is to be found in it.
     """
 
-    def __init__(self, strategy: str, module: nn.Module, units: list[nn.Module], is_sharded: IsSharded) -> None:
+    def __init__(
+        self,
+        strategy: str,
+        module: nn.Module,
+        units: list[nn.Module],
+        is_sharded: IsSharded,
+        said_by_torch: str | None = None,
+    ) -> None:
         self.strategy = strategy
         self.name = type(module).__name__
-        self.is_sharded = is_sharded
+        self.is_sharded, self.said_by_torch = is_sharded, said_by_torch
         names = {id(layer): name for name, layer in module.named_modules()}
         self.units = [names[id(unit)] for unit in units]
         self.layers = {
-            id(layer): (name, [key for key, _ in layer.named_parameters(recurse=False)])
+            id(layer): (name, {key: parameter.shape for key, parameter in layer.named_parameters(recurse=False)})
             for name, layer in module.named_modules()
         }
 
@@ -42,14 +50,16 @@ class UsedOutside:
             layer = self.sharded_layer(trace)
             if layer is not None:
                 raise ValueError(self.message(layer)) from error
+            if self.said_by_torch and self.said_by_torch in str(error) and self.units:
+                raise ValueError(self.message(self.units[0], "a parameter of such a block as ")) from error
 
     def sharded_layer(self, trace: TracebackType | None) -> str | None:
         """The name of the innermost layer that was running and whose parameters lie in shards."""
         found = None
         while trace is not None:
             owner = trace.tb_frame.f_locals.get("self")
-            name, keys = self.layers.get(id(owner), ("", []))
-            if any(self.is_sharded(owner, key) for key in keys):  # type: ignore[arg-type]
+            name, shapes = self.layers.get(id(owner), ("", {}))
+            if any(self.is_sharded(getattr(owner, key), shape) for key, shape in shapes.items()):
                 found = name
             trace = trace.tb_next
         return found
@@ -58,7 +68,7 @@ class UsedOutside:
         """The unit that a layer or parameter belongs to; None for the whole module."""
         return next((unit for unit in self.units if f"{name}.".startswith(f"{unit}.")), None)
 
-    def message(self, name: str) -> str:
+    def message(self, name: str, before: str = "") -> str:
         """What happened to a layer or a parameter, and what to write."""
         unit = self.unit_of(name)
         if unit is None:
@@ -67,8 +77,8 @@ class UsedOutside:
                 "its parameters. Compute with it in forward, or use strategy='ddp'."
             )
         return (
-            f"strategy={self.strategy!r}: {name!r} was used outside of the forward of {unit!r}, which alone gathers its "
-            f"parameters. Leave that block out of the units, so that the whole module gathers it: write "
+            f"strategy={self.strategy!r}: {before}{name!r} was used outside of the forward of {unit!r}, which alone "
+            "gathers its parameters. Leave that block out of the units, so that the whole module gathers it: write "
             f"shard_units(self) on {self.name} with a list of the other blocks, e.g. [block for block in "
             f"super().shard_units() if block is not self.get_submodule({unit!r})]. For a penalty on weights, use "
             "weight_decay or strategy='ddp'."

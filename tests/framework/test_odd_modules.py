@@ -168,7 +168,7 @@ class Returns(Regressor):
     ("make", "message"),
     [
         (lambda own: [own, own], r"returned a list of 2 \(SGD, SGD\)\. Several optimizers are one with a group"),
-        (lambda own: ([own], []), r"returned a tuple of 2 \(list, list\).*configure_scheduler\(self, optimizer, args\)"),
+        (lambda own: ([own], []), r"returned a tuple of 2 \(list, list\).*configure_scheduler\(self, optimizer"),
         (lambda own: {"optimizer": own, "lr_scheduler": 1}, r"a dict with 'optimizer', 'lr_scheduler'.*A schedule is"),
         (lambda own: None, r"returned None\. Its last line lacks a return"),
         (lambda own: torch.optim.SGD, r"returned the class SGD\. That is a class: return SGD\(self.parameters\(\)"),
@@ -227,9 +227,8 @@ def test_a_schedule_is_known_to_wait_for_a_metric_by_its_step(make_fit: MakeFit,
     """At a rate of 1e-9 no evaluation is better than the one before."""
     rates = []
     module = Returns(scheduler=make)
-    fit = make_fit(
-        module, regression_rows(16), regression_rows(8), max_steps=4, eval_strategy="steps", eval_steps=1, logging_steps=1
-    )
+    evaluating: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
+    fit = make_fit(module, regression_rows(16), regression_rows(8), max_steps=4, logging_steps=1, **evaluating)
     fit.train()
     rates = [log["learning_rate"] for log in fit.state.log_history if "learning_rate" in log]
     evaluations = [log["eval_loss"] for log in fit.state.log_history if "eval_loss" in log]
