@@ -126,6 +126,7 @@ class Fit:
         self.loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
         check_precision(self.args, number_format)
+        self.placed = False
         fresh.equip(self)
         self.train_data, self.eval_data = train_data, eval_data
         check_ranks_agree(
@@ -153,7 +154,6 @@ class Fit:
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
         self.schedule_is_due = False
-        self.placed = False
         self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
         self.unplaced: fresh.Unplaced | None = None
         self.writer: checkpoint.BackgroundWriter | None = None

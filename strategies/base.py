@@ -118,6 +118,11 @@ class Strategy(PlacedModule):
     gradients_are_final_in_backward: ClassVar[bool] = False
     """Whether what backward accumulates in a parameter is the gradient of the whole update, or its last part: then an
     optimizer may consume it there and then (LOMO)."""
+    replicas_differ: ClassVar[str] = (
+        "Something changed them on some ranks alone: a callback or an optimizer that goes by the rank, values drawn "
+        "from a rank's own random numbers, or a gradient that isn't averaged over the ranks."
+    )
+    """The likely cause, where ranks hold other numbers of what they hold alike."""
     refusals: ClassVar[Mapping[str, str]] = {}
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
     recompute: Callable[..., Any] = staticmethod(checkpoint)
@@ -172,6 +177,13 @@ class Strategy(PlacedModule):
             ValueError: says why, and what works.
         """
         check_cell(precision.name, self.placement)
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a module that can't be placed here, as far as its layers tell before it is built and placed.
+
+        Raises:
+            ValueError: says why, and what works.
+        """
 
     def set_up(self, precision: Precision) -> None:
         """Choose the device and make the process group; ``precision`` is bound to both.
