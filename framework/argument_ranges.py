@@ -24,7 +24,7 @@ NOT_NEGATIVE = (
 BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 ONE_OF = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
-    "debug": ("", "underflow_overflow"),
+    "debug": ("", "underflow_overflow", "ranks_agree"),
     "other_checkpoints": ("set_aside", "refuse"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),

@@ -106,7 +106,8 @@ class FitArguments:
         include_tokens_per_second: log tokens per second; counts them as "all" where they aren't counted otherwise.
         logging_nan_inf_filter: leave losses that aren't finite out of logged means, and log how many they were.
         ignore_data_skip: a resumed run begins its epoch anew instead of where it stood.
-        debug: "underflow_overflow" ends training at the first layer that computes an inf or NaN.
+        debug: "underflow_overflow" ends training at the first layer that computes an inf or NaN; "ranks_agree" compares
+            what several ranks hold alike at each log, and not after the first update alone.
         progress: show a progress display on the main process.
 
     Raises:

@@ -155,6 +155,17 @@ class Callbacks:
         for listener in self.listeners[event]:
             listener(fit.args, fit.state, fit.control, fit=fit, **context)
 
+    def listen(self, event: str, callback: Callback) -> None:
+        """Have a callback hear of an event, after all others, where it doesn't yet."""
+        listener = getattr(callback, event)
+        if listener not in self.listeners[event]:
+            self.listeners[event] = [*self.listeners[event], listener]
+
+    def stop_listening(self, event: str, callback: Callback) -> None:
+        """Tell a callback no longer of an event. It may ask for that while it is told."""
+        listener = getattr(callback, event)
+        self.listeners[event] = [other for other in self.listeners[event] if other != listener]
+
     def checkpoint_published(self, path: Path) -> None:
         """Tell the callbacks of a checkpoint, before rotation asks for those to keep."""
         for callback in self.all:

@@ -72,9 +72,14 @@ def check_combination(
     refuse("eval_on_start", args.eval_on_start and eval_data is None, nothing)
     refuse(
         "debug",
-        bool(args.debug) and strategy.runs_copies,
+        args.debug == "underflow_overflow" and strategy.runs_copies,
         f"watches the layers of one module, and strategy={strategy.name!r} runs copies of it. Use strategy='ddp', or "
         "'single'",
+    )
+    refuse(
+        "debug",
+        args.debug == "ranks_agree" and not strategy.needs_ranks,
+        f"compares ranks, and strategy={strategy.name!r} has one process. Leave it out",
     )
     refuse(
         "label_smoothing_factor",

@@ -152,6 +152,7 @@ class Fit:
         check_precision(self.args, number_format)
         if self.args.tf32:
             torch_settings.check_tf32(self.strategy.device)
+        self.placed = False
         fresh.equip(self)
         self.train_data, self.eval_data = train_data, eval_data
         check_ranks_agree(
@@ -181,7 +182,6 @@ class Fit:
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
         self.schedule_is_due = False
-        self.placed = False
         self.closure: Closure | None = None
         self.frozen: dict[str, Any] = {}  # fingerprints of what checkpoints leave out
         self.unplaced: fresh.Unplaced | None = None

@@ -19,6 +19,7 @@ from .module import TrainModule
 from .objective import Objective
 from .preparation import callbacks_of
 from .progress import Progress
+from .ranks_agree import RanksAgree
 from .state import Control
 from .tokens import TokenCounter
 
@@ -106,16 +107,23 @@ def take_apart(fit: "Fit") -> None:
 
 
 def equip(fit: "Fit") -> None:
-    """Make what follows from the module and the arguments: how a loss is found, and what is counted."""
+    """Make what follows from the module and the arguments: how a loss is found, and what is counted.
+
+    Raises:
+        ValueError: the strategy can't place such a module.
+    """
     args = fit.args
+    if not fit.placed and type(fit.module).build is TrainModule.build:  # else its layers are still to come
+        fit.strategy.check_module(fit.module)
     fit.objective = Objective(fit.module, fit.compute_loss_func, args.label_smoothing_factor, args.past_index)
     fit.count_tokens = TokenCounter(fit.module, args, warns=fit.strategy.is_main)
 
 
 def listen(fit: "Fit") -> None:
-    """Gather the callbacks: those that arguments stand for, those given, and what shows progress."""
+    """Gather the callbacks: those that arguments stand for, those given, what shows progress, what compares ranks."""
     shown = [Progress()] if fit.args.progress and fit.strategy.is_main else []
-    fit.callbacks = Callbacks([*callbacks_of(fit.args), *fit.given_callbacks], last=shown)
+    compared = [RanksAgree(fit.args.debug == "ranks_agree")] if fit.strategy.world_size > 1 else []
+    fit.callbacks = Callbacks([*callbacks_of(fit.args), *fit.given_callbacks], last=[*shown, *compared])
 
 
 def check(fit: "Fit", args: FitArguments, module: TrainModule) -> None:

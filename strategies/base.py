@@ -120,6 +120,11 @@ class Strategy(PlacedModule):
     optimizer may consume it there and then (LOMO)."""
     takes_closure: ClassVar[bool] = True
     """Whether an optimizer may compute loss and gradients again within its step, by a closure (LBFGS)."""
+    replicas_differ: ClassVar[str] = (
+        "Something changed them on some ranks alone: a callback or an optimizer that goes by the rank, values drawn "
+        "from a rank's own random numbers, or a gradient that isn't averaged over the ranks."
+    )
+    """The likely cause, where ranks hold other numbers of what they hold alike."""
     refusals: ClassVar[Mapping[str, str]] = {}
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
     recompute: Callable[..., Any] = staticmethod(checkpoint)
@@ -174,6 +179,13 @@ class Strategy(PlacedModule):
             ValueError: says why, and what works.
         """
         check_cell(precision.name, self.placement)
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a module that can't be placed here, as far as its layers tell before it is built and placed.
+
+        Raises:
+            ValueError: says why, and what works.
+        """
 
     def set_up(self, precision: Precision) -> None:
         """Choose the device and make the process group; ``precision`` is bound to both.

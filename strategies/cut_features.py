@@ -14,9 +14,10 @@ input of a layer that takes whole features, have a gradient of which one part is
 can't be told apart afterwards, and such a module is refused, as is one whose whole activations reach cut features
 without a layer that cuts them, since everything before those would lack the other ranks' part.
 
-The walk is made while a micro-batch of the first update is computed, and after it for as long as a whole parameter has
-never had a gradient. From then on it costs one all-reduce an update, of all such gradients end to end, and nothing where
-there are none.
+The walk is made in each micro-batch of the first update, and after it for as long as a whole parameter has never had a
+gradient. From then on the sum costs one all-reduce an update, of all such gradients end to end, and nothing where there
+are none. Compiled blocks have no graph to walk through: the first forward is made once more before it, without
+compilation and without a trace, so that what is computed is the same from the first update on.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -244,9 +245,11 @@ class Walk:
             device = next((p.device for p in module.parameters() if p.device.type == "cuda"), None)
             with torch.random.fork_rng([device] if device else []), torch.compiler.set_stance("force_eager"):
                 with self.hooked():
+                    self.name_parameters("", module, None)  # we are in the module's own call already
                     outputs = module.forward(*args, **kwargs)
                 for leaf in tree_leaves(outputs):
                     self.from_whole(leaf)
+            self.forget()  # the graph that follows has nothing in it to know layers by
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

@@ -26,6 +26,7 @@ from .deepspeed_checks import (
 )
 from .deepspeed_config import fill, given_stage, read
 from .deepspeed_state import EngineOptimizer, ScalarsAsBytes, ZeroState
+from .duplicates import Part
 from .process_group import (
     CONTEXT,
     REPLICATE,
@@ -184,6 +185,10 @@ class DeepSpeed(ProcessGroupStrategy):
         return bool(self.stage and self.engine.optimizer.overflow)
 
     # State.
+
+    def part_held(self, parameter: Tensor) -> Part | None:
+        """All of it; at stage 3 a shard of its own."""
+        return None if self.stage == 3 else ()
 
     def model_state(self) -> dict[str, Tensor]:
         """Parameters cut by rows, one gathered at a time; buffers as they are."""

@@ -19,6 +19,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from ..precision.products import casts, float32_slots
 from ..precision.quantized import check_storage
 from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
+from .duplicates import Part
 from .gradient_norm import clip_by_norm
 from .materialize import has_meta, materialize
 from .process_group import (
@@ -168,6 +169,10 @@ class FSDP1(ProcessGroupStrategy):
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """This rank's views into the flat shards, under the user's names."""
         return {name.replace(WRAPPER, ""): p for name, p in super().named_parameters(remove_duplicate).items()}
+
+    def part_held(self, parameter: Tensor) -> Part | None:
+        """The shard; replicas have the same."""
+        return (self.mesh.get_local_rank(SHARD),) if self.options.replicas > 1 else None
 
     @contextmanager
     def unwrapped(self) -> Iterator[None]:

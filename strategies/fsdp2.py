@@ -37,7 +37,7 @@ from .process_group import (
     whole_of,
 )
 from .sparse_gradients import check_dense
-from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes
+from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
 from .used_outside import UsedOutside
 from .whole_parameters import whole_parameters
 
@@ -85,6 +85,11 @@ class FSDP2(ProcessGroupStrategy):
 
     name = "fsdp2"
     parameter_form = "dtensor"
+    replicas_differ = (
+        ProcessGroupStrategy.replicas_differ
+        + " With tensor parallelism: a parameter near a layer with a style of your own, so that nobody knows on which "
+        'features it is used; tensor_parallel_plan can say it ("used_on_cut", "used_on_whole").'
+    )
     Options = FSDP2Options
     options: FSDP2Options
     context: "ContextParallel | None" = None
@@ -120,6 +125,11 @@ class FSDP2(ProcessGroupStrategy):
     def shapes_on_rank(self, module: nn.Module) -> ShapesOnRank:
         """What tensor parallelism leaves of each layer that the plan cuts. Shards are whole again when they compute."""
         return local_shapes(module, self.tensor_parallel_size) if self.tensor_parallel_size > 1 else {}
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a module without a plan to cut it by."""
+        if self.tensor_parallel_size > 1:
+            plan_of(module, self.tensor_parallel_size)
 
     def expect(self, run: RunDescription) -> None:
         """Note whether blocks are compiled."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..precision.base import Precision
+from .duplicates import Part, part_of
 
 
 class PlacedModule:
@@ -20,8 +21,10 @@ class PlacedModule:
         module: the user's module; set by ``Strategy.place``, as are the next two.
         model: what the loop calls: ``module``, or a wrapper around it.
         optimizer: over the parameters as they are placed; None for a run that only evaluates.
+        world_size: processes that it is placed on.
     """
 
+    world_size: int = 1
     precision: Precision
     module: nn.Module
     model: nn.Module
@@ -109,6 +112,23 @@ class PlacedModule:
         for name, parameter in self.named_parameters().items():
             if parameter.grad is not None:
                 yield name, self.whole(parameter.grad).cpu()
+
+    def part_held(self, parameter: Tensor) -> Part | None:
+        """Which part of a placed parameter this rank holds. Ranks that say the same hold the same numbers, but for a
+        fault; None where no other rank holds them.
+        """
+        return part_of(parameter, self.world_size)
+
+    def replicated(self) -> Iterator[tuple[str, Tensor, Part]]:
+        """What other ranks hold as well, parameters and buffers: (name, this rank's numbers, part)."""
+        for name, parameter in self.named_parameters().items():
+            part = self.part_held(parameter)
+            if part is not None:
+                yield name, parameter, part
+        with self.unwrapped():
+            buffers = dict(self.module.named_buffers())
+        for name, buffer in buffers.items():
+            yield name, buffer, ()
 
     def weights_have_changed(self) -> None:
         """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""

@@ -24,9 +24,21 @@ LLAMA_PLAN: Mapping[str, str] = {
 """The same for a whole model with its head: to start a ``tensor_parallel_plan()`` of your own from."""
 
 TESTED_DECODERS = frozenset(
-    ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel", "Gemma2Model", "Gemma3TextModel")
+    (
+        "LlamaModel",
+        "MistralModel",
+        "Qwen2Model",
+        "Qwen3Model",
+        "GemmaModel",
+        "Gemma2Model",
+        "Gemma3TextModel",
+        "SmolLM3Model",
+        "GraniteModel",
+        "HeliumModel",
+        "SeedOssModel",
+    )
 )
-"""Classes of transformers that DECODER_PLAN cuts: the losses and weights of each were one device's."""
+"""Classes of transformers that DECODER_PLAN cuts: losses, gradients and weights of each were one device's."""
 
 TESTED_HEADS = frozenset(
     (
@@ -37,6 +49,10 @@ TESTED_HEADS = frozenset(
         "GemmaForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
+        "SmolLM3ForCausalLM",
+        "GraniteForCausalLM",
+        "HeliumForCausalLM",
+        "SeedOssForCausalLM",
         "LlavaForConditionalGeneration",
     )
 )
@@ -84,9 +100,9 @@ def check_heads(decoder: nn.Module, degree: int) -> None:
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % degree:
             raise ValueError(
-                f"Tensor parallelism deals out whole heads, and the {name}={heads} of {type(decoder).__name__} can't be "
-                f"dealt out to {degree} ranks. Use a degree that divides {heads} (FSDP2(tensor_parallel=...) shards over "
-                "the other ranks), or strategy='fsdp2'."
+                f"Tensor parallelism deals out whole heads, and the {name}={heads} of {type(decoder).__name__} can't "
+                f"be dealt out to {degree} ranks. Use a degree that divides {heads} (FSDP2(tensor_parallel=...) shards "
+                "over the other ranks), or strategy='fsdp2'."
             )
 
 
@@ -104,8 +120,9 @@ def refusal(module: nn.Module) -> str:
     lines = "\n".join(f'      "{pattern}": "{style}",' for pattern, style in matching.items())
     return (
         f"Tensor parallelism needs to know how {name} is cut. There are ready plans for "
-        f"{', '.join(sorted(TESTED_DECODERS))} of transformers, and {name} is none of them, nor holds one. Layers of it "
-        f"bear the names of Llama's; start from\n\n  def tensor_parallel_plan(self):\n    return {{\n{lines}\n    }}\n\n"
-        "and compare it with one device by `stratagem parity` before you train; or use strategy='fsdp2', which needs no "
-        "plan."
+        f"{', '.join(sorted(TESTED_DECODERS))} of transformers, and {name} is none of them, nor holds one. Layers of "
+        "it bear the names of Llama's; start from\n\n"
+        f"  def tensor_parallel_plan(self):\n    return {{\n{lines}\n    }}\n\n"
+        "and compare it with one device by `stratagem parity` before you train; or use strategy='fsdp2', which needs "
+        "no plan."
     )

@@ -52,9 +52,8 @@ USED_ON = {"used_on_cut": CUT, "used_on_whole": WHOLE}
 
 CUT_DIMENSION = {"colwise": 0, "rowwise": 1, "embedding": 0}  # of the weight, by the first part of a style's name
 
-def apply_plan(
-    module: nn.Module, mesh: DeviceMesh, gather: Gather, *, loss_parallel: bool = False
-) -> CutFeatures:
+
+def apply_plan(module: nn.Module, mesh: DeviceMesh, gather: Gather, *, loss_parallel: bool = False) -> CutFeatures:
     """Cut the layers that the module's ``tensor_parallel_plan()`` names, in place, over a one-dimensional mesh.
 
     Args:

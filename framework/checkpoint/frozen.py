@@ -14,10 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from ...precision.quantized import quantized_parameters
 from ...strategies.base import Strategy
+from ...strategies.duplicates import bits
 from .directory import CheckpointError
 from .tensors import Stored
-
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 
 
 def left_out(strategy: Strategy, only_trainable: bool) -> set[str]:
@@ -60,9 +59,7 @@ def local_sum(tensor: Tensor, is_main: bool) -> int:
         tensor = tensor.to_local()
     elif not is_main:
         return 0
-    bits = tensor.detach().contiguous().reshape(-1)
-    bits = torch.view_as_real(bits).reshape(-1) if bits.is_complex() else bits
-    return int(bits.view(INTEGERS[bits.element_size()]).sum())
+    return int(bits(tensor).sum())
 
 
 def described(frozen: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:

@@ -1,0 +1,148 @@
+"""What several ranks hold alike is compared by fingerprints, after the first update and with debug="ranks_agree"."""
+
+import hashlib
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..strategies.base import Strategy
+from ..strategies.duplicates import Part, fingerprints, local_part
+from .arguments import FitArguments
+from .callbacks import Callback
+from .state import Control, TrainState
+
+NAMED = 10  # tensors that the error names
+SAMPLED = 4096  # entries of each that are compared by value, to tell rounding from another number
+ROUNDING = 4.0  # units in the last place of the largest entry
+
+Held = tuple[str, Part]
+
+
+class RanksAgree(Callback):
+    """Ends a run whose ranks hold other numbers where they should hold the same, after its first update.
+
+    It looks once, after the first update that moved anything, and no longer listens then: later updates cost nothing.
+
+    Args:
+        at_logs: look again at each log of training.
+
+    Raises:
+        RuntimeError: names the tensors and ranks.
+    """
+
+    def __init__(self, at_logs: bool = False) -> None:
+        self.at_logs = at_logs
+
+    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Listen (again): a second ``train`` is looked at, too."""
+        context["fit"].callbacks.listen("on_step_end", self)
+
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Look, unless the update moved nothing: warm-up begins at a rate of 0, and loss scaling skips."""
+        fit = context["fit"]
+        if not float(state.learning_rate) or fit.strategy.step_was_skipped():
+            return
+        fit.callbacks.stop_listening("on_step_end", self)
+        check_replicas(fit.strategy, state.global_step)
+
+    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Look again, where that was asked for."""
+        if self.at_logs and "loss" in context["logs"]:
+            check_replicas(context["fit"].strategy, state.global_step)
+
+
+def check_replicas(strategy: Strategy, update: int) -> None:
+    """Compare what ranks hold alike, to the bit. Collective; fails on all ranks or on none.
+
+    One small message between the hosts, and where something differs two more, to name it. Differences of a few units in
+    the last place are only warned about: other processors, and kernels that add in no fixed order, round otherwise.
+
+    Args:
+        strategy: where the module is placed.
+        update: that was made last, for the message.
+
+    Raises:
+        RuntimeError: names the tensors and ranks that differ.
+    """
+    strategy.settle_buffers()
+    held: dict[Held, Tensor] = {(name, part): tensor for name, tensor, part in strategy.replicated()}
+    mine = dict(zip(held, fingerprints(list(held.values())), strict=True))
+    if all(len(set(found)) == 1 for found in by_part(strategy.gather(digests(mine))).values()):
+        return
+    everyones: list[Mapping[Held, int]] = strategy.gather(mine)
+    others = differing(everyones)
+    values = strategy.gather({key: sample(held[key]) for key in list(others)[:NAMED] if key in held})
+    sizes = {key: difference([v[key] for v in values if key in v]) for key in list(others)[:NAMED]}
+    lines = [line(key, others[key], sizes[key]) for key in sizes]
+    more = f"\n  and {len(others) - NAMED} more" if len(others) > NAMED else ""
+    count = len({key for found in everyones for key in found})
+    text = (
+        f"After update {update}, {len(others)} of {count} tensors that several ranks hold aren't the same on them:\n  "
+        + "\n  ".join(lines)
+        + more
+        + "\n"
+    )
+    if all(0 < units <= ROUNDING for _, _, units in sizes.values()):
+        warnings.warn(f"{text}They differ by rounding, and drift apart: {strategy.replicas_differ}", stacklevel=2)
+        return
+    raise RuntimeError(f"{text}What is trained is another model on each rank. {strategy.replicas_differ}")
+
+
+def digests(held: Mapping[Held, int]) -> dict[Part, str]:
+    """One short text for all that a rank holds of each part."""
+    lines: dict[Part, list[str]] = defaultdict(list)
+    for (name, part), fingerprint in held.items():
+        lines[part].append(f"{name} {fingerprint}")
+    return {part: hashlib.sha256("\n".join(said).encode()).hexdigest() for part, said in lines.items()}
+
+
+def by_part(everyones: Sequence[Mapping[Part, str]]) -> dict[Part, list[str]]:
+    """What the ranks with each part said."""
+    found: dict[Part, list[str]] = defaultdict(list)
+    for said in everyones:
+        for part, digest in said.items():
+            found[part].append(digest)
+    return found
+
+
+def differing(everyones: Sequence[Mapping[Held, int]]) -> dict[Held, tuple[int, list[int]]]:
+    """What isn't the same on all ranks that hold it: the first of them, and those with other numbers."""
+    first: dict[Held, int] = {}
+    others: dict[Held, tuple[int, list[int]]] = {}
+    for rank, held in enumerate(everyones):
+        for key, fingerprint in held.items():
+            if everyones[first.setdefault(key, rank)][key] != fingerprint:
+                others.setdefault(key, (first[key], []))[1].append(rank)
+    return others
+
+
+def sample(tensor: Tensor) -> tuple[list[float], float]:
+    """Some of a tensor's numbers, evenly spread, and the unit in the last place of 1 in its dtype (0 of integers)."""
+    flat = local_part(tensor).detach().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    few = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", torch.float64)
+    return few.tolist(), torch.finfo(flat.dtype).eps if flat.is_floating_point() else 0.0
+
+
+def difference(samples: Sequence[tuple[list[float], float]]) -> tuple[float, float, float]:
+    """The largest difference to the first rank's numbers, the largest of those, and the difference in units in its last
+    place (infinite where there are none).
+    """
+    (first, unit), *rest = samples
+    theirs = torch.tensor(first, dtype=torch.float64)
+    apart = max(float((torch.tensor(v, dtype=torch.float64) - theirs).abs().max()) for v, _ in rest) if rest else 0.0
+    largest = float(theirs.abs().max())
+    return apart, largest, apart / (unit * largest) if unit * largest else float("inf")
+
+
+def line(key: Held, ranks: tuple[int, list[int]], size: tuple[float, float, float]) -> str:
+    """What the error says of one tensor."""
+    name, part = key
+    first, others = ranks
+    where = f"rank {others[0]} differs" if len(others) == 1 else f"ranks {', '.join(map(str, others))} differ"
+    what = f"shard {', '.join(map(str, part))} of {name}" if part else name
+    return f"{what}: {where} from rank {first} by up to {size[0]:.1e} (the largest entry is {size[1]:.1e})"
