@@ -196,8 +196,7 @@ class Fit:
         elif self.requested != self.running:  # the last run was a trial's
             begin_own(self)
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
-        if self.writer is not None:
-            self.writer.finish()
+        self.close_writer()
         path = checkpoint.find(self.strategy, Path(self.args.output_dir), resume_from_checkpoint)
         return batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
 
@@ -217,6 +216,8 @@ class Fit:
             self.rescue.save(self, error)
             with contextlib.suppress(Exception):  # the first error is the one to show
                 self.emit("on_exception", exception=error)
+            if self.writer is not None:
+                self.writer.abandon()
             raise
         finally:
             self.loggers.flush()
