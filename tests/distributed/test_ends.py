@@ -43,9 +43,7 @@ def fail_in_evaluation(block: nn.Module, args: Any) -> None:
 
 
 def failing_run(strategy: str, directory: str, on: list[int]) -> list[str]:
-    fit = make_fit(
-        Tagger(), token_rows(), strategy=strategy, callbacks=[Fails(3, on)], output_dir=directory, **SAVES
-    )
+    fit = make_fit(Tagger(), token_rows(), strategy=strategy, callbacks=[Fails(3, on)], output_dir=directory, **SAVES)
     with pytest.raises(ZeroDivisionError, match="in a callback"):
         fit.train()
     return sorted(path.name for path in Path(directory).glob("checkpoint-*"))
@@ -161,14 +159,15 @@ def searches(directory: str, strategy: str, keeps: bool) -> list[list[Any]]:
         kept.append(make_fit(Tagger(1), token_rows(16), strategy=strategy, max_steps=2))
         kept[0].train()
     first, states = search("first", [])
+    if keeps:
+        kept.append(first)
+    del first
     return [states, search("second", [Once()])[1]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "keeps"), [("ddp", False), ("ddp", True), ("fsdp2", True)])
-def test_a_rank_that_fails_in_a_later_search_ends_the_trial_on_both(
-    tmp_path: Path, strategy: str, keeps: bool
-) -> None:
+def test_a_rank_that_fails_in_a_later_search_ends_the_trial_on_both(tmp_path: Path, strategy: str, keeps: bool) -> None:
     world = Ranks(2)  # of its own: in a process in which Optuna wasn't imported yet
     try:
         found = world.run(searches, directory=str(tmp_path), strategy=strategy, keeps=keeps, seconds=120)
