@@ -70,7 +70,7 @@ class FitArguments:
         async_save: write checkpoints in the background; training stops only for the copy to host memory. A write that
             fails ends training after the next update.
         save_on_exception: where a callback, the data or an evaluation raises between two updates, save the run as it
-            stands as a checkpoint before the exception goes on. All ranks have to fail for that, as they write together.
+            stands as a checkpoint before the exception goes on. They write together: all ranks have to fail for it.
         seed: of the model's randomness and the order of the data.
         data_seed: of the order of the data alone; None means ``seed``.
         shuffle: draw a new order of the training data each epoch.

@@ -115,9 +115,9 @@ class Callbacks:
 
     def __init__(self, callbacks: Iterable[Callback], last: Iterable[Callback] = ()) -> None:
         self.first, self.last = list(callbacks), list(last)
-        self.listen()
+        self.find_listeners()
 
-    def listen(self) -> None:
+    def find_listeners(self) -> None:
         """Find out which events somebody hears.
 
         Raises:
@@ -138,7 +138,7 @@ class Callbacks:
     def add(self, callback: Callback) -> None:
         """Have one callback more, after those that were given."""
         self.first.append(callback)
-        self.listen()
+        self.find_listeners()
 
     def pop(self, callback: Callback | type[Callback]) -> Callback | None:
         """Have one callback less: the instance, or the first one of the class. None where there is none such."""
@@ -147,7 +147,7 @@ class Callbacks:
             return None
         self.first = [other for other in self.first if other is not found[0]]
         self.last = [other for other in self.last if other is not found[0]]
-        self.listen()
+        self.find_listeners()
         return found[0]
 
     def emit(self, event: str, fit: "Fit", **context: Any) -> None:

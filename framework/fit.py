@@ -4,6 +4,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,24 +229,25 @@ class Fit:
             begin_own(self)
         self.has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
-        if self.writer is not None:
-            self.writer.finish()
-        return self.run_in_directory(resume_from_checkpoint)
+        with self.in_directory(resume_from_checkpoint) as path:
+            return batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
 
-    def run_in_directory(self, resume_from_checkpoint: bool | str | Path | None) -> TrainOutput:
-        """Train in ``output_dir``, in which no other process trains meanwhile; see ``train``."""
+    @contextmanager
+    def in_directory(self, resume_from_checkpoint: bool | str | Path | None) -> Iterator[Path | None]:
+        """Entered around a run: no other process trains in ``output_dir`` meanwhile. Gives the checkpoint that the run
+        resumes from; see ``train``.
+        """
+        self.close_writer()
         self.directory = checkpoint.RunDirectory(self.strategy, self.args)
         with self.directory.at_work(resume_from_checkpoint) as path:
             try:
-                output = batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
+                yield path
             except BaseException:
                 if self.writer is not None:  # what it writes is still this run's
                     with contextlib.suppress(Exception):
                         self.writer.finish()
                 raise
-            if self.writer is not None:
-                self.writer.finish()
-            return output
+            self.close_writer()
 
     def run(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
@@ -264,6 +266,8 @@ class Fit:
                 self.rescue.save(self, error)
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
+                if self.writer is not None:
+                    self.writer.abandon()
                 raise
             finally:
                 self.loggers.flush()

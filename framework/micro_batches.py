@@ -29,7 +29,8 @@ def read_update(
 ) -> tuple[list[Any], Count | None]:
     """See ``Fit.get_batch_samples``. Collective where there are several ranks."""
     strategy, stream, count = fit.strategy, fit.stream, fit.objective.count
-    position, failure = stream.position, None
+    position = stream.position
+    failure: Exception | None = None
     batches: list[Any] = []
     items: Count = 0
     try:
@@ -75,7 +76,9 @@ def in_step(strategy: Strategy, stream: DataStream, batches: Iterator[Any]) -> I
         return
     comparison = InStep(strategy, "evaluation data")
     while True:
-        position, ahead, failure = stream.position, [], None
+        position = stream.position
+        failure: Exception | None = None
+        ahead: list[Any] = []
         try:
             ahead = list(itertools.islice(batches, AHEAD))
         except Exception as error:

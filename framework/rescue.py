@@ -5,6 +5,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import random_state
+from .batch_size import is_out_of_memory
 from .printing import say
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Rescue:
         step = fit.state.global_step
         if not self.is_on or not isinstance(error, Exception) or isinstance(error, CheckpointError):
             return  # what can't be written needn't be tried again
+        if fit.args.auto_find_batch_size and is_out_of_memory(error):
+            return  # the run may begin again with a smaller batch
         if not self.is_whole or self.saved_step == step:
             if not self.is_whole and step:
                 self.warn(f"it came in the middle of update {step + 1}, or before the first one of this run.")
@@ -77,9 +80,9 @@ class Rescue:
             fit.close_writer()
         except Exception as failure:
             self.warn(f"saving failed ({type(failure).__name__}: {failure}).")
-        else:
-            if fit.strategy.is_main:
-                say(f"{type(error).__name__} after update {step}: the run was saved as {path}.", sys.stderr)
+            return
+        if fit.strategy.is_main:
+            say(f"{type(error).__name__} after update {step}: the run was saved as {path}.", sys.stderr)
 
     def warn(self, why: str) -> None:
         """Say why nothing was saved."""

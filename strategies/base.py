@@ -397,7 +397,7 @@ class Strategy(PlacedModule):
         return reason
 
     def hear_failure(self) -> str | None:
-        """What ``tell_failure`` returns, for a rank that fails because another has: it waits for what that one tells."""
+        """What ``tell_failure`` returns, on a rank that fails because another has: waits for what that one tells."""
         return None
 
     def release(self, module: nn.Module) -> None:

@@ -147,6 +147,7 @@ class BackgroundWriter:
         self.strategy.drop_group(self.group)
 
     def abandon(self) -> None:
-        """End the thread once what is under way has been written or has failed; other ranks may be gone."""
+        """Training has failed, perhaps on this rank alone: the thread ends once what is under way has been written, or
+        has failed too. Nothing can be started any more.
+        """
         self.thread.shutdown(wait=False)
-        self.group = None

@@ -94,9 +94,7 @@ def test_data_that_fails_on_one_rank_ends_the_run_on_both_with_its_error(ranks: 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("predicts", [False, True])
-def test_an_evaluation_of_unequal_iterables_is_an_error(
-    ranks: dict[int, Ranks], strategy: str, predicts: bool
-) -> None:
+def test_an_evaluation_of_unequal_iterables_is_an_error(ranks: dict[int, Ranks], strategy: str, predicts: bool) -> None:
     # 9 and 11 micro-batches: the ranks differ in the second group that is read ahead.
     for said in ranks[2].run(evaluate_on, counts=[36, 44], strategy=strategy, predicts=predicts):
         assert "The ranks' evaluation data isn't equally long: rank 0 ran out after 9 micro-batches" in said

@@ -11,7 +11,8 @@ import pytest
 import torch
 from stratagem import Callback
 from stratagem.framework import journal
-from tiny import CLASSES, MakeFit, Regressor, RowStream, StopAt, Tagger, regression_rows, token_rows
+from stratagem.framework.module import IGNORED_LABEL
+from tiny import CLASSES, MakeFit, Regressor, RowStream, StopAt, Tagger, collate, regression_rows, token_rows
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 ROWS = [row for row in token_rows(14) if (row["labels"] != -100).any()]  # 12, of 1 to 6 labels
@@ -214,3 +215,38 @@ def test_gradient_checkpointing_lowers_the_peak_of_resident_memory(tmp_path: Pat
     print(f"peak beyond what the placed model holds, in MiB: {peaks}")
     assert peaks[False] > 432
     assert peaks[True] < peaks[False] - 300
+
+
+@pytest.mark.parametrize("counts_on_device", [False, True])
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
+def test_updates_without_a_label_that_counts_are_left_out_of_means(
+    make_fit: MakeFit, counts_on_device: bool, batch: int, accumulation: int
+) -> None:
+    class Counting(Tagger):
+        def count_items(self, batch: Any) -> Any:
+            return (batch["labels"] != IGNORED_LABEL).sum() if counts_on_device else super().count_items(batch)
+
+    rows = [{**row, "labels": row["tokens"].clone()} for row in token_rows(12)]
+    for row in (*rows[2:4], *rows[6:10]):  # the updates 2, 4 and 5
+        row["labels"][:] = IGNORED_LABEL
+    sizes: dict[str, Any] = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 6,
+        "learning_rate": 0.0,
+    }
+    fit = make_fit(Counting(), rows, logging_steps=2, **sizes)
+    output = fit.train()
+    with torch.no_grad():  # at a learning rate of 0 each update's loss is that of the weights there are
+        alone = [
+            float(fit.module.loss(fit.module(torch.stack([a["tokens"], b["tokens"]])), collate([a, b])))
+            for a, b in (rows[0:2], rows[4:6], rows[10:12])
+        ]
+    assert output.training_loss == pytest.approx(sum(alone) / 3, rel=1e-6)
+    logs = fit.state.log_history
+    assert [log["step"] for log in logs] == [2, 4, 6]
+    assert [log["loss"] for log in logs] == pytest.approx(alone, rel=1e-6)
+    each = make_fit(Counting(), rows, logging_steps=1, **sizes)
+    each.train()
+    assert ["loss" in log for log in each.state.log_history] == [True, False, True, False, False, True]
+    assert all("learning_rate" in log for log in each.state.log_history)

@@ -1,19 +1,23 @@
 """Loggers and the progress display: numbers are found where and as they were written."""
 
+import gc
 import json
 import os
 import pty
 import re
+import resource
 import select
+import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stratagem import Callback
-from stratagem.framework.loggers import Logger, get_loggers
+from stratagem.framework.loggers import Logger, LoggerWarning, get_loggers
 from stratagem.framework.loggers.json_lines import JsonLinesLogger
 from stratagem.framework.loggers.tensorboard import TensorBoardLogger
 from stratagem.precision import FP16Mixed
@@ -163,38 +167,139 @@ def test_tensorboard_elsewhere_beside_json_lines(make_fit: MakeFit, tmp_path: Pa
 
 
 class Noting(Logger):
-    """Notes what it is told."""
+    """Notes what it is told, and raises in the methods that it is told to, as often as it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, **raises: int) -> None:
         self.told: list[Any] = []
+        self.raises = raises
+
+    def note(self, method: str, *what: Any) -> None:
+        if self.raises.get(method, 0):
+            self.raises[method] -= 1
+            raise OSError(28, "No space left", f"{method}.txt")
+        self.told.append((method, *what))
 
     def open(self, fit: Any) -> None:
-        self.told.append(("open", fit.state.global_step))
+        self.note("open", fit.state.global_step)
+
+    def begin(self, fit: Any) -> None:
+        self.note("begin", fit.state.global_step)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self.told.append((sorted(metrics), step))
+        self.note("log", sorted(metrics)[-1], step)
+
+    def flush(self) -> None:
+        self.note("flush")
 
     def close(self) -> None:
-        self.told.append("close")
+        self.note("close")
 
 
-def test_a_logger_is_opened_told_and_closed(make_fit: MakeFit) -> None:
-    logger = Noting()
-    fit = make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[logger])
+def test_a_loggers_life_is_its_fits(make_fit: MakeFit) -> None:
+    logger, rows = Noting(), regression_rows(4)
+    fit = make_fit(Regressor(), rows, rows, max_steps=1, loggers=[logger])
     assert logger.told == []
+    fit.evaluate()
     fit.train()
-    assert logger.told == [("open", 0), (["epoch", "learning_rate", "loss"], 1), "close"]
+    fit.evaluate()
+    fit.predict(regression_rows(2))  # without labels, but "y" is none
+    fit.predict([{**row, "labels": row["y"]} for row in rows])
+    fit.train()
+    fit.close()
+    assert logger.told == [
+        ("open", 0),
+        ("log", "eval_loss", 0),
+        ("begin", 0),
+        ("log", "loss", 1),
+        ("flush",),
+        ("log", "eval_loss", 1),
+        ("log", "test_loss", 1),
+        ("begin", 0),
+        ("log", "loss", 1),
+        ("flush",),
+        ("close",),
+    ]
+    fit.close()
+    fit.evaluate()  # opens it once more
+    assert logger.told[11:] == [("open", 1), ("log", "eval_loss", 1)]
 
 
-def test_a_logger_is_closed_when_training_fails(make_fit: MakeFit) -> None:
-    class CantClose(Logger):
-        def close(self) -> None:
-            raise OSError("the disk is gone")
+def test_a_logger_is_closed_with_the_block_and_with_the_fit(make_fit: MakeFit) -> None:
+    logger, other = Noting(), Noting()
+    with make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[logger]) as fit:
+        fit.train()
+        assert logger.told[-1] == ("flush",)
+    assert logger.told[-1] == ("close",)
+    fit = make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[other])
+    fit.train()
+    del fit
+    gc.collect()
+    assert other.told[-1] == ("close",)
 
+
+def test_a_logger_is_flushed_when_training_fails(make_fit: MakeFit) -> None:
     logger = Noting()
+    data = [{"y": regression_rows(1)[0]["y"]}]
     with pytest.raises(ValueError, match="forward needs x"):
-        make_fit(Regressor(), [{"y": regression_rows(1)[0]["y"]}], max_steps=1, loggers=[CantClose(), logger]).train()
-    assert logger.told == [("open", 0), "close"]
+        make_fit(Regressor(), data, max_steps=1, loggers=[logger]).train()
+    assert logger.told[:3] == [("open", 0), ("begin", 0), ("flush",)]
+
+
+@pytest.mark.parametrize("method", ["open", "begin", "log", "flush", "close"])
+def test_a_logger_that_raises_is_warned_of_and_training_goes_on(make_fit: MakeFit, method: str) -> None:
+    bad, good = Noting(**{method: 3}), Noting()
+    fit = make_fit(Regressor(), regression_rows(8), max_steps=4, logging_steps=1, loggers=[bad, good])
+    said = rf"The logger Noting raised in {method} \(OSError: \[Errno 28\] No space left: '{method}.txt'\)"
+    with pytest.warns(LoggerWarning) as warned, fit:
+        assert fit.train().global_step == 4
+    assert re.match(said, str(warned[0].message))
+    assert [line[2] for line in good.told if line[0] == "log"] == [1, 2, 3, 4]
+    if method == "log":  # it is told the next numbers all the same, and what is missing is said
+        assert [line[2] for line in bad.told if line[0] == "log"] == [4]
+        assert [str(each.message) for each in warned[1:]] == [
+            "The logger Noting failed 3 times: numbers may be missing where it writes."
+        ]
+
+
+def test_json_lines_leave_out_whole_lines_that_the_disk_has_no_place_for(make_fit: MakeFit, tmp_path: Path) -> None:
+    file = tmp_path / "output" / "log.jsonl"
+
+    class Full(Callback):
+        """The file may not grow by more than 10 bytes from update 2 on, until update 4."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, hard))
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    fit = make_fit(Regressor(), regression_rows(8), max_steps=5, logging_steps=1, loggers=["jsonl"], callbacks=[Full()])
+    with pytest.warns(LoggerWarning, match="JsonLinesLogger raised in log"), fit:
+        fit.train()
+    assert [line["step"] for line in lines_of(file)] == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("logger", ["jsonl", "tensorboard"])
+def test_a_directory_that_is_removed_is_made_again(make_fit: MakeFit, tmp_path: Path, logger: str) -> None:
+    class Removing(Callback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            if state.global_step == 2:
+                fit.loggers.flush()
+                shutil.rmtree(tmp_path / "output")
+
+    arguments: dict[str, Any] = {"max_steps": 40, "logging_steps": 1, "callbacks": [Removing()]}
+    fit = make_fit(Regressor(), regression_rows(8), loggers=[logger], **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TensorBoard's thread, too, says that it failed
+        fit.train()
+        fit.evaluate(regression_rows(2))
+        fit.close()
+    if logger == "jsonl":
+        assert [line["step"] for line in lines_of(tmp_path / "output" / "log.jsonl")] == [*range(2, 41), 40]
+    else:
+        found = scalars_in(tmp_path / "output" / "tensorboard")
+        assert max(found["train/loss"]) == 40 and found["eval/loss"].keys() == {40}
 
 
 def test_unknown_loggers(make_fit: MakeFit) -> None:
@@ -297,3 +402,65 @@ def test_a_failure_in_a_terminal_gives_the_cursor_back_before_the_traceback() ->
     assert status == 1
     assert shown.rindex("\x1b[?25h") < shown.index("Traceback")
     assert "RuntimeError: it failed" in shown
+
+
+QUIET_PROGRAM = """
+import sys, time
+from stratagem import Callback, Fit
+from tiny import Regressor, regression_rows
+class Slow(Callback):
+    def on_step_end(self, args, state, control, **context):
+        time.sleep(0.05)
+rows = regression_rows(8)
+fit = Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", output_dir="unused",
+          max_steps=20, logging_steps=1)
+print("and then", fit.train().global_step)
+print(fit.state.global_step, "updates", file=sys.stderr)
+"""
+
+
+def quiet_program(**streams: Any) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", QUIET_PROGRAM], env=environment, stderr=subprocess.PIPE, text=True, **streams
+    )
+
+
+def check_quiet_end(program: "subprocess.Popen[str]") -> None:
+    """It came to its end with status 0, having said once that nobody hears it."""
+    errors = program.communicate(timeout=300)[1]
+    assert program.returncode == 0, errors
+    assert errors.count("OutputWarning: Nothing can be written to <stdout>") == 1
+    assert errors.splitlines()[-1] == "20 updates" and "Exception ignored" not in errors
+
+
+def test_a_reader_that_leaves_doesnt_end_the_run() -> None:
+    program = quiet_program(stdout=subprocess.PIPE)
+    assert program.stdout is not None and program.stdout.readline().startswith("update 1/20")
+    program.stdout.close()
+    program.stdout = None
+    check_quiet_end(program)
+
+
+def test_a_full_disk_behind_the_progress_lines_doesnt_end_the_run() -> None:
+    with open("/dev/full", "w") as full:
+        check_quiet_end(quiet_program(stdout=full))
+
+
+def test_a_lost_terminal_doesnt_end_the_run() -> None:
+    controller, terminal = pty.openpty()
+    program = quiet_program(stdout=terminal, stdin=subprocess.DEVNULL, start_new_session=True)
+    os.close(terminal)
+    assert os.read(controller, 1000)
+    os.close(controller)
+    check_quiet_end(program)
+
+
+def test_a_stdout_that_is_closed_or_gone_is_no_reason_to_fail(
+    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed = (tmp_path / "closed.txt").open("w")
+    closed.close()
+    for stream in (closed, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert make_fit(Regressor(), regression_rows(4), progress=True, max_steps=2, logging_steps=1).train()

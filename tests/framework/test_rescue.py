@@ -89,9 +89,10 @@ def test_a_callback_that_raises_between_two_updates(make_fit: MakeFit, tmp_path:
         fit.train()
     assert checkpoints(tmp_path) == ["checkpoint-3"]
     torch.manual_seed(0)
-    expected = make_fit(Dropping(), NoisyRows(40), rows, output_dir="unused", **evaluates, **{**RUN, "save_strategy": "no"})
+    options = {**RUN, **evaluates, "save_strategy": "no"}
+    expected = make_fit(Dropping(), NoisyRows(40), rows, output_dir="unused", **options)
     expected.train()
-    found = make_fit(Dropping(), NoisyRows(40), rows, **evaluates, **{**RUN, "save_strategy": "no"})
+    found = make_fit(Dropping(), NoisyRows(40), rows, **options)
     found.train(resume_from_checkpoint=True)
     later = [log for log in expected.state.log_history if log["step"] > 3]
     assert later and [log for log in found.state.log_history if log["step"] > 3] == later
@@ -148,9 +149,9 @@ def test_an_exception_after_a_checkpoint_saves_no_other(make_fit: MakeFit, tmp_p
     assert checkpoints(tmp_path) == ["checkpoint-3"]
 
 
-def test_with_async_save_the_checkpoint_is_there_before_the_exception_goes_on(make_fit: MakeFit, tmp_path: Path) -> None:
-    options = {**RUN, "save_steps": 2, "async_save": True}
-    fit = make_fit(Dropping(), NoisyRows(40), callbacks=[failing_in("on_step_end", 3)], save_on_exception=True, **options)
+def test_with_async_save_the_checkpoint_comes_before_the_exception_goes_on(make_fit: MakeFit, tmp_path: Path) -> None:
+    options = {**RUN, "save_steps": 2, "async_save": True, "save_on_exception": True}
+    fit = make_fit(Dropping(), NoisyRows(40), callbacks=[failing_in("on_step_end", 3)], **options)
     with pytest.raises(ZeroDivisionError):
         fit.train()
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3"]
