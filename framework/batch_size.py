@@ -149,7 +149,7 @@ def begin_with(fit: "Fit", args: FitArguments) -> None:
             per_device_train_batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
         )
-        fit.stream = fit.get_train_dataloader()
+        fit.stream = fit.train_stream()
 
 
 def size_in_checkpoint(args: FitArguments, path: Path | None) -> FitArguments:
@@ -205,7 +205,7 @@ class Start:
         self.is_untouched = False
         take_apart(fit)
         fit.strategy.begin_again()
-        fit.stream = fit.get_train_dataloader()
+        fit.stream = fit.train_stream()
         fit.callbacks.load_state_dict(copy.deepcopy(self.callbacks))
         flags, fit.exchange.asked, fit.exchange.agreed = self.flags
         fit.control.set(flags)

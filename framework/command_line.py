@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..precision.registry import ALIASES as PRECISION_ALIASES
 from ..precision.registry import PRECISIONS
@@ -135,7 +136,8 @@ def run_parity(options: argparse.Namespace) -> int:
 def parity_table(recipe: parity.Recipe, rows: Sequence[parity_ranks.Row]) -> Table:
     """The rows as people read them."""
     table = Table(
-        title=f"{recipe.module}: {recipe.updates} updates of {recipe.batch_size} samples in {recipe.precision}",
+        # As Text: in a string rich takes ":model:" for an emoji, and "[...]" for a style.
+        title=Text(f"{recipe.module}: {recipe.updates} updates of {recipe.batch_size} samples in {recipe.precision}"),
         caption="Largest relative differences to the first row: loss of all updates, gradients of the first one.",
     )
     for heading in ("strategy", "ranks", "loss", "gradient", "tolerance", "first to diverge"):

@@ -53,12 +53,15 @@ def run(
             count = objective.count(batch)
             is_mine = not isinstance(batch, Weightless)
             inputs = strategy.to_device(batch.batch if isinstance(batch, Weightless) else batch)
-            with strategy.forward_context():
-                outputs = objective.forward(model, inputs)
-                values: dict[str, Tensor] = {}
-                if not predict or labels_of(inputs) is not None:
-                    loss, extras = objective.loss(outputs, inputs)
-                    values = {"loss": strategy.local_loss(loss), **extras}
+            values: dict[str, Tensor] = {}
+            if not predict or labels_of(inputs) is not None:
+                loss, outputs, extras, _ = fit.find_loss(model, inputs, count, wants_outputs=True)
+                values = {"loss": strategy.local_loss(loss), **extras}
+                if outputs is None and (metrics or keeps):
+                    raise missing_outputs(fit)
+            else:
+                with strategy.forward_context():
+                    outputs = objective.forward(model, inputs)
             if is_mine:
                 if values:
                     sums["items"] = sums.get("items", 0.0) + torch.as_tensor(count, device=strategy.device).double()
@@ -148,6 +151,14 @@ def alone(outputs: Any) -> Any:
     if isinstance(outputs, dict | tuple) and len(outputs) == 1:
         return next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
     return outputs
+
+
+def missing_outputs(fit: "Fit") -> TypeError:
+    """The error for an overridden compute_loss whose outputs are needed and not there."""
+    return TypeError(
+        f"{type(fit).__name__}.compute_loss returned a loss alone, and metrics and predictions are made of the outputs. "
+        "Have it return (loss, outputs) where return_outputs=True."
+    )
 
 
 def host_states(metric: Any) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from . import (
     fresh,
     journal,
     loop,
+    overriding,
     pretrained,
     random_state,
     torch_settings,
@@ -43,7 +44,7 @@ from .loggers import Logger, Loggers, get_loggers
 from .memory import MemoryByStage
 from .micro_batches import read_update
 from .module import TrainModule
-from .objective import Count, Objective, Weightless, weigh, without_loss
+from .objective import NO_EXTRAS, Count, Objective, Weightless, weigh, without_loss
 from .optimizer_mode import OptimizerMode
 from .rescue import Rescue
 from .run_length import run_length
@@ -131,6 +132,7 @@ class Fit:
         module_init: Callable[[Any], TrainModule] | None = None,
         **arguments: Any,
     ) -> None:
+        overriding.check_fit(type(self), Fit)
         self.args = batch_size.checked((args or FitArguments()).replace(**arguments), train_data)
         self.requested = self.running = self.args  # as given, and of this run: max_steps is not resolved yet
         output_dir = Path(self.args.output_dir)
@@ -145,6 +147,16 @@ class Fit:
         self.own_trial: Any = None  # whose arguments are the Fit's own: the best one of a search
         self.given_callbacks = list(callbacks)
         check_combination(self.args, self.strategy, module, eval_data, compute_loss_func)
+        overriding.check_module(type(module), TrainModule)
+        overriding.warn_options_without_effect(
+            type(self),
+            Fit,
+            {
+                "compute_loss_func": compute_loss_func,
+                "label_smoothing_factor": self.args.label_smoothing_factor,
+                "past_index": self.args.past_index >= 0,
+            },
+        )
         start_ranks(self.strategy, devices, max_restarts)
         given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
@@ -169,11 +181,11 @@ class Fit:
             if self.args.save_strategy != "no":
                 self.check_can_save()
             check_optimizer_by_name(self.args, self.strategy)
-            self.stream = self.get_train_dataloader()
+            self.stream = self.train_stream()
             beginning.resolve_length(self)
         if eval_data is not None:
             for data in eval_data.values() if isinstance(eval_data, Mapping) else [eval_data]:
-                self.get_eval_dataloader(data)  # so that unusable data is refused now, not after an hour of training
+                self.eval_stream(data)  # so that unusable data is refused now, not after an hour of training
         self.state = TrainState()
         self.control = Control()
         self.exchange = UpdateExchange(self.strategy, self.control, InStep(self.strategy, "train_data"))
@@ -189,6 +201,8 @@ class Fit:
         self.writer: checkpoint.BackgroundWriter | None = None
         self.rescue = Rescue(is_on=False)  # outside of training
         self._loss_was_checked = False
+        self.overrides_loss = overriding.is_overridden(type(self), Fit, "compute_loss")
+        self.override_divides = self.overrides_loss and overriding.reads_count(type(self), Fit)
         self.random_to_restore: dict[str, Any] | None = None
         self.has_trained = False
         self.emit("on_init_end")
@@ -361,25 +375,62 @@ class Fit:
             inputs = inputs.batch
         inputs = self.strategy.to_device(inputs)
         is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
-        if is_empty:
-            loss, outputs = self.compute_loss(model, inputs, True, num_items_in_batch)
-            loss = without_loss(loss, outputs)
-        else:
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self.overrides_loss or is_empty:
+            loss, outputs, extras, is_share = self.find_loss(model, inputs, count, num_items_in_batch, is_empty)
+            if is_empty:
+                loss = without_loss(loss, outputs)
+        else:  # called from here: every frame between a user's forward and train is one more to read in a traceback
+            loss = self.compute_loss(model, inputs, False, num_items_in_batch)
+            extras, is_share = self.objective.note()
         loss = self.strategy.local_loss(loss)
         if not self._loss_was_checked:
             self.objective.check(loss)
             self._loss_was_checked = True
         ranks = self.strategy.gradient_ranks
         num_items = count if num_items_in_batch is None else num_items_in_batch
-        if is_empty or not self.objective.takes_num_items:
+        if is_empty or not is_share:
             loss = weigh(loss, count, num_items, ranks, self.strategy.factor)
         elif ranks > 1:
             loss = loss * ranks
         self.strategy.backward(loss)
-        for name, value in self.extras.items():
+        for name, value in extras.items():
             self.averages.add_share(name, weigh(value, count, num_items, 1, self.strategy.factor))
         return loss.detach() if ranks == 1 else loss.detach() / ranks
+
+    def find_loss(
+        self, model: nn.Module, inputs: Any, count: Count, num_items: Count | None = None, wants_outputs: bool = False
+    ) -> tuple[Tensor, Any, Mapping[str, Tensor], bool]:
+        """The loss of one micro-batch by ``compute_loss``, Fit's own or an overridden one, in training and evaluation.
+
+        Args:
+            model: the placed model.
+            inputs: on the device.
+            count: items in the micro-batch.
+            num_items: items in the whole update; None if this batch is all of it.
+            wants_outputs: also return what forward returned.
+
+        Returns:
+            (loss, outputs, extras, is_share): outputs None where they aren't wanted, or not returned; extras by name,
+            0-dim; whether the loss is divided by ``num_items`` already.
+        """
+        objective, outputs = self.objective, None
+        if not self.overrides_loss:
+            loss = self.compute_loss(model, inputs, wants_outputs, num_items)
+            if wants_outputs:
+                loss, outputs = loss
+            return loss, outputs, *objective.note()
+        objective.forget_note()
+        at_least = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
+        with self.compute_loss_context_manager():
+            found = self.compute_loss(
+                model,
+                overriding.own_inputs(inputs),
+                return_outputs=wants_outputs,
+                num_items_in_batch=at_least if num_items is None else num_items,
+            )
+        loss, outputs, own_extras = overriding.loss_and_outputs(found)
+        extras, is_share = objective.note() if objective.noted else (NO_EXTRAS, self.override_divides)
+        return loss, outputs, {**extras, **own_extras}, is_share
 
     def compute_loss(
         self,
@@ -388,7 +439,8 @@ class Fit:
         return_outputs: bool = False,
         num_items_in_batch: Count | None = None,
     ) -> Any:
-        """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise.
+        """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise, with
+        or without this method's help; training, evaluation and the losses of ``predict`` follow it (docs/overriding.md).
 
         Args:
             model: the placed model.
@@ -397,12 +449,17 @@ class Fit:
             num_items_in_batch: items in the whole update; handed to a loss that names it.
 
         Returns:
-            The 0-dim mean loss, or (loss, outputs).
+            The 0-dim mean loss, or (loss, outputs). An override may return a mapping that holds "loss" in its place.
+            One that reads ``num_items_in_batch``, and doesn't call this method, returns a sum over items divided by it.
         """
         with self.strategy.forward_context():
             outputs = self.objective.forward(model, inputs)
-            loss, self.extras = self.objective.loss(outputs, inputs, num_items_in_batch)
+            loss, _ = self.objective.loss(outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around an overridden ``compute_loss``: the run's precision, and what the strategy needs in forward."""
+        return self.strategy.forward_context()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -460,13 +517,27 @@ class Fit:
             self.strategy.restore_random_state(self.random_to_restore)
             self.random_to_restore = None
 
-    def get_train_dataloader(self) -> DataStream:
-        """The stream of training batches of this rank."""
+    def get_train_dataloader(self) -> Any:
+        """The stream of training batches of this rank. An override may return a DataLoader, a Dataset or an
+        IterableDataset, which is then taken as ``train_data`` would be.
+        """
         return make_stream(self.train_data, self.args, self.strategy, training=True)
 
-    def get_eval_dataloader(self, data: Any) -> DataStream:
-        """The stream of evaluation batches of this rank."""
+    def get_eval_dataloader(self, data: Any) -> Any:
+        """The stream of evaluation batches of this rank; an override as for training. Called for each evaluation."""
         return make_stream(data, self.args, self.strategy, training=False)
+
+    def train_stream(self) -> DataStream:
+        """What ``get_train_dataloader`` gives, as a stream."""
+        return self.as_stream(self.get_train_dataloader(), training=True)
+
+    def eval_stream(self, data: Any) -> DataStream:
+        """What ``get_eval_dataloader`` gives, as a stream."""
+        return self.as_stream(self.get_eval_dataloader(data), training=False)
+
+    def as_stream(self, data: Any, *, training: bool) -> DataStream:
+        """A stream as it is, and a stream over any other data."""
+        return data if isinstance(data, DataStream) else make_stream(data, self.args, self.strategy, training=training)
 
     def batches(self, stream: DataStream, epoch: int) -> Iterator[Any]:
         """This rank's micro-batches of one epoch, each cut to the rank's part where ranks share samples."""
@@ -561,7 +632,7 @@ class Fit:
         with self.optimizer_mode.evaluating():
             for name, part in named.items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-                metrics |= evaluation.run(self, self.get_eval_dataloader(part), prefix, ignore_keys or ())[0]
+                metrics |= evaluation.run(self, self.eval_stream(part), prefix, ignore_keys or ())[0]
         self.log(metrics)
         self.emit("on_evaluate", metrics=metrics)
         return metrics
@@ -573,7 +644,7 @@ class Fit:
         them.
         """
         self.place()
-        stream = self.get_eval_dataloader(data)
+        stream = self.eval_stream(data)
         with self.optimizer_mode.evaluating():
             found = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
         metrics, predictions, labels = found

@@ -87,7 +87,7 @@ def take_apart(fit: "Fit") -> None:
         fit.writer.abandon()
         fit.writer = None
     # A worker process that loads data would keep this rank's connections open, as it has inherited them.
-    for name in ("scheduler", "extras", "stream", "optimizer_mode"):
+    for name in ("scheduler", "stream", "optimizer_mode"):
         fit.__dict__.pop(name, None)
     fit.grad_norm = None
     if "objective" in fit.__dict__:
@@ -169,7 +169,7 @@ def change_arguments(fit: "Fit", args: FitArguments) -> None:
     fit.running = fit.args = args
     equip(fit)
     listen(fit)
-    fit.stream = fit.get_train_dataloader()
+    fit.stream = fit.train_stream()
     if fit.placed:
         fit.initial_options = beginning.options_by_parameter(fit.module.configure_optimizer(args), fit.strategy)
 

@@ -41,6 +41,7 @@ class Objective:
 
     Attributes:
         past: what the next batch is handed.
+        noted: what ``note`` returns; None before the first loss.
         takes_num_items: whether the loss divides by the global count itself.
     """
 
@@ -55,6 +56,7 @@ class Objective:
         self.label_smoothing = label_smoothing
         self.past_index = past_index
         self.past: Any = None
+        self.noted: tuple[Mapping[str, Tensor], bool] | None = None
         self.call = forward_call(module)
         # The model's outputs for a batch on the device. No method of our own around it: a user's trace stays short.
         self.forward = self.call if past_index < 0 else self.forward_with_past
@@ -105,6 +107,8 @@ class Objective:
         options = {}
         if self.takes_num_items:
             options["num_items_in_batch"] = self.count(batch) if num_items is None else num_items
+        is_share = self.takes_num_items and num_items is not None
+        self.noted = NO_EXTRAS, is_share
         loss: Tensor | Mapping[str, Tensor]
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
@@ -126,7 +130,21 @@ class Objective:
             raise ValueError(
                 f"{self.name} returned a mapping without 'loss'. Its keys are {', '.join(map(repr, loss))}."
             )
-        return loss["loss"], {name: value.detach() for name, value in loss.items() if name != "loss"}
+        extras = {name: value.detach() for name, value in loss.items() if name != "loss"}
+        self.noted = extras, is_share
+        return loss["loss"], extras
+
+    def note(self) -> tuple[Mapping[str, Tensor], bool]:
+        """What Fit.compute_loss can't return beside a loss, as its signature is transformers': of the last ``loss``, the
+        extras, and whether it is divided by the items of the whole update already. Whoever calls compute_loss asks next.
+        """
+        noted = self.noted
+        assert noted is not None
+        return noted
+
+    def forget_note(self) -> None:
+        """Before a compute_loss that may find its loss without this object."""
+        self.noted = None
 
     def check(self, loss: Any) -> None:
         """Refuse a loss that can't be trained on.

@@ -1,13 +1,14 @@
 """Parity: one module, one seed checkpoint, the same global batches, under several strategies; how far they come apart.
 
-A run records, whole and by name: the loss and the gradient norm of every update, the gradients of the first update, and
-the weights after it. The gradients are those that the optimizer is given: reduced over ranks and unscaled. They are
+A run records, whole and by name: the loss and the gradient norm of every update, the gradients of the first update, the
+weights after it, and in a few numbers what goes into each layer and comes out of it in the first update. The gradients are those that the optimizer is given: reduced over ranks and unscaled. They are
 taken after clipping, but at a limit that no norm reaches, so that the norm is computed and compared like everything
 else, and a wrong one can't change gradients that are right. "First" is the first that loss scaling doesn't skip.
 
 ``record`` runs in every rank of one strategy; ``parity_ranks.compare_strategies`` starts one strategy after another.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ from ..strategies.base import Strategy
 from .callbacks import Callback
 from .fit import Fit
 from .module import TrainModule
+from .parity_forward import FailedInLayer, LayerWatch, WithoutDropout, first_difference
 
 TOLERANCE, REORDERED_TOLERANCE = 1e-6, 1e-4  # relative, in float32
 # torch adds up squares in float32: over some million entries the norm is right to a few 1e-6, and better where shards
@@ -67,6 +69,7 @@ class Recording:
         gradients: of the first update, whole, by parameter name in the module's order.
         weights: parameters and persistent buffers after the first update, whole, by name.
         reorders_sums: the strategy's.
+        layers: inputs and outputs of layers in the first update, see ``parity_forward.LayerWatch.gathered``.
     """
 
     losses: list[float]
@@ -75,19 +78,21 @@ class Recording:
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
     reorders_sums: bool
+    layers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write it: numbers and the order of names as JSON, tensors as safetensors."""
         # safetensors orders tensors its own way.
-        names = {"gradients": list(self.gradients), "weights": list(self.weights)}
+        tensors = {"gradients": self.gradients, "weights": self.weights, "layers": self.layers}
         numbers = {
             "losses": self.losses,
             "norms": self.norms,
             "first": self.first,
             "reorders_sums": self.reorders_sums,
         }
-        save_file(self.gradients, directory / "gradients.safetensors")
-        save_file(self.weights, directory / "weights.safetensors")
+        for part, held in tensors.items():
+            save_file({name: tensor.contiguous() for name, tensor in held.items()}, directory / f"{part}.safetensors")
+        names = {part: list(held) for part, held in tensors.items()}
         (directory / "recording.json").write_text(json.dumps({"names": names, "numbers": numbers}))
 
     @classmethod
@@ -115,17 +120,26 @@ class Recorder(Callback):
         self.first = 0
         self.gradients: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
+        self.watch = LayerWatch()
+        self.layers: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-        """Save the seed."""
+        """Save the seed, and watch the layers, which are placed."""
         if self.saves_seed:
             context["fit"].save_checkpoint()
+        self.watch.watch(context["fit"].module)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        """Note what layers do until the first update is found."""
+        self.watch.begin()
+        self.watch.is_noting = not self.first
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Take the gradients. All ranks gather them."""
         fit = context["fit"]
         if not self.first and torch.isfinite(fit.grad_norm):  # the norm is the same on all ranks
             self.first = state.global_step + 1
+            self.layers = self.watch.gathered(fit.strategy)
             self.gradients = taken(fit.strategy, fit.strategy.full_gradients())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
@@ -197,7 +211,13 @@ def record(
             f"multiple of {readers}."
         )
     # Only now is it known how many ranks the batch is for.
-    fit.train(resume_from_checkpoint=seed_checkpoint, trial={"per_device_train_batch_size": share})
+    try:
+        with WithoutDropout():
+            fit.train(resume_from_checkpoint=seed_checkpoint, trial={"per_device_train_batch_size": share})
+    except Exception as error:
+        if recorder.watch.inside:
+            raise FailedInLayer(recorder.watch.inside[-1], error) from error
+        raise
     return Recording(
         recorder.losses,
         recorder.norms,
@@ -205,11 +225,14 @@ def record(
         recorder.gradients,
         recorder.weights,
         strategy.reorders_sums,
+        recorder.layers,
     )
 
 
 def silence_dropout(module: nn.Module) -> None:
-    """Switch dropout off: ranks draw masks of their own, so no two strategies would compute the same."""
+    """Switch dropout layers off: ranks draw masks of their own, so no two strategies would compute the same. Those that
+    a forward calls as functions are switched off by ``WithoutDropout``.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd):
             layer.p = 0.0
@@ -265,6 +288,9 @@ def compare(reference: Recording, other: Recording, tolerance: float) -> Differe
     wrong what comes after it. Where all gradients agree and the losses don't, it is sought in the weights after the
     first update, relative to their own norm: then the optimizer did something else.
 
+    Where something is wrong from the first update on, and the forward passes part, that is where it begins: the layer
+    that parts first is named before the gradients. Where they don't part and the loss does, the loss is.
+
     Args:
         reference: what is right.
         other: what is judged.
@@ -286,6 +312,11 @@ def compare(reference: Recording, other: Recording, tolerance: float) -> Differe
         diverges_at = f"the first update with finite gradients is {other.first or 'none'}, not {first}"
     elif wrong := [name for name, value in gradients.items() if value > tolerance]:
         diverges_at = f"{wrong[0]} ({len(wrong)} of {len(gradients)} gradients)"
+        begins_at = first_difference(reference.layers, other.layers, tolerance)
+        if not begins_at and losses[first - 1] > tolerance and reference.layers and other.layers:
+            begins_at = f"loss of update {first} (forward agrees)"
+        if begins_at:
+            diverges_at = f"{begins_at}, {diverges_at}"
     elif norm > max(tolerance, NORM_TOLERANCE):
         diverges_at = f"gradient norm of update {first}, by {norm:.1e}"
     elif max(losses) > tolerance:

@@ -26,6 +26,7 @@ from ..precision.registry import did_you_mean
 from ..strategies.base import Strategy
 from ..strategies.registry import ALIASES, STRATEGIES, get_strategy
 from .parity import Difference, Recipe, Recording, compare, default_tolerance, record
+from .parity_forward import FailedInLayer
 
 COMBINATIONS: Mapping[str, tuple[str, Mapping[str, Any], int]] = {
     "fsdp2xtp": ("fsdp2", {"tensor_parallel": 2}, 2),
@@ -244,6 +245,13 @@ def load_functions(target: str, *others: str) -> list[Callable[[], Any]]:
     return [getattr(module, wanted) for wanted in (name, *others)]
 
 
+def short(error: BaseException) -> str:
+    """An error in a line: with the layer, where it comes from one."""
+    if isinstance(error, FailedInLayer):
+        return str(error)
+    return traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
+
+
 def main() -> None:
     """One rank of one run."""
     file = Path(sys.argv[1])
@@ -261,7 +269,7 @@ def main() -> None:
     except BaseException as error:
         failure = {
             "time": time.time_ns(),
-            "error": traceback.format_exception_only(error)[-1].strip().splitlines()[-1],
+            "error": short(error),
             "traceback": traceback.format_exc(),
         }
         (file.parent / f"failure-{os.environ['RANK']}.json").write_text(json.dumps(failure))

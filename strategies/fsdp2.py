@@ -95,6 +95,7 @@ class FSDP2(ProcessGroupStrategy):
     context: "ContextParallel | None" = None
     cut_features: CutFeatures | None = None
     compiles_blocks = False
+    is_loss_parallel = False
 
     @property
     def splits_classes(self) -> bool:
@@ -243,11 +244,16 @@ class FSDP2(ProcessGroupStrategy):
     @contextmanager
     def own_operators(self) -> Iterator[None]:
         """Loss parallelism needs a cross-entropy of its own, context parallelism an attention."""
-        with (
-            loss_parallel() if self.options.loss_parallel else nullcontext(),
-            self.context.whole_attention() if self.context else nullcontext(),
-        ):
-            yield
+        enters = self.options.loss_parallel and not self.is_loss_parallel  # torch's isn't to be entered twice
+        self.is_loss_parallel = self.is_loss_parallel or enters
+        try:
+            with (
+                loss_parallel() if enters else nullcontext(),
+                self.context.whole_attention() if self.context else nullcontext(),
+            ):
+                yield
+        finally:
+            self.is_loss_parallel = self.is_loss_parallel and not enters
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:

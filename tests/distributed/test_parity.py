@@ -3,17 +3,21 @@
 import dataclasses
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
+from rich.console import Console
 from stratagem import TrainModule
-from stratagem.framework.command_line import main
+from stratagem.framework.command_line import main, parity_table
 from stratagem.framework.parity import Recipe, Recording, compare, default_tolerance, record
+from stratagem.framework.parity_forward import FailedInLayer, difference, moments
 from stratagem.framework.parity_ranks import Case, launch, load_functions
-from stratagem.strategies import Single
+from stratagem.strategies import Single, get_strategy
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -101,6 +105,109 @@ def test_a_wrong_module_is_named_and_a_failing_strategy_shows_its_error(capsys: 
     assert "blocks.1.norm.bias (1 of 14 gradients)" in shown.out
     assert "failed" in shown.out
     assert "ValueError: Tensor parallelism needs to know how Wrong is cut" in shown.err
+
+
+# Planted faults, each of which is to be named where it begins.
+
+
+class Planted(Right):
+    """Right, but for one fault on the ranks of a group."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        if fault == "batch statistics":
+            self.blocks[0].norm = nn.BatchNorm1d(5)
+        if fault == "a gradient lost":
+            self.blocks[1].up.weight.register_hook(lambda gradient: gradient * (rank_here() == 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if self.fault == "noise by rank" and number == 0:
+                x = x * (1.0 + 0.1 * rank_here())
+            if self.fault == "F.dropout":
+                x = nn.functional.dropout(x, 0.5, training=self.training)
+        if self.fault == "an error":
+            x = self.blocks[1].down(x)  # of the wrong width
+        return self.head(x)
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        loss = super().loss(outputs, batch)
+        return loss * len(outputs) if self.fault == "a sum" else loss
+
+
+def rank_here() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+FAULTS = {
+    "none": r"^$",
+    "F.dropout": r"^$",
+    "noise by rank": r"^input of blocks\.1 \(forward, by [^;]+; 5 of 11 layers\), .* gradients\)$",
+    "batch statistics": r"^blocks\.0\.norm \(forward, by [^;]+; .* of 11 layers\), ",
+    "a sum": r"^loss of update 1 \(forward agrees\), .* \(14 of 14 gradients\)$",
+    "a gradient lost": r"^blocks\.1\.up\.weight \(1 of 14 gradients\)$",
+    "an error": r"^in the forward of blocks\.1\.down: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+}
+
+
+def named_faults(directory: str, strategy: str, faults: list[str]) -> dict[str, str]:
+    """What the comparison with one rank names, for each fault, under a strategy on these ranks."""
+    named = {}
+    for fault in faults:
+        folder = Path(directory) / fault
+        placed = get_strategy(strategy)
+        own = folder / strategy
+        recipe = Recipe("", updates=2)
+        try:
+            found = record(Planted(fault), parity_data(), placed, recipe, own, folder / "checkpoint-0")
+        except FailedInLayer as error:
+            named[fault] = str(error)
+            continue
+        if placed.is_main:
+            tolerance = default_tolerance(recipe.precision, found.reorders_sums)
+            named[fault] = compare(Recording.load(folder), found, tolerance).diverges_at
+    return named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "tp"])
+def test_a_planted_fault_is_named_where_it_begins(strategy: str, ranks: dict[int, Ranks], tmp_path: Path) -> None:
+    # The ranks of a tensor-parallel pair see one batch: what depends on the number of samples is no fault there.
+    faults = list(FAULTS)[:-1] if strategy == "ddp" else ["none", "F.dropout", "noise by rank"]
+    for fault in faults:
+        torch.manual_seed(1)
+        (tmp_path / fault).mkdir()
+        recipe = Recipe("", updates=2)
+        record(Planted(fault), parity_data(), Single(device="cpu"), recipe, tmp_path / fault).save(tmp_path / fault)
+    named = ranks[2].run(named_faults, directory=str(tmp_path), strategy=strategy, faults=faults)[0]
+    for fault in faults:
+        assert re.search(FAULTS[fault], named[fault]), f"{fault}: {named[fault]!r}"
+
+
+def test_an_error_is_told_with_its_layer(tmp_path: Path) -> None:
+    module = Planted("an error")
+    with pytest.raises(FailedInLayer, match=FAULTS["an error"]):
+        record(module, parity_data(), Single(device="cpu"), Recipe("", updates=1), tmp_path)
+
+
+def test_the_title_shows_names_with_colons_and_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(width=140).print(parity_table(Recipe("models.py:llama:[bold]"), []))
+    assert "models.py:llama:[bold]: 20 updates of 8 samples in 32-true" in capsys.readouterr().out
+
+
+def test_parts_of_a_tensor_on_several_ranks_are_compared_with_the_whole() -> None:
+    whole = torch.randn(4, 6)
+    parts = torch.stack([moments(whole[:, :2]), moments(whole[:, 2:])])
+    repeated = torch.stack([moments(whole), moments(whole * 1.001)])
+    reference = moments(whole)[None]
+    assert difference(reference, parts) < 1e-12
+    assert difference(reference, repeated) == pytest.approx(1e-3, rel=0.7)
+    assert difference(reference, moments(whole.flip(0))[None]) > 0.1
+    assert difference(reference, moments(whole[:, :5])[None]) == 0.0  # of another size: nothing can be said
+    totals = moments(whole.reshape(8, 3))[None]
+    assert difference(reference, totals) < 1e-12
 
 
 # The comparison, without ranks.

@@ -181,7 +181,7 @@ def test_a_list_longer_than_forward_says_how_the_shorter_last_one_is_meant() -> 
 
 
 def test_a_list_of_tensors_that_may_be_columns_or_samples_is_refused() -> None:
-    with pytest.raises(ValueError, match="may hold 2 samples or 4. Have collate_fn return a tuple if they are 4"):
+    with pytest.raises(ValueError, match=r"may hold 2 samples or 4\. Have collate_fn return a tuple if they are 4"):
         Regressor().count_items([torch.ones(4, 3), torch.ones(4, 1)])
 
 

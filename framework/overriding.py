@@ -1,0 +1,201 @@
+"""Which methods of Fit a subclass may replace, and what is said of the others: docs/overriding.md is the page about it.
+
+A method that is never called is worse than an error: its author believes in it. So a Fit refuses the names by which
+transformers' Trainer calls its own steps, warns of methods of its own that it doesn't promise to call, and of
+Lightning's names on a module, each with the name that does the same here.
+"""
+
+import copy
+import inspect
+import types
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+OVERRIDABLE = (
+    "train", "training_step", "compute_loss", "compute_loss_context_manager", "get_batch_samples",
+    "get_train_dataloader", "get_eval_dataloader", "evaluate", "predict", "log", "save_checkpoint", "export",
+    "save_pretrained", "hyperparameter_search",
+)  # fmt: skip
+"""Methods of Fit that it calls by name, wherever it needs what they do."""
+
+OF_TRANSFORMERS = {
+    "prediction_step": "compute_loss, which evaluate and predict call for each batch, with return_outputs=True",
+    "evaluation_loop": "evaluate or predict",
+    "prediction_loop": "evaluate or predict",
+    "create_optimizer": "TrainModule.configure_optimizer(self, args)",
+    "create_scheduler": "TrainModule.configure_scheduler(self, optimizer, args)",
+    "create_optimizer_and_scheduler": "TrainModule.configure_optimizer and configure_scheduler",
+    "get_optimizer_cls_and_kwargs": "TrainModule.configure_optimizer(self, args)",
+    "get_decay_parameter_names": "TrainModule.configure_optimizer(self, args)",
+    "get_test_dataloader": "get_eval_dataloader(self, data), which predict calls, too",
+    "_get_train_sampler": "get_train_dataloader(self)",
+    "_get_eval_sampler": "get_eval_dataloader(self, data)",
+    "_prepare_inputs": "training_step(self, model, inputs, num_items_in_batch=None)",
+    "_inner_training_loop": "training_step, get_batch_samples, or a Callback",
+    "_maybe_log_save_evaluate": "log, evaluate and save_checkpoint, or a Callback",
+    "_save_checkpoint": "save_checkpoint(self)",
+    "_save": "save_checkpoint(self), export(self, path) or save_pretrained(self, directory)",
+    "save_model": "export(self, path) or save_pretrained(self, directory)",
+    "call_model_init": "Fit(module_init=)",
+    "floating_point_ops": "TrainModule.flops_per_token(self, parameter_count)",
+    "autocast_smart_context_manager": "compute_loss_context_manager(self)",
+}
+"""Names of transformers' Trainer that nothing here calls, and what is called instead."""
+
+OF_LIGHTNING = {
+    "training_step": "forward and loss(self, outputs, batch); for the rest of a step, Fit.training_step",
+    "validation_step": "loss(self, outputs, batch) and metrics(self)",
+    "test_step": "loss(self, outputs, batch) and metrics(self)",
+    "predict_step": "forward",
+    "configure_optimizers": "configure_optimizer(self, args) and configure_scheduler(self, optimizer, args)",
+    "configure_model": "build(self)",
+    "configure_callbacks": "Fit(callbacks=)",
+    "configure_gradient_clipping": "FitArguments.max_grad_norm",
+    "train_dataloader": "Fit(train_data=)",
+    "val_dataloader": "Fit(eval_data=)",
+    "predict_dataloader": "Fit.predict(data)",
+    "optimizer_step": "a Callback's on_pre_optimizer_step and on_optimizer_step",
+    "lr_scheduler_step": "configure_scheduler(self, optimizer, args)",
+    "on_train_start": "a Callback's on_train_begin",
+    "on_train_end": "a Callback's on_train_end",
+    "on_train_epoch_start": "a Callback's on_epoch_begin",
+    "on_train_epoch_end": "a Callback's on_epoch_end",
+    "on_train_batch_start": "a Callback's on_step_begin",
+    "on_train_batch_end": "a Callback's on_step_end",
+    "on_validation_epoch_end": "a Callback's on_evaluate",
+    "on_before_optimizer_step": "a Callback's on_pre_optimizer_step",
+}
+"""Names of a LightningModule that nothing here calls on a TrainModule, and what is called instead."""
+
+COUNT = "num_items_in_batch"
+
+
+def check_fit(fit: type, base: type) -> None:
+    """Refuse or warn of what a subclass of Fit defines in vain.
+
+    Args:
+        fit: the class of the object.
+        base: Fit.
+
+    Raises:
+        TypeError: a name of transformers' Trainer that is never called, or a compute_loss that can't be called.
+    """
+    if fit is base:
+        return
+    own = {name for kind in own_classes(fit, base) for name, value in vars(kind).items() if callable(value)}
+    for name in sorted(own & OF_TRANSFORMERS.keys()):
+        raise TypeError(f"{fit.__name__}.{name} would never be called: that is transformers' name. Here it is "
+                        f"{OF_TRANSFORMERS[name]}.")  # fmt: skip
+    inner = sorted(name for name in own if hasattr(base, name) and name not in OVERRIDABLE and name[:2] != "__")
+    if inner:
+        warnings.warn(
+            f"{fit.__name__} overrides {', '.join(inner)} of Fit, which may be called otherwise, or not at all, in another "
+            f"version. What is meant to be overridden: {', '.join(OVERRIDABLE)}.",
+            stacklevel=3,
+        )
+    try:
+        inspect.signature(fit.compute_loss).bind(None, None, None, return_outputs=True, num_items_in_batch=1)  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise TypeError(
+            f"{fit.__name__}.compute_loss is called as compute_loss(model, inputs, return_outputs=..., "
+            f"{COUNT}=...), and can't be: {error}. Write compute_loss(self, model, inputs, return_outputs=False, "
+            f"{COUNT}=None)."
+        ) from None
+
+
+def check_module(module: type, base: type) -> None:
+    """Warn of Lightning's names on a TrainModule.
+
+    Args:
+        module: the class of the user's module.
+        base: TrainModule.
+    """
+    for name, ours in OF_LIGHTNING.items():
+        if hasattr(module, name) and not hasattr(base, name):
+            warnings.warn(
+                f"{module.__name__}.{name} is never called: that is Lightning's name. Here it is {ours}.", stacklevel=3
+            )
+
+
+def own_classes(kind: type, base: type) -> list[type]:
+    """The classes that an object of ``kind`` finds its methods in before it finds those of ``base``."""
+    order = kind.__mro__
+    return list(order[: order.index(base)])
+
+
+# compute_loss.
+
+
+def is_overridden(fit: type, base: type, name: str) -> bool:
+    """Whether a subclass has a method of its own by a name of Fit's."""
+    return getattr(fit, name) is not getattr(base, name)
+
+
+def reads_count(fit: type, base: type) -> bool:
+    """Whether an overridden compute_loss reads ``num_items_in_batch``. One that doesn't ask Fit's own method for the
+    loss, and reads the count, divides by it.
+    """
+    methods = [vars(kind).get("compute_loss") for kind in own_classes(fit, base)]
+    return any(reads(getattr(inspect.unwrap(method), "__code__", None)) for method in methods if callable(method))
+
+
+def asks_base(fit: type, base: type) -> bool:
+    """Whether an overridden compute_loss may call Fit's own method."""
+    methods = [vars(kind).get("compute_loss") for kind in own_classes(fit, base)]
+    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods if callable(method)]
+    return any(code is None or {"super", "compute_loss", "objective"} & set(code.co_names) for code in codes)
+
+
+def reads(code: types.CodeType | None) -> bool:
+    """Whether a function's code uses a variable, a key or a keyword argument by the name of the count."""
+    if code is None:
+        return False
+    import dis
+
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval
+        values = value if isinstance(value, tuple) else (value,)
+        if COUNT in values and not instruction.opname.startswith(("STORE", "DELETE")):
+            return True
+    return any(reads(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
+def own_inputs(inputs: Any) -> Any:
+    """A mapping batch as a copy that an override may take entries out of, as ``inputs.pop("labels")`` does."""
+    return copy.copy(inputs) if isinstance(inputs, Mapping) else inputs
+
+
+def loss_and_outputs(found: Any) -> tuple[Any, Any, Mapping[str, Tensor]]:
+    """What an overridden compute_loss returned: a loss, or (loss, outputs); a mapping as a loss has extras.
+
+    Returns:
+        (loss, outputs, extras); outputs is None where there are none.
+    """
+    loss, outputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(loss, Mapping):
+        return loss, outputs, {}
+    if "loss" not in loss:
+        raise ValueError(
+            f"compute_loss returned a mapping without 'loss'. Its keys are {', '.join(map(repr, loss))}."
+        )
+    return loss["loss"], outputs, {name: value.detach() for name, value in loss.items() if name != "loss"}
+
+
+def warn_options_without_effect(fit: type, base: type, options: Mapping[str, Any]) -> None:
+    """Warn of options that only Fit's own compute_loss knows, where an override never asks it.
+
+    Args:
+        fit: the class of the object.
+        base: Fit.
+        options: by name; those that are set have a value that is true.
+    """
+    given = [name for name, value in options.items() if value]
+    if given and is_overridden(fit, base, "compute_loss") and not asks_base(fit, base):
+        warnings.warn(
+            f"{', '.join(given)} has no effect: {fit.__name__}.compute_loss computes the loss itself. Have it call "
+            "super().compute_loss(...), or leave the argument out.",
+            stacklevel=3,
+        )

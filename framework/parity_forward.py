@@ -1,0 +1,228 @@
+"""What goes into each layer and comes out of it, in the order of the calls, so that a wrong forward is named where it
+begins.
+
+Ranks hold different samples, and parts of features or of sequences where layers are cut. Of each tensor a rank notes,
+for each entry of its first dimension, the sum, the sum of squares, and how many numbers they are of: these add up over
+parts, and stand one below another over samples, so that runs that are placed otherwise can be compared, in a few numbers
+a layer.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ..strategies.base import Strategy
+from ..strategies.batches import tensors_of
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+"""What strategies put into the names of layers."""
+
+MOST_ROWS = 4096  # entries of a first dimension that are noted one by one, to bound what ranks send each other
+
+
+class FailedInLayer(Exception):
+    """An error from within a layer's forward.
+
+    Args:
+        layer: its name.
+        error: what was raised there.
+    """
+
+    def __init__(self, layer: str, error: BaseException) -> None:
+        lines = str(error).strip().splitlines() or [""]
+        super().__init__(f"in the forward of {layer}: {type(error).__name__}: {lines[0]}")
+
+
+class LayerWatch:
+    """Notes what the layers of a module are given and return, while ``is_noting``, and which of them are computing.
+
+    Attributes:
+        is_noting: whether tensors are noted.
+        notes: (event, moments): the event is "input of blocks.1" or "blocks.1"; see ``moments``.
+        inside: the layers whose forward has begun and hasn't ended, the innermost last.
+    """
+
+    def __init__(self) -> None:
+        self.is_noting = True
+        self.notes: list[tuple[str, Tensor]] = []
+        self.inside: list[str] = []
+
+    def watch(self, module: nn.Module) -> None:
+        """Hook into every layer. The hooks are the outermost: they see a layer as the layer that calls it does."""
+        layers = {plain_name(name): layer for name, layer in module.named_modules()}
+        for name, layer in layers.items():
+            shown = name or type(module).__name__
+            layer.register_forward_pre_hook(self.before(shown), prepend=True, with_kwargs=True)
+            layer.register_forward_hook(self.after(shown))
+
+    def before(self, name: str) -> Callable[..., None]:
+        """The hook that is called when a layer begins."""
+
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]) -> None:
+            self.inside.append(name)
+            self.note(f"input of {name}", (inputs, dict(named_inputs)))
+
+        return hook
+
+    def after(self, name: str) -> Callable[..., None]:
+        """The hook that is called when a layer has ended."""
+
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+            while self.inside and self.inside.pop() != name:
+                pass  # layers whose error their caller has caught
+            self.note(name, outputs)
+
+        return hook
+
+    def note(self, event: str, values: Any) -> None:
+        """Note the first tensor of a layer's inputs or outputs."""
+        if self.is_noting:
+            self.notes.append((event, moments(next(tensors_of(values), None))))
+
+    def begin(self) -> None:
+        """Before an update: nothing is noted and nothing under way."""
+        self.notes.clear()
+        self.inside.clear()
+
+    def gathered(self, strategy: Strategy) -> dict[str, Tensor]:
+        """The notes of all ranks, by place and event: (ranks that share samples, entries over all samples, 3).
+        Collective. Empty where ranks called other layers, or another number of times.
+        """
+        reports = strategy.gather(self.notes)
+        sharing = max(1, len(reports) // strategy.data_size)
+        events = [[event for event, _ in report] for report in reports]
+        if any(other != events[0] for other in events):
+            return {}
+        notes: dict[str, Tensor] = {}
+        for place, event in enumerate(events[0]):
+            parts = [report[place][1] for report in reports]
+            shares = [parts[start::sharing] for start in range(sharing)]  # each of one part of features, over samples
+            columns = [torch.cat(share) for share in shares]
+            if len({len(column) for column in columns}) > 1:
+                columns = [column.sum(dim=0, keepdim=True) for column in columns]
+            notes[f"{place}:{event}"] = torch.stack(columns)
+        return notes
+
+
+def plain_name(name: str) -> str:
+    """A layer's name in the user's module."""
+    for wrapper in WRAPPERS:
+        name = f"{name}.".replace(wrapper, "").removesuffix(".")
+    return name
+
+
+def moments(tensor: Tensor | None) -> Tensor:
+    """Sum, sum of squares and count of the numbers in each entry of the first dimension: (entries, 3), float64, on the
+    host. Without entries where there is nothing to see: no tensor, or one whose values ranks have yet to add up.
+    """
+    if tensor is None:
+        return torch.zeros(0, 3, dtype=torch.float64)
+    local = getattr(tensor, "to_local", None)
+    if local is not None:
+        if any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
+            return torch.zeros(0, 3, dtype=torch.float64)
+        tensor = local()
+    with torch.no_grad():
+        values = tensor.detach()
+        if values.is_nested:
+            values = values.values()
+        values = torch.view_as_real(values) if values.is_complex() else values
+        rows = values.shape[0] if values.ndim and 0 < values.shape[0] <= MOST_ROWS else 1
+        values = values.double().reshape(rows, -1)
+        count = torch.full((rows,), float(values.shape[1]), dtype=torch.float64, device=values.device)
+        return torch.stack([values.sum(dim=1), values.square().sum(dim=1), count], dim=1).cpu()
+
+
+# The comparison.
+
+
+def first_difference(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], tolerance: float) -> str:
+    """Where two runs' forward passes part, in words; empty where they don't, or can't be compared.
+
+    Args:
+        reference, other: as ``gathered`` gives them.
+        tolerance: relative difference that is none.
+    """
+    if not reference or not other:
+        return ""
+    differences: dict[str, float] = {}
+    for (event, expected), (event_there, found) in zip(reference.items(), other.items(), strict=False):
+        if event != event_there:
+            names = [name.partition(":")[2] for name in (event_there, event)]
+            differences[f"{names[0]}, called where the reference has {names[1]}"] = math.inf
+            break
+        differences[event] = difference(expected, found)
+    wrong = [event for event, value in differences.items() if value > tolerance]
+    if not wrong:
+        return ""
+    layers = [event.partition(":")[2] for event in differences if ":input of " not in event]
+    wrong_layers = [event for event in wrong if ":input of " not in event]
+    name = wrong[0].partition(":")[2] or wrong[0]
+    return f"{name} (forward, by {differences[wrong[0]]:.0e}; {len(wrong_layers)} of {len(layers)} layers)"
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """How far the moments of one tensor in two runs are apart, relative to its size; 0 where they can't be compared.
+
+    Args:
+        expected, found: (ranks that share samples, entries, 3). Each rank has the whole tensor, or all have parts.
+    """
+    if not expected.shape[1] or not found.shape[1]:
+        return 0.0
+    if expected.shape[1] != found.shape[1]:
+        expected, found = (notes.sum(dim=1, keepdim=True) for notes in (expected, found))
+    whole = expected[0] if is_repeated(expected) else expected.sum(dim=0)
+    counts = whole[:, 2]
+    if torch.equal(found[0, :, 2], counts):
+        candidates = list(found)
+    elif torch.equal(found[:, :, 2].sum(dim=0), counts):
+        candidates = [found.sum(dim=0)]
+    else:
+        return 0.0
+    size = max(whole[:, 1].mean().sqrt().item(), sys.float_info.min)
+    return max(distance_of_moments(whole, candidate, size) for candidate in candidates)
+
+
+def is_repeated(notes: Tensor) -> bool:
+    """Whether ranks that share samples have noted the same tensor each."""
+    return bool(torch.allclose(notes, notes[:1].expand_as(notes), rtol=1e-9, atol=0.0))
+
+
+def distance_of_moments(whole: Tensor, found: Tensor, size: float) -> float:
+    """The largest difference in an entry's norm, or in its sum as one of equal numbers would differ, over ``size``."""
+    norms = (found[:, 1].sqrt() - whole[:, 1].sqrt()).abs()
+    sums = (found[:, 0] - whole[:, 0]).abs() / whole[:, 2].clamp(min=1).sqrt()
+    largest = torch.maximum(norms, sums).max().item()
+    return largest / size if math.isfinite(largest) else math.inf
+
+
+# Dropout.
+
+DROPOUTS: tuple[Any, ...] = (
+    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
+    functional.feature_alpha_dropout, torch.dropout, torch.alpha_dropout, torch.feature_dropout,
+    torch.feature_alpha_dropout,
+)  # fmt: skip
+
+
+class WithoutDropout(TorchFunctionMode):
+    """In here torch's dropout functions drop nothing, and attention drops no weights, whoever calls them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called in the place of each of torch's functions."""
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
