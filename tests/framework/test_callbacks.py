@@ -8,7 +8,7 @@ import pytest
 import torch
 from stratagem import Callback, Control, FitArguments, TrainState
 from stratagem.framework.callbacks import EVENTS, Callbacks
-from tiny import Float64, MakeFit, Regressor, StopAt, collate, parameters_of, regression_rows
+from tiny import Float64, MakeFit, Regressor, StopAt, collate, logs_of, parameters_of, regression_rows
 
 
 def spy(events: list[str], name: str = "") -> Callback:
@@ -114,7 +114,7 @@ OFF = {"logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no"}
 def test_a_flag_asks_for_a_log(make_fit: MakeFit) -> None:
     fit = make_fit(Regressor(), regression_rows(4), callbacks=[Asks("should_log", 2, 5)], max_steps=6, **OFF)
     fit.train()
-    assert [line["step"] for line in fit.state.log_history] == [2, 5]
+    assert [line["step"] for line in logs_of(fit)] == [2, 5]
     assert not fit.control.should_log
 
 
