@@ -157,7 +157,7 @@ def test_a_flag_ends_training(make_fit: MakeFit) -> None:
         num_train_epochs=2,
     )
     assert fit.train().global_step == 3
-    assert heard[-2:] == ["epoch_end 3", "train_end 3"]
+    assert heard[-3:] == ["epoch_end 3", "log 3", "train_end 3"]
 
 
 def test_a_callback_may_take_a_flag_back(make_fit: MakeFit, tmp_path: Path) -> None:

@@ -106,11 +106,13 @@ def test_the_length_of_input_ids_is_taken_where_nothing_else_is_there(make_fit: 
     rows = [{"input_ids": torch.zeros(length, dtype=torch.long)} for length in (3, 9, 1, 7, 5)]
     module = Ragged()
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5, "num_train_epochs": 1}
-    make_fit(module, rows, train_sampling_strategy="group_by_length", **options).train()
+    make_fit(module, rows, shuffle=True, train_sampling_strategy="group_by_length", **options).train()
     assert module.seen == [9, 7, 5, 3, 1]
     module.seen = []
     named = [{**row, "size": -len(row["input_ids"])} for row in rows]
-    make_fit(module, named, train_sampling_strategy="group_by_length", length_column_name="size", **options).train()
+    make_fit(
+        module, named, shuffle=True, train_sampling_strategy="group_by_length", length_column_name="size", **options
+    ).train()
     assert module.seen == [1, 3, 5, 7, 9]
 
 
@@ -129,7 +131,7 @@ def test_the_length_of_input_ids_is_taken_where_nothing_else_is_there(make_fit: 
 )
 def test_data_that_cant_be_grouped_is_refused(make_fit: MakeFit, data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_fit(Regressor(), data, max_steps=1, train_sampling_strategy="group_by_length")
+        make_fit(Regressor(), data, max_steps=1, shuffle=True, train_sampling_strategy="group_by_length")
 
 
 def test_sequential_is_the_order_of_the_data(make_fit: MakeFit) -> None:

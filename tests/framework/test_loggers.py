@@ -17,7 +17,7 @@ from stratagem.framework.loggers import Logger, get_loggers
 from stratagem.framework.loggers.json_lines import JsonLinesLogger
 from stratagem.framework.loggers.tensorboard import TensorBoardLogger
 from stratagem.precision import FP16Mixed
-from tiny import MakeFit, Regressor, StopAt, Tagger, regression_rows, token_rows
+from tiny import MakeFit, Regressor, StopAt, Tagger, logs_of, regression_rows, token_rows
 
 RUN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -56,7 +56,7 @@ def test_json_lines_hold_what_the_run_logged(make_fit: MakeFit, tmp_path: Path) 
     begin, *rest = lines_of(tmp_path / "output" / "log.jsonl")
     assert begin == {"step": 0, "event": "begin"}
     assert rest == fit.state.log_history
-    assert [line["step"] for line in rest] == [2, 4, 4, 5]
+    assert [line["step"] for line in rest] == [2, 4, 4, 5, 5, 5]  # the last are an evaluation at the end and the totals
     assert list(rest[0]) == ["step", "loss", "learning_rate", "epoch"]
 
 
@@ -64,7 +64,7 @@ def test_json_lines_is_the_default(tmp_path: Path) -> None:
     from stratagem import Fit
 
     Fit(Regressor(), regression_rows(4), max_steps=1, output_dir=str(tmp_path), progress=False).train()
-    assert [line["step"] for line in lines_of(tmp_path / "log.jsonl")] == [0, 1]
+    assert [line["step"] for line in lines_of(tmp_path / "log.jsonl")] == [0, 1, 1]
 
 
 def test_json_lines_go_on_after_a_resume(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_json_lines_go_on_after_a_resume(make_fit: MakeFit, tmp_path: Path) -> N
     assert file.read_text().startswith(before)
     after = lines_of(file)[len(before.splitlines()) :]
     assert after[0] == {"step": 3, "event": "resume"}
-    assert [line["step"] for line in after[1:]] == [4, 4, 5]
+    assert [line["step"] for line in after[1:]] == [4, 4, 5, 5, 5]
 
 
 def test_json_lines_after_a_line_that_a_kill_cut_off(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_json_lines_after_a_line_that_a_kill_cut_off(make_fit: MakeFit, tmp_path
     make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[JsonLinesLogger(file)]).train()
     first, cut, *rest = file.read_text().splitlines()
     assert (first, cut) == ('{"step": 1, "loss": 0.5}', '{"step": 2, "lo')
-    assert [json.loads(line)["step"] for line in rest] == [0, 1]
+    assert [json.loads(line)["step"] for line in rest] == [0, 1, 1]
 
 
 def test_numbers_that_arent_finite_are_text_in_json(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_numbers_that_arent_finite_are_text_in_json(make_fit: MakeFit, tmp_path:
 def test_json_lines_elsewhere(make_fit: MakeFit, tmp_path: Path) -> None:
     file = tmp_path / "other" / "deep" / "numbers.jsonl"
     make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[JsonLinesLogger(file)]).train()
-    assert [line["step"] for line in lines_of(file)] == [0, 1]
+    assert [line["step"] for line in lines_of(file)] == [0, 1, 1]
     assert not (tmp_path / "output").exists()
 
 
@@ -151,7 +151,7 @@ def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(make_fi
     fit.train(resume_from_checkpoint=True)
     found = scalars_in(tmp_path / "output" / "tensorboard")["train/loss"]
     assert list(found) == [1, 2, 3, 4, 5, 6]
-    assert found == pytest.approx({line["step"]: line["loss"] for line in fit.state.log_history}, rel=1e-6)
+    assert found == pytest.approx({line["step"]: line["loss"] for line in logs_of(fit)}, rel=1e-6)
 
 
 def test_tensorboard_elsewhere_beside_json_lines(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -185,7 +185,9 @@ def test_a_logger_is_opened_told_and_closed(make_fit: MakeFit) -> None:
     fit = make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[logger])
     assert logger.told == []
     fit.train()
+    totals = logger.told.pop(2)
     assert logger.told == [("open", 0), (["epoch", "learning_rate", "loss"], 1), "close"]
+    assert {"train_loss", "train_runtime", "epoch"} < {*totals[0]}
 
 
 def test_a_logger_is_closed_when_training_fails(make_fit: MakeFit) -> None:
