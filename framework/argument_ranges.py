@@ -1,6 +1,6 @@
 """The ranges of FitArguments' numbers and words, and options that have no effect without another."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .arguments import FitArguments
@@ -29,12 +29,15 @@ ONE_OF = {
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
 }
-WITHOUT_EFFECT = (  # (argument, its value that asks for nothing, what it needs)
+WITHOUT_EFFECT: tuple[tuple[str, Any, str], ...] = (  # (argument, its value that asks for nothing, what it needs)
     ("gradient_checkpointing_kwargs", {}, "gradient_checkpointing"),
     ("torch_compile_mode", "default", "torch_compile"),
     ("torch_compile_backend", None, "torch_compile"),
 )
-NEED_WORKERS = (("dataloader_prefetch_factor", None), ("dataloader_persistent_workers", False))
+NEED_WORKERS: tuple[tuple[str, Any], ...] = (
+    ("dataloader_prefetch_factor", None),
+    ("dataloader_persistent_workers", False),
+)
 
 
 def problems(args: "FitArguments") -> list[tuple[str, str]]:
@@ -77,8 +80,9 @@ def problems(args: "FitArguments") -> list[tuple[str, str]]:
     if args.torch_compile and args.torch_compile_backend is not None:
         from torch._dynamo import list_backends  # two seconds that only runs that compile pay
 
-        known = list_backends(exclude_tags=())
-        require("torch_compile_backend", args.torch_compile_backend in known, f"must be one of {', '.join(known)}")
+        backends = list_backends(exclude_tags=())
+        is_there = args.torch_compile_backend in backends
+        require("torch_compile_backend", is_there, f"must be one of {', '.join(backends)}")
     groups = args.train_sampling_strategy == "group_by_length"
     require(
         "train_sampling_strategy",

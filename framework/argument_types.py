@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from inspect import cleandoc
@@ -52,16 +52,13 @@ def literal(text: str) -> Any:
         return text
 
 
-@cache
-def hints(arguments: type) -> dict[str, Any]:
-    """The declared types of a dataclass, from its annotations: parsers such as transformers' write other types into the
-    fields themselves.
-    """
-    return get_type_hints(arguments)
+hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+"""The declared types of a dataclass, from its annotations: parsers such as transformers' write other types into the
+fields themselves.
+"""
 
 
-@cache
-def allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]]:
+def find_allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]]:
     """(field, the types that fit it, how an error calls them) of a dataclass."""
     found = []
     for name, kind in hints(arguments).items():
@@ -69,6 +66,9 @@ def allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]]:
         wanted = "dict" if kind is Options else kind.__name__ if isinstance(kind, type) else str(kind)
         found.append((name, (*allowed, int) if float in allowed else allowed, wanted))
     return found
+
+
+allowed_types: Callable[[Any], list[tuple[str, tuple[Any, ...], str]]] = cache(find_allowed_types)
 
 
 def type_problems(arguments: Any) -> list[tuple[str, str]]:
@@ -86,7 +86,9 @@ def type_problems(arguments: Any) -> list[tuple[str, str]]:
 
 def as_options(given: Any) -> Any:
     """Options from a mapping, a text or None; anything else as it is."""
-    return Options(given or ()) if given is None or isinstance(given, str | dict) else given
+    if given is None:
+        return Options()
+    return Options(given) if isinstance(given, str | dict) else given
 
 
 def path_of(made_by: Any) -> str:
@@ -149,5 +151,5 @@ def with_help(arguments: type) -> type:
     for declared in dataclasses.fields(arguments):
         # argparse formats a help text with "%".
         help_text = said[declared.name].replace("``", "").replace("%", "%%")
-        declared.metadata = MappingProxyType({"help": help_text})  # type: ignore[misc]
+        declared.metadata = MappingProxyType({"help": help_text})
     return arguments

@@ -1,9 +1,11 @@
 """The table of all arguments, for the documents: ``python -m stratagem.framework.arguments_table``."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from .argument_types import descriptions
 from .arguments import FitArguments
+from .foreign_arguments import DIFFERENT, FOREIGN
 
 
 def arguments_table() -> str:
@@ -24,6 +26,20 @@ def arguments_table() -> str:
         "| --- | --- | --- |",
     ]
     return "\n".join([*head, *rows]) + "\n"
+
+
+def training_arguments_table(names: Iterable[str]) -> str:
+    """A Markdown table of transformers' arguments, in the order of their names.
+
+    Args:
+        names: of the fields of TrainingArguments.
+    """
+    ours = {field.name for field in dataclasses.fields(FitArguments)}
+    rows = []
+    for name in sorted(names):
+        same = f"the same: {DIFFERENT[name]}" if name in DIFFERENT else "the same"
+        rows.append(f"| `{name}` | {same if name in ours else f'refused. {FOREIGN[name]}'} |")
+    return "\n".join(["| TrainingArguments | FitArguments |", "| --- | --- |", *rows]) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from .arguments import FitArguments
 from .closure import check_closure
 from .lomo import check_update_in_backward
 from .module import TrainModule
-from .optimizers import OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD, FromPackage
+from .optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD, FromPackage
+
+FROM_PACKAGES = {name: make for name, make in OPTIMIZERS.items() if isinstance(make, FromPackage)}
+BITSANDBYTES = {make.class_name for make in FROM_PACKAGES.values() if make.distribution == "bitsandbytes"}
+LOW_RANK_CLASSES = [FROM_PACKAGES[name].class_name for name in LOW_RANK]
 
 # Optimizer class and Strategy.parameter_form to why not, and what to write instead.
 UNSUITED: Mapping[tuple[str, str], str] = {
@@ -21,15 +25,33 @@ UNSUITED: Mapping[tuple[str, str], str] = {
     "use optim='adamw', or strategy='ddp'",
     ("Muon", "flat"): "Muon orthogonalizes whole matrices, and flat shards hold pieces of them; use strategy='fsdp2', "
     "or optim='adamw'",
-    ("AdamW8bit", "dtensor"): "bitsandbytes can't step on DTensor shards; use optim='adamw', or strategy='ddp'",
-    (
-        "AdamW8bit",
-        "flat",
-    ): "the scales of its 8-bit moments belong to whole weights, and flat shards hold pieces of them; "
-    "use optim='adamw', or strategy='ddp'",
+    **dict.fromkeys(
+        [(name, "dtensor") for name in BITSANDBYTES],
+        "bitsandbytes can't step on DTensor shards; use optim='adamw', or strategy='ddp'",
+    ),
+    **dict.fromkeys(
+        [(name, "flat") for name in BITSANDBYTES],
+        "its moments, and the scales of 8-bit ones, belong to whole weights, and flat shards hold pieces of them; use "
+        "optim='adamw', or strategy='ddp'",
+    ),
+    ("StableAdamW", "flat"): "StableAdamW bounds each update by its root mean square over whole weights, which flat "
+    "shards don't have; use strategy='fsdp2', or optim='adamw'",
+    **dict.fromkeys(
+        [("GrokAdamW", form) for form in ("flat", "dtensor")],
+        "GrokAdamW decays by a parameter's place in its group, and strategies that shard cut the groups; use "
+        "optim='adamw', or strategy='ddp'",
+    ),
+    **dict.fromkeys(
+        [(name, form) for name in LOW_RANK_CLASSES for form in ("flat", "dtensor")],
+        "it projects whole gradients, and shards hold pieces of them; use optim='adamw', or strategy='ddp'",
+    ),
     ("Rprop", "dtensor"): "torch's Rprop can't step on DTensor shards; use another optimizer, or strategy='ddp'",
     ("Adafactor", "lazy"): "torch's Adafactor reads numbers from the device while it steps; use optim='adamw'",
-    ("AdamW8bit", "lazy"): "bitsandbytes has no XLA kernels; use optim='adamw'",
+    **dict.fromkeys([(name, "lazy") for name in BITSANDBYTES], "bitsandbytes has no XLA kernels; use optim='adamw'"),
+    **dict.fromkeys(
+        [(name, "lazy") for name in (*LOW_RANK_CLASSES, "GrokAdamW", "StableAdamW")],
+        "it reads numbers from the device while it steps; use optim='adamw'",
+    ),
     **dict.fromkeys(
         [(f"fused {optimizer}", "lazy") for optimizer in ("Adagrad", "Adam", "AdamW", "SGD")],
         "torch has no fused kernels for XLA, which fuses by itself; leave fused=True out",
@@ -39,7 +61,7 @@ UNSUITED: Mapping[tuple[str, str], str] = {
 }
 MOVING_OUTSIDE_STEP = (*UPDATING_IN_BACKWARD, *SCHEDULE_FREE)
 CLASSES = {  # of optim, see UNSUITED
-    **{name: make.class_name for name, make in OPTIMIZERS.items() if isinstance(make, FromPackage)},
+    **{name: make.class_name for name, make in FROM_PACKAGES.items()},
     "adam": "Adam",
     "adamw": "AdamW",
     "adafactor": "Adafactor",
@@ -135,7 +157,7 @@ def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:
         check_moves_in_step_alone(f"optim={args.optim!r}", strategy)
     if args.optim in UPDATING_IN_BACKWARD:
         check_update_in_backward(
-            f"optim={args.optim!r}", strategy, args.max_grad_norm, args.gradient_accumulation_steps
+            f"optim={args.optim!r}", strategy, args.max_grad_norm or 0.0, args.gradient_accumulation_steps
         )
 
 
@@ -152,7 +174,7 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments
         if why is not None:
             raise ValueError(f"{name} doesn't work under strategy={strategy.name!r}: {why}.")
         if getattr(part, "updates_in_backward", False):
-            check_update_in_backward(name, strategy, args.max_grad_norm, args.gradient_accumulation_steps)
+            check_update_in_backward(name, strategy, args.max_grad_norm or 0.0, args.gradient_accumulation_steps)
         if hasattr(part, "train"):
             check_moves_in_step_alone(name, strategy)
         check_closure(part, strategy, args)

@@ -101,6 +101,8 @@ def run(
     groups = [parts[i : i + sharing] for i in range(0, len(parts), sharing)]
     joined = [[strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
     predictions, labels = concatenate(in_order(joined), fit.args.pad_index)
+    if isinstance(labels, list) and all(label is None for label in labels):
+        labels = None
     if fit.compute_metrics is not None and isinstance(labels, Tensor):
         results |= {f"{prefix}_{name}": float(n) for name, n in fit.compute_metrics(predictions, labels).items()}
     return results, *((predictions, labels) if predict else (None, None))

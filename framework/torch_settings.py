@@ -47,7 +47,8 @@ def deterministic() -> Iterator[None]:
 @contextmanager
 def float32_products(kind: str) -> Iterator[None]:
     """In here CUDA multiplies float32 matrices, and convolves, in "tf32" or "ieee"."""
-    owners: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    cudnn: Any = torch.backends.cudnn
+    owners: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
     before = [owner.fp32_precision for owner in owners]
     for owner in owners:
         owner.fp32_precision = kind

@@ -176,6 +176,11 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
+def logs_of(fit: Fit) -> list[dict[str, Any]]:
+    """The logs of a run, without its totals."""
+    return [line for line in fit.state.log_history if "train_runtime" not in line]
+
+
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch from rows, as the hand-written loops make it."""
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from ranks import Ranks
 from safetensors.torch import load_file
-from stratagem import FitArguments
-from stratagem.framework.optimizers import make_optimizer
+from stratagem import FitArguments, TrainModule
+from stratagem.framework.combinations import check_combination
+from stratagem.framework.optimizers import LOW_RANK, make_optimizer
 from torch.optim import Optimizer
-from training import Tagger, token_rows, train
+from training import Tagger, make_strategy, token_rows, train
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +20,9 @@ class Named(Tagger):
 
     def configure_optimizer(self, args: FitArguments) -> Optimizer:
         return make_optimizer(self, args)
+
+
+PROJECTED = {"optim_target_modules": "all-linear", "optim_args": {"rank": 4}}
 
 
 def run(**options: Any) -> dict[str, Any]:
@@ -44,13 +48,22 @@ def run(**options: Any) -> dict[str, Any]:
         ("schedule_free_adamw", "fsdp2"),
         ("schedule_free_adamw", "tp"),  # it counts its updates in the groups, which this strategy cuts for a step
         ("adamw_8bit", "ddp"),
+        ("stable_adamw", "fsdp2"),
+        ("grokadamw", "ddp"),
+        ("schedule_free_radam", "fsdp2"),
+        ("schedule_free_sgd", "fsdp1"),
+        ("galore_adamw", "ddp"),
+        ("apollo_adamw", "ddp"),
+        ("torch.optim.NAdam", "fsdp2"),
     ],
 )
 def test_the_curve_is_one_devices_and_a_resume_changes_nothing(
     ranks: dict[int, Ranks], tmp_path: Path, optim: str, strategy: str
 ) -> None:
-    expected = run(optim=optim, per_device_train_batch_size=8, output_dir=str(tmp_path / "single"))
+    own = PROJECTED if optim in LOW_RANK else {}
+    expected = run(optim=optim, per_device_train_batch_size=8, output_dir=str(tmp_path / "single"), **own)
     placed = {
+        **own,
         "optim": optim,
         "strategy": strategy,
         "per_device_train_batch_size": 8 if strategy == "tp" else 4,
@@ -71,6 +84,27 @@ def refusal(**options: Any) -> str:
     except ValueError as error:
         return str(error)
     return "nothing was refused"
+
+
+@pytest.mark.parametrize(
+    ("optim", "strategy"),
+    [("stable_adamw", "fsdp1"), ("grokadamw", "fsdp2"), ("galore_adamw", "fsdp2"), ("apollo_adamw", "fsdp1")]
+    + [(name, "fsdp2") for name in ("ademamix", "lion_32bit", "lion_8bit", "rmsprop_bnb")]
+    + [(name, "fsdp1") for name in ("ademamix", "lion_32bit", "lion_8bit", "rmsprop_bnb_8bit")],
+)
+def test_what_shards_cant_be_stepped_with_is_refused_by_name(optim: str, strategy: str, tmp_path: Path) -> None:
+    args = FitArguments(optim=optim, **(PROJECTED if optim in LOW_RANK else {}))
+    placed = make_strategy(strategy)
+    with pytest.raises(
+        ValueError, match=f"optim='{optim}': doesn't work under strategy='{strategy}'.*strategy='|optim="
+    ):
+        check_combination(args, placed, Plain(), None, None)
+
+
+class Plain(Tagger):
+    """The tagger with the library's own configure_optimizer."""
+
+    configure_optimizer = TrainModule.configure_optimizer
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "tp"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stratagem import Callback
 from stratagem.framework.builtin_callbacks import EarlyStopping, LearningRateMonitor, Throughput
-from tiny import MakeFit, Regressor, Tagger, collate, regression_rows, token_rows
+from tiny import MakeFit, Regressor, Tagger, collate, logs_of, regression_rows, token_rows
 from torch import Tensor
 
 
@@ -139,7 +139,7 @@ def test_monitors_add_their_numbers(make_fit: MakeFit) -> None:
         callbacks=[LearningRateMonitor(), Throughput()],
     )
     fit.train()
-    for line in fit.state.log_history:
+    for line in logs_of(fit):
         assert line["learning_rate_group_0"] == 0.1
         assert line["samples_per_second"] == pytest.approx(2 * line["steps_per_second"])
 
@@ -155,7 +155,7 @@ def test_the_rate_of_every_group_is_logged(make_fit: MakeFit) -> None:
     fit.train()
     # As they stand after the second and the fourth update.
     for group, peak in ((0, 0.1), (1, 0.5)):
-        rates = [line[f"learning_rate_group_{group}"] for line in fit.state.log_history]
+        rates = [line[f"learning_rate_group_{group}"] for line in logs_of(fit)]
         assert rates == pytest.approx([peak / 2, 0.0])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stratagem import Callback, Control, FitArguments, TrainState
 from stratagem.framework.callbacks import EVENTS, Callbacks
-from tiny import Float64, MakeFit, Regressor, StopAt, collate, parameters_of, regression_rows
+from tiny import Float64, MakeFit, Regressor, StopAt, collate, logs_of, parameters_of, regression_rows
 
 
 def spy(events: list[str], name: str = "") -> Callback:
@@ -114,7 +114,7 @@ OFF = {"logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no"}
 def test_a_flag_asks_for_a_log(make_fit: MakeFit) -> None:
     fit = make_fit(Regressor(), regression_rows(4), callbacks=[Asks("should_log", 2, 5)], max_steps=6, **OFF)
     fit.train()
-    assert [line["step"] for line in fit.state.log_history] == [2, 5]
+    assert [line["step"] for line in logs_of(fit)] == [2, 5]
     assert not fit.control.should_log
 
 
@@ -157,7 +157,7 @@ def test_a_flag_ends_training(make_fit: MakeFit) -> None:
         num_train_epochs=2,
     )
     assert fit.train().global_step == 3
-    assert heard[-2:] == ["epoch_end 3", "train_end 3"]
+    assert heard[-3:] == ["epoch_end 3", "log 3", "train_end 3"]
 
 
 def test_a_callback_may_take_a_flag_back(make_fit: MakeFit, tmp_path: Path) -> None:

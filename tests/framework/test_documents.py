@@ -18,7 +18,9 @@ DOCUMENTS = Path(__file__).parents[2] / "docs"
 LOOP = (DOCUMENTS / "loop.md").read_text()
 # The names of the right column: transformers' and Lightning's are not ours to check.
 COMING_FROM = [
-    line.split(" | ")[-1] for line in (DOCUMENTS / "coming_from.md").read_text().splitlines() if " | " in line
+    line.split(" | ")[-1]
+    for line in (DOCUMENTS / "coming_from.md").read_text().partition("\n## Every argument")[0].splitlines()
+    if " | " in line
 ]
 
 

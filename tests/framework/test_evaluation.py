@@ -22,6 +22,7 @@ from tiny import (
     RowStream,
     Tagger,
     collate,
+    logs_of,
     parameters_of,
     regression_rows,
     token_rows,
@@ -329,7 +330,7 @@ def test_predictions_leave_the_device_batch_by_batch_and_hold_nothing_else(make_
     assert [set(predictions) for predictions in seen] == [{"first"}]
     assert torch.equal(seen[0]["first"].as_subclass(Tensor), torch.stack([row["x"][0] for row in rows]))
     assert seen[0]["first"].untyped_storage().nbytes() == 8 * 4
-    assert fit.state.log_history[-1]["eval_count"] == 8
+    assert logs_of(fit)[-1]["eval_count"] == 8
 
 
 def test_predictions_carry_no_gradient_and_the_loss_where_there_are_labels(make_fit: MakeFit) -> None:

@@ -102,6 +102,7 @@ def test_evaluating_and_saving_by_epochs(make_fit: MakeFit) -> None:
         "epoch_end 4 ESt",
         *evaluation(4, "St"),
         "save 4 t",
+        "log 4 t",
         "train_end 4 t",
     ]
 
@@ -130,10 +131,12 @@ def test_everything_by_updates_and_an_evaluation_at_the_start(make_fit: MakeFit)
         *update(2, 2, "ES"),
         *evaluation(3, "S"),
         "save 3",
-        *update(3, 1, "LSt"),
-        "log 4 St",
+        *update(3, 1, "LESt"),
+        "log 4 ESt",
+        *evaluation(4, "St"),
         "save 4 t",
         "epoch_end 4 t",
+        "log 4 t",
         "train_end 4 t",
     ]
 
@@ -149,6 +152,7 @@ def test_nothing_but_training(make_fit: MakeFit) -> None:
         *update(2, 2),
         *update(3, 1, "t"),
         "epoch_end 4 t",
+        "log 4 t",
         "train_end 4 t",
     ]
 
@@ -165,6 +169,7 @@ def test_an_epoch_is_broken_off(make_fit: MakeFit) -> None:
         *update(1, 2),
         *update(2, 1),
         "epoch_end 3 e",
+        "log 3 e",
         "train_end 3 e",
     ]
 
@@ -191,6 +196,7 @@ def test_every_flag_is_obeyed_wherever_it_is_raised(make_fit: MakeFit) -> None:
         "save 1 t",
         "epoch_end 1 t",
         "save 1 t",
+        "log 1 t",
         "train_end 1 t",
     ]
 
@@ -208,6 +214,7 @@ def test_resumed_in_the_middle_of_an_epoch(make_fit: MakeFit, tmp_path: Path) ->
         *update(3, 1, "t"),
         "epoch_end 4 Lt",
         "log 4 t",
+        "log 4 t",
         "train_end 4 t",
     ]
 
@@ -215,7 +222,7 @@ def test_resumed_in_the_middle_of_an_epoch(make_fit: MakeFit, tmp_path: Path) ->
 @pytest.mark.parametrize("resumes", [False, True])
 def test_a_run_that_was_stopped_is_not_stopped_the_next_time(make_fit: MakeFit, tmp_path: Path, resumes: bool) -> None:
     found = trace(make_fit, {"step_end 1": "should_training_stop"}, save_strategy="steps", save_steps=1)
-    assert found[-3:] == ["save 1 t", "epoch_end 1 t", "train_end 1 t"]
+    assert found[-4:] == ["save 1 t", "epoch_end 1 t", "log 1 t", "train_end 1 t"]
     again = trace(make_fit, resume=resumes, save_strategy="steps", save_steps=10)
     assert again[0] == ("train_begin 1" if resumes else "train_begin 0")
     assert again[-1] == "train_end 4 t"

@@ -12,7 +12,18 @@ import torch
 from stratagem import Callback
 from stratagem.framework import journal
 from stratagem.framework.module import IGNORED_LABEL
-from tiny import CLASSES, MakeFit, Regressor, RowStream, StopAt, Tagger, collate, regression_rows, token_rows
+from tiny import (
+    CLASSES,
+    MakeFit,
+    Regressor,
+    RowStream,
+    StopAt,
+    Tagger,
+    collate,
+    logs_of,
+    regression_rows,
+    token_rows,
+)
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 ROWS = [row for row in token_rows(14) if (row["labels"] != -100).any()]  # 12, of 1 to 6 labels
@@ -68,7 +79,7 @@ def test_the_rate_in_a_log_is_of_this_runs_tokens(make_fit: MakeFit, tmp_path: P
     fit = make_fit(Counted(), ROWS, **options)
     fit.train(resume_from_checkpoint=tmp_path / "output" / "checkpoint-3")
     # Logs at updates 4, 8 and 12; the first is 1 update after the resume.
-    assert [line["tokens_per_second"] for line in fit.state.log_history] == [1 * 12, 4 * 12, 4 * 12]
+    assert [line["tokens_per_second"] for line in logs_of(fit)] == [1 * 12, 4 * 12, 4 * 12]
 
 
 class Pairs(BatchSampler):

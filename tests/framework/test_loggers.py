@@ -21,7 +21,7 @@ from stratagem.framework.loggers import Logger, LoggerWarning, get_loggers
 from stratagem.framework.loggers.json_lines import JsonLinesLogger
 from stratagem.framework.loggers.tensorboard import TensorBoardLogger
 from stratagem.precision import FP16Mixed
-from tiny import MakeFit, Regressor, StopAt, Tagger, regression_rows, token_rows
+from tiny import MakeFit, Regressor, StopAt, Tagger, logs_of, regression_rows, token_rows
 
 RUN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -60,7 +60,7 @@ def test_json_lines_hold_what_the_run_logged(make_fit: MakeFit, tmp_path: Path) 
     begin, *rest = lines_of(tmp_path / "output" / "log.jsonl")
     assert begin == {"step": 0, "event": "begin"}
     assert rest == fit.state.log_history
-    assert [line["step"] for line in rest] == [2, 4, 4, 5]
+    assert [line["step"] for line in rest] == [2, 4, 4, 5, 5, 5]  # the last are an evaluation at the end and the totals
     assert list(rest[0]) == ["step", "loss", "learning_rate", "epoch"]
 
 
@@ -68,7 +68,7 @@ def test_json_lines_is_the_default(tmp_path: Path) -> None:
     from stratagem import Fit
 
     Fit(Regressor(), regression_rows(4), max_steps=1, output_dir=str(tmp_path), progress=False).train()
-    assert [line["step"] for line in lines_of(tmp_path / "log.jsonl")] == [0, 1]
+    assert [line["step"] for line in lines_of(tmp_path / "log.jsonl")] == [0, 1, 1]
 
 
 def test_json_lines_go_on_after_a_resume(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_json_lines_go_on_after_a_resume(make_fit: MakeFit, tmp_path: Path) -> N
     assert file.read_text().startswith(before)
     after = lines_of(file)[len(before.splitlines()) :]
     assert after[0] == {"step": 3, "event": "resume"}
-    assert [line["step"] for line in after[1:]] == [4, 4, 5]
+    assert [line["step"] for line in after[1:]] == [4, 4, 5, 5, 5]
 
 
 def test_json_lines_after_a_line_that_a_kill_cut_off(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_json_lines_after_a_line_that_a_kill_cut_off(make_fit: MakeFit, tmp_path
     make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[JsonLinesLogger(file)]).train()
     first, cut, *rest = file.read_text().splitlines()
     assert (first, cut) == ('{"step": 1, "loss": 0.5}', '{"step": 2, "lo')
-    assert [json.loads(line)["step"] for line in rest] == [0, 1]
+    assert [json.loads(line)["step"] for line in rest] == [0, 1, 1]
 
 
 def test_numbers_that_arent_finite_are_text_in_json(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_numbers_that_arent_finite_are_text_in_json(make_fit: MakeFit, tmp_path:
 def test_json_lines_elsewhere(make_fit: MakeFit, tmp_path: Path) -> None:
     file = tmp_path / "other" / "deep" / "numbers.jsonl"
     make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=[JsonLinesLogger(file)]).train()
-    assert [line["step"] for line in lines_of(file)] == [0, 1]
+    assert [line["step"] for line in lines_of(file)] == [0, 1, 1]
     assert not (tmp_path / "output").exists()
 
 
@@ -127,7 +127,9 @@ def test_tensorboard_events_are_read_back(make_fit: MakeFit, tmp_path: Path) -> 
     assert list(losses) == [2, 4, 5]
     assert found["train/loss"] == pytest.approx(losses, rel=1e-6)
     assert found["train/learning_rate"] == pytest.approx({2: 0.1, 4: 0.1, 5: 0.1}, rel=1e-6)
-    assert found["eval/loss"] == pytest.approx({4: history[2]["eval_loss"]}, rel=1e-6)
+    assert found["eval/loss"] == pytest.approx(
+        {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}, rel=1e-6
+    )
     assert set(found) >= {"train/loss", "train/learning_rate", "train/epoch", "eval/loss"}
 
 
@@ -153,7 +155,7 @@ def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(make_fi
     fit.train(resume_from_checkpoint=True)
     found = scalars_in(tmp_path / "output" / "tensorboard")["train/loss"]
     assert list(found) == [1, 2, 3, 4, 5, 6]
-    assert found == pytest.approx({line["step"]: line["loss"] for line in fit.state.log_history}, rel=1e-6)
+    assert found == pytest.approx({line["step"]: line["loss"] for line in logs_of(fit)}, rel=1e-6)
 
 
 def test_tensorboard_elsewhere_beside_json_lines(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -211,17 +213,19 @@ def test_a_loggers_life_is_its_fits(make_fit: MakeFit) -> None:
         ("log", "eval_loss", 0),
         ("begin", 0),
         ("log", "loss", 1),
+        ("log", "train_steps_per_second", 1),
         ("flush",),
         ("log", "eval_loss", 1),
         ("log", "test_loss", 1),
         ("begin", 0),
         ("log", "loss", 1),
+        ("log", "train_steps_per_second", 1),
         ("flush",),
         ("close",),
     ]
     fit.close()
     fit.evaluate()  # opens it once more
-    assert logger.told[11:] == [("open", 1), ("log", "eval_loss", 1)]
+    assert logger.told[13:] == [("open", 1), ("log", "eval_loss", 1)]
 
 
 def test_a_logger_is_closed_with_the_block_and_with_the_fit(make_fit: MakeFit) -> None:
@@ -320,7 +324,7 @@ def test_outside_a_terminal_each_log_is_a_plain_line(make_fit: MakeFit, capsys: 
     fit.train()
     lines = capsys.readouterr().out.splitlines()
     history = fit.state.log_history
-    assert len(lines) == 4
+    assert len(lines) == 6  # three of training, two of evaluations, and the totals
     for line, log in zip(lines, history, strict=True):
         assert line.startswith(f"update {log['step']}/5 | ")
         assert "\x1b" not in line

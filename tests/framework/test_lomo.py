@@ -10,7 +10,7 @@ from stratagem import Callback, FitArguments, TrainModule
 from stratagem.framework.lomo import AdaLomo, Lomo, check_update_in_backward
 from stratagem.precision import get_precision
 from stratagem.strategies import get_strategy
-from tiny import MakeFit, Regressor, collate, parameters_of, regression_rows
+from tiny import MakeFit, Regressor, collate, logs_of, parameters_of, regression_rows
 from torch import Tensor, nn
 
 
@@ -54,7 +54,7 @@ def test_lomo_is_gradient_descent_at_the_scheduled_rate(make_fit: MakeFit, cut: 
     )
     fit.train()
     rates = [0.4, 0.3, 0.2, 0.1]  # linear, from the peak down to 0 after the last
-    assert [line["learning_rate"] for line in fit.state.log_history] == pytest.approx(rates)
+    assert [line["learning_rate"] for line in logs_of(fit)] == pytest.approx(rates)
     expected = by_hand(initial, rates, decay=0.5, cut=cut)
     torch.testing.assert_close(parameters_of(module), expected, rtol=1e-5, atol=1e-7)
 

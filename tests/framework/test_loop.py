@@ -18,6 +18,7 @@ from tiny import (
     Regressor,
     StopAt,
     collate,
+    logs_of,
     parameters_of,
     regression_rows,
 )
@@ -220,7 +221,7 @@ def test_the_logged_norm_and_the_clipped_step(make_fit: MakeFit) -> None:
         max_steps=1,
     )
     fit.train()
-    [line] = fit.state.log_history
+    [line] = logs_of(fit)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-12)
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-12)
     for name, value in parameters_of(module).items():
@@ -249,7 +250,7 @@ def test_the_learning_rate_logged_is_the_one_the_update_used(make_fit: MakeFit) 
     fit.train()
     # Warm-up over two updates from 0, then down to 0 after the sixth: the seventh would use 0.
     expected = [0.0, 0.2, 0.4, 0.3, 0.2, 0.1]
-    assert [line["learning_rate"] for line in fit.state.log_history] == pytest.approx(expected, abs=1e-12)
+    assert [line["learning_rate"] for line in logs_of(fit)] == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_schedule_moves_the_parameters(make_fit: MakeFit) -> None:
@@ -282,10 +283,10 @@ def test_logs_are_means_since_the_last_log_and_the_result_is_the_mean_over_all_u
     )
     result = fit.train()
     losses = [0.5 * 0.25**k for k in range(7)]
-    assert [line["step"] for line in fit.state.log_history] == [3, 6, 7]
+    assert [line["step"] for line in logs_of(fit)] == [3, 6, 7]
     means = [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
-    assert [line["loss"] for line in fit.state.log_history] == pytest.approx(means, rel=1e-12)
-    assert [line["epoch"] for line in fit.state.log_history] == [3 / 8, 6 / 8, 7 / 8]
+    assert [line["loss"] for line in logs_of(fit)] == pytest.approx(means, rel=1e-12)
+    assert [line["epoch"] for line in logs_of(fit)] == [3 / 8, 6 / 8, 7 / 8]
     assert isinstance(result, TrainOutput)
     assert result.global_step == 7
     assert result.training_loss == pytest.approx(sum(losses) / 7, rel=1e-12)
@@ -309,7 +310,7 @@ def test_logs_are_means_since_the_last_log_and_the_result_is_the_mean_over_all_u
 def test_when_logs_are_written(make_fit: MakeFit, arguments: dict[str, Any], steps: list[int]) -> None:
     fit = make_fit(Squared(), Numbers(4), per_device_train_batch_size=1, num_train_epochs=2, **arguments)
     result = fit.train()
-    assert [line["step"] for line in fit.state.log_history] == steps
+    assert [line["step"] for line in logs_of(fit)] == steps
     losses = [0.5 * 0.81**k for k in range(8)]  # rate 0.1: the weight shrinks to 0.9 of itself
     assert result.training_loss == pytest.approx(sum(losses) / 8, rel=1e-5)
 
@@ -344,7 +345,7 @@ def test_the_schedule_stays_where_fp16_skips_an_update(make_fit: MakeFit) -> Non
         max_grad_norm=1.0,
     )
     fit.train()
-    lines = fit.state.log_history
+    lines = logs_of(fit)
     skipped = fit.state.skipped_updates
     # float16 ends at 65504: a scale of 2^60 overflows, and one of 2^10 doesn't for gradients of about 1.
     assert 40 < skipped < 60
@@ -385,7 +386,7 @@ def test_a_second_train_begins_anew(make_fit: MakeFit) -> None:
     expected = other.train()
     assert (first.global_step, second.global_step) == (5, 5)
     assert second.training_loss == expected.training_loss
-    assert fit.state.log_history == other.state.log_history
+    assert logs_of(fit) == logs_of(other)
     torch.testing.assert_close(parameters_of(twice), parameters_of(fresh), rtol=0, atol=0)
 
 
@@ -421,7 +422,7 @@ def test_a_second_train_begins_with_the_first_loss_scale(make_fit: MakeFit) -> N
     for _ in range(2):
         fit.train()
         # The scale doubles after two updates without overflow.
-        assert [line["loss_scale"] for line in fit.state.log_history] == [64.0, 128.0, 128.0, 256.0]
+        assert [line["loss_scale"] for line in logs_of(fit)] == [64.0, 128.0, 128.0, 256.0]
 
 
 @pytest.mark.parametrize("event", ["on_substep_end", "on_pre_optimizer_step"])

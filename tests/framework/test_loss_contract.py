@@ -8,7 +8,7 @@ import torch
 from stratagem import Fit, TrainModule
 from stratagem.framework.module import IGNORED_LABEL
 from stratagem.framework.objective import Weightless
-from tiny import Float64, MakeFit, Regressor, Tagger, collate, parameters_of, regression_rows, token_rows
+from tiny import Float64, MakeFit, Regressor, Tagger, collate, logs_of, parameters_of, regression_rows, token_rows
 from torch import Tensor, nn
 
 # Micro-batch size and accumulation of one global batch of 8.
@@ -187,7 +187,7 @@ def test_a_micro_batch_of_padding_contributes_nothing(make_fit: MakeFit, kind: t
     with_padding = train_tagger(make_fit, module, mixed, (2, 3), logging_steps=1)
     train_tagger(make_fit, without, rows, (2, 2))
     assert_close(parameters_of(module), parameters_of(without))
-    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in with_padding.state.log_history)
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in logs_of(with_padding))
 
 
 @pytest.mark.parametrize("kind", [Tagger, CountedTagger, MaskedTagger])
@@ -201,8 +201,8 @@ def test_an_update_of_nothing_but_padding_changes_nothing(
     module.load_state_dict(initial)
     fit = train_tagger(make_fit, module, rows, split, logging_steps=1, max_grad_norm=1.0)
     assert_close(parameters_of(module), initial)
-    assert [line["loss"] for line in fit.state.log_history] == [0.0, 0.0]
-    assert [line["grad_norm"] for line in fit.state.log_history] == [0.0, 0.0]
+    assert [line["loss"] for line in logs_of(fit)] == [0.0, 0.0]
+    assert [line["grad_norm"] for line in logs_of(fit)] == [0.0, 0.0]
 
 
 def test_tuple_batches_and_a_loss_func_of_their_last_entry(make_fit: MakeFit) -> None:
@@ -305,5 +305,5 @@ def test_extras_of_a_mapping_loss_are_means_over_the_same_items(make_fit: MakeFi
     for group in (collate(rows[:8]), collate(rows[8:])):
         right = (module(group["tokens"]).argmax(-1) == group["labels"]).sum()
         per_update.append(float(right) / float((group["labels"] != IGNORED_LABEL).sum()))
-    [line] = fit.state.log_history
+    [line] = logs_of(fit)
     assert line["accuracy"] == pytest.approx(sum(per_update) / 2, rel=1e-12)

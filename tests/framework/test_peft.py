@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from stratagem import Callback, TrainModule
 from stratagem.framework.checkpoint import CheckpointError
 from stratagem.framework.checkpoint.tensors import stored_tensors
-from tiny import Float64, MakeFit, Regressor, StopAt, collate, parameters_of, regression_rows
+from tiny import Float64, MakeFit, Regressor, StopAt, collate, logs_of, parameters_of, regression_rows
 from torch import Tensor, nn
 
 ADAPTERS = 8  # A and B beside the query and value projections of two layers
@@ -241,7 +241,7 @@ def test_quantized_weights_are_neither_cast_nor_trained(
         plain = weights[name.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"]
         # Four bits come this close; scrambled ones are further off than zeros.
         assert (value - plain).abs().mean() < 0.12 * plain.abs().mean()
-    first, *_, last = [line["loss"] for line in fit.state.log_history]
+    first, *_, last = [line["loss"] for line in logs_of(fit)]
     assert first != last
 
 

@@ -25,6 +25,7 @@ from tiny import (
     RowStream,
     StopAt,
     Tagger,
+    logs_of,
     parameters_of,
     regression_rows,
     token_rows,
@@ -75,7 +76,7 @@ def everything(fit: Fit) -> dict[str, Any]:
         "optimizer": optimizer_state(fit),
         "schedule": fit.scheduler.state_dict(),
         "loss scale": fit.strategy.precision.state_dict(),
-        "logs": fit.state.log_history,
+        "logs": logs_of(fit),
         "losses": (fit.state.train_loss_sum, fit.state.train_loss_count, fit.state.items_seen),
         "progress": (fit.state.global_step, fit.state.epoch, fit.state.skipped_updates, fit.epoch_index),
     }
@@ -189,7 +190,7 @@ def test_a_loss_scale_that_moves(make_fit: MakeFit, tmp_path: Path, stop: int) -
         precision=FP16Mixed(initial_scale=2.0**22, growth_interval=2),
         logging_steps=1,
     )
-    scales = [line["loss_scale"] for line in resumed.state.log_history]
+    scales = [line["loss_scale"] for line in logs_of(resumed)]
     assert any(b < a for a, b in itertools.pairwise(scales))
     assert any(b > a for a, b in itertools.pairwise(scales))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from stratagem import FitArguments
 from stratagem.framework.schedulers import SCHEDULERS, SHAPES
-from tiny import MakeFit, Regressor, regression_rows
+from tiny import MakeFit, Regressor, logs_of, regression_rows
 
 WARMUP, TOTAL = 4, 12  # 8 updates after warm-up
 
@@ -82,7 +82,7 @@ def test_whole_curves_of_runs(make_fit: MakeFit, name: str) -> None:
     fit.train()
     warmup = [1.0] * 5 if name == "constant" else [0.0, 0.2, 0.4, 0.6, 0.8]
     expected = [0.02 * factor for factor in [*warmup, *map(curve, range(20))]]
-    assert [line["learning_rate"] for line in fit.state.log_history] == pytest.approx(expected, abs=1e-15)
+    assert [line["learning_rate"] for line in logs_of(fit)] == pytest.approx(expected, abs=1e-15)
 
 
 def test_curves_are_of_all_names() -> None:
@@ -100,7 +100,7 @@ def test_warmup_ratio_is_a_part_of_the_run(make_fit: MakeFit) -> None:
         logging_steps=1,
     )
     fit.train()
-    assert [line["learning_rate"] for line in fit.state.log_history] == pytest.approx(
+    assert [line["learning_rate"] for line in logs_of(fit)] == pytest.approx(
         [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
     )
 

@@ -9,7 +9,18 @@ import pytest
 import torch
 import torch._dynamo
 from stratagem import Callback, TrainModule
-from tiny import CLASSES, Float64, MakeFit, Regressor, Tagger, collate, parameters_of, regression_rows, token_rows
+from tiny import (
+    CLASSES,
+    Float64,
+    MakeFit,
+    Regressor,
+    Tagger,
+    collate,
+    logs_of,
+    parameters_of,
+    regression_rows,
+    token_rows,
+)
 from torch import Tensor, nn
 
 
@@ -217,7 +228,7 @@ def test_compiled_blocks_train_alike_and_keep_their_names(make_fit: MakeFit) -> 
         module.load_state_dict(initial)
         fit = make_fit(module, rows, max_steps=4, learning_rate=0.01, torch_compile=compiled, logging_steps=1)
         fit.train()
-        results[compiled] = [line["loss"] for line in fit.state.log_history], list(module.state_dict())
+        results[compiled] = [line["loss"] for line in logs_of(fit)], list(module.state_dict())
         # The blocks are nn.Sequential, which torch.compile would leave alone; all of them are one graph.
         assert bool(torch._dynamo.utils.counters["frames"]["ok"]) is compiled
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
@@ -253,8 +264,8 @@ def test_tokens_are_counted(which: str, mask: bool, expected: int, make_fit: Mak
     fit = make_fit(Named(), named_rows(mask), num_train_epochs=2, logging_steps=4, **options)
     output = fit.train()
     assert fit.state.num_input_tokens_seen == 2 * expected
-    assert fit.state.log_history[-1]["num_input_tokens_seen"] == 2 * expected
-    assert fit.state.log_history[-1]["tokens_per_second"] > 0
+    assert logs_of(fit)[-1]["num_input_tokens_seen"] == 2 * expected
+    assert logs_of(fit)[-1]["tokens_per_second"] > 0
     assert output.metrics["train_tokens_per_second"] == pytest.approx(
         2 * expected / output.metrics["train_runtime"], rel=1e-9
     )
@@ -401,7 +412,7 @@ def test_losses_that_are_not_finite(filters: bool, make_fit: MakeFit) -> None:
         learning_rate=0.0,
     )
     fit.train()
-    first, second = fit.state.log_history
+    first, second = logs_of(fit)
     if filters:  # updates 1 and 2 log 2.0 and 3.0; updates 3 and 5 log 4.0 and 6.0
         assert (first["loss"], first["nonfinite_losses"]) == (2.5, 1)
         assert (second["loss"], second["nonfinite_losses"]) == (5.0, 1)

@@ -17,7 +17,7 @@ from stratagem import Callback, Fit
 from stratagem.framework.checkpoint import remote
 from stratagem.framework.checkpoint.directory import CheckpointError, verify
 from stratagem.framework.uploading import Upload, UploadWarning
-from tiny import Dropping, MakeFit, StopAt, parameters_of, regression_rows
+from tiny import Dropping, MakeFit, StopAt, logs_of, parameters_of, regression_rows
 
 
 class Scripted(LocalFileSystem):
@@ -170,7 +170,7 @@ def test_a_failed_upload_is_reported_and_tried_again(make_fit: MakeFit, tmp_path
     with pytest.warns(UploadWarning, match=r"checkpoint-1 could not be uploaded to scripted://.*no route to host"):
         fit.train()
     # It fails after the first log; the second tells; by the third it is made good.
-    assert [log.get("failed_uploads") for log in fit.state.log_history] == [None, 1, 0, None]
+    assert [log.get("failed_uploads") for log in logs_of(fit)] == [None, 1, 0, None]
     assert steps_in(tmp_path / "away") == {1, 2, 3, 4}
     for step in (1, 2, 3, 4):
         verify(tmp_path / "away" / f"checkpoint-{step}")
@@ -184,7 +184,7 @@ def test_a_target_that_cant_be_written_ends_nothing(make_fit: MakeFit, tmp_path:
         fit.train()
     assert fit.state.global_step == 3
     assert steps_in(local_of(fit)) == {1, 2, 3}
-    assert fit.state.log_history[-1]["failed_uploads"] == 3
+    assert logs_of(fit)[-1]["failed_uploads"] == 3
 
 
 @pytest.mark.parametrize("hangs", [False, True])

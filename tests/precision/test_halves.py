@@ -13,7 +13,7 @@ from stratagem.precision.half import LostUpdates
 from stratagem.precision.master_weights import MASTER_WEIGHT
 from stratagem.precision.matrix import MATRIX
 from stratagem.strategies.ddp import DDP
-from tiny import Dropping, MakeFit, Regressor, regression_rows
+from tiny import Dropping, MakeFit, Regressor, logs_of, regression_rows
 from torch import Tensor, nn
 
 TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -153,7 +153,7 @@ def test_the_clipped_norm_is_wider_than_16_bits(make_fit: MakeFit, precision: An
     module.gradient = 512.0
     fit = make_fit(module, rows, precision=precision, max_grad_norm=1.0, max_steps=1)
     fit.train()
-    assert fit.state.log_history[0]["grad_norm"] == pytest.approx(512 * 257**0.5, rel=1e-6)
+    assert logs_of(fit)[0]["grad_norm"] == pytest.approx(512 * 257**0.5, rel=1e-6)
 
 
 # Optimizers.
@@ -169,7 +169,7 @@ def test_every_optimizer_steps_on_master_weights(make_fit: MakeFit, optimizer: s
         arguments = {"optim": optimizer, "precision": precision, "max_steps": 20, "learning_rate": 1e-3}
         fit = make_fit(module.eval(), regression_rows(8), **arguments)
         fit.train()
-        finals.append(fit.state.log_history[-1]["loss"])
+        finals.append(logs_of(fit)[-1]["loss"])
     for parameter in module.parameters():
         entries = fit.optimizer.state[parameter]
         assert torch.equal(entries[MASTER_WEIGHT].bfloat16(), parameter)
@@ -208,7 +208,7 @@ def losses(make_fit: MakeFit, precision: str, resume: Path | None = None, **argu
     torch.manual_seed(3)
     fit = make_fit(Adaptive(), regression_rows(32), precision=precision, **TRAINING, **arguments)
     fit.train(resume_from_checkpoint=resume)
-    return [line["loss"] for line in fit.state.log_history]
+    return [line["loss"] for line in logs_of(fit)]
 
 
 @masters

@@ -7,7 +7,7 @@ import torch
 from stratagem import Callback, TrainModule
 from stratagem.precision import PRECISIONS, BF16Mixed, FP16Mixed, Full, Precision, get_precision
 from stratagem.precision.registry import class_of
-from tiny import Dropping, Float64, MakeFit, Regressor, collate, parameters_of, regression_rows
+from tiny import Dropping, Float64, MakeFit, Regressor, collate, logs_of, parameters_of, regression_rows
 from torch import Tensor, nn
 
 
@@ -93,7 +93,7 @@ def test_mixed_precision_learns_what_float32_does(make_fit: MakeFit, precision: 
         module.load_state_dict(initial)
         fit = make_fit(module, regression_rows(32), precision=word, num_train_epochs=10)
         fit.train()
-        losses.append(fit.state.log_history[-1]["loss"])
+        losses.append(logs_of(fit)[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
     assert losses[1] != losses[0]
 
@@ -137,7 +137,7 @@ def test_the_clipped_norm_is_that_of_the_unscaled_gradients(make_fit: MakeFit) -
             max_steps=1,
         )
         fit.train()
-        norms.append(fit.state.log_history[0]["grad_norm"])
+        norms.append(logs_of(fit)[0]["grad_norm"])
         moved = sum((value - initial[name]).square().sum() for name, value in parameters_of(module).items())
         assert float(moved) ** 0.5 == pytest.approx(0.1 * 1e-3, rel=1e-2)
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
@@ -148,7 +148,7 @@ def test_the_clipped_norm_is_that_of_the_unscaled_gradients(make_fit: MakeFit) -
 
 
 def scales(fit: object) -> list[float]:
-    return [line["loss_scale"] for line in fit.state.log_history]  # type: ignore[attr-defined]
+    return [line["loss_scale"] for line in logs_of(fit)]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
