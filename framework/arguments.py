@@ -81,6 +81,9 @@ class FitArguments:
         include_tokens_per_second: log tokens per second; counts them as "all" where they aren't counted otherwise.
         logging_nan_inf_filter: leave losses that aren't finite out of logged means, and log how many they were.
         ignore_data_skip: a resumed run begins its epoch anew instead of where it stood.
+        resume_with: whose options of the optimizer (learning rate, weight decay, betas, ...) a resumed run goes on with
+            where its own are others: the "checkpoint"'s, or those of the run's "arguments"; moments, counters and the
+            data's position are the checkpoint's either way.
         debug: "underflow_overflow" ends training at the first layer that computes an inf or NaN.
         progress: show a progress display on the main process.
 
@@ -150,6 +153,7 @@ class FitArguments:
     include_tokens_per_second: bool = False
     logging_nan_inf_filter: bool = True
     ignore_data_skip: bool = False
+    resume_with: str = "checkpoint"
     debug: str = ""
 
     progress: bool = True
@@ -227,6 +231,7 @@ class FitArguments:
         for name, known in (
             ("include_num_input_tokens_seen", ("no", "all", "non_padding")),
             ("debug", ("", "underflow_overflow")),
+            ("resume_with", ("checkpoint", "arguments")),
             ("torch_compile_mode", ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
         ):
             require(name, getattr(self, name) in known, f"must be one of {', '.join(map(repr, known))}")

@@ -11,7 +11,7 @@ HOMES = {
     "find": "finding",
     "load_weights": "contents",
     "published": "directory",
-    "read_state": "contents",
+    "read_state": "schema",
     "restore": "contents",
     "rotate": "directory",
     "take": "contents",

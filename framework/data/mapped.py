@@ -16,6 +16,7 @@ class MapStream(DataStream):
 
     def __init__(self, dataset: Dataset, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
         super().__init__(options, seed, rank, size)
+        self.dataset = dataset
         self.num_examples = len(dataset)  # type: ignore[arg-type]
         self.epoch_number = 0
         # Workers have random states of their own that can't be saved: there, each batch seeds its randomness by its
