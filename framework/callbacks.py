@@ -141,6 +141,12 @@ class Callbacks:
         """The state of the callbacks that have one, by class and place, so that two of one class keep apart."""
         return {key: callback.state_dict() for key, callback in self.stateful().items()}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the callbacks that are there again."""
+        for key, callback in self.stateful().items():
+            if key in state:
+                callback.load_state_dict(state[key])
+
     def check_states(self) -> None:
         """Refuse a state that no checkpoint can hold, when training begins instead of at the first save.
 

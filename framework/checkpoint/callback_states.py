@@ -86,10 +86,10 @@ def templates(
         if not isinstance(name, str) or name not in stored:
             raise CheckpointError(f"{path / 'callbacks'} lacks {name!r:.100}, which the callbacks' states tell of.")
         form = stored[name]
-        likes = (current.get(name), model.get(name.rpartition("/")[2])) if mark.get("sharded") is True else ()
-        like = next((t for t in likes if hasattr(t, "placements") and tuple(t.shape) == form.shape), None)
-        if like is not None:
-            found[name] = torch.empty_like(like, dtype=form.dtype)
+        likes = [current.get(name), model.get(name.rpartition("/")[2])] if mark.get("sharded") is True else []
+        fitting = [t for t in likes if t is not None and hasattr(t, "placements") and tuple(t.shape) == form.shape]
+        if fitting:
+            found[name] = torch.empty_like(fitting[0], dtype=form.dtype)
         else:
             device = torch.device("cpu") if mark.get("device") == "cpu" else strategy.device
             found[name] = torch.empty(form.shape, dtype=form.dtype, device=device)

@@ -16,7 +16,6 @@
 ``schema.py`` has the fields of the JSON files, ``matching.py`` what must fit the run.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,29 +24,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from ...precision.master_weights import MASTER_WEIGHT
 from ...strategies.base import Strategy
 from .. import random_state
 from ..agreement import on_all_ranks
-from ..module import TrainModule
 from . import callback_states, directory
 from .directory import CheckpointError
 from .frozen import check_frozen, described, fingerprints, left_out, without
 from .matching import (
     check_counters,
     check_entries,
-    check_like,
     check_listed,
     check_model,
-    in_the_types_of,
     master_templates,
     match_groups,
     optimizer_templates,
     parameter_groups,
 )
-from .own_options import own_options, own_rates, own_schedule
+from .own_options import own_options, own_rates
+from .parts import check_parts, load_parts
 from .schema import read_state
 from .tensors import load_tensors, stored_tensors
 from .trial_step import OptionsRefused, fresh_states
@@ -244,21 +240,20 @@ def match(
     def check() -> None:
         stored, stored_model = stored_tensors(path / "optimizer"), stored_tensors(path / "model")
         stored_callbacks = stored_tensors(path / "callbacks")
-        is_listed = "optimizer" in state
-        if is_listed:
+        if "optimizer" in state:  # format 1 lists no tensors
             check_listed(path / "model", state["model"], stored_model)
             check_listed(path / "optimizer", state["optimizer"], stored)
             check_listed(path / "callbacks", state["callback_tensors"], stored_callbacks)
         updates = state["progress"]["global_step"] - state["progress"]["skipped_updates"]
         keys = {**stored, **state["optimizer_numbers"]}
-        check_entries(path, keys, fresh, updates, listed=is_listed)
+        check_entries(path, keys, fresh, updates)
         for name in {key.rpartition("/")[0] for key in state["optimizer_numbers"]} - whole.keys():
             raise CheckpointError(f"{path / 'state.json'}: optimizer_numbers: the model has no {name!r}.")
         optimizer = optimizer_templates(path, strategy, whole, stored, stored_model, fresh)
         present = {key: value for key, value in state["callbacks"].items() if key in fit.callbacks.stateful()}
         _, current = callback_states.apart(fit.callbacks.state_dict()) if stored_callbacks else ({}, {})
         templates = callback_states.templates(path, present, current, stored_callbacks, strategy, whole)
-        check_schedule(fit, path, state)
+        check_parts(fit, path, state)
         random = random_of_rank(path, strategy, state, fit.args.seed, state["progress"]["global_step"])
         trained, masters = {*fresh, *untried}, master_templates(strategy, saved)
         numbers = {k: value for k, value in state["optimizer_numbers"].items() if k.rpartition("/")[0] in trained}
@@ -266,72 +261,6 @@ def match(
 
     on_all_ranks(strategy, check, CheckpointError)
     return result[0]
-
-
-def check_schedule(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
-    """Refuse a schedule that stands elsewhere than the run, and states of other types than the run's own.
-
-    Raises:
-        CheckpointError: names the field.
-    """
-    file, progress = path / "state.json", state["progress"]
-    for name, own in (("scheduler", fit.scheduler.state_dict()), ("loss_scaling", fit.strategy.precision.state_dict())):
-        saved = state[name]
-        if not own or (not saved and name == "loss_scaling"):  # of a format without a scale
-            continue
-        lacking = [key for key in own if key not in saved]
-        # Another torch may keep other notes.
-        if lacking and (state.get("torch") == torch.__version__ or any(not key.startswith("_") for key in lacking)):
-            raise CheckpointError(f"{file}: {name} lacks {', '.join(lacking)}.")
-        check_like(file, name, own, saved)
-    scale = state["loss_scaling"].get("scale")
-    if isinstance(scale, int | float) and not scale > 0:
-        raise CheckpointError(f"{file}: loss_scaling.scale is {scale!r}: it is a factor above 0.")
-    made = progress["global_step"] - progress["skipped_updates"]
-    is_own = type(fit.scheduler) is LambdaLR and type(fit.module).configure_scheduler is TrainModule.configure_scheduler
-    if is_own and state["scheduler"]["last_epoch"] != made:
-        raise CheckpointError(
-            f"{file}: scheduler.last_epoch is {state['scheduler']['last_epoch']!r}; progress tells of {made} updates."
-        )
-    groups = len(fit.scheduler.optimizer.param_groups)
-    rates = state["scheduler"].get("base_lrs")
-    if is_own and len(state["parameter_groups"]) == groups and len(rates) != groups:
-        raise CheckpointError(f"{file}: scheduler.base_lrs has {len(rates)} values for {groups} parameter groups.")
-
-
-def load_parts(fit: "Fit", path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Load the states that others check as they load: schedule, loss scale, callbacks. Where one raises, all are what
-    they were. Collective.
-
-    Raises:
-        CheckpointError: names the section, and what was raised.
-    """
-    scheduler, precision, callbacks = fit.scheduler, fit.strategy.precision, fit.callbacks.stateful()
-    schedule = in_the_types_of(scheduler.state_dict(), state["scheduler"])
-    if fit.args.resume_with == "arguments":
-        schedule = own_schedule(scheduler, schedule)
-    parts: dict[str, tuple[Any, Any]] = {
-        "scheduler": (scheduler, schedule),
-        "loss_scaling": (precision, state["loss_scaling"]),
-    }
-    for name, callback in callbacks.items():
-        if name in state["callbacks"]:
-            parts[f"callbacks.{name}"] = callback, callback_states.together(state["callbacks"][name], tensors)
-
-    def load() -> None:
-        before = []
-        for name, (holder, saved) in parts.items():
-            try:
-                before.append((holder, copy.deepcopy(holder.state_dict())))
-                holder.load_state_dict(saved)
-            except Exception as error:
-                for loaded, earlier in before:
-                    loaded.load_state_dict(earlier)
-                raise CheckpointError(
-                    f"{path / 'state.json'}: {name} can't be loaded: {type(error).__name__}: {error}"
-                ) from error
-
-    on_all_ranks(fit.strategy, load, CheckpointError)
 
 
 def load_weights(fit: "Fit", path: Path | None) -> None:

@@ -284,9 +284,7 @@ def check_entry(path: Path, key: str, entry: Stored, whole: tuple[int, ...], own
     return own.dtype
 
 
-def check_entries(
-    path: Path, keys: Mapping[str, Any], fresh: Mapping[str, FreshState], updates: int, *, listed: bool
-) -> None:
+def check_entries(path: Path, keys: Mapping[str, Any], fresh: Mapping[str, FreshState], updates: int) -> None:
     """Refuse a state with holes: an optimizer that finds some of its entries doesn't make the others.
 
     Args:
@@ -294,7 +292,6 @@ def check_entries(
         keys: "<parameter>/<state key>" of its tensors and numbers, with the numbers' values.
         fresh: what each parameter would have.
         updates: that the optimizer has made.
-        listed: state.json lists the tensors, so that none at all is no loss.
 
     Raises:
         CheckpointError: names the entry.
@@ -319,7 +316,7 @@ def check_entries(
             check_like(path / "state.json", field, fresh[name][word], value)
             if word == "step" and isinstance(value, int | float) and not is_step_count(value):
                 raise CheckpointError(f"{path / 'state.json'}: {field} is {value!r}: no count of steps.")
-    if not listed and not held and updates and any(state for state in fresh.values()):
+    if not held and updates and any(own is not None for state in fresh.values() for own in state.values()):
         raise CheckpointError(f"{path} holds no state of the optimizer, which has made {updates} updates.")
 
 

@@ -59,7 +59,7 @@ def own_rates(fit: "Fit", groups: list[dict[str, Any]], state: Mapping[str, Any]
     scheduler: Any = fit.scheduler
     if type(scheduler) is LambdaLR:
         pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
-        return [peak * shape(scheduler.last_epoch) for shape, peak in pairs]
+        return [float(peak) * shape(scheduler.last_epoch) for shape, peak in pairs]
     before = state["arguments"].get("learning_rate")
     ratio = fit.args.learning_rate / before if before else 1.0
     rates = []

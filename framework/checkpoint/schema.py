@@ -104,13 +104,14 @@ PROGRESS = (
     "global_step", "max_steps", "epoch", "num_train_epochs", "learning_rate", "items_seen", "num_input_tokens_seen",
     "skipped_updates", "train_loss_sum", "train_loss_count", "best_metric", "best_global_step", "log_history",
 )  # fmt: skip
+COUNTS: Mapping[Any, Any] = {int: Count, int | None: Count | None}
 # A TrainState; its counts aren't negative.
 Progress = msgspec.defstruct(
     "Progress",
     [
         (field.name, kind) if field.name in PROGRESS else (field.name, kind | UnsetType, UNSET)
         for field in fields(TrainState)
-        for kind in [{int: Count, int | None: Count | None}.get(field.type, field.type)]  # type: ignore[call-overload]
+        for kind in [COUNTS.get(field.type, field.type)]
     ],
     kw_only=True,
 )
