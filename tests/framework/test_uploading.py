@@ -248,7 +248,7 @@ def test_a_copy_of_another_is_not_whole_while_it_is_replaced(checkpoint: Path, t
     remote.upload(checkpoint, filesystem, folder)
     manifest = tmp_path / "away" / "checkpoint-1" / "manifest.json"
     manifest.write_text("{}")  # as of another run
-    strays = [manifest.parent / name for name in ("model/shard-00002-model-00001-of-00001.safetensors", "random-1.json")]
+    strays = [manifest.parent / name for name in ("model/shard-00002.safetensors", "random-00001.json")]
     for stray in strays:
         stray.write_bytes(b"the other run's")
     seen: list[bool] = []
