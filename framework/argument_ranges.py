@@ -26,6 +26,7 @@ ONE_OF = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     "debug": ("", "underflow_overflow", "ranks_agree"),
     "other_checkpoints": ("set_aside", "refuse"),
+    "resume_with": ("checkpoint", "arguments"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
 }

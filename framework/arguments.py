@@ -106,6 +106,9 @@ class FitArguments:
         include_tokens_per_second: log tokens per second; counts them as "all" where they aren't counted otherwise.
         logging_nan_inf_filter: leave losses that aren't finite out of logged means, and log how many they were.
         ignore_data_skip: a resumed run begins its epoch anew instead of where it stood.
+        resume_with: whose options of the optimizer (learning rate, weight decay, betas, ...) a resumed run goes on with
+            where its own are others: the "checkpoint"'s, or those of the run's "arguments"; moments, counters and the
+            data's position are the checkpoint's either way.
         debug: "underflow_overflow" ends training at the first layer that computes an inf or NaN; "ranks_agree" compares
             what several ranks hold alike at each log, and not after the first update alone.
         progress: show a progress display on the main process.
@@ -188,6 +191,7 @@ class FitArguments:
     include_tokens_per_second: bool = False
     logging_nan_inf_filter: bool = True
     ignore_data_skip: bool = False
+    resume_with: str = "checkpoint"
     debug: str = ""
 
     progress: bool = True

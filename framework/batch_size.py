@@ -156,7 +156,7 @@ def size_in_checkpoint(args: FitArguments, path: Path | None) -> FitArguments:
     """The arguments, with a batch no larger than the one that was found by the run that is resumed."""
     if path is None:
         return args
-    from .checkpoint.contents import read_state
+    from .checkpoint import read_state
 
     size = read_state(path)["progress"].get("train_batch_size")
     if size is None or size >= args.per_device_train_batch_size:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..strategies.base import Strategy
-from . import batch_size, cadence, checkpoint, fresh, random_state
+from . import batch_size, cadence, checkpoint, fresh, random_state, resuming
 from .arguments import FitArguments
 from .averages import Averages
 from .closure import closure_for
@@ -25,24 +25,27 @@ if TYPE_CHECKING:
 
 def begin(fit: "Fit", path: Path | None) -> None:
     """Place the module and set every counter to where the run begins, or continues from the checkpoint at ``path``."""
+    saved = None if path is None else checkpoint.read_state(path)
     fit.args = without_length(fit)  # a resume may have set another
     resolve_length(fit)
+    if path is not None and saved is not None:
+        resuming.compare(fit, path, saved)
     fit.place()
     fit.state.__init__()  # type: ignore[misc]
     fit.epoch_index, fit.schedule_is_due = 0, False
     fit.averages = Averages(fit.strategy)
     reset_optimizer(fit)
-    if path is not None:
-        resolve_resumed_length(fit, path)
+    if saved is not None:
+        resolve_resumed_length(fit, saved)
     has_evaluations = fit.eval_data is not None and fit.args.eval_strategy != "no"
     fit.scheduler = configured_scheduler(fit.module, fit.optimizer, fit.args, has_evaluations)
-    if path is None:
+    if path is None or saved is None:
         fit.random_to_restore = None
         fit.stream.load_state_dict({"position": 0})
         random_state.seed_everything(fit.args.seed + fit.strategy.data_rank)
         fit.strategy.seed(fit.args.seed)
     else:
-        fit.random_to_restore = checkpoint.restore(fit, path)
+        fit.random_to_restore = checkpoint.restore(fit, path, saved)
         if fit.args.ignore_data_skip:
             fit.stream.load_state_dict({"position": 0})
     fit.state.num_train_epochs, fit.state.max_steps = fit.num_train_epochs, fit.args.max_steps
@@ -128,9 +131,8 @@ def resolve_length(fit: "Fit") -> None:
     fit.args = cadence.resolve(fit.args, max_steps)
 
 
-def resolve_resumed_length(fit: "Fit", path: Path) -> None:
+def resolve_resumed_length(fit: "Fit", saved: Mapping[str, Any]) -> None:
     """The same for a run that goes on from a checkpoint, where its global batch was another."""
-    saved = checkpoint.read_state(path)
     data, total = saved["data"], fit.get_total_train_batch_size(fit.args)
     if data["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"] == total:
         return

@@ -36,7 +36,9 @@ class Callback:
     Every event receives the run's arguments, its state, the flags by which it asks for something (see Control), and by
     keyword ``fit`` and what the event is about. The order is written down in ``framework/loop.py``.
 
-    A callback with ``state_dict`` and ``load_state_dict`` (JSON types) is saved in checkpoints and restored.
+    A callback with ``state_dict`` and ``load_state_dict`` is saved in checkpoints and restored. Its state holds JSON
+    types and tensors (a moving average of the weights), in mappings with string keys and lists; rank 0's is the one
+    that is saved, and of a sharded tensor each rank's part.
 
     Example:
         >>> class StopBelow(Callback):
@@ -177,20 +179,33 @@ class Callbacks:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the callbacks that have one, by class and place, so that two of one class keep apart."""
-        return {key: callback.state_dict() for key, callback in self._stateful()}
+        return {key: callback.state_dict() for key, callback in self.stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the callbacks that are there again."""
-        for key, callback in self._stateful():
+        for key, callback in self.stateful().items():
             if key in state:
                 callback.load_state_dict(state[key])
 
-    def _stateful(self) -> list[tuple[str, Any]]:
+    def check_states(self) -> None:
+        """Refuse a state that no checkpoint can hold, when training begins instead of at the first save.
+
+        Raises:
+            TypeError: names the callback, and the entry.
+        """
+        stateful = self.stateful()
+        if stateful:
+            from .checkpoint.callback_states import apart
+
+            apart({key: callback.state_dict() for key, callback in stateful.items()})
+
+    def stateful(self) -> dict[str, Any]:
+        """The callbacks that have a state, by class and place."""
         seen: dict[str, int] = {}
-        found = []
+        found = {}
         for callback in self.all:
             if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
                 name = type(callback).__name__
-                found.append((f"{name}-{seen.get(name, 0)}", callback))
+                found[f"{name}-{seen.get(name, 0)}"] = callback
                 seen[name] = seen.get(name, 0) + 1
         return found

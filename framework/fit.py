@@ -101,7 +101,7 @@ class Fit:
     count_tokens: TokenCounter
     callbacks: Callbacks
 
-    directory: checkpoint.RunDirectory  # of the last run that was begun
+    directory: "checkpoint.RunDirectory"  # of the last run that was begun
 
     # Set where a run begins (beginning.py).
     scheduler: LRScheduler

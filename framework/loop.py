@@ -51,6 +51,7 @@ def run(fit: "Fit") -> None:
     model.train()
     fit.optimizer_mode.train()
     emit("on_train_begin")
+    fit.callbacks.check_states()
     if args.eval_on_start and state.global_step == 0:
         fit.evaluate(ignore_keys=fit.ignore_keys_for_eval)
     for epoch in range(fit.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):

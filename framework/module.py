@@ -296,7 +296,7 @@ def forward_call(module: nn.Module) -> Call:
                 f"{name} needs {len(required)} inputs ({', '.join(required)}), but the batch is a list of {len(batch)}, "
                 f"which is one input. {ways}"
             )
-        if 1 < len(batch) and (takes_rest or len(batch) <= positions):
+        if len(batch) > 1 and (takes_rest or len(batch) <= positions):
             raise ValueError(
                 f"The batch is a list of {len(batch)}, and {name} could take it in two ways: whole as "
                 f"{names[0] if names else 'its first input'}, or entry by entry as {len(batch)} inputs. {ways}"

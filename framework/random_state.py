@@ -42,6 +42,51 @@ def restore(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(decode(state["cuda"]))
 
 
+def problem(state: Any) -> str | None:
+    """Why ``restore`` can't take a state that was read from a file, or None where it can. numpy, for one, would read
+    beyond its words at a position that isn't among them.
+    """
+    try:
+        version, words, gauss = state["python"]
+        random.Random().setstate((version, tuple(words), gauss))
+        if not (gauss is None or isinstance(gauss, float)):
+            return f"python's gauss is {gauss!r:.40}"
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return f"python: {error!r}"
+    try:
+        name, keys, position, has_gauss, cached = state["numpy"]
+        whole = [position, has_gauss, *keys]
+        if any(type(number) is not int for number in whole) or not all(0 <= number < 2**32 for number in whole):
+            return "numpy: its words, position and flag are whole numbers below 2^32"
+        if name != "MT19937" or len(keys) != 624 or position > 624 or has_gauss > 1 or type(cached) is not float:
+            return f"numpy: {len(keys)} words of {name!r:.40} at {position}, {has_gauss}, {cached!r:.40}"
+    except (KeyError, TypeError, ValueError) as error:
+        return f"numpy: {error!r}"
+    if not isinstance(state.get("torch"), str):
+        return "torch: it is no text"
+    return generator_problem(state["torch"]) or cuda_problem(state.get("cuda"))
+
+
+def generator_problem(text: str) -> str | None:
+    """Why a generator of torch's on the host can't take an encoded state, or None where it can."""
+    try:
+        torch.Generator().set_state(decode(text))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"torch: {error}"
+    return None
+
+
+def cuda_problem(text: Any) -> str | None:
+    """Why CUDA's generator can't take an encoded state, or None where it can, or isn't there."""
+    if text is None or not torch.cuda.is_available():
+        return None
+    try:
+        torch.Generator("cuda").set_state(decode(text))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"cuda: {error}"
+    return None
+
+
 class OwnRandomState:
     """Random numbers for one purpose: what is drawn from Python's, numpy's and torch's global generators inside
     ``entered`` follows from the seed alone, and nothing outside is disturbed by it.
@@ -85,4 +130,4 @@ def encode(state: torch.Tensor) -> str:
 
 def decode(text: str) -> torch.Tensor:
     """The uint8 tensor that ``encode`` was given."""
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)

@@ -212,6 +212,16 @@ class DeepSpeed(ProcessGroupStrategy):
         """The optimizer's state, cut by parameter instead of by flat group."""
         return super().optimizer_state() if self.zero_state is None else self.zero_state.optimizer_state()
 
+    def stepping_optimizer(self) -> Optimizer:
+        """The one inside the engine."""
+        return getattr(self.optimizer, "base", None) or super().stepping_optimizer()
+
+    def stand_in(self, parameter: Tensor) -> Tensor:
+        """A few zeros: a piece of the flat float32 master weights, where there are some."""
+        if self.zero_state is None:
+            return super().stand_in(parameter)
+        return torch.zeros(8, device=parameter.device)
+
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Cut the state into the flat groups again."""
         if self.zero_state is None:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -88,6 +89,15 @@ class PlacedModule:
         self.optimizer.state.clear()
         for name, entries in state.items():
             self.optimizer.state[parameters[name]] = lists_together(entries)
+
+    def stepping_optimizer(self) -> Optimizer:
+        """The optimizer that makes the state: ``optimizer``, or what that one stands for."""
+        assert self.optimizer is not None
+        return self.optimizer
+
+    def stand_in(self, parameter: Tensor) -> Tensor:
+        """Zeros that ``stepping_optimizer`` treats as it does one of the parameters that it was given."""
+        return torch.zeros_like(parameter, dtype=torch.float32 if self.precision.master_weights else parameter.dtype)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor of the model's state, gathered where it is sharded. Collective."""

@@ -268,6 +268,10 @@ class XLASPMD(Strategy):
         state = super().optimizer_state()
         return {name: {key: on_host(value) for key, value in entries.items()} for name, entries in state.items()}
 
+    def stand_in(self, parameter: Tensor) -> Tensor:
+        """Zeros on the host, where nothing is compiled for a trial."""
+        return super().stand_in(torch.zeros(parameter.shape, dtype=parameter.dtype))
+
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Move what was on the devices back there, cut as its parameter is."""
         counted = {id(p) for group in self.capturable_groups() for p in group["params"]}

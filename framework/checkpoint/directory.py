@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # of what is written; schema.py has what each holds
+READ_FORMATS = (1, 2)
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a directory that is still being written, or removed
 REPLACED = ".replaced"  # ends the name of a checkpoint while another of the same update takes its place
@@ -67,7 +68,7 @@ def read_json(path: Path) -> Any:
     try:
         with path.open(encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
 
 
@@ -110,31 +111,27 @@ def publish(final: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def verify(path: Path, part: int = 0, parts: int = 1) -> None:
-    """Compare a checkpoint with its manifest.
+    """Compare a checkpoint with its manifest, and the manifest with what a checkpoint must have.
 
     Args:
         path: the checkpoint.
         part, parts: read only every ``parts``-th file, from ``part`` on, so that ranks share the work.
 
     Raises:
-        CheckpointError: what is missing, altered or not a checkpoint.
+        CheckpointError: what is missing, altered, not listed or not a checkpoint.
     """
+    from . import schema  # it imports this file
+
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist.")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; a checkpoint is a directory such as output/checkpoint-500.")
     if not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint of stratagem, or was never finished.")
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path / MANIFEST} was altered: it lists no files.")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest.get('format')!r}; this version of stratagem reads format {FORMAT}."
-        )
+    manifest = schema.read_manifest(path)
     for name, expected in list(manifest["files"].items())[part::parts]:
         file = path / name
-        if not file.exists():
+        if not file.is_file():
             raise CheckpointError(f"{file} is missing.")
         found = {"bytes": file.stat().st_size} | (
             hash_file(file) if file.stat().st_size == expected["bytes"] else {"sha256": None}
@@ -144,6 +141,7 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
                 f"{file} was altered: it has {found['bytes']} bytes, SHA-256 {found['sha256']}; "
                 f"the manifest says {expected['bytes']} bytes, {expected['sha256']}."
             )
+    schema.check_listing(path, manifest)
 
 
 def remove(path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import directory
 from .directory import MANIFEST, CheckpointError
+from .schema import check_manifest
 
 
 def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
@@ -36,8 +37,8 @@ def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
 
 
 def upload(checkpoint: Path, filesystem: Any, folder: str) -> None:
-    """Copy a published checkpoint to ``<folder>/<its name>``, the manifest last: a copy that has one is whole. Does
-    nothing where the same is there already.
+    """Copy a published checkpoint to ``<folder>/<its name>``, the manifest last: a copy that has one is whole. What an
+    earlier copy left there and this one doesn't have is removed. Does nothing where the same is there already.
 
     Args:
         checkpoint: is left as it is.
@@ -53,7 +54,12 @@ def upload(checkpoint: Path, filesystem: Any, folder: str) -> None:
         if filesystem.cat_file(f"{target}/{MANIFEST}") == manifest:
             return
         filesystem.rm_file(f"{target}/{MANIFEST}")  # before the first of its files is replaced
-    files = json.loads(manifest)["files"]
+    files = check_manifest(json.loads(manifest), checkpoint / MANIFEST)["files"]
+    if filesystem.exists(target):
+        root = filesystem._strip_protocol(target).rstrip("/")
+        for found in filesystem.find(target):
+            if found.removeprefix(root).lstrip("/") not in files:
+                filesystem.rm_file(found)
     for parent in sorted({str(Path(name).parent) for name in files}):
         filesystem.makedirs(target if parent == "." else f"{target}/{parent}", exist_ok=True)
     for name, entry in files.items():
@@ -83,7 +89,7 @@ def download(url: str, output_dir: Path) -> Path:
     try:
         filesystem, source = open_filesystem(url)
         manifest = filesystem.cat_file(f"{source}/{MANIFEST}")
-        files = json.loads(manifest)["files"]
+        files = check_manifest(json.loads(manifest), f"{source}/{MANIFEST}")["files"]
         final = output_dir / source.rpartition("/")[2]
         if not directory.NAME.match(final.name):
             raise CheckpointError("its name must be checkpoint-<update>")
@@ -91,9 +97,6 @@ def download(url: str, output_dir: Path) -> Path:
             if (final / MANIFEST).exists() and (final / MANIFEST).read_bytes() == manifest:
                 return final
             raise CheckpointError(f"{final} is another one; move it away, or resume from it")
-        for name in files:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise CheckpointError(f"its manifest names {name!r}, outside of it")
         partial = directory.begin(final)
         try:
             for name in files:

@@ -1,6 +1,7 @@
 """Named tensors on disk: torch.distributed.checkpoint plans and reshards, safetensors stores. No pickle is read."""
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .directory import CheckpointError, flush
+from .dtypes import DTYPES
 
+SHARDING = "DCP_SHARDING_INFO"  # the entry of a file's header that says where its pieces lie in the whole tensors
 FILE_BYTES = 1 << 30  # safetensors builds a file's bytes in memory: this bounds what a save needs beyond the state
 
 
@@ -56,9 +59,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def load_tensors(directory: Path, into: Mapping[str, Tensor]) -> None:
-    """Read tensors in place, each rank its shards, whatever the sharding was when they were written. Collective."""
-    if not into:
+def load_tensors(directory: Path, into: Mapping[str, Tensor], *, even_none: bool = False) -> None:
+    """Read tensors in place, each rank its shards, whatever the sharding was when they were written. Collective.
+
+    Args:
+        directory: holds them.
+        into: name to tensor. With none, nothing is done.
+        even_none: this rank takes part although it reads none.
+    """
+    if not (into or even_none):
         return
     with _plainly(directory):
         dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(directory)))
@@ -89,18 +98,94 @@ def rank_files(directory: Path, rank: int) -> list[Path]:
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """What a directory holds: name to whole shape and dtype. Reads headers only."""
-    found: dict[str, Stored] = {}
+    """What a directory holds: name to whole shape and dtype. Reads headers only.
+
+    Raises:
+        CheckpointError: a file is no safetensors file, or the pieces of a tensor overlap, leave a hole (which would be
+            read as whatever is in memory) or differ in dtype.
+    """
+    pieces: dict[str, list[Piece]] = {}
     for file in sorted(directory.glob("*.safetensors")):
+        for name, piece in _pieces(file):
+            pieces.setdefault(name, []).append(piece)
+    return {name: _joined(name, held) for name, held in pieces.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor in a file: where it begins and ends in the whole."""
+
+    file: Path
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(e - b for b, e in zip(self.begin, self.end, strict=True))
+
+    def overlaps(self, other: "Piece") -> bool:
+        """Whether both hold the same number of the whole."""
+        pairs = zip(self.begin, self.end, other.begin, other.end, strict=True)
+        return all(max(b, begin) < min(e, end) for b, e, begin, end in pairs)
+
+
+def _pieces(file: Path) -> Iterator[tuple[str, Piece]]:
+    """What a file's header says that it holds.
+
+    Raises:
+        CheckpointError: names the file, and the tensor.
+    """
+    try:
         with safe_open(file, framework="pt") as content:
-            offsets = json.loads((content.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in content.keys():  # noqa: SIM118 (not a dict)
-                part = content.get_slice(name)
-                begin = offsets.get(name, {}).get("saved_offsets") or [0] * len(part.get_shape())
-                end = tuple(b + n for b, n in zip(begin, part.get_shape(), strict=True))
-                shape = found[name].shape if name in found else end
-                found[name] = Stored(tuple(map(max, shape, end)), DTYPES[part.get_dtype()])
-    return found
+            text = (content.metadata() or {}).get(SHARDING)
+            heads = [(name, content.get_slice(name)) for name in content.keys()]  # noqa: SIM118 (not a dict)
+            shapes = {name: (tuple(head.get_shape()), head.get_dtype()) for name, head in heads}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+    try:
+        sharding = None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} was altered: its {SHARDING} isn't JSON: {error}") from error
+    for name, (shape, kind) in shapes.items():
+        if kind not in DTYPES:
+            raise CheckpointError(f"{file} was altered: {name} has the dtype {kind}, which no checkpoint has.")
+        begin: Any = [0] * len(shape)
+        if sharding is not None:
+            entry = sharding.get(name) if isinstance(sharding, dict) else None
+            begin = entry.get("saved_offsets") if isinstance(entry, dict) else None
+        known = isinstance(begin, list) and all(type(offset) is int and 0 <= offset < 2**62 for offset in begin)
+        if not known or len(begin) != len(shape):
+            raise CheckpointError(f"{file} was altered: {name} of {shape} begins at {begin!r:.60} in its {SHARDING}.")
+        yield name, Piece(file, tuple(begin), tuple(b + n for b, n in zip(begin, shape, strict=True)), DTYPES[kind])
+
+
+def _joined(name: str, pieces: list[Piece]) -> Stored:
+    """A tensor from its pieces.
+
+    Raises:
+        CheckpointError: they aren't one.
+    """
+    first = pieces[0]
+    for piece in pieces:
+        if piece.dtype != first.dtype or len(piece.begin) != len(first.begin):
+            raise CheckpointError(f"{piece.file} was altered: {name} isn't of one dtype and form with {first.file}.")
+    shape = tuple(map(max, zip(*(piece.end for piece in pieces), strict=True)))
+    filled = sorted((piece for piece in pieces if piece.numel), key=lambda piece: piece.begin)
+    # Along one dimension, as most are cut, an overlap is one of neighbours.
+    cut = [d for d in range(len(shape)) if len({(piece.begin[d], piece.end[d]) for piece in filled}) > 1]
+    for number, piece in enumerate(filled):
+        others = filled[number + 1 : number + 2] if len(cut) < 2 else filled[number + 1 :]
+        overlapping = next((other for other in others if piece.overlaps(other)), None)
+        if overlapping is not None:
+            raise CheckpointError(f"{overlapping.file} was altered: it holds a part of {name} that {piece.file} holds.")
+    held = sum(piece.numel for piece in filled)
+    if held != math.prod(shape):
+        raise CheckpointError(
+            f"{first.file.parent} holds {held} of the {math.prod(shape)} numbers of {name} {shape}: pieces are missing."
+        )
+    return Stored(shape, first.dtype)
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -112,20 +197,3 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         files[name] = file
         size += tensor.nbytes
     return files
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}

@@ -47,14 +47,13 @@ def _write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any) -> N
         if strategy.is_main:
             written.append(partial / "state.json")
             directory.write_text(written[1], snapshot.state)
-        for folder, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
-            if tensors:
-                written += rank_files(partial / folder, rank)
+        for folder in snapshot.folders():
+            written += rank_files(partial / folder, rank)
         return {str(file.relative_to(partial)): directory.hash_file(file) for file in written}
 
     on_all_ranks(strategy, lambda: directory.begin(final) if strategy.is_main else None, CheckpointError, group)
-    for folder, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
-        if tensors:
+    for folder, tensors in snapshot.folders().items():
+        if any(strategy.gather(bool(tensors), group)):  # a callback may be on one rank alone
             save_tensors(partial / folder, tensors, group)  # collective itself: one rank's error is raised on all
     parts = on_all_ranks(strategy, write_part, CheckpointError, group)
 
@@ -119,7 +118,11 @@ class BackgroundWriter:
         """
         self.finish()
         copied = Snapshot(
-            copy_to_host(snapshot.model), copy_to_host(snapshot.optimizer), snapshot.state, snapshot.random
+            copy_to_host(snapshot.model),
+            copy_to_host(snapshot.optimizer),
+            snapshot.state,
+            snapshot.random,
+            copy_to_host(snapshot.callbacks),
         )
 
         def work() -> None:

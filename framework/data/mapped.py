@@ -35,6 +35,7 @@ class MapStream(DataStream):
         super().__init__(options, seed, rank, size)
         self.groups = groups
         self.group_size = 0  # of an epoch that goes on after a resume; 0 takes the groups' own
+        self.dataset = dataset
         self.num_examples = len(dataset)  # type: ignore[arg-type]
         self.epoch_number = 0
         # Workers have random states of their own that can't be saved: there, each batch seeds its randomness by its

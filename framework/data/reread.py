@@ -57,7 +57,14 @@ class RereadStream(DataStream):
         return {**super().state_dict(), "generators": start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next ``epoch`` is the saved one, from its position."""
+        """The next ``epoch`` is the saved one, from its position.
+
+        Raises:
+            ValueError: a state of a generator is none.
+        """
+        for text in state.get("generators") or []:
+            if (problem := random_state.generator_problem(text)) is not None:
+                raise ValueError(problem)
         super().load_state_dict(state)
         self.generators_to_restore = state.get("generators")
 
@@ -184,7 +191,7 @@ class LoaderStream(RereadStream):
         if loader.collate_fn is default_convert:
             loader = copy.copy(loader)  # the user's keeps torch's
             loader.collate_fn = convert
-        self.loader = loader
+        self.loader, self.dataset = loader, loader.dataset
         if hasattr(loader.dataset, "__len__"):
             self.num_examples = len(loader.dataset)
 
@@ -224,6 +231,10 @@ class LoaderStream(RereadStream):
     def fraction(self) -> float:
         """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""
         return self.position / len(self.loader) if self.num_examples is not None else 0.0
+
+    def capacity(self) -> int | None:
+        """The number of batches; None where unknown."""
+        return len(self.loader) if self.num_examples is not None else None
 
     @property
     def samples(self) -> int:

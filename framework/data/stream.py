@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy
 
+from .fingerprint import fingerprint
+
 
 @dataclass(frozen=True)
 class LoaderOptions:
@@ -37,11 +39,15 @@ class DataStream:
     Attributes:
         num_examples: samples in an epoch, over all ranks; None where unknown.
         position: samples of the current epoch that were handed out, over all ranks.
+        dataset: the data, where a sample of any place can be asked for.
     """
 
     num_examples: int | None = None
     is_equal_on_ranks = False
     """Whether every rank surely has equally many micro-batches."""
+    dataset: Any = None
+    fingerprint: str | None = None
+    fingerprint_is_known = False
 
     def __init__(self, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
         self.options = options
@@ -82,6 +88,10 @@ class DataStream:
         # Without the samples that drop_last leaves out, and without a short last micro-batch's empty places.
         return min(1.0, self.position / min(self.num_examples, len(self) * self.global_micro_batch))
 
+    def capacity(self) -> int | None:
+        """The furthest position in an epoch; None where unknown."""
+        return self.num_examples
+
     @property
     def samples(self) -> int:
         """Samples of the current epoch that were handed out, over all ranks."""
@@ -90,6 +100,27 @@ class DataStream:
     def state_dict(self) -> dict[str, Any]:
         """The position, good for any batch size and number of ranks."""
         return {"position": self.position, "global_micro_batch": self.global_micro_batch}
+
+    def describe(self, reads_samples: bool) -> dict[str, Any]:
+        """What the order of samples follows from, as JSON types, for a resume to compare.
+
+        Args:
+            reads_samples: give the fingerprint, too, where the data can be read at any place and by this process; else
+                it is None. It is taken once.
+        """
+        if reads_samples and not self.fingerprint_is_known and self.dataset is not None:
+            by_workers = bool(self.options.workers.get("num_workers"))  # files opened here would be shared with them
+            self.fingerprint = None if by_workers else fingerprint(self.dataset)
+            self.fingerprint_is_known = True
+        return {
+            "kind": type(self).__name__,
+            "seed": self.seed,
+            "shuffle": self.options.shuffle,
+            "batch_size": self.options.batch_size,
+            "workers": self.options.workers.get("num_workers") or 0,
+            "length": self.num_examples,
+            "fingerprint": self.fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next ``epoch`` begins at the saved position."""

@@ -21,7 +21,6 @@ from tiny import MakeFit, Regressor, collate, parameters_of, regression_rows
 from torch import Tensor, nn
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Labelled:
     x: Tensor

@@ -248,11 +248,15 @@ def test_a_copy_of_another_is_not_whole_while_it_is_replaced(checkpoint: Path, t
     remote.upload(checkpoint, filesystem, folder)
     manifest = tmp_path / "away" / "checkpoint-1" / "manifest.json"
     manifest.write_text("{}")  # as of another run
+    strays = [manifest.parent / name for name in ("model/shard-00002.safetensors", "random-00001.json")]
+    for stray in strays:
+        stray.write_bytes(b"the other run's")
     seen: list[bool] = []
     Scripted.before_put = staticmethod(lambda number, local: seen.append(manifest.exists()))
     remote.upload(checkpoint, filesystem, folder)
     assert seen and not any(seen)
     verify(manifest.parent)
+    assert not any(stray.exists() for stray in strays)
 
 
 def test_one_that_is_replaced_meanwhile_is_not_published(checkpoint: Path, tmp_path: Path) -> None:
@@ -283,8 +287,9 @@ def test_a_copy_that_came_out_short_is_not_published(checkpoint: Path, tmp_path:
 def test_a_manifest_leads_nowhere_else(tmp_path: Path) -> None:
     source = tmp_path / "away" / "checkpoint-1"
     source.mkdir(parents=True)
-    (source / "manifest.json").write_text(json.dumps({"format": 1, "files": {"../../stolen": {}}}))
-    with pytest.raises(CheckpointError, match="outside of it"):
+    files = {"../../stolen": {"bytes": 1, "sha256": 64 * "0"}}
+    (source / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(CheckpointError, match=r"\.\./\.\./stolen.*inside of the checkpoint"):
         remote.download(f"file://{source}", tmp_path / "output")
 
 

@@ -1,0 +1,331 @@
+"""Whether what a checkpoint holds fits the run that takes it: names, shapes, dtypes, parameter groups, options."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...precision.master_weights import MASTER_WEIGHT
+from ...strategies.base import Strategy
+from .directory import CheckpointError
+from .tensors import Stored
+from .trial_step import FreshEntry, FreshState, is_step_count
+
+# How an optimizer computes is this machine's affair, not the run's.
+IMPLEMENTATION_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
+
+
+def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Refuse a checkpoint whose names, shapes or kinds of numbers are not the model's.
+
+    Raises:
+        CheckpointError: lists what is missing, unexpected, of another shape and of another kind.
+    """
+    missing = [name for name in model if name not in stored]
+    unexpected = [name for name in stored if name not in model]
+    common = [(name, tensor, stored[name]) for name, tensor in model.items() if name in stored]
+    reshaped = [
+        f"{name} {tuple(tensor.shape)} (checkpoint: {found.shape})"
+        for name, tensor, found in common
+        if tuple(tensor.shape) != found.shape
+    ]
+    retyped = [
+        f"{name} {tensor.dtype} (checkpoint: {found.dtype})"
+        for name, tensor, found in common
+        if not same_kind(tensor.dtype, found.dtype)
+    ]
+    if missing or unexpected or reshaped or retyped:
+        parts = [
+            f"{title}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
+            for title, names in (
+                ("the checkpoint lacks", missing),
+                ("the model lacks", unexpected),
+                ("of another shape", reshaped),
+                ("of another kind of numbers", retyped),
+            )
+            if names
+        ]
+        raise CheckpointError(f"{path} is a checkpoint of another model. " + "; ".join(parts) + ".")
+
+
+def same_kind(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a value can be read from one dtype into the other: another precision's floats, or the very same."""
+    return one == other or (one.is_floating_point and other.is_floating_point)
+
+
+def check_listed(folder: Path, listed: Mapping[str, Mapping[str, Any]], stored: Mapping[str, Stored]) -> None:
+    """Compare the tensors in a folder with those that state.json lists.
+
+    Raises:
+        CheckpointError: names one that is missing, not listed, or of another form.
+    """
+    for name in {**listed, **stored}:
+        if name not in stored:
+            raise CheckpointError(f"{folder} lacks {name}, which state.json lists.")
+        if name not in listed:
+            raise CheckpointError(f"{folder} holds {name}, which state.json doesn't list.")
+        form, found = listed[name], stored[name]
+        if tuple(form["shape"]) != found.shape or form["dtype"] != str(found.dtype):
+            raise CheckpointError(
+                f"{folder} holds {name} with the shape {found.shape} and dtype {found.dtype}; state.json says "
+                f"{tuple(form['shape'])} and {form['dtype']}."
+            )
+
+
+# Parameter groups and options.
+
+
+def parameter_groups(strategy: Strategy) -> list[dict[str, Any]]:
+    """The optimizer's groups: names of the parameters, and options as JSON types."""
+    assert strategy.optimizer is not None
+    names = {id(parameter): name for name, parameter in strategy.stepped_parameters().items()}
+    return [
+        {
+            "names": [names[id(p)] for p in group["params"]],
+            "options": {k: plain(v) for k, v in group.items() if k not in IMPLEMENTATION_OPTIONS},
+        }
+        for group in strategy.optimizer.param_groups
+    ]
+
+
+def plain(value: Any) -> Any:
+    """A number for a 0-dim tensor; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved options for each of the optimizer's groups, found by parameter name: groups may be cut differently.
+
+    Raises:
+        CheckpointError: a parameter is in no saved group, one group mixes parameters with different saved options, the
+            options are another optimizer's, or one has another type than the optimizer's own.
+    """
+    by_name = {name: (number, group["options"]) for number, group in enumerate(saved) for name in group["names"]}
+    matched = []
+    assert strategy.optimizer is not None
+    groups = parameter_groups(strategy)
+    unknown = [name for group in groups for name in group["names"] if name not in by_name]
+    if unknown:
+        raise CheckpointError(
+            f"{path} has no optimizer state for {', '.join(unknown)}: it was saved with them frozen. Resume with the "
+            "same trainable parameters."
+        )
+    for current in groups:
+        options = [by_name[name] for name in current["names"]]
+        number, first = options[0] if options else (0, {})
+        # Where each has some that the other lacks; a newer torch only adds some.
+        saved_keys, keys = set(first), set(current["options"])
+        if options and saved_keys - keys and keys - saved_keys:
+            raise CheckpointError(
+                f"{path} was saved with another optimizer: its options are {', '.join(sorted(saved_keys))}, those of "
+                f"{type(strategy.optimizer).__name__} are {', '.join(sorted(keys))}."
+            )
+        if any(other != first for _, other in options):
+            raise CheckpointError(f"{path} was saved with other parameter groups: {current['names']} were not one.")
+        for key, value in first.items():
+            field = f"parameter_groups[{number}].options.{key}"
+            check_like(path / "state.json", field, current["options"].get(key), value)
+        # JSON has no tuples; betas are one.
+        matched.append({key: in_the_types_of(current["options"].get(key), value) for key, value in first.items()})
+    return matched
+
+
+def check_like(file: Path, field: str, example: Any, value: Any) -> None:
+    """Refuse a value of another type than the run's own: a list for a number, text for a flag; an example of None says
+    nothing. Numbers that are computed with are finite, unless the example isn't.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+
+    def refuse(why: str) -> None:
+        raise CheckpointError(f"{file}: {field} is {value!r:.60}: {why}.")
+
+    if isinstance(example, Mapping):
+        if not isinstance(value, Mapping):
+            refuse("this run has a mapping there")
+        known = {str(key): entry for key, entry in example.items()}
+        for key, entry in value.items():
+            check_like(file, f"{field}.{key}", known.get(key), entry)
+    elif isinstance(example, list | tuple):
+        if not isinstance(value, list | tuple):
+            refuse("this run has a list there")
+        if isinstance(example, tuple) and len(value) != len(example):
+            refuse(f"this run has {len(example)} values there")
+        for number, entry in enumerate(value):
+            check_like(file, f"{field}[{number}]", example[min(number, len(example) - 1)] if example else None, entry)
+    elif isinstance(example, bool | str):
+        if type(value) is not type(example):
+            refuse(f"this run has {example!r} there")
+    elif isinstance(example, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            refuse(f"this run has {example!r} there")
+        if isinstance(example, int) and isinstance(value, float) and value != value // 1:
+            refuse("it is no whole number")
+        if not math.isfinite(value) and math.isfinite(example):
+            refuse("it isn't finite")
+
+
+def in_the_types_of(example: Any, value: Any) -> Any:
+    """A value read from JSON, with the tuples, the mappings and the keys that aren't text as ``example`` has them: a
+    MultiStepLR looks for the update 10 among its milestones and would never find "10".
+    """
+    if isinstance(example, dict) and isinstance(value, dict):
+        keys = {str(key): key for key in example}
+        entries = {keys.get(key, key): in_the_types_of(example.get(keys.get(key, key)), v) for key, v in value.items()}
+        return type(example)(entries)
+    if isinstance(example, list | tuple) and isinstance(value, list):
+        examples = [*example, *[None] * (len(value) - len(example))]
+        return type(example)(in_the_types_of(e, v) for e, v in zip(examples, value, strict=False))
+    return value
+
+
+# The optimizer's state.
+
+
+def master_templates(strategy: Strategy, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Empty float32 tensors to read master weights into, by parameter name; none where the precision keeps none."""
+    assert strategy.optimizer is not None
+    if not strategy.precision.master_weights:
+        return {}
+    trained = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in strategy.named_parameters().items() if id(p) in trained and name in model]
+    return {name: torch.empty_like(model[name], dtype=torch.float32) for name in names}
+
+
+def optimizer_templates(
+    path: Path,
+    strategy: Strategy,
+    model: Mapping[str, Tensor],
+    stored: Mapping[str, Stored],
+    stored_model: Mapping[str, Stored],
+    fresh: Mapping[str, FreshState],
+) -> dict[str, Tensor]:
+    """Empty tensors to read the optimizer's state into, sharded like the parameters they belong to.
+
+    Moments follow the dtype of what the optimizer steps on, where that isn't what it was when they were saved.
+
+    Args:
+        path: the checkpoint.
+        strategy: with its optimizer.
+        model: the model's tensors by name, as they are placed.
+        stored, stored_model: what the checkpoint holds of the optimizer and of the model.
+        fresh: the state that each parameter would have; without those that can't be known.
+
+    Raises:
+        CheckpointError: an entry belongs to no parameter, or has a shape or dtype that the optimizer's doesn't have.
+    """
+    assert strategy.optimizer is not None
+    parameters = strategy.stepped_parameters()
+    groups = {id(p): group for group in strategy.optimizer.param_groups for p in group["params"]}
+    templates = {}
+    for key, entry in stored.items():
+        name, _, word = key.rpartition("/")
+        if name not in parameters:
+            raise CheckpointError(f"{path} holds optimizer state for {name!r}, which the model doesn't have.")
+        group = groups.get(id(parameters[name]))
+        if group is None:
+            continue  # frozen since: its state isn't needed
+        whole = model[name]
+        stepped_on = torch.float32 if strategy.precision.master_weights else whole.dtype
+        saved_with = stored_model[name].dtype if name in stored_model else stepped_on
+        reads_on_device = bool(group.get("fused") or group.get("capturable"))
+        follows = entry.shape == tuple(whole.shape) and bool(entry.shape)
+        dtype = stepped_on if entry.dtype.is_floating_point and follows and saved_with != stepped_on else entry.dtype
+        if name in fresh:
+            own = check_entry(path, key, entry, tuple(whole.shape), fresh[name].get(word))
+            if saved_with != stepped_on:
+                dtype = own
+            elif entry.dtype != own and (reads_on_device or entry.dtype != torch.float32):
+                raise CheckpointError(
+                    f"{path / 'optimizer'}: {key} has the dtype {entry.dtype}; that of a fresh optimizer is {own}."
+                )
+        elif entry.shape and not follows and (reads_on_device or math.prod(entry.shape) > whole.numel()):
+            raise CheckpointError(
+                f"{path / 'optimizer'}: {key} has the shape {entry.shape}; its parameter has {tuple(whole.shape)}."
+            )
+        if follows:
+            templates[key] = torch.empty_like(whole, dtype=dtype)
+        else:
+            # Step counters: on the host, unless the optimizer's kernel reads them. Anything larger (the rows and
+            # columns of a factored moment, the scales of an 8-bit one) is computed with, where the parameter is.
+            on_host = not entry.shape and not reads_on_device
+            device = torch.device("cpu") if on_host else whole.device
+            templates[key] = torch.empty(entry.shape, dtype=dtype, device=device)
+    return templates
+
+
+def check_entry(path: Path, key: str, entry: Stored, whole: tuple[int, ...], own: Any) -> torch.dtype:
+    """The dtype that a fresh optimizer has in the place of a stored entry.
+
+    Args:
+        path: the checkpoint.
+        key: "<parameter>/<state key>".
+        entry: what is stored.
+        whole: shape of the parameter.
+        own: what a fresh optimizer has there; None where it has nothing.
+
+    Raises:
+        CheckpointError: the entry's shape is another, or its kind of numbers.
+    """
+    place = f"{path / 'optimizer'}: {key}"
+    if not isinstance(own, FreshEntry):
+        raise CheckpointError(f"{place} is a tensor of shape {entry.shape}, and this run's optimizer has none there.")
+    shape = whole if own.shape is None else own.shape
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{place} has the shape {entry.shape}; the parameter has {whole}, and a fresh optimizer's entry {shape}."
+        )
+    if not same_kind(entry.dtype, own.dtype):
+        raise CheckpointError(f"{place} has the dtype {entry.dtype}; that of a fresh optimizer is {own.dtype}.")
+    return own.dtype
+
+
+def check_entries(path: Path, keys: Mapping[str, Any], fresh: Mapping[str, FreshState], updates: int) -> None:
+    """Refuse a state with holes: an optimizer that finds some of its entries doesn't make the others.
+
+    Args:
+        path: the checkpoint.
+        keys: "<parameter>/<state key>" of its tensors and numbers, with the numbers' values.
+        fresh: what each parameter would have.
+        updates: that the optimizer has made.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    held: dict[str, dict[str, Any]] = {}
+    for key, value in keys.items():
+        name, _, word = key.rpartition("/")
+        held.setdefault(name, {})[word] = value
+    for name, entries in held.items():
+        if name not in fresh:
+            continue
+        for word, own in fresh[name].items():
+            if word not in entries and own is not None and word != MASTER_WEIGHT:
+                raise CheckpointError(f"{path / 'optimizer'} lacks {name}/{word}, and has other state of {name}.")
+        for word, value in entries.items():
+            if isinstance(value, Stored):
+                continue
+            field = f"optimizer_numbers[{f'{name}/{word}'!r}]"
+            if isinstance(fresh[name].get(word), FreshEntry) or word not in fresh[name]:
+                why = "the optimizer has no number there"
+                raise CheckpointError(f"{path / 'state.json'}: {field} is {value!r:.60}: {why}.")
+            check_like(path / "state.json", field, fresh[name][word], value)
+            if word == "step" and isinstance(value, int | float) and not is_step_count(value):
+                raise CheckpointError(f"{path / 'state.json'}: {field} is {value!r}: no count of steps.")
+    if not held and updates and any(own is not None for state in fresh.values() for own in state.values()):
+        raise CheckpointError(f"{path} holds no state of the optimizer, which has made {updates} updates.")
+
+
+def check_counters(path: Path, optimizer: Mapping[str, Tensor]) -> None:
+    """Refuse counters of steps that count nothing.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    for key, tensor in optimizer.items():
+        if key.endswith("/step") and tensor.numel() == 1 and not is_step_count(tensor.item()):
+            raise CheckpointError(f"{path / 'optimizer'}: {key} is {tensor.item()!r}: no count of steps.")

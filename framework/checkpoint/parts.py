@@ -1,0 +1,88 @@
+"""The states that others make and take back: schedule, loss scale, callbacks."""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..agreement import on_all_ranks
+from ..module import TrainModule
+from . import callback_states
+from .directory import CheckpointError
+from .matching import check_like, in_the_types_of
+from .own_options import own_schedule
+
+if TYPE_CHECKING:
+    from ..fit import Fit
+
+
+def check_parts(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a schedule that stands elsewhere than the run, and states of other types than the run's own.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+    file, progress = path / "state.json", state["progress"]
+    for name, own in (("scheduler", fit.scheduler.state_dict()), ("loss_scaling", fit.strategy.precision.state_dict())):
+        saved = state[name]
+        if not own or (not saved and name == "loss_scaling"):  # of a format without a scale
+            continue
+        lacking = [key for key in own if key not in saved]
+        # Another torch may keep other notes.
+        if lacking and (state.get("torch") == torch.__version__ or any(not key.startswith("_") for key in lacking)):
+            raise CheckpointError(f"{file}: {name} lacks {', '.join(lacking)}.")
+        check_like(file, name, own, saved)
+    scale = state["loss_scaling"].get("scale")
+    if isinstance(scale, int | float) and not scale > 0:
+        raise CheckpointError(f"{file}: loss_scaling.scale is {scale!r}: it is a factor above 0.")
+    made = progress["global_step"] - progress["skipped_updates"]
+    is_own = type(fit.scheduler) is LambdaLR and type(fit.module).configure_scheduler is TrainModule.configure_scheduler
+    if is_own and state["scheduler"]["last_epoch"] != made:
+        raise CheckpointError(
+            f"{file}: scheduler.last_epoch is {state['scheduler']['last_epoch']!r}; progress tells of {made} updates."
+        )
+    groups = len(fit.scheduler.optimizer.param_groups)
+    rates = state["scheduler"].get("base_lrs")
+    if is_own and len(state["parameter_groups"]) == groups and len(rates) != groups:
+        raise CheckpointError(f"{file}: scheduler.base_lrs has {len(rates)} values for {groups} parameter groups.")
+
+
+def load_parts(fit: "Fit", path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Load the states that others check as they load: schedule, loss scale, callbacks. Where one raises, all are what
+    they were. Collective.
+
+    Raises:
+        CheckpointError: names the section, and what was raised.
+    """
+    scheduler, precision, callbacks = fit.scheduler, fit.strategy.precision, fit.callbacks.stateful()
+    schedule = in_the_types_of(scheduler.state_dict(), state["scheduler"])
+    if fit.args.resume_with == "arguments":
+        schedule = own_schedule(scheduler, schedule)
+    parts: dict[str, tuple[Any, Any]] = {
+        "scheduler": (scheduler, schedule),
+        "loss_scaling": (precision, state["loss_scaling"]),
+    }
+    for name, callback in callbacks.items():
+        if name in state["callbacks"]:
+            parts[f"callbacks.{name}"] = callback, callback_states.together(state["callbacks"][name], tensors)
+
+    def load() -> None:
+        before = []
+        for name, (holder, saved) in parts.items():
+            try:
+                before.append((holder, copy.deepcopy(holder.state_dict())))
+                holder.load_state_dict(saved)
+            except Exception as error:
+                for loaded, earlier in before:
+                    with contextlib.suppress(Exception):  # one may refuse its own state, too
+                        loaded.load_state_dict(earlier)
+                raise CheckpointError(
+                    f"{path / 'state.json'}: {name} can't be loaded: {type(error).__name__}: {error}"
+                ) from error
+
+    on_all_ranks(fit.strategy, load, CheckpointError)

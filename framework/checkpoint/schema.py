@@ -1,0 +1,310 @@
+"""What state.json and manifest.json hold, field by field: read once, checked, and every fault named.
+
+Format 2 lists each tensor of the checkpoint in state.json, and describes the data; format 1 did neither.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import msgspec
+import torch
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from ..state import TrainState
+from .directory import MANIFEST, READ_FORMATS, CheckpointError, read_json
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Listed(Struct):
+    """A file in the manifest."""
+
+    bytes: Count
+    sha256: Digest
+
+
+class Manifest(Struct):
+    """manifest.json."""
+
+    format: int
+    files: dict[str, Listed]
+
+
+class TensorEntry(Struct):
+    """A tensor, by its whole shape."""
+
+    shape: list[Count]
+    dtype: str
+
+
+class FrozenEntry(TensorEntry):
+    """A tensor that the checkpoint leaves out, with a sum over its bits."""
+
+    sum: int
+
+
+class Group(Struct):
+    """A group of the optimizer's parameters."""
+
+    names: list[str]
+    options: dict[str, Any]
+
+
+class Averages(Struct):
+    """Means that no log has taken yet."""
+
+    settled: dict[str, list[float]]
+    counts_settled: Annotated[list[Count], Meta(min_length=2, max_length=2)]
+
+
+class DataOfFormat1(Struct, kw_only=True):
+    """Where the data stands."""
+
+    epoch: Count
+    position: Count
+    global_micro_batch: Positive
+    generators: list[str] | UnsetType | None = UNSET
+
+
+class Data(DataOfFormat1, kw_only=True):
+    """And what gives it its order."""
+
+    kind: str
+    seed: Count
+    shuffle: bool
+    batch_size: Positive
+    workers: Count
+    length: Count | None
+    fingerprint: str | None
+
+
+class Ancestor(Struct):
+    """A run that this one went on from, and the update up to which it did."""
+
+    id: str
+    until: Count
+
+
+class Run(Struct):
+    """The line that a checkpoint belongs to."""
+
+    id: str
+    ancestors: list[Ancestor]
+
+
+# A field of TrainState that came later may be missing; these were there from the beginning.
+PROGRESS = (
+    "global_step", "max_steps", "epoch", "num_train_epochs", "learning_rate", "items_seen", "num_input_tokens_seen",
+    "skipped_updates", "train_loss_sum", "train_loss_count", "best_metric", "best_global_step", "log_history",
+)  # fmt: skip
+COUNTS: Mapping[Any, Any] = {int: Count, int | None: Count | None}
+# A TrainState; its counts aren't negative.
+Progress = msgspec.defstruct(
+    "Progress",
+    [
+        (field.name, kind) if field.name in PROGRESS else (field.name, kind | UnsetType, UNSET)
+        for field in fields(TrainState)
+        for kind in [COUNTS.get(field.type, field.type)]
+    ],
+    kw_only=True,
+)
+
+
+class StateOfFormat1(Struct, kw_only=True):
+    """state.json of format 1."""
+
+    strategy: str
+    precision: str
+    world_size: Positive
+    data_size: Positive
+    arguments: dict[str, Any]
+    averages: Averages
+    progress: Progress  # type: ignore[valid-type]
+    data: DataOfFormat1
+    scheduler: dict[str, Any]
+    loss_scaling: dict[str, Any]
+    callbacks: dict[str, Any]
+    tied: dict[str, str]
+    parameter_groups: list[Group]
+    optimizer_numbers: dict[str, Any]
+    frozen: dict[str, FrozenEntry] = {}
+    run: Run | UnsetType = UNSET
+
+
+class State(StateOfFormat1, kw_only=True):
+    """state.json of format 2."""
+
+    torch: str
+    data: Data
+    model: dict[str, TensorEntry]
+    optimizer: dict[str, TensorEntry]
+    callback_tensors: dict[str, TensorEntry]
+
+
+SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: State}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at ``path``.
+
+    Raises:
+        CheckpointError: it can't be read, is of a format that this version doesn't know, or names files outside.
+    """
+    return check_manifest(read_json(path / MANIFEST), path / MANIFEST)
+
+
+def check_manifest(content: Any, name: Path | str) -> dict[str, Any]:
+    """A manifest's content, if it is one.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(content, dict) and type(found) is int and found not in READ_FORMATS:
+        raise CheckpointError(
+            f"{name} has format {found!r}; this version of stratagem reads formats "
+            f"{' and '.join(map(str, READ_FORMATS))}."
+        )
+    manifest: dict[str, Any] = converted(content, Manifest, name)
+    for file in manifest["files"]:
+        place = PurePosixPath(file)
+        if place.is_absolute() or "\\" in file or "\0" in file or str(place) != file or ".." in place.parts:
+            raise CheckpointError(f"{name}: files names {file!r}, which isn't a file inside of the checkpoint.")
+    return manifest
+
+
+def check_listing(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the names in a checkpoint's directory with those that its manifest must have, and with those it has.
+
+    Raises:
+        CheckpointError: a file isn't listed, or one that must be there isn't.
+    """
+    listed = manifest["files"]
+    unlisted = [
+        name
+        for file in sorted(path.rglob("*"))
+        for name in [file.relative_to(path).as_posix()]
+        # Nothing reads hidden files, which systems leave behind (.DS_Store, .nfs0123).
+        if name != MANIFEST
+        and name not in listed
+        and not (file.is_dir() and not file.is_symlink())
+        and (not file.name.startswith(".") or file.suffix == ".safetensors")
+    ]
+    if unlisted:
+        raise CheckpointError(
+            f"{path} holds files that its {MANIFEST} doesn't list: {', '.join(unlisted[:10])}"
+            f"{f' and {len(unlisted) - 10} more' if len(unlisted) > 10 else ''}. They are another checkpoint's, or "
+            "came there since: remove them, or copy the checkpoint again into an empty directory."
+        )
+    if "state.json" not in listed:
+        raise CheckpointError(f"{path / MANIFEST}: files lacks state.json.")
+    state = read_state(path, manifest)
+    required = [f"random-{rank:05d}.json" for rank in range(state["world_size"])]
+    missing = [name for name in required if name not in listed]
+    if missing:
+        raise CheckpointError(
+            f"{path / MANIFEST}: files lacks {', '.join(missing[:10])}, and state.json says that {state['world_size']} "
+            "ranks saved."
+        )
+    for folder, key in (("model", "model"), ("optimizer", "optimizer"), ("callbacks", "callback_tensors")):
+        # Format 1 doesn't say which tensors there are; a model has some.
+        wanted = state.get(key, folder == "model")
+        if wanted and not any(name.startswith(f"{folder}/") and name.endswith(".safetensors") for name in listed):
+            raise CheckpointError(f"{path / MANIFEST}: files lacks the shards of {folder}/, which state.json tells of.")
+
+
+def read_state(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON part of a checkpoint, checked.
+
+    Raises:
+        CheckpointError: names the file, the field, and what was found there.
+    """
+    manifest = read_manifest(path) if manifest is None else manifest
+    file = path / "state.json"
+    state: dict[str, Any] = converted(read_json(file), SCHEMAS[manifest["format"]], file)
+    check_numbers(state, file)
+    return state
+
+
+def check_numbers(state: Mapping[str, Any], file: Path) -> None:
+    """What types don't tell: numbers that fit together, and are finite where they are computed with.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+
+    def require(holds: bool, field: str, why: str) -> None:
+        if not holds:
+            raise CheckpointError(f"{file}: {field} is {shown(at(state, field))}: {why}.")
+
+    world, data = state["world_size"], state["data_size"]
+    require(world <= 2**20, "world_size", "no run has as many ranks")
+    require(world % data == 0, "data_size", f"it doesn't divide world_size, {world}")
+    accumulation = state["arguments"].get("gradient_accumulation_steps")
+    require(type(accumulation) is int and accumulation > 0, "arguments.gradient_accumulation_steps", "it is a count")
+    for name, value in state["progress"].items():
+        # Metrics may be infinite, and a best one of NaN is no best one but was one.
+        finite = name == "best_metric" or not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"progress.{name}", "it isn't finite")
+    require(state["progress"]["epoch"] >= 0.0, "progress.epoch", "it is negative")
+    skipped = state["progress"]["skipped_updates"]
+    require(skipped <= state["progress"]["global_step"], "progress.skipped_updates", "more than there were updates")
+    names = [name for group in state["parameter_groups"] for name in group["names"]]
+    require(len(set(names)) == len(names), "parameter_groups", "a parameter is in it twice")
+    for field in ("frozen", "model", "optimizer", "callback_tensors"):
+        for name, entry in state.get(field, {}).items():
+            if dtype_named(entry["dtype"]) is None:
+                raise CheckpointError(f"{file}: {field}[{name!r}].dtype is {entry['dtype']!r}: torch has none.")
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """The dtype of that name, "torch.float32" or "float32"."""
+    found = getattr(torch, name.removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def converted(content: Any, schema: type[Struct], name: Path | str) -> Any:
+    """JSON types as a schema describes them, without what it doesn't know.
+
+    Raises:
+        CheckpointError: names the field, and what was found there.
+    """
+    try:
+        return msgspec.to_builtins(msgspec.convert(content, schema))
+    except msgspec.ValidationError as error:
+        why, _, place = str(error).partition(" - at ")
+        field = place.strip("`").removeprefix("$").removeprefix(".")
+        value = at(content, field)
+        found = "" if value is NOTHING else f" is {shown(value)}"
+        raise CheckpointError(f"{name} was altered: {field or 'its content'}{found}: {why}.") from error
+    except (OverflowError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{name} was altered: {error}.") from error
+
+
+NOTHING = object()
+
+
+def at(content: Any, field: str) -> Any:
+    """The value at a path such as "progress.log_history[0]"; NOTHING where the path leads nowhere, or anywhere."""
+    for part in re.findall(r"[^.\[\]]+|\[\d+\]|\[\.\.\.\]", field):
+        try:
+            content = content[int(part[1:-1])] if re.fullmatch(r"\[\d+\]", part) else content[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return NOTHING
+    return content
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, not too long for a message."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(type(value))
+    return text if len(text) <= 60 else text[:57] + "..."
