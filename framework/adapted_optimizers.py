@@ -7,6 +7,15 @@ from typing import Any
 import torch
 
 
+def count_in_numbers(optimizer: Any) -> None:
+    """Make numbers of the counters that a checkpoint gave back as tensors, on the host: bias corrections are computed
+    from them, in float32 where they are tensors.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].item()
+
+
 def grok_adamw() -> Callable[..., Any]:
     """The class of the package grokadamw, whose moments are inside the parameter groups, with them in ``state``.
 
@@ -25,6 +34,7 @@ def grok_adamw() -> Callable[..., Any]:
         def step(self, closure: Callable[[], float] | None = None) -> None:
             """Step."""
             assert closure is None, "nothing here calls a closure"
+            count_in_numbers(self)
             for group in self.param_groups:
                 group["state"] = {p: self.state[p] for p in group["params"] if self.state.get(p)}
             try:

@@ -88,7 +88,9 @@ def as_options(given: Any) -> Any:
     """Options from a mapping, a text or None; anything else as it is."""
     if given is None:
         return Options()
-    return Options(given) if isinstance(given, str | dict) else given
+    if isinstance(given, str):
+        return Options(read_options(given))
+    return Options(given) if isinstance(given, dict) else given
 
 
 def path_of(made_by: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapted_optimizers import count_in_numbers
+
 GALORE: Mapping[str, Any] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 APOLLO: Mapping[str, Any] = {
     "rank": 128,
@@ -79,6 +81,7 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
         def step(self, closure: Callable[[], float] | None = None) -> None:
             """Step, with the projectors in place."""
             assert closure is None, "nothing here calls a closure"
+            count_in_numbers(self)
             projected = [(group, p) for group in self.param_groups if "rank" in group for p in group["params"]]
             for group, parameter in projected:
                 state = self.state[parameter]

@@ -75,9 +75,9 @@ def test_plain_script(tmp_path: Path) -> None:
     assert done.status == 0, done.errors
     check_end(tmp_path)
     assert logged_steps(tmp_path) == list(range(1, 9))
-    # One display: its last line is shown by one process.
+    # One display: its last lines, of the update and of the totals, are shown by one process.
     shown = [line for line in (done.output + done.errors).splitlines() if re.search(r"\b8\s*/\s*8\b", line)]
-    assert len(shown) == 1, done.output + done.errors
+    assert len(shown) == 2, done.output + done.errors
     assert "Traceback" not in done.errors and "terminate called" not in done.errors
 
 

@@ -200,7 +200,7 @@ def test_metrics_without_targets_say_what_to_write(make_fit: MakeFit) -> None:
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
-        ({"eval_strategy": "steps", "eval_steps": 3}, [3, 6]),
+        ({"eval_strategy": "steps", "eval_steps": 3}, [3, 6, 8]),
         ({"eval_strategy": "steps", "logging_steps": 4}, [4, 8]),
         ({"eval_strategy": "epoch"}, [4, 8]),
         ({"eval_strategy": "epoch", "eval_on_start": True}, [0, 4, 8]),

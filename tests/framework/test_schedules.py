@@ -16,7 +16,7 @@ def rates(name: str, **options: Any) -> list[float]:
     return [SHAPES[name](update, WARMUP, TOTAL, **options) for update in range(TOTAL + 1)]
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "constant"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("constant", "cosine_warmup_with_min_lr")])
 def test_every_schedule_warms_up_in_a_straight_line(name: str) -> None:
     options = {"num_decay_steps": 4} if name == "warmup_stable_decay" else {}
     assert rates(name, **options)[:5] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -86,7 +86,8 @@ def test_whole_curves_of_runs(make_fit: MakeFit, name: str) -> None:
 
 
 def test_curves_are_of_all_names() -> None:
-    assert {*CURVES, "constant"} == set(SHAPES)
+    # The last one is an update ahead of the others: test_transformers_cases.py holds it beside transformers'.
+    assert {*CURVES, "constant", "cosine_warmup_with_min_lr"} == set(SHAPES)
 
 
 def test_warmup_ratio_is_a_part_of_the_run(make_fit: MakeFit) -> None:
@@ -173,4 +174,6 @@ def test_every_name_is_listed() -> None:
         "inverse_sqrt",
         "warmup_stable_decay",
         "reduce_lr_on_plateau",
+        "cosine_warmup_with_min_lr",
+        "greedy",
     }
