@@ -1,6 +1,7 @@
 """Checkpoints of several ranks: what one rank would refuse, all refuse; states and callbacks of ranks stay apart."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Average(Callback):
 def averaged(directory: str, strategy: str, resume: str | None = None, only_first: bool = False) -> dict[str, Any]:
     """A run with a moving average: its sums, whether they are sharded, or what it was refused with."""
     average = Average()
-    rank = torch.distributed.get_rank()
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(rank)
     fit = make_fit(
         Tagger(),
         token_rows(),
