@@ -88,9 +88,9 @@ def templates(
             raise CheckpointError(f"{path / 'callbacks'} lacks {name!r:.100}, which the callbacks' states tell of.")
         form = stored[name]
         parameter = name.rpartition("/")[2]
-        likes = [current.get(name), model.get(first_names.get(parameter, parameter))] if mark.get("sharded") is True else []
+        likes = [current.get(name), model.get(first_names.get(parameter, parameter))]
         fitting = [t for t in likes if t is not None and hasattr(t, "placements") and tuple(t.shape) == form.shape]
-        if fitting:
+        if fitting and mark.get("sharded") is True:
             found[name] = torch.empty_like(fitting[0], dtype=form.dtype)
         else:
             device = torch.device("cpu") if mark.get("device") == "cpu" else strategy.device
