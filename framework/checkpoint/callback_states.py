@@ -81,14 +81,16 @@ def templates(
         CheckpointError: a tensor isn't there.
     """
     found: dict[str, Tensor] = {}
+    first_names = strategy.tied_names()
     for mark in _marks(states):
         name = mark[MARK]
         if not isinstance(name, str) or name not in stored:
             raise CheckpointError(f"{path / 'callbacks'} lacks {name!r:.100}, which the callbacks' states tell of.")
         form = stored[name]
-        likes = [current.get(name), model.get(name.rpartition("/")[2])] if mark.get("sharded") is True else []
+        parameter = name.rpartition("/")[2]
+        likes = [current.get(name), model.get(first_names.get(parameter, parameter))]
         fitting = [t for t in likes if t is not None and hasattr(t, "placements") and tuple(t.shape) == form.shape]
-        if fitting:
+        if fitting and mark.get("sharded") is True:
             found[name] = torch.empty_like(fitting[0], dtype=form.dtype)
         else:
             device = torch.device("cpu") if mark.get("device") == "cpu" else strategy.device

@@ -1,6 +1,7 @@
 """Checkpoints of several ranks: what one rank would refuse, all refuse; states and callbacks of ranks stay apart."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Average(Callback):
 def averaged(directory: str, strategy: str, resume: str | None = None, only_first: bool = False) -> dict[str, Any]:
     """A run with a moving average: its sums, whether they are sharded, or what it was refused with."""
     average = Average()
-    rank = torch.distributed.get_rank()
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(rank)
     fit = make_fit(
         Tagger(),
         token_rows(),
@@ -55,11 +57,10 @@ def averaged(directory: str, strategy: str, resume: str | None = None, only_firs
         per_device_train_batch_size=4,
         callbacks=[average] if rank == 0 or not only_first else [],
     )
-    module_before = {name: p.detach().clone() for name, p in fit.module.named_parameters()}
     try:
         fit.train(resume_from_checkpoint=resume)
     except CheckpointError as error:
-        return {"refused": str(error), "optimizer": len(fit.optimizer.state), "names": len(module_before)}
+        return {"refused": str(error), "optimizer": len(fit.optimizer.state) if fit.placed else 0}
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in average.shadow.items()}
     return {
         "average": {name: tensor.double().sum().item() for name, tensor in whole.items()},

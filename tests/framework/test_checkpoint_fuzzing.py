@@ -194,6 +194,7 @@ def forge_headers(checkpoint: Checkpoint, examples: int) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_any_forged_header_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     """In a process of its own: what reads memory it doesn't own ends the process."""
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
