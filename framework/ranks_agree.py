@@ -20,6 +20,7 @@ SAMPLED = 4096  # entries of each that are compared by value, to tell rounding f
 ROUNDING = 4.0  # units in the last place of the largest entry
 
 Held = tuple[str, Part]
+Print = tuple[int, tuple[int, ...]]  # a fingerprint, and the shape
 
 
 class RanksAgree(Callback):
@@ -70,13 +71,19 @@ def check_replicas(strategy: Strategy, update: int) -> None:
     """
     strategy.settle_buffers()
     held: dict[Held, Tensor] = {(name, part): tensor for name, tensor, part in strategy.replicated()}
-    mine = dict(zip(held, fingerprints(list(held.values())), strict=True))
+    prints = fingerprints(list(held.values()))
+    mine = {key: (found, tuple(held[key].shape)) for key, found in zip(held, prints, strict=True)}
     if all(len(set(found)) == 1 for found in by_part(strategy.gather(digests(mine))).values()):
         return
-    everyones: list[Mapping[Held, int]] = strategy.gather(mine)
+    everyones: list[Mapping[Held, Print]] = strategy.gather(mine)
     others = differing(everyones)
+    if not others:
+        return
     values = strategy.gather({key: sample(held[key]) for key in list(others)[:NAMED] if key in held})
-    sizes = {key: difference([v[key] for v in values if key in v]) for key in list(others)[:NAMED]}
+    sizes = {
+        key: difference([values[rank][key] for rank in (first, *ranks)])
+        for key, (first, ranks) in list(others.items())[:NAMED]
+    }
     lines = [line(key, others[key], sizes[key]) for key in sizes]
     more = f"\n  and {len(others) - NAMED} more" if len(others) > NAMED else ""
     count = len({key for found in everyones for key in found})
@@ -92,11 +99,11 @@ def check_replicas(strategy: Strategy, update: int) -> None:
     raise RuntimeError(f"{text}What is trained is another model on each rank. {strategy.replicas_differ}")
 
 
-def digests(held: Mapping[Held, int]) -> dict[Part, str]:
+def digests(held: Mapping[Held, Print]) -> dict[Part, str]:
     """One short text for all that a rank holds of each part."""
     lines: dict[Part, list[str]] = defaultdict(list)
-    for (name, part), fingerprint in held.items():
-        lines[part].append(f"{name} {fingerprint}")
+    for (name, part), found in held.items():
+        lines[part].append(f"{name} {found}")
     return {part: hashlib.sha256("\n".join(said).encode()).hexdigest() for part, said in lines.items()}
 
 
@@ -109,14 +116,17 @@ def by_part(everyones: Sequence[Mapping[Part, str]]) -> dict[Part, list[str]]:
     return found
 
 
-def differing(everyones: Sequence[Mapping[Held, int]]) -> dict[Held, tuple[int, list[int]]]:
-    """What isn't the same on all ranks that hold it: the first of them, and those with other numbers."""
-    first: dict[Held, int] = {}
+def differing(everyones: Sequence[Mapping[Held, Print]]) -> dict[Held, tuple[int, list[int]]]:
+    """What isn't the same on all ranks that hold it: the first of them, and those with other numbers. Those where it
+    has another shape, which no parameter can have, are left alone: such a buffer is each rank's own.
+    """
+    first: dict[tuple[Held, tuple[int, ...]], int] = {}
     others: dict[Held, tuple[int, list[int]]] = {}
     for rank, held in enumerate(everyones):
-        for key, fingerprint in held.items():
-            if everyones[first.setdefault(key, rank)][key] != fingerprint:
-                others.setdefault(key, (first[key], []))[1].append(rank)
+        for key, found in held.items():
+            theirs = first.setdefault((key, found[1]), rank)
+            if everyones[theirs][key] != found:
+                others.setdefault(key, (theirs, []))[1].append(rank)
     return others
 
 
@@ -134,7 +144,7 @@ def difference(samples: Sequence[tuple[list[float], float]]) -> tuple[float, flo
     """
     (first, unit), *rest = samples
     theirs = torch.tensor(first, dtype=torch.float64)
-    apart = max(float((torch.tensor(v, dtype=torch.float64) - theirs).abs().max()) for v, _ in rest) if rest else 0.0
+    apart = max(float((torch.tensor(v, dtype=torch.float64) - theirs).abs().max()) for v, _ in rest)
     largest = float(theirs.abs().max())
     return apart, largest, apart / (unit * largest) if unit * largest else float("inf")
 

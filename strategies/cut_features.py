@@ -227,8 +227,8 @@ class Walk:
             )
         ]
         # FSDP's own hooks come first: a unit's parameters are gathered then.
-        units = [(n, layer) for n, layer in layers.items() if isinstance(layer, FSDPModule)]
-        handles += [layer.register_forward_pre_hook(partial(self.name_parameters, name)) for name, layer in units]
+        units = [name for name, layer in layers.items() if isinstance(layer, FSDPModule)]
+        handles += [layers[n].register_forward_pre_hook(partial(self.name_parameters, n)) for n in units]
         try:
             yield
         finally:

@@ -51,8 +51,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     numbers = bits(tensor)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for begin in range(0, len(numbers), ENTRIES):
-        mixed = numbers[begin : begin + ENTRIES].to(torch.int64)
-        mixed += FACTORS[0] * torch.arange(begin, begin + len(mixed), device=tensor.device)
+        entries = numbers[begin : begin + ENTRIES]
+        mixed = entries + FACTORS[0] * torch.arange(begin, begin + len(entries), device=tensor.device)
         for factor in FACTORS[1:]:
             mixed *= factor
             mixed ^= mixed >> 31
