@@ -30,9 +30,9 @@ any other's. Made from `precision/matrix.py` by `python -m stratagem.precision.p
   better computed in forward.
 * Under `fsdp1` and `fsdp2` a mixed format gathers in 16 bits what matrix products read, and in float32 what autocast
   leaves there: norms, embeddings, recurrent layers, and whatever is tied to one of these. Forward is then a replica's,
-  to the bit (tested on two ranks). A parameter that a layer of another kind holds itself is gathered in float32 unless it is a matrix of at least
-  {large:,} numbers, which is taken for one that is multiplied; where such a one is added or scaled by instead, each of
-  its numbers is rounded to 16 bits (by up to 1/256 in bfloat16, 1/2048 in float16).
+  to the bit (tested on two ranks). A parameter that a layer of another kind holds itself is gathered in float32 unless
+  it is a matrix of at least {large:,} numbers, which is taken for one that is multiplied; where such a one is added or
+  scaled by instead, its numbers are rounded to 16 bits (by up to 1/256 in bfloat16, 1/2048 in float16).
 * `fsdp2` gathers both kinds of a block in one message. `fsdp1` has one dtype for a message: the fewer of the two kinds
   are messages of their own, by layer, and within torch's `nn.TransformerEncoderLayer` everything is in float32. It adds
   the gradients of micro-batches in 16 bits, the others in float32: with gradient accumulation losses differ from a
