@@ -26,8 +26,8 @@ def configured_optimizer(module: "TrainModule", args: "FitArguments") -> Optimiz
         foreign = [tuple(parameter.shape) for parameter in stepped if id(parameter) not in own]
         if foreign:
             raise ValueError(
-                f"{type(module).__name__}.configure_optimizer returned an optimizer over tensors that are no parameters "
-                f"of the module, of the shapes {', '.join(map(str, foreign[:5]))}. Give it self.parameters() there, "
+                f"{type(module).__name__}.configure_optimizer returned an optimizer over tensors that are no "
+                f"parameters of the module, of the shapes {', '.join(map(str, foreign[:5]))}. Give it self.parameters() there, "
                 "where they are placed, and assign further parameters to the module in __init__."
             )
         return optimizer

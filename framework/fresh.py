@@ -210,6 +210,6 @@ def check_initialized(module: nn.Module) -> None:
     lazy = [name for name, tensor in tensors if torch.nn.parameter.is_lazy(tensor)]
     if lazy:
         raise ValueError(
-            f"{type(module).__name__} has lazy layers, whose shapes aren't known yet: {', '.join(lazy)}. Call the module "
-            "once on a batch, under torch.no_grad(), before Fit is given it."
+            f"{type(module).__name__} has lazy layers, whose shapes aren't known yet: {', '.join(lazy)}. Call the "
+            "module once on a batch, under torch.no_grad(), before Fit is given it."
         )
