@@ -17,9 +17,19 @@ def configured_optimizer(module: "TrainModule", args: "FitArguments") -> Optimiz
 
     Raises:
         TypeError: it returned something else; the message says what to return.
+        ValueError: it steps tensors that aren't the module's.
     """
     optimizer: Any = module.configure_optimizer(args)
     if isinstance(optimizer, Optimizer):
+        own = {id(parameter) for parameter in module.parameters()}
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        foreign = [tuple(parameter.shape) for parameter in stepped if id(parameter) not in own]
+        if foreign:
+            raise ValueError(
+                f"{type(module).__name__}.configure_optimizer returned an optimizer over tensors that are no "
+                f"parameters of the module, of the shapes {', '.join(map(str, foreign[:5]))}. Give it self.parameters() there, "
+                "where they are placed, and assign further parameters to the module in __init__."
+            )
         return optimizer
     hint = ""
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):

@@ -187,6 +187,7 @@ def make_module(module_init: ModuleInit, trial: Any, seed: int) -> TrainModule:
             f"module_init must return a stratagem.TrainModule. It returned: {module!r:.200}. Write "
             "module_init=lambda trial: MyModule(), or TrainModule.wrap(model) around a model."
         )
+    check_initialized(module)
     return module
 
 
@@ -207,4 +208,20 @@ def given_module(module: Any, module_init: ModuleInit | None, seed: int) -> Trai
     if not isinstance(module, TrainModule):
         hint = "Write TrainModule.wrap(model)." if isinstance(module, nn.Module) else "Pass an instance, not a class."
         raise TypeError(f"Fit takes a stratagem.TrainModule. Received: {module!r:.200}. {hint}")
+    check_initialized(module)
     return module
+
+
+def check_initialized(module: nn.Module) -> None:
+    """Refuse layers that wait for their first batch to know their shapes.
+
+    Raises:
+        ValueError: names their parameters and buffers, and what to do.
+    """
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    lazy = [name for name, tensor in tensors if torch.nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise ValueError(
+            f"{type(module).__name__} has lazy layers, whose shapes aren't known yet: {', '.join(lazy)}. Call the "
+            "module once on a batch, under torch.no_grad(), before Fit is given it."
+        )

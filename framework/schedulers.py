@@ -293,7 +293,7 @@ def waits_for_metric(scheduler: LRScheduler) -> bool:
     """Whether a schedule is stepped with an evaluation's metric instead of after each update: its ``step`` can't be
     called without an argument.
     """
-    return step_takes_metric(type(scheduler))
+    return step_takes_metric(type(scheduler))  # type: ignore[arg-type]
 
 
 @cache

@@ -69,6 +69,7 @@ class FSDP1(ProcessGroupStrategy):
     Options = FSDP1Options
     options: FSDP1Options
     loss_follows = False
+    gathered: list[Any]
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
         """Replicas outermost; shards are what is left."""
@@ -195,6 +196,11 @@ class FSDP1(ProcessGroupStrategy):
         """Whole gradients; all of them are whole at once, until the last was taken."""
         with FullyShardedDataParallel.summon_full_params(self.model, writeback=False, with_grads=True):
             yield from super().full_gradients()
+
+    @property
+    def holder_of_state(self) -> nn.Module:
+        """The root wrapper, which knows the shards."""
+        return self.model
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state that was read into back into the flat shards."""

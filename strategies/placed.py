@@ -48,11 +48,18 @@ class PlacedModule:
             if first[id(parameter)] != name
         }
 
+    @property
+    def holder_of_state(self) -> nn.Module:
+        """What torch is asked for the model's state. It takes the name of a wrapper of its own ("module") out of every
+        name, so a wrapper is asked only where it must be.
+        """
+        return self.module
+
     def model_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, with whole shapes."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        state: dict[str, Tensor] = get_model_state_dict(self.model)  # type: ignore[assignment]
+        state: dict[str, Tensor] = get_model_state_dict(self.holder_of_state)  # type: ignore[assignment]
         return self.precision.saved_weights(self.module, state)
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:

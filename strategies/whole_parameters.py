@@ -11,10 +11,10 @@ Kept = Callable[[nn.Parameter], bool]
 
 
 def is_indivisible(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has no rows to cut (0 dimensions), or is complex, which flat shards of real numbers can't
-    hold.
+    """Whether a parameter has nothing to cut (no dimensions, or no numbers), or is complex, which flat shards of real
+    numbers can't hold.
     """
-    return parameter.ndim == 0 or parameter.is_complex()
+    return parameter.ndim == 0 or parameter.numel() == 0 or parameter.is_complex()
 
 
 def is_indivisible_or_integer(parameter: nn.Parameter) -> bool:
@@ -23,8 +23,8 @@ def is_indivisible_or_integer(parameter: nn.Parameter) -> bool:
 
 
 def whole_parameters(module: nn.Module, kept: Kept = is_indivisible) -> list[nn.Parameter]:
-    """The module's parameters that stay whole, in its order. Every rank finds the same ones, before and after the
-    others are cut.
+    """The module's parameters that stay whole, in its order. Every rank finds the same ones, before others are cut flat
+    and before or after they become DTensors.
     """
     return [parameter for parameter in module.parameters() if kept(parameter)]
 

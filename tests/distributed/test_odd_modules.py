@@ -128,6 +128,19 @@ class Integers(Base):
         return self.head(torch.tanh(self.inner(x))[:, self.order] * self.mask)
 
 
+class OddNames(Base):
+    """Parameters called as wrappers call their module, and one without numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.model = nn.Parameter(torch.randn(WIDTH, 1))
+        self.nothing = nn.Parameter(torch.empty(0, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.module) @ self.model + self.nothing.sum()
+
+
 class OnlyScalars(Base):
     """y = a x + b, and nothing else."""
 
@@ -192,8 +205,8 @@ def test_parameters_without_dimensions_train_as_on_one_device(
     assert_same_weights(one, other)
 
 
-@pytest.mark.parametrize(("world", "strategy", "options"), TWO, ids=str)
-@pytest.mark.parametrize("module", [LateScalars, Complexes, Integers, OnlyScalars])
+@pytest.mark.parametrize(("world", "strategy", "options"), [*TWO, (2, "ddp", {})], ids=str)
+@pytest.mark.parametrize("module", [LateScalars, Complexes, Integers, OnlyScalars, OddNames])
 def test_what_cannot_be_cut_is_kept_whole(
     ranks: dict[int, Ranks],
     tmp_path: Path,
@@ -212,13 +225,13 @@ def test_what_cannot_be_cut_is_kept_whole(
 
 
 @pytest.mark.parametrize(("strategy", "options"), [("fsdp1", {}), ("fsdp2", {}), ("deepspeed", {"stage": 3})], ids=str)
-@pytest.mark.parametrize("module", [Scalars, Complexes])
+@pytest.mark.parametrize("module", [Scalars, Complexes, OddNames])
 def test_checkpoints_hold_what_is_kept_whole(
     ranks: dict[int, Ranks], tmp_path: Path, strategy: str, options: dict[str, Any], module: type[TrainModule]
 ) -> None:
     """Saved at 3 of 6, then: resumed in place to the bit; on one device, and from there, to rounding."""
-    if strategy == "deepspeed" and module is Complexes:
-        return  # refused
+    if strategy == "deepspeed" and module is not Scalars:
+        return  # complex ones are refused, and empty ones the engine can't hold
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "module": module}
     there = {"strategy": strategy, "options": options, "per_device_train_batch_size": BATCH // 2}
     one = run(output_dir=str(tmp_path / "one"), **saving)
@@ -439,3 +452,75 @@ def test_stage_3_names_the_option_that_nested_tensors_need(ranks: dict[int, Rank
     fails(ranks[2], message, options={"stage": 3}, **two)
     config = {"zero_optimization": {"stage": 3, "memory_efficient_linear": False}}
     assert_close(run(Nested), ranks[2].run(run, options={"config": config}, **two)[0])
+
+
+class Lists(Base):
+    """Blocks that are lists of a norm and a layer of more than one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.LayerNorm(WIDTH), Block()]) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, block in self.blocks:
+            x = block(norm(x))
+        return self.head(x)
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        return {}
+
+
+class XTransformer(Base):
+    """A model of the package x-transformers, whose layers are a ModuleList of ModuleLists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        x_transformers = pytest.importorskip("x_transformers")
+        self.net = x_transformers.Encoder(dim=WIDTH, depth=2, heads=2, attn_dim_head=4)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("module", [Lists, XTransformer])
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_lists_of_lists_are_sharded_as_on_one_device(
+    ranks: dict[int, Ranks], module: type[TrainModule], strategy: str
+) -> None:
+    if module is XTransformer:
+        pytest.importorskip("x_transformers")
+    expected = run(module)
+    seen = ranks[2].run(run, module=module, strategy=strategy, per_device_train_batch_size=BATCH // 2)
+    assert_close(expected, seen[0])
+
+
+class Diffusion(Base):
+    """A diffusers DiT, whose forward reaches into its first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made_by = pytest.importorskip("diffusers").DiTTransformer2DModel
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2, "norm_num_groups": 2}
+        self.net = made_by(sample_size=2, in_channels=1, patch_size=1, num_embeds_ada_norm=4, **sizes)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.head(self.net(x.view(-1, 1, 2, 2), steps, class_labels=steps).sample.flatten(1))
+
+
+class DiffusionInRoot(Diffusion):
+    """With the block that is reached into left to the root."""
+
+    def shard_units(self) -> list[nn.Module]:
+        return list(self.net.transformer_blocks)[1:]
+
+
+def test_a_diffusion_transformer_is_told_what_to_write(ranks: dict[int, Ranks]) -> None:
+    pytest.importorskip("diffusers")
+    message = r"'net\.transformer_blocks\.0\.[\w.]+' was used outside of the forward of 'net\.transformer_blocks\.0'"
+    for strategy in ("fsdp1", "fsdp2"):
+        fails(ranks[2], message, module=Diffusion, strategy=strategy)
+        ranks[2].run(run, module=DiffusionInRoot, strategy=strategy, max_steps=2)

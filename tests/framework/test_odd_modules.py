@@ -7,6 +7,7 @@ import pytest
 import torch
 from stratagem import Fit, FitArguments, TrainModule
 from stratagem.framework.batch_size import is_out_of_memory
+from stratagem.framework.checkpoint import CheckpointError
 from stratagem.precision import Precision
 from stratagem.strategies import Strategy
 from tiny import MakeFit, Regressor, parameters_of, regression_rows
@@ -377,3 +378,87 @@ def test_predictions_of_other_dimensions_are_refused(make_fit: MakeFit) -> None:
 
     with pytest.raises(ValueError, match=r"outputs of batches can't be joined: their shapes are .*ignore_keys"):
         make_fit(Squeezes(), None, per_device_eval_batch_size=1).predict(ragged(3))
+
+
+# The default units of sharding.
+
+
+class Part(nn.Module):
+    """A layer of more than one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Lists(TrainModule):
+    """Blocks that are lists themselves, with a norm, a layer and an activation each."""
+
+    def __init__(self, in_dict: bool) -> None:
+        super().__init__()
+        parts = [(nn.LayerNorm(3), Part(), nn.Tanh()) for _ in range(3)]
+        names = ("norm", "part", "act")
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(dict(zip(names, part, strict=True))) if in_dict else nn.ModuleList(part) for part in parts
+        )
+        self.projections = nn.ModuleList(nn.ModuleList([nn.Linear(3, 3)]) for _ in range(2))
+        self.plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_default_units_are_layers_that_are_called(in_dict: bool) -> None:
+    module = Lists(in_dict)
+    parts = [layer for layer in module.modules() if isinstance(layer, Part)]
+    projections = [inner[0] for inner in module.projections]
+    assert list(module.shard_units()) == [*parts, *projections, *module.plain]
+
+
+# Parameters and buffers.
+
+
+class Lazy(Regressor):
+    """Its first layer waits for a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.LazyLinear(4)
+
+
+def test_lazy_layers_are_refused_by_name_until_they_were_called(make_fit: MakeFit) -> None:
+    with pytest.raises(ValueError, match=r"lazy layers.*hidden\.weight, hidden\.bias\. Call the module once"):
+        make_fit(Lazy(), regression_rows(8), max_steps=1)
+    module = Lazy()
+    with torch.no_grad():
+        module(torch.zeros(1, 3))
+    make_fit(module, regression_rows(8), max_steps=1).train()
+
+
+def test_an_optimizer_over_foreign_tensors_is_refused(make_fit: MakeFit) -> None:
+    foreign = nn.Parameter(torch.ones(2, 5))
+    made = Returns(lambda own: torch.optim.SGD([*own.param_groups[0]["params"], foreign], lr=0.1))
+    with pytest.raises(ValueError, match=r"tensors that are no parameters of the module, of the shapes \(2, 5\)"):
+        make_fit(made, regression_rows(8), max_steps=1).train()
+
+
+class Remembers(Regressor):
+    """A buffer that forward grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory = torch.cat([self.memory, x[:1]])
+        return super().forward(x)
+
+
+def test_a_checkpoint_names_a_buffer_that_has_grown(make_fit: MakeFit, tmp_path: Path) -> None:
+    rows = regression_rows(16)
+    make_fit(Remembers(), rows, max_steps=2, save_strategy="steps", save_steps=2).train()
+    again = make_fit(Remembers(), rows, max_steps=4)
+    message = r"of another model: of another shape: memory \(0, 3\) \(checkpoint: \(2, 3\)\)\.$"
+    with pytest.raises(CheckpointError, match=message):
+        again.train(resume_from_checkpoint=tmp_path / "output/checkpoint-2")
