@@ -73,7 +73,9 @@ def test_an_exception_on_all_ranks_is_saved_on_all(ranks: dict[int, Ranks], tmp_
         assert found == ["checkpoint-3"]
     expected = ranks[2].run(whole_run, strategy=strategy, directory=None)
     for rank, found in enumerate(ranks[2].run(whole_run, strategy=strategy, directory=str(tmp_path))):
-        assert found["loss"][-3:] == expected[rank]["loss"][-3:]
+        # The log of update 3 was due after the exception: its loss is in that of update 4.
+        assert found["loss"][-2:] == expected[rank]["loss"][-2:]
+        assert found["loss"][-3] == pytest.approx(sum(expected[rank]["loss"][2:4]) / 2)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
