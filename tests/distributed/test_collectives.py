@@ -84,7 +84,8 @@ def update(messages: dict[str, list[Message]], number: int = 6) -> Counter[Messa
     return Counter(messages[f"update {number}"])
 
 
-ITEMS_AND_FLAGS = ("allreduce", "int64", 7)  # the item count, failed writes, and the five flags of callbacks
+# The item count, failed writes, five numbers on what was read, and the five flags of callbacks.
+ITEMS_AND_FLAGS = ("allreduce", "int64", 12)
 NORM = ("allreduce", "float32", 1)
 
 
