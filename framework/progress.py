@@ -133,7 +133,7 @@ class Progress(Callback):
             self.is_quiet, self.live = True, False
             bar, self.bar = self.bar, None
             if bar is not None:
-                with suppress(*FAILURES):  # sys.stdout and sys.stderr, which it had replaced, are back before it fails
+                with suppress(Exception):  # sys.stdout and sys.stderr, which it had replaced, are back before it fails
                     bar.stop()
             give_up(sys.stdout, error)
 

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int)
     parser.add_argument("--max-restarts", type=int, default=0)
     parser.add_argument("--accident", default="none")
+    parser.add_argument("--save-on-exception", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     # Workers have inherited the connections that the other rank waits on.
@@ -54,6 +55,7 @@ def main() -> None:
         max_steps=8,
         logging_steps=1,
         save_steps=4,
+        save_on_exception=options.save_on_exception,
         per_device_train_batch_size=8,
         learning_rate=0.01,
         max_grad_norm=0.5,

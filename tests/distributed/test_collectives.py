@@ -84,7 +84,8 @@ def update(messages: dict[str, list[Message]], number: int = 6) -> Counter[Messa
     return Counter(messages[f"update {number}"])
 
 
-ITEMS_AND_FLAGS = ("allreduce", "int64", 8)  # items, failed writes, buffers that change, five flags of callbacks
+# The item count, failed writes, buffers that change, five numbers on what was read, and the five flags of callbacks.
+ITEMS_AND_FLAGS = ("allreduce", "int64", 13)
 NORM = ("allreduce", "float32", 1)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch.distributed as dist
 from ranks import Ranks
 from stratagem import Callback, Fit
-from stratagem.framework.rescue import RescueWarning
 from torch import nn
 from training import Tagger, curves, make_fit, make_strategy, token_rows
 
@@ -73,7 +71,9 @@ def test_an_exception_on_all_ranks_is_saved_on_all(ranks: dict[int, Ranks], tmp_
         assert found == ["checkpoint-3"]
     expected = ranks[2].run(whole_run, strategy=strategy, directory=None)
     for rank, found in enumerate(ranks[2].run(whole_run, strategy=strategy, directory=str(tmp_path))):
-        assert found["loss"][-3:] == expected[rank]["loss"][-3:]
+        # The log of update 3 was due after the exception: its loss is in that of update 4.
+        assert found["loss"][-2:] == expected[rank]["loss"][-2:]
+        assert found["loss"][-3] == pytest.approx(sum(expected[rank]["loss"][2:4]) / 2)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -83,34 +83,6 @@ def test_a_forward_that_fails_in_an_evaluation(ranks: dict[int, Ranks], tmp_path
     expected = ranks[2].run(whole_run, strategy=strategy, directory=None)
     found = ranks[2].run(whole_run, strategy=strategy, directory=str(tmp_path))
     assert found[0]["loss"][-3:] == expected[0]["loss"][-3:]
-
-
-def alone(directory: str) -> Any:
-    """One rank fails, with the others waiting for it: what it says, and how long it took."""
-    arguments = {"strategy": "ddp", "directory": directory, "on": [1]}
-    began = time.monotonic()
-    if os.environ["RANK"] == "1":
-        with pytest.warns(RescueWarning, match=r"rank 1 failed after update 3, and not every other rank did"):
-            found = failing_run(**arguments)
-        dist.destroy_process_group()
-        return found, time.monotonic() - began < 60
-    try:
-        failing_run(**arguments)
-    except RuntimeError as error:  # of the collective in which it waits
-        return type(error).__name__, time.monotonic() - began < 60
-    return None
-
-
-@pytest.mark.slow
-def test_an_exception_on_one_rank_alone_saves_nothing_and_doesnt_hang(tmp_path: Path) -> None:
-    world = Ranks(2)  # of its own, which it breaks
-    try:
-        first, second = world.run(alone, directory=str(tmp_path), seconds=120)
-    finally:
-        world.end()
-    assert second == ([], True)
-    assert first is not None and first[1]
-    assert list(tmp_path.glob("checkpoint-*")) == []
 
 
 def many_fits(directory: str) -> list[tuple[int, int]]:

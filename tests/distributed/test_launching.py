@@ -128,6 +128,15 @@ def test_exception_on_one_rank_ends_all(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("rank-*.txt"))
 
 
+def test_exception_on_one_rank_can_save_nothing_and_says_so(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--devices", "2", "--accident", "raise", "--save-on-exception")
+    assert done.status == 1
+    assert done.seconds < 100  # 10 of them for the rank that could have failed, too; a hang takes half an hour
+    assert "RescueWarning: The exception that ends this run left no checkpoint: rank 1 failed after" in done.errors
+    assert "Rank 1 failed first" in done.errors
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 def test_killed_rank_ends_all(tmp_path: Path) -> None:
     done = launch(tmp_path, "--devices", "2", "--accident", "kill")
     assert done.status != 0

@@ -424,7 +424,8 @@ print(fit.state.global_step, "updates", file=sys.stderr)
 
 
 def quiet_program(**streams: Any) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    places = filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", QUIET_PROGRAM], env=environment, stderr=subprocess.PIPE, text=True, **streams
     )
