@@ -5,7 +5,6 @@ resumed from or removed, and of the run's own line only what its limit asks for.
 """
 
 import json
-
 import shutil
 import tempfile
 from collections.abc import Iterator
