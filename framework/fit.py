@@ -199,14 +199,18 @@ class Fit:
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         if self.writer is not None:
             self.writer.finish()
-        return self.run_in_directory(resume_from_checkpoint)
+        with self.in_directory(resume_from_checkpoint) as path:
+            return batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
 
-    def run_in_directory(self, resume_from_checkpoint: bool | str | Path | None) -> TrainOutput:
-        """Train in ``output_dir``, in which no other process trains meanwhile; see ``train``."""
+    @contextlib.contextmanager
+    def in_directory(self, resume_from_checkpoint: bool | str | Path | None) -> Iterator[Path | None]:
+        """Entered around a run: no other process trains in its ``output_dir`` meanwhile. Gives the checkpoint that it
+        resumes from; see ``train``.
+        """
         self.directory = checkpoint.RunDirectory(self.strategy, self.args)
         with self.directory.at_work(resume_from_checkpoint) as path:
             try:
-                output = batch_size.find(self, path) if self.args.auto_find_batch_size else self.run(path)
+                yield path
             except BaseException:
                 if self.writer is not None:  # what it writes is still this run's
                     with contextlib.suppress(Exception):
@@ -214,7 +218,6 @@ class Fit:
                 raise
             if self.writer is not None:
                 self.writer.finish()
-            return output
 
     def run(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""

@@ -157,7 +157,8 @@ class Search:
                 self.begin(proposal.args, self.make_module(trial, proposal))
                 fit.ignore_keys_for_eval = ()
                 # A trial that was begun by a process that died goes on where that saved it.
-                fit.run_in_directory(resume_from_checkpoint=True)
+                with fit.in_directory(resume_from_checkpoint=True) as path:
+                    fit.run(path)
                 strategy.sum_on_host([0])  # a rank that is done must hear of one that failed after it
         except BaseException as caught:
             error = caught
