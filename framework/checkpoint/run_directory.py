@@ -257,8 +257,8 @@ class RunDirectory:
             return False
 
     def make_way(self, final: Path) -> None:
-        """Set aside what isn't of this run and has the name that it is about to give a checkpoint: a file, a stray link,
-        or what was copied there while the run was under way.
+        """Set aside what isn't of this run and has the name that it is about to give a checkpoint: a file, a link that
+        leads astray, or what was copied there while the run was under way.
         """
         if not os.path.lexists(final):
             return
