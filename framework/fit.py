@@ -18,7 +18,19 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import batch_size, beginning, best, checkpoint, evaluation, fresh, journal, loop, overriding, pretrained, random_state
+from . import (
+    batch_size,
+    beginning,
+    best,
+    checkpoint,
+    evaluation,
+    fresh,
+    journal,
+    loop,
+    overriding,
+    pretrained,
+    random_state,
+)
 from .agreement import UpdateExchange, check_ranks_agree
 from .arguments import FitArguments
 from .averages import Averages
@@ -382,7 +394,7 @@ class Fit:
         num_items_in_batch: Count | None = None,
     ) -> Any:
         """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise, with
-        or without this method's help; training, evaluation and the losses of ``predict`` follow it (docs/overriding.md).
+        or without this method's help: training, evaluation and ``predict`` follow it (docs/overriding.md).
 
         Args:
             model: the placed model.
@@ -400,7 +412,7 @@ class Fit:
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        """Entered around an overridden ``compute_loss``: the run's precision, and what the strategy needs in forward."""
+        """Entered around an overridden ``compute_loss``: the run's precision, and the strategy's own operators."""
         return self.strategy.forward_context()
 
     def get_batch_samples(

@@ -22,8 +22,8 @@ class TrainModule(nn.Module):
     """A module that says how it is trained. ``forward`` and ``loss`` are yours; the rest has defaults.
 
     ``forward`` is given what it names: of a mapping batch the keys that are its parameters, of a tuple its entries by
-    position, anything else whole: a tensor, a list (of samples, as ``collate_fn=list`` makes it), a dataclass, an object
-    of a library. Samples that are tuples make a batch that is a tuple, also by torch's ``default_collate``.
+    position, anything else whole: a tensor, a list (of samples, as ``collate_fn=list`` makes it), a dataclass, a
+    library's object. Samples that are tuples make a batch that is a tuple, also by torch's ``default_collate``.
 
     Example:
         >>> class Regressor(TrainModule):
@@ -281,7 +281,7 @@ def forward_call(module: nn.Module) -> Call:
                 f"{name} needs {len(required)} inputs ({', '.join(required)}), but the batch is a list of {len(batch)}, "
                 f"which is one input. {ways}"
             )
-        if 1 < len(batch) and (takes_rest or len(batch) <= positions):
+        if len(batch) > 1 and (takes_rest or len(batch) <= positions):
             raise ValueError(
                 f"The batch is a list of {len(batch)}, and {name} could take it in two ways: whole as "
                 f"{names[0] if names else 'its first input'}, or entry by entry as {len(batch)} inputs. {ways}"
