@@ -158,8 +158,8 @@ def alone(outputs: Any) -> Any:
 def missing_outputs(fit: "Fit") -> TypeError:
     """The error for an overridden compute_loss whose outputs are needed and not there."""
     return TypeError(
-        f"{type(fit).__name__}.compute_loss returned a loss alone, and metrics and predictions are made of the outputs. "
-        "Have it return (loss, outputs) where return_outputs=True."
+        f"{type(fit).__name__}.compute_loss returned a loss alone, and metrics and predictions are made of the "
+        "outputs. Have it return (loss, outputs) where return_outputs=True."
     )
 
 

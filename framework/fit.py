@@ -440,7 +440,7 @@ class Fit:
         num_items_in_batch: Count | None = None,
     ) -> Any:
         """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise, with
-        or without this method's help; training, evaluation and the losses of ``predict`` follow it (docs/overriding.md).
+        or without this method's help: training, evaluation and ``predict`` follow it (docs/overriding.md).
 
         Args:
             model: the placed model.
@@ -458,7 +458,7 @@ class Fit:
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        """Entered around an overridden ``compute_loss``: the run's precision, and what the strategy needs in forward."""
+        """Entered around an overridden ``compute_loss``: the run's precision, and the strategy's own operators."""
         return self.strategy.forward_context()
 
     def get_batch_samples(

@@ -22,8 +22,8 @@ class TrainModule(nn.Module):
     """A module that says how it is trained. ``forward`` and ``loss`` are yours; the rest has defaults.
 
     ``forward`` is given what it names: of a mapping batch the keys that are its parameters, of a tuple its entries by
-    position, anything else whole: a tensor, a list (of samples, as ``collate_fn=list`` makes it), a dataclass, an object
-    of a library. Samples that are tuples make a batch that is a tuple, also by torch's ``default_collate``.
+    position, anything else whole: a tensor, a list (of samples, as ``collate_fn=list`` makes it), a dataclass, a
+    library's object. Samples that are tuples make a batch that is a tuple, also by torch's ``default_collate``.
 
     Example:
         >>> class Regressor(TrainModule):

@@ -57,7 +57,7 @@ class LayerWatch:
         """Hook into every layer. The hooks are the outermost: they see a layer as the layer that calls it does."""
         layers = {plain_name(name): layer for name, layer in module.named_modules()}
         for name, layer in layers.items():
-            shown = name or type(module).__name__
+            shown = name or "forward"
             layer.register_forward_pre_hook(self.before(shown), prepend=True, with_kwargs=True)
             layer.register_forward_hook(self.after(shown))
 

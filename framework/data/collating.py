@@ -25,8 +25,8 @@ def convert(batch: Any) -> Any:
 def columns(batch: Any) -> Any:
     """What ``default_collate`` made: a list of columns as a tuple, and anything else as it is.
 
-    It makes a list of columns of tuples and lists, and leaves texts in a list of samples. A column of texts is a list or
-    a tuple itself.
+    Of tuples and lists it makes a list of columns; texts it leaves in a list of samples. A column of texts is a list
+    or a tuple itself.
     """
     is_list = type(batch) is list and bool(batch)
     return tuple(batch) if is_list and not isinstance(batch[0], str | bytes) else batch

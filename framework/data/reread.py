@@ -97,7 +97,7 @@ class IterableStream(RereadStream):
             self.num_examples = len(dataset)
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """This rank's micro-batches of one epoch. What is drawn at random to read them is drawn in a state of its own."""
+        """This rank's micro-batches of one epoch. Reading them draws random numbers in states of its own."""
         return self.hand_out(self.read(epoch, self.begin()))
 
     def read(self, epoch: int, skip: int) -> Iterator[Share]:
@@ -154,8 +154,8 @@ class IterableStream(RereadStream):
         """Say, where the dataset's class is, that it can't be told whether it shares its samples."""
         kind = type(self.dataset)
         warnings.warn_explicit(
-            f"{kind.__name__} asks get_worker_info() for its worker's id, but not for the number of workers. It is taken "
-            "to share its samples among the workers by the id; if it doesn't, each sample comes once from every worker. "
+            f"{kind.__name__} asks get_worker_info() for its worker's id, but not for the number of workers. It is "
+            "taken to share its samples among the workers by the id; if it doesn't, each comes from every worker. "
             f"Set {DECLARED} = True on it if it does, and {DECLARED} = False if each worker yields all samples.",
             UserWarning,
             filename=getattr(inspect.getmodule(kind), "__file__", None) or kind.__module__,

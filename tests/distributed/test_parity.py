@@ -144,8 +144,8 @@ def rank_here() -> int:
 FAULTS = {
     "none": r"^$",
     "F.dropout": r"^$",
-    "noise by rank": r"^input of blocks\.1 \(forward, by [^;]+; 5 of 11 layers\), .* gradients\)$",
-    "batch statistics": r"^blocks\.0\.norm \(forward, by [^;]+; .* of 11 layers\), ",
+    "noise by rank": r"^input of blocks\.1 \(forward, by [^;]+; 5 of 12 layers\), .* gradients\)$",
+    "batch statistics": r"^blocks\.0\.norm \(forward, by [^;]+; .* of 12 layers\), ",
     "a sum": r"^loss of update 1 \(forward agrees\), .* \(14 of 14 gradients\)$",
     "a gradient lost": r"^blocks\.1\.up\.weight \(1 of 14 gradients\)$",
     "an error": r"^in the forward of blocks\.1\.down: RuntimeError: mat1 and mat2 shapes cannot be multiplied",

@@ -1,5 +1,6 @@
 """Batches: one order that the seed decides, shared among ranks without loss or repetition, resumable at any sample."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -8,12 +9,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stratagem import FitArguments
 from stratagem.framework.data import DataStream, make_stream
 from stratagem.framework.data.mapped import MapStream
 from stratagem.framework.data.reread import IterableStream, LoaderStream
-from stratagem.framework.data.stream import batch_seed
+from stratagem.framework.data.shares import Shares
+from stratagem.framework.data.stream import LoaderOptions, batch_seed
 from stratagem.framework.objective import Weightless
+from stratagem.framework.random_state import OwnRandomState
 from stratagem.strategies import Strategy
 from tiny import NoisyRows, Numbers, NumberStream, RowStream
 from torch import Tensor
@@ -486,3 +491,170 @@ def test_dropping_the_only_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="7 samples, fewer than one global micro-batch of 8"):
         stream_of(Numbers(7), 0, 2, **arguments)
     assert len(stream_of(Numbers(8), 0, 2, **arguments)) == 1
+
+
+# Workers of an iterable dataset.
+
+
+class Plain(IterableDataset):
+    """Samples 0 to count - 1 in every worker: it knows nothing of workers."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+
+class Shuffled(Plain):
+    """Plain, in an order that the global generators draw."""
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.count).tolist()
+        while order:
+            yield order.pop(random.randrange(len(order)))
+
+
+def noisy(samples: list[int]) -> list[tuple[int, float]]:
+    """A collation that draws as many random numbers as there are samples."""
+    return [(sample, torch.rand(()).item()) for sample in samples]
+
+
+def simulated(dataset: IterableDataset, workers: int, rank: int, size: int, batch: int, skip: int) -> list[Any]:
+    """A rank's batches as torch's loader takes them from workers in turn, without its processes."""
+    options = LoaderOptions(batch, False, False, list, {})
+    parts = []
+    for worker in range(workers):
+        shares = Shares(dataset, options, 3, 1, rank, size, skip)
+        own = OwnRandomState(batch_seed(3, 1, 0))
+        with own.entered():
+            samples = iter(dataset)
+            for _ in itertools.islice(samples, skip):
+                pass
+        parts.append(shares.cut(samples, own, skip, worker, workers))
+    found: list[Any] = []
+    active = list(parts)
+    while active:
+        for part in list(active):
+            share = next(part, None)
+            if share is None:
+                active.remove(part)
+            else:
+                found.append(share.batch if share.is_mine else [])
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(0, 40), batch=st.integers(1, 5), workers=st.integers(1, 3), size=st.integers(1, 3),
+    done=st.integers(0, 6), shuffled=st.booleans(),
+)  # fmt: skip
+def test_workers_and_ranks_share_every_sample_once_and_in_one_order(
+    count: int, batch: int, workers: int, size: int, done: int, shuffled: bool
+) -> None:
+    data = Shuffled(count) if shuffled else Plain(count)
+    whole = [number for part in simulated(data, 1, 0, 1, 1, 0) for number in part]
+    assert sorted(whole) == list(range(count))
+    skip = min(count, done * batch * size)
+    by_rank = [simulated(data, workers, rank, size, batch, skip) for rank in range(size)]
+    assert [number for parts in zip(*by_rank, strict=True) for part in parts for number in part] == whole[skip:]
+
+
+@pytest.mark.parametrize("kind", [Plain, Shuffled])
+def test_workers_give_an_iterable_once_and_in_the_order_of_none(kind: type[Plain]) -> None:
+    def epoch(workers: int, skip: int = 0, rank: int = 0, size: int = 1) -> list[Any]:
+        data = DataLoader(kind(23), batch_size=4 // size, num_workers=workers, collate_fn=noisy)
+        stream = stream_of(data, rank, size)
+        stream.load_state_dict({"position": skip})
+        found = list(stream.epoch(1))
+        assert stream.position == 23
+        return found
+
+    whole = epoch(0)
+    assert sorted(sample for batch in whole for sample, _ in batch) == list(range(23))
+    assert epoch(1) == epoch(3) == whole
+    assert epoch(2, skip=8) == whole[2:]
+    pair = [epoch(2, rank=rank, size=2) for rank in (0, 1)]
+    joined = [[sample for part in parts for sample, _ in part] for parts in zip(*pair, strict=True)]
+    assert joined == [[sample for sample, _ in batch] for batch in whole]
+
+
+class Declared(Plain):
+    """Seeds by the worker's id, and shares nothing."""
+
+    shares_among_workers = False
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        random.seed(info.id if info else 0)
+        return super().__iter__()
+
+
+class Late(Plain):
+    """Asks for its share when it has handed out a sample."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield 0
+        info = get_worker_info()
+        yield from range(1 + info.id, self.count, info.num_workers)
+
+
+def test_a_dataset_says_whether_it_shares_its_samples_where_that_cant_be_told() -> None:
+    def batches(data: IterableDataset) -> list[list[int]]:
+        stream = stream_of(data, per_device_train_batch_size=2, dataloader_num_workers=2)
+        return [batch.tolist() for batch in stream.epoch(0)]
+
+    assert batches(Declared(5)) == [[0, 1], [2, 3], [4]]
+    with pytest.warns(UserWarning, match="Lopsided asks get_worker_info.*Set shares_among_workers = True"):
+        batches(Lopsided())
+    with pytest.raises(RuntimeError, match="Late asked get_worker_info.*only after its first sample"):
+        batches(Late(9))
+
+
+def cut_by_worker(worker_id: int) -> None:
+    """torch's own example of sharing: worker_init_fn changes the worker's dataset."""
+    info = get_worker_info()
+    info.dataset.count = 10 if info.id < info.num_workers - 1 else 1
+
+
+def test_a_share_made_by_worker_init_fn_is_not_shared_again() -> None:
+    loader = DataLoader(Plain(99), batch_size=4, num_workers=2, worker_init_fn=cut_by_worker)
+    found = [batch.tolist() for batch in stream_of(loader).epoch(0)]
+    assert found == [[0, 1, 2, 3], [0], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_dataset_that_shares_its_samples_needs_as_many_workers_at_a_resume() -> None:
+    def stream(workers: int) -> DataStream:
+        return stream_of(NumberStream(12), per_device_train_batch_size=2, dataloader_num_workers=workers)
+
+    first = stream(2)
+    batches = first.epoch(0)
+    next(batches)
+    state = first.state_dict()
+    other = stream(3)
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="3 workers by itself, .* had 2.*Set dataloader_num_workers=2"):
+        other.epoch(0)
+
+
+# Tuples stay tuples.
+
+
+class Pairs(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((2,), float(index)), index
+
+
+def test_samples_that_are_tuples_make_a_tuple_and_an_own_list_stays_one() -> None:
+    ready = DataLoader(Pairs(), batch_sampler=[[0, 1], [2, 3]])
+    whole = DataLoader([(torch.ones(2), torch.zeros(2))], batch_size=None)
+    for data in (Pairs(), DataLoader(Pairs(), batch_size=2), ready, whole):
+        [batch, *_] = stream_of(data, per_device_train_batch_size=2).epoch(0)
+        assert type(batch) is tuple and len(batch) == 2
+    lists = stream_of(DataLoader(Pairs(), batch_size=2, collate_fn=list))
+    assert [type(batch) for batch in lists.epoch(0)] == [list, list]
+    texts = stream_of(["a", "b", "c"], per_device_train_batch_size=3, shuffle=False)
+    assert list(texts.epoch(0)) == [["a", "b", "c"]]

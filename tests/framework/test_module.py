@@ -144,7 +144,7 @@ def test_a_packed_sequence_moves_by_its_own_method() -> None:
 
 
 def test_a_batch_of_any_shape_pins_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 10)  # there is no page-locked memory without a GPU
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 10)  # a GPU's drivers lock pages
     batch = Pinnable(Fields(torch.ones(1), {"graph": Graph(torch.ones(1)), "list": [torch.ones(1)]}))
     pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
     assert type(pinned) is Fields
