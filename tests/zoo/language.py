@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from family import (
     CLASSES,
     HEADS,
