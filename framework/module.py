@@ -293,8 +293,8 @@ def forward_call(module: nn.Module) -> Call:
         )
         if len(required) > 1:
             raise ValueError(
-                f"{name} needs {len(required)} inputs ({', '.join(required)}), but the batch is a list of {len(batch)}, "
-                f"which is one input. {ways}"
+                f"{name} needs {len(required)} inputs ({', '.join(required)}), but the batch is a list of "
+                f"{len(batch)}, which is one input. {ways}"
             )
         if len(batch) > 1 and (takes_rest or len(batch) <= positions):
             raise ValueError(

@@ -135,8 +135,8 @@ class Objective:
         return loss["loss"], extras
 
     def note(self) -> tuple[Mapping[str, Tensor], bool]:
-        """What Fit.compute_loss can't return beside a loss, as its signature is transformers': of the last ``loss``, the
-        extras, and whether it is divided by the items of the whole update already. Whoever calls compute_loss asks next.
+        """What Fit.compute_loss can't return beside a loss, as its signature is transformers': the extras of the last
+        ``loss``, and whether that is divided by the items of the whole update. Whoever calls compute_loss asks next.
         """
         noted = self.noted
         assert noted is not None

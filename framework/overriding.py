@@ -92,8 +92,8 @@ def check_fit(fit: type, base: type) -> None:
     inner = sorted(name for name in own if hasattr(base, name) and name not in OVERRIDABLE and name[:2] != "__")
     if inner:
         warnings.warn(
-            f"{fit.__name__} overrides {', '.join(inner)} of Fit, which may be called otherwise, or not at all, in another "
-            f"version. What is meant to be overridden: {', '.join(OVERRIDABLE)}.",
+            f"{fit.__name__} overrides {', '.join(inner)} of Fit, which another version may call otherwise, or "
+            f"not at all. What is meant to be overridden: {', '.join(OVERRIDABLE)}.",
             stacklevel=3,
         )
     try:

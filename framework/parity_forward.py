@@ -3,8 +3,8 @@ begins.
 
 Ranks hold different samples, and parts of features or of sequences where layers are cut. Of each tensor a rank notes,
 for each entry of its first dimension, the sum, the sum of squares, and how many numbers they are of: these add up over
-parts, and stand one below another over samples, so that runs that are placed otherwise can be compared, in a few numbers
-a layer.
+parts, and stand one below another over samples, so that runs that are placed otherwise can be compared, by a few
+numbers a layer.
 """
 
 import math

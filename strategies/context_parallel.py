@@ -92,7 +92,7 @@ class ContextParallel:
             brought = next((name for name in POSITIONS if name in entries), None)
             return with_fields(batch, self.split_entries(entries, LABELS, brought))
         raise TypeError(
-            f"{self.option} cuts the tensors of a mapping, a tuple or a dataclass along dimension 1, and the batch is a "
+            f"{self.option} cuts the tensors of a mapping, tuple or dataclass along dimension 1, and the batch is a "
             f"{type(batch).__name__}. Have the dataset's samples be mappings."
         )
 

@@ -605,9 +605,9 @@ def test_a_dataset_says_whether_it_shares_its_samples_where_that_cant_be_told() 
         return [batch.tolist() for batch in stream.epoch(0)]
 
     assert batches(Declared(5)) == [[0, 1], [2, 3], [4]]
-    with pytest.warns(UserWarning, match="Lopsided asks get_worker_info.*Set shares_among_workers = True"):
+    with pytest.warns(UserWarning, match=r"Lopsided asks get_worker_info.*Set shares_among_workers = True"):
         batches(Lopsided())
-    with pytest.raises(RuntimeError, match="Late asked get_worker_info.*only after its first sample"):
+    with pytest.raises(RuntimeError, match=r"Late asked get_worker_info.*only after its first sample"):
         batches(Late(9))
 
 
@@ -633,7 +633,7 @@ def test_a_dataset_that_shares_its_samples_needs_as_many_workers_at_a_resume() -
     state = first.state_dict()
     other = stream(3)
     other.load_state_dict(state)
-    with pytest.raises(ValueError, match="3 workers by itself, .* had 2.*Set dataloader_num_workers=2"):
+    with pytest.raises(ValueError, match=r"3 workers by itself, .* had 2.*Set dataloader_num_workers=2"):
         other.epoch(0)
 
 
