@@ -28,7 +28,8 @@ def configured_optimizer(module: "TrainModule", args: "FitArguments") -> Optimiz
             raise ValueError(
                 f"{type(module).__name__}.configure_optimizer returned an optimizer over tensors that are no "
                 f"parameters of the module, of the shapes {', '.join(map(str, foreign[:5]))}. Give it "
-                "self.parameters() there, where they are placed, and assign further parameters to the module in __init__."
+                "self.parameters() there, where they are placed, and assign further parameters to the module in "
+                "__init__."
             )
         return optimizer
     hint = ""

@@ -102,7 +102,7 @@ def fields_of_class(kind: type) -> tuple[str, ...]:
 
 def field_names(batch: Any) -> tuple[str, ...]:
     """The fields of a dataclass's or attrs class's object that it has values for."""
-    names = fields_of_class(type(batch))
+    names = fields_of_class(batch.__class__)
     return tuple(name for name in names if hasattr(batch, name)) if names else names
 
 

@@ -27,7 +27,7 @@ def move_to(batch: Any, device: torch.device) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=True)
         own = copy.copy(value)
-        result = own.to(device, non_blocking=True) if moves_non_blocking(type(value)) else own.to(device)
+        result = own.to(device, non_blocking=True) if moves_non_blocking(value.__class__) else own.to(device)
         return own if result is None else result
 
     return map_batch(moved, batch)

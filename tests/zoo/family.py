@@ -81,10 +81,11 @@ def class_rows(count: int) -> list[dict[str, Tensor]]:
 
 def token_class_rows(count: int) -> list[dict[str, Tensor]]:
     """Tokens and a class for each, some of them padding."""
-    return [
-        {"input_ids": row["input_ids"], "labels": torch.where(row["labels"] < 0, row["labels"], row["labels"] % CLASSES)}
-        for row in text_rows(count)
-    ]
+    rows = text_rows(count)
+    for row in rows:
+        labels = row["labels"]
+        row["labels"] = torch.where(labels < 0, labels, labels % CLASSES)
+    return rows
 
 
 def translation_rows(count: int) -> list[dict[str, Tensor]]:

@@ -24,7 +24,7 @@ COLUMNS = (
 def cell(value: Any) -> str:
     """A result as text: a difference by its power of ten, a dash where nothing was tried."""
     if value is None:
-        return "–"
+        return "\u2013"
     if isinstance(value, float):
         return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
     return str(value)
@@ -35,7 +35,8 @@ def render(results: dict[str, dict[str, Any]]) -> str:
     head = f"| family | {' | '.join(f'`{name}`' for name in COLUMNS)} |"
     rule = "|---" * (len(COLUMNS) + 1) + "|"
     rows = [
-        f"| {family} | {' | '.join(cell(row.get(name)) for name in COLUMNS)} |" for family, row in sorted(results.items())
+        f"| {family} | {' | '.join(cell(row.get(name)) for name in COLUMNS)} |"
+        for family, row in sorted(results.items())
     ]
     return "\n".join([head, rule, *rows])
 
