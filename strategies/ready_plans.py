@@ -35,7 +35,6 @@ TESTED_DECODERS = frozenset(
         "SmolLM3Model",
         "GraniteModel",
         "HeliumModel",
-        "SeedOssModel",
     )
 )
 """Classes of transformers that DECODER_PLAN cuts: losses, gradients and weights of each were one device's."""
@@ -52,7 +51,6 @@ TESTED_HEADS = frozenset(
         "SmolLM3ForCausalLM",
         "GraniteForCausalLM",
         "HeliumForCausalLM",
-        "SeedOssForCausalLM",
         "LlavaForConditionalGeneration",
     )
 )

@@ -170,7 +170,8 @@ def train(module: type[TrainModule], path: str, strategy: str = "single", **argu
     fit.export(f"{path}.safetensors")
     torch.save(watch.gradients, f"{path}-{fit.strategy.rank}.pt")
     partial = getattr(fit.strategy, "cut_features", None)
-    return {**curves(fit), "partial": sorted(partial.partial) if partial else []}
+    logs = {name: values for name, values in curves(fit).items() if name != "first_step_seconds"}  # each rank's own
+    return {**logs, "partial": sorted(partial.partial) if partial else []}
 
 
 @cache
