@@ -2,8 +2,9 @@
 
 A run records, whole and by name: the loss and the gradient norm of every update, the gradients of the first update, the
 weights after it, and in a few numbers what goes into each layer and comes out of it in the first update. The gradients
-are those that the optimizer is given: reduced over ranks and unscaled. They are taken after clipping, but at a limit that no norm reaches, so that the norm is computed and compared like everything
-else, and a wrong one can't change gradients that are right. "First" is the first that loss scaling doesn't skip.
+are those that the optimizer is given: reduced over ranks and unscaled. They are taken after clipping, but at a limit
+that no norm reaches, so that the norm is computed and compared like everything else, and a wrong one can't change
+gradients that are right. "First" is the first that loss scaling doesn't skip.
 
 ``record`` runs in every rank of one strategy; ``parity_ranks.compare_strategies`` starts one strategy after another.
 """
