@@ -25,11 +25,11 @@ def configured_optimizer(module: "TrainModule", args: "FitArguments") -> Optimiz
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         foreign = [tuple(parameter.shape) for parameter in stepped if id(parameter) not in own]
         if foreign:
+            shapes = ", ".join(map(str, foreign[:5]))
             raise ValueError(
                 f"{type(module).__name__}.configure_optimizer returned an optimizer over tensors that are no "
-                f"parameters of the module, of the shapes {', '.join(map(str, foreign[:5]))}. Give it "
-                "self.parameters() there, where they are placed, and assign further parameters to the module in "
-                "__init__."
+                f"parameters of the module, of the shapes {shapes}. Give it self.parameters() there, where they are "
+                "placed, and assign further parameters to the module in __init__."
             )
         return optimizer
     hint = ""
