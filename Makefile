@@ -5,13 +5,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 TYPED := precision strategies framework examples benchmarks
 
-.PHONY: train test test-xla bench-gpu lint venv clean
+.PHONY: train test test-xla test-zoo bench-gpu lint venv clean
 
 train: venv  ## ARGS="--steps 100" passes options on; ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
 
 test: lint  ## ARGS="-m 'not slow'" passes options on to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+test-zoo: venv .venv/.zoo-installed  ## other people's models; ARGS="--write-results" renews docs/models.md's figures
+	$(BIN)/python -m pytest tests/zoo $(ARGS)
 
 bench-gpu: venv  ## on a machine with a GPU; ARGS=--help lists the options
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -39,6 +42,10 @@ venv: .venv/.installed
 	$(BIN)/python -m pip install -c constraints.txt setuptools wheel ninja py-cpuinfo packaging
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[deepspeed]'
 	mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/stratagem
+	touch $@
+
+.venv/.zoo-installed: .venv/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[zoo]'
 	touch $@
 
 .venv-xla/.installed: pyproject.toml constraints.txt tests/xla/requirements.txt tests/xla/make_environment.sh

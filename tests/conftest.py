@@ -21,6 +21,11 @@ from tiny import MakeFit
 collect_ignore = [] if find_spec("torch_xla") else ["xla"]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the zoo out where it isn't asked for: it has packages and a command of its own (make test-zoo)."""
+    return True if collection_path.name == "zoo" and not any("zoo" in str(arg) for arg in config.args) else None
+
+
 def pytest_report_header() -> str:
     """Say what isn't run here."""
     return "tests/xla: needs torch_xla, which isn't installed here; make test-xla runs it" if collect_ignore else ""

@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+import json
 import re
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,16 @@ COMING_FROM = [
 
 def test_the_table_of_arguments_is_current() -> None:
     assert (DOCUMENTS / "arguments.md").read_text() == arguments_table()
+
+
+def test_the_table_of_families_is_current() -> None:
+    spec = spec_from_file_location("table", DOCUMENTS.parent / "tests" / "zoo" / "table.py")
+    assert spec is not None and spec.loader is not None
+    table = module_from_spec(spec)
+    spec.loader.exec_module(table)
+    results = json.loads(table.RESULTS.read_text())
+    assert len(results) >= 30
+    assert (DOCUMENTS / "models.md").read_text() == table.document_with(table.render(results))
 
 
 def test_the_page_of_precisions_is_current() -> None:
