@@ -149,7 +149,9 @@ class Recorder(Callback):
             self.weights = taken(context["fit"].strategy, context["fit"].strategy.full_state())
 
     def on_log(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-        """Take the numbers; a log is due after every update."""
+        """Take the numbers; a log is due after every update, and one of totals at the end."""
+        if "loss" not in context["logs"]:
+            return
         self.losses.append(context["logs"]["loss"])
         self.norms.append(context["logs"]["grad_norm"])
 

@@ -68,7 +68,7 @@ def resolve(
         TypeError: ``choice`` is neither a name nor an instance, or an instance of a class without a name.
     """
     if isinstance(choice, base):
-        if not isinstance(getattr(choice, "name", None), str):
+        if "name" in base.__annotations__ and not isinstance(getattr(choice, "name", None), str):
             made_by = type(choice).__name__
             raise TypeError(
                 f"{made_by} is a {base.__name__} without a name, which logs, checkpoints and messages call it by. "

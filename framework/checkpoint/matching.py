@@ -48,7 +48,7 @@ def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, St
             )
             if names
         ]
-        raise CheckpointError(f"{path} is a checkpoint of another model. " + "; ".join(parts) + ".")
+        raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(parts) + ".")
 
 
 def same_kind(one: torch.dtype, other: torch.dtype) -> bool:
@@ -221,6 +221,8 @@ def optimizer_templates(
     assert strategy.optimizer is not None
     parameters = strategy.stepped_parameters()
     groups = {id(p): group for group in strategy.optimizer.param_groups for p in group["params"]}
+    # An optimizer that lays all parameters end to end (LBFGS) keeps that as the state of the first.
+    together = sum(parameter.numel() for parameter in parameters.values())
     templates = {}
     for key, entry in stored.items():
         name, _, word = key.rpartition("/")
@@ -243,7 +245,7 @@ def optimizer_templates(
                 raise CheckpointError(
                     f"{path / 'optimizer'}: {key} has the dtype {entry.dtype}; that of a fresh optimizer is {own}."
                 )
-        elif entry.shape and not follows and (reads_on_device or math.prod(entry.shape) > whole.numel()):
+        elif entry.shape and not follows and (reads_on_device or math.prod(entry.shape) > together):
             raise CheckpointError(
                 f"{path / 'optimizer'}: {key} has the shape {entry.shape}; its parameter has {tuple(whole.shape)}."
             )

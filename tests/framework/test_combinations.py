@@ -102,7 +102,7 @@ def test_past_index_needs_mappings(make_fit: MakeFit) -> None:
 
     rows = [(row["tokens"], row["labels"]) for row in token_rows(4)]
     fit = make_fit(Pair(), rows, max_steps=2, per_device_train_batch_size=2, past_index=1)
-    with pytest.raises(ValueError, match="past_index=1 adds 'mems' to a mapping batch, and the batch is a list"):
+    with pytest.raises(ValueError, match="past_index=1 adds 'mems' to a mapping batch, and the batch is a tuple"):
         fit.train()
 
 

@@ -145,7 +145,7 @@ def test_a_module_may_know_its_flops_better(make_fit: MakeFit) -> None:
 
 
 class Holding(Callback):
-    """Holds 64 MiB during training that it lets go of at its end."""
+    """Holds 64 MiB during training that it lets go of when the totals are taken."""
 
     def on_train_begin(self, *args: Any, **context: Any) -> None:
         self.held = torch.ones(2**24)
@@ -163,7 +163,7 @@ def test_memory_by_stage_without_threads(make_fit: MakeFit) -> None:
     assert stages == {"init", "train", "eval"}
     held = {stage: metrics[f"{stage}_memory_cpu_resident"] for stage in stages}
     assert held["eval"] >= held["init"] + 2**26 - 2**20
-    assert held["train"] < held["eval"] - 2**25  # it was let go
+    assert held["train"] >= held["init"] + 2**26 - 2**20  # the totals are logged, and so taken, before on_train_end
     assert metrics["train_memory_cpu_peak"] >= held["eval"] - 2**22  # the system counts in steps
     assert set(threading.enumerate()) == before
 
@@ -254,10 +254,10 @@ def test_updates_without_a_label_that_counts_are_left_out_of_means(
             for a, b in (rows[0:2], rows[4:6], rows[10:12])
         ]
     assert output.training_loss == pytest.approx(sum(alone) / 3, rel=1e-6)
-    logs = fit.state.log_history
+    logs = logs_of(fit)
     assert [log["step"] for log in logs] == [2, 4, 6]
     assert [log["loss"] for log in logs] == pytest.approx(alone, rel=1e-6)
     each = make_fit(Counting(), rows, logging_steps=1, **sizes)
     each.train()
-    assert ["loss" in log for log in each.state.log_history] == [True, False, True, False, False, True]
-    assert all("learning_rate" in log for log in each.state.log_history)
+    assert ["loss" in log for log in logs_of(each)] == [True, False, True, False, False, True]
+    assert all("learning_rate" in log for log in logs_of(each))

@@ -201,7 +201,7 @@ def test_an_update_of_nothing_but_padding_changes_nothing(
     module.load_state_dict(initial)
     fit = train_tagger(make_fit, module, rows, split, logging_steps=1, max_grad_norm=1.0)
     assert_close(parameters_of(module), initial)
-    assert [line["loss"] for line in logs_of(fit)] == [0.0, 0.0]
+    assert ["loss" in line for line in logs_of(fit)] == [False, False]  # a mean over nothing is none
     assert [line["grad_norm"] for line in logs_of(fit)] == [0.0, 0.0]
 
 

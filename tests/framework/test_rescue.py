@@ -8,7 +8,7 @@ import pytest
 import torch
 from stratagem import Callback
 from stratagem.framework.rescue import RescueWarning
-from tiny import Dropping, MakeFit, NoisyRows, RowStream, regression_rows
+from tiny import Dropping, MakeFit, NoisyRows, RowStream, logs_of, regression_rows
 
 RUN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -68,14 +68,14 @@ def whole_run(make_fit: MakeFit, data: Any, **options: Any) -> list[dict[str, An
     torch.manual_seed(0)
     fit = make_fit(Dropping(), data, output_dir="unused", **{**RUN, "save_strategy": "no", **options})
     fit.train()
-    return fit.state.log_history
+    return logs_of(fit)
 
 
 def resumed(make_fit: MakeFit, data: Any, **options: Any) -> list[dict[str, Any]]:
     torch.manual_seed(1)
     fit = make_fit(Dropping(), data, **{**RUN, "save_strategy": "no", **options})
     fit.train(resume_from_checkpoint=True)
-    return fit.state.log_history
+    return logs_of(fit)
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_log", "on_evaluate", "on_prediction_step"])
@@ -94,8 +94,8 @@ def test_a_callback_that_raises_between_two_updates(make_fit: MakeFit, tmp_path:
     expected.train()
     found = make_fit(Dropping(), NoisyRows(40), rows, **options)
     found.train(resume_from_checkpoint=True)
-    later = [log for log in expected.state.log_history if log["step"] > 3]
-    assert later and [log for log in found.state.log_history if log["step"] > 3] == later
+    later = [log for log in logs_of(expected) if log["step"] > 3]
+    assert later and [log for log in logs_of(found) if log["step"] > 3] == later
 
 
 @pytest.mark.parametrize("event", ["on_substep_end", "on_pre_optimizer_step", "on_optimizer_step"])
