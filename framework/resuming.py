@@ -116,7 +116,8 @@ def data_differences(fit: "Fit", path: Path, state: Mapping[str, Any]) -> list[s
     }
     if here["shuffle"] or here["kind"] != "MapStream":
         compared["seed"] = "another order of samples (data_seed, or else seed)"
-    if here["kind"] == "IterableStream":
+    # Samples that we share among workers come in the order of no workers; a dataset that shares them itself doesn't.
+    if here["kind"] == "IterableStream" and saved.get("sharing_workers", saved.get("workers")):
         compared["workers"] = "another number of workers (dataloader_num_workers), which take turns in another order"
     if here["kind"] == "LoaderStream":
         compared["batch_size"] = "another batch size of the DataLoader, whose batches are counted"

@@ -67,7 +67,8 @@ def fresh_states(
             stand_in = strategy.stand_in(parameter)
             kind = (number, tuple(parameter.shape), stand_in.dtype, getattr(parameter, "placements", None))
             if kind not in tried:
-                tried[kind] = _tried(owner, given, options[number], stand_in, number)
+                numbers = {k: v for k, v in owner.state.get(parameter, {}).items() if not isinstance(v, Tensor)}
+                tried[kind] = _tried(owner, given, options[number], stand_in, number, numbers)
             outcome = tried[kind]
             if isinstance(outcome, Exception):
                 failed[names[id(parameter)]] = outcome
@@ -83,20 +84,33 @@ def owners_of(strategy: Strategy) -> list[Optimizer]:
 
 
 def _tried(
-    optimizer: Optimizer, given: Mapping[str, Any], options: Mapping[str, Any], stand_in: Tensor, number: int
+    optimizer: Optimizer,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    stand_in: Tensor,
+    number: int,
+    numbers: Mapping[str, Any],
 ) -> FreshState | Exception:
     """The state of a stand-in after a step with the options; why not, where the optimizer can't even step with those
     that it was made with.
+
+    Args:
+        optimizer: is copied.
+        given: the options of the group, as it has them.
+        options: those to try.
+        stand_in: in the place of the parameter.
+        number: of the group.
+        numbers: that the optimizer's constructor left as the parameter's state (APOLLO's seed).
     """
     if hasattr(type(optimizer), "__del__"):  # a copy would take what the original holds outside of Python with it
         return TypeError(f"{type(optimizer).__name__} can't be copied")
     both = {**given, **options}
     for check in (_construct, _step):
         try:
-            outcome = check(optimizer, both, stand_in)
+            outcome = check(optimizer, both, stand_in, numbers)
         except Exception as error:
             try:
-                check(optimizer, given, stand_in)
+                check(optimizer, given, stand_in, numbers)
             except Exception:
                 if check is _construct:  # by a signature of its own: its step will tell
                     continue
@@ -106,13 +120,17 @@ def _tried(
     return outcome
 
 
-def _construct(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor) -> None:
+def _construct(
+    optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]
+) -> None:
     """Have the optimizer's constructor check the options that it takes."""
     taken = inspect.signature(type(optimizer).__init__).parameters
     type(optimizer)([_leaf(stand_in)], **{name: value for name, value in options.items() if name in taken})
 
 
-def _step(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor) -> FreshState:
+def _step(
+    optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]
+) -> FreshState:
     """What a step of a copy of the optimizer leaves as the stand-in's state."""
     leaf = _leaf(stand_in)
     trial: Any = object.__new__(type(optimizer))
@@ -123,7 +141,7 @@ def _step(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor) ->
         group["capturable"] = False
     trial.__dict__.update(
         param_groups=[group],
-        state=defaultdict(dict),
+        state=defaultdict(dict, {leaf: dict(numbers)} if numbers else {}),
         handles=[],
         _optimizer_step_pre_hooks=OrderedDict(),
         _optimizer_step_post_hooks=OrderedDict(),

@@ -103,7 +103,8 @@ def test_the_global_batch_stays(asked: tuple[int, int], at_most: int, gives: tup
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
-        (RuntimeError("out of memory, said the user's own code"), False),
+        (RuntimeError("CUDA out of memory."), True),  # of an extension that raises no class of its own
+        (ValueError("out of memory, said the user's own code"), False),
         (ValueError("DefaultCPUAllocator: can't allocate memory"), False),
     ],
 )

@@ -621,8 +621,10 @@ def test_every_argument_has_a_word_of_help() -> None:
 # Settings of the process, and the run's name.
 
 
-def test_determinism_holds_in_the_run_and_no_longer(make_fit: MakeFit) -> None:
+def test_determinism_holds_in_the_run_and_no_longer(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
+    # The real Trainer, which other tests in here run, leaves it switched on.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
 
     class Look(Callback):
         def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
