@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 ENTRIES = 2**20  # that are looked at side by side
@@ -20,6 +19,8 @@ def part_of(tensor: Any, world_size: int) -> Part | None:
     """Which part of a tensor this rank holds: ranks with the same part hold the same numbers. None where no other rank
     holds them.
     """
+    from torch.distributed.tensor import DTensor  # not imported by runs on one device
+
     if not isinstance(tensor, DTensor):
         return ()
     place = tensor.device_mesh.get_coordinate()
@@ -62,4 +63,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's numbers."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
