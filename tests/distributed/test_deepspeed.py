@@ -466,7 +466,7 @@ def test_contradictions_are_listed_at_once(zero_ranks: Ranks) -> None:
         (None, {"precision": "bf16-true"}, "precision='bf16-true'"),
         (None, {"precision": "64-true"}, "precision='64-true'"),
         (None, {"optim": "schedule_free_adamw"}, "Use optim='adamw', or 'sgd'"),
-        (None, {"optim": "adamw_8bit"}, "its 8-bit moments belong to whole weights"),
+        (None, {"optim": "adamw_8bit"}, "its moments, and the scales of 8-bit ones, belong to whole weights"),
         (None, {"optim": "lomo", "max_grad_norm": 0.0}, "LOMO"),
         ("nowhere.json", {}, "there is no such file"),
         (3, {}, "takes a path or a mapping"),
