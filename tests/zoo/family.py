@@ -30,7 +30,8 @@ class Family:
         by_nature: placement to why its numbers are others than one device's, and rightly so; "ranks" stands for every
             placement on several.
         tolerance: of losses and norms, relative to one device's.
-        columns: of the table: what is tried at all; None means everything.
+        samples: in its data. Updates take eight: by default the sixth begins in the short end of the first epoch, whose
+            last micro-batch is shorter still.
     """
 
     make: Callable[[], TrainModule]
@@ -43,7 +44,7 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
     by_nature: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-4
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    samples: int = 43
 
     def is_installed(self) -> bool:
         """Whether its packages are."""

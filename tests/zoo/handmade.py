@@ -281,7 +281,7 @@ FAMILIES: dict[str, Family] = {
     "complex parameters": Family(ComplexWeights, vector_rows),
     "integer and bool parameters": Family(IntegerWeights, vector_rows),
     "sparse embedding": Family(Sparse, text_rows),
-    "BatchNorm": Family(Normalised, vector_rows, by_nature=BATCH_STATISTICS),
+    "BatchNorm": Family(Normalised, vector_rows, by_nature=BATCH_STATISTICS, samples=44),  # two a rank, at least
     "average in a buffer": Family(
         MovingAverage, vector_rows, by_nature={"ranks": "each update of the average sees a rank's part of the batch"}
     ),

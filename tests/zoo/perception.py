@@ -290,6 +290,7 @@ FAMILIES: dict[str, Family] = {
         packages=PACKAGES,
         blocks=False,
         by_nature=BATCH_STATISTICS,
+        samples=44,
     ),
     "CLIP": Family(ContrastiveCLIP, paired_rows, packages=PACKAGES),
     "Llava": Family(lambda: TrainModule.wrap(llava(), causal=True), illustrated_rows, packages=PACKAGES),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from training import curves, make_fit
 
-SAMPLES, UPDATES, SAVED_AT = 43, 6, 3  # eight samples an update: the sixth begins in the short end of the first epoch
+UPDATES, SAVED_AT = 6, 3
 PLACEMENTS: dict[str, str] = {
     "ddp": "ddp",
     "fsdp1": "fsdp1",
@@ -37,7 +37,7 @@ def make(name: str, strategy: str, directory: str, **arguments: Any) -> Fit:
     family, rank = FAMILIES[name], int(os.environ.get("RANK", "0"))
     sharing = 1 if strategy in ("single", "tp") else 2
     torch.manual_seed(rank)
-    module, rows = family.make(), family.rows(SAMPLES)
+    module, rows = family.make(), family.rows(family.samples)
     data: Any = rows if family.collate is None else DataLoader(rows, 4 // sharing, collate_fn=family.collate)  # type: ignore[arg-type]
     defaults: dict[str, Any] = {
         "max_steps": UPDATES,
