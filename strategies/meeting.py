@@ -104,7 +104,7 @@ def let_go(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:
     which the waiting ranks are woken, only when the last reference to it goes.
     """
     for thing in gc.get_objects():
-        if type(thing) is DistributedDataParallel:
+        if issubclass(type(thing), DistributedDataParallel):  # a subclass, too; some objects lie about their class
             vars(thing).pop("reducer", None)  # holds the group where Python can't see it
             vars(thing).pop("logger", None)
     for reference in groups:
