@@ -27,6 +27,7 @@ class Family:
         blocks: whether it has blocks that gradient_checkpointing recomputes.
         compiles: whether torch_compile is tried on it; compiling takes seconds.
         refused: placement to the words of its refusal.
+        left_out: placement to why it isn't tried: what neither works nor can be refused.
         by_nature: placement to why its numbers are others than one device's, and rightly so; "ranks" stands for every
             placement on several.
         tolerance: of losses and norms, relative to one device's.
@@ -42,6 +43,7 @@ class Family:
     blocks: bool = True
     compiles: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     by_nature: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-4
     samples: int = 43

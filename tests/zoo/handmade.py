@@ -141,7 +141,7 @@ class MovingAverage(Tower):
         features = self.features(x)
         if self.training:
             with torch.no_grad():
-                self.mean.lerp_(features.detach().mean(dim=0), 0.1)
+                self.mean.lerp_(features.detach().float().mean(dim=0), 0.1)
         return self.head(features - self.mean)
 
 
@@ -276,11 +276,22 @@ FAMILIES: dict[str, Family] = {
         BranchByBatch,
         vector_rows,
         refused={"ddp": "find_unused_parameters=True"},
+        by_nature={"ranks": "which way a micro-batch goes follows from a rank's part of it"},
+        left_out={
+            "fsdp2": "ranks that go different ways reduce gradients of different layers, and wait for one another",
+            "ZeRO 3": "ranks that go different ways gather different layers, and wait for one another",
+        },
     ),
     "0-dim parameters": Family(ZeroDimensional, vector_rows),
-    "complex parameters": Family(ComplexWeights, vector_rows),
+    "complex parameters": Family(
+        ComplexWeights, vector_rows, refused={"ZeRO 3": "can't train complex parameters: the engine lays real numbers"}
+    ),
     "integer and bool parameters": Family(IntegerWeights, vector_rows),
-    "sparse embedding": Family(Sparse, text_rows),
+    "sparse embedding": Family(
+        Sparse,
+        text_rows,
+        refused=dict.fromkeys(("fsdp1", "fsdp2", "ZeRO 3"), "can't shard the gradients of embed"),
+    ),
     "BatchNorm": Family(Normalised, vector_rows, by_nature=BATCH_STATISTICS, samples=44),  # two a rank, at least
     "average in a buffer": Family(
         MovingAverage, vector_rows, by_nature={"ranks": "each update of the average sees a rank's part of the batch"}
@@ -288,7 +299,10 @@ FAMILIES: dict[str, Family] = {
     "custom autograd function": Family(CustomFunction, vector_rows),
     "loss that calls a layer": Family(Adversarial, vector_rows),
     "gathered negatives": Family(
-        Contrastive, vector_rows, by_nature={"ranks": "the negatives of a loss are a micro-batch's on all ranks"}
+        Contrastive,
+        vector_rows,
+        by_nature={"ranks": "the negatives of a loss are a micro-batch's on all ranks"},
+        samples=44,  # equal parts, as its gathering wants
     ),
     "sum over items": Family(SumLoss, vector_rows),
     "dataclass batch": Family(OfDataclass, vector_rows, collate=collate_pair),

@@ -293,7 +293,14 @@ FAMILIES: dict[str, Family] = {
         samples=44,
     ),
     "CLIP": Family(ContrastiveCLIP, paired_rows, packages=PACKAGES),
-    "Llava": Family(lambda: TrainModule.wrap(llava(), causal=True), illustrated_rows, packages=PACKAGES),
+    "Llava": Family(
+        lambda: TrainModule.wrap(llava(), causal=True),
+        illustrated_rows,
+        packages=PACKAGES,
+        tp=True,
+        # The norm after the tower's last layer has no part in what is taken from the layer.
+        refused={"ddp": "find_unused_parameters=True"},
+    ),
     "Whisper": Family(
         of_transformers("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), speech_rows, packages=PACKAGES
     ),
@@ -315,7 +322,12 @@ FAMILIES: dict[str, Family] = {
         by_nature={"ranks": "its loss is a mean over the boxes of a micro-batch, which it counts itself"},
     ),
     "diffusers UNet": Family(UNet, noise_rows, packages=("diffusers",), blocks=False),
-    "diffusers DiT": Family(DiT, noise_rows, packages=("diffusers",)),
+    "diffusers DiT": Family(
+        DiT,
+        noise_rows,
+        packages=("diffusers",),
+        refused=dict.fromkeys(("fsdp1", "fsdp2"), "write shard_units(self) on DiT"),
+    ),
     "torch_geometric GCN": Family(
         GraphClassifier, graph_rows, collate=collate_graphs, packages=("torch_geometric",), blocks=False
     ),

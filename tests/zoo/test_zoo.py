@@ -28,7 +28,9 @@ CORE = (
     "dataclass batch",
     "list batch",
 )
-KNOWN: dict[tuple[str, str], str] = {}
+KNOWN: dict[tuple[str, str], str] = {
+    ("LSTM, packed", "ZeRO 3"): "the norm of the update in the short end of an epoch is 4 % too large",
+}
 """What fails, and why: (family, column) to the reason. A case that no longer fails is an error, too."""
 
 Results = dict[str, dict[str, Any]]
@@ -56,7 +58,7 @@ def cases(columns: list[str], applies: Any) -> Any:
 
 def placed(family: Family, column: str) -> bool:
     """Whether a placement applies to a family."""
-    return column != "tp" or family.tp
+    return column not in family.left_out and (column != "tp" or family.tp)
 
 
 def varied(family: Family, column: str) -> bool:
@@ -109,7 +111,7 @@ def test_any_placement_goes_on_where_another_stopped(
 ) -> None:
     family, held = FAMILIES[name], 0
     for source, target in TRANSITIONS:
-        if source in family.refused or target in family.refused:
+        if {source, target} & {*family.refused, *family.left_out}:
             continue
         whole = runs.of(name, source)
         assert "refused" not in whole, whole["refused"]
