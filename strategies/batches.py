@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -93,16 +93,16 @@ def moves_itself(batch: Any) -> bool:
 
 
 @functools.cache
-def fields_of_class(kind: type) -> tuple[str, ...]:
+def fields_of_class(kind: Hashable) -> tuple[str, ...]:
     """The names of the fields of a dataclass or an attrs class; none for any other."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return tuple(field.name for field in dataclasses.fields(kind))
     return tuple(field.name for field in getattr(kind, "__attrs_attrs__", ()))
 
 
 def field_names(batch: Any) -> tuple[str, ...]:
     """The fields of a dataclass's or attrs class's object that it has values for."""
-    names = fields_of_class(type(batch))
+    names = fields_of_class(type(batch))  # type: ignore[arg-type]
     return tuple(name for name in names if hasattr(batch, name)) if names else names
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ def move_to(batch: Any, device: torch.device) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=True)
         own = copy.copy(value)
-        result = own.to(device, non_blocking=True) if moves_non_blocking(type(value)) else own.to(device)
+        kind: Hashable = type(value)  # type: ignore[assignment]
+        result = own.to(device, non_blocking=True) if moves_non_blocking(kind) else own.to(device)
         return own if result is None else result
 
     return map_batch(moved, batch)
 
 
 @functools.cache
-def moves_non_blocking(kind: type) -> bool:
+def moves_non_blocking(kind: Hashable) -> bool:
     """Whether the method ``to`` of a class takes ``non_blocking``."""
     try:
         parameters = inspect.signature(kind.to).parameters  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -98,14 +98,15 @@ class IterableStream(RereadStream):
         workers = dict(self.options.workers)
         if workers.get("num_workers"):
             workers["worker_init_fn"] = BeginWorker(workers.get("worker_init_fn"))
+        collate: Callable[[Any], Any] = CollateShare(self.options.collate_fn)
         loader: DataLoader[Any] = DataLoader(
             Shares(self.dataset, self.options, self.seed, epoch, self.rank, self.size, skip),
             batch_size=None,
-            collate_fn=CollateShare(self.options.collate_fn),
+            collate_fn=collate,
             generator=torch.Generator().manual_seed(self.seed + epoch),
             **workers,
         )
-        shares = iter(loader)
+        shares: Iterator[Share] = iter(loader)
         self.sharing_workers = 0
         if not workers.get("num_workers"):
             return shares
@@ -202,7 +203,7 @@ class LoaderStream(RereadStream):
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        batches = iter(self.loader)
+        batches: Iterator[Any] = iter(self.loader)
         for _ in range(skip):
             next(batches, None)
         if self.loader.collate_fn is default_collate:
