@@ -144,7 +144,8 @@ def rank_here() -> int:
 FAULTS = {
     "none": r"^$",
     "F.dropout": r"^$",
-    "noise by rank": r"^input of blocks\.1 \(forward, by [^;]+; 5 of 12 layers\), .* gradients\)$",
+    # A norm takes the factor back, but for its epsilon: more than ddp's tolerance, less than tp's.
+    "noise by rank": r"^input of blocks\.1 \(forward, by 1e-01; [35] of 12 layers\), .* gradients\)$",
     "batch statistics": r"^blocks\.0\.norm \(forward, by [^;]+; .* of 12 layers\), ",
     "a sum": r"^loss of update 1 \(forward agrees\), .* \(14 of 14 gradients\)$",
     "a gradient lost": r"^blocks\.1\.up\.weight \(1 of 14 gradients\)$",
