@@ -115,7 +115,10 @@ def machine() -> dict[str, str]:
 def assert_continues(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Equal to the bit on a machine that adds as the one did that wrote the checkpoint; nearly so on any other."""
     exact = expected["machine"] == machine()
-    assert_equal(found, {key: expected[key] for key in found}, 0.0 if exact else 1e-4)
+    for key, value in found.items():
+        # Adam moves a weight whose gradient is nearly 0 (a bias before a norm) by the sign of rounding.
+        nearly = 2e-2 if key in ("weights", "second_moments") else 1e-4
+        assert_equal(value, expected[key], 0.0 if exact else nearly, key)
 
 
 def assert_equal(found: Any, expected: Any, tolerance: float, at: str = "") -> None:
