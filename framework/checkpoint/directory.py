@@ -129,8 +129,10 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     if not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint of stratagem, or was never finished.")
     manifest = schema.read_manifest(path)
-    for name, expected in list(manifest["files"].items())[part::parts]:
-        file = path / name
+    files = manifest["files"]
+    # Every rank reads state.json below, and so compares it first, whoever's part it is.
+    for name in dict.fromkeys([*(name for name in ("state.json",) if name in files), *list(files)[part::parts]]):
+        file, expected = path / name, files[name]
         if not file.is_file():
             raise CheckpointError(f"{file} is missing.")
         found = {"bytes": file.stat().st_size} | (

@@ -267,7 +267,8 @@ def test_background_saves_are_the_same(
 ) -> None:
     saving = {"save_strategy": "steps", "save_steps": SAVED_AT, "output_dir": str(tmp_path), "async_save": True}
     run(ranks, placement, train, **saving)
-    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-16", "checkpoint-20", "checkpoint-8"]
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-16", "checkpoint-20", "checkpoint-8"]
     expected, found = contents(saved[placement]), contents(tmp_path / f"checkpoint-{SAVED_AT}")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
