@@ -132,7 +132,7 @@ def test_ranks_without_samples(ranks: dict[int, Ranks], strategy: str, samples: 
     rows, length = token_rows(samples), {"max_steps": -1, "num_train_epochs": 3.0}
     expected = train(data=rows, per_device_train_batch_size=16, **length)
     found = ranks[4].run(train, data=rows, strategy=strategy, per_device_train_batch_size=4, **length)
-    assert len(expected["loss"]) == 3 * (1 + samples // 16)
+    assert len(expected["grad_norm"]) == 3 * (1 + samples // 16)  # an update without a label has no loss
     assert found[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert found[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
