@@ -23,7 +23,7 @@ bench-gpu: venv  ## on a machine with a GPU; ARGS=--help lists the options
 # the tests of one device run, too, so that the oldest torch that pyproject.toml allows is one that was tried.
 test-xla: venv .venv-xla/.installed
 	.venv-xla/bin/python -m pytest tests/xla $(ARGS)
-	.venv-xla/bin/python -m pytest tests/framework tests/precision tests/strategies $(ARGS)
+	.venv-xla/bin/python -m pytest tests/framework tests/precision tests/strategies -m "not slow" $(ARGS)
 
 # The repository's root is the package, whatever a clone's directory is called, and mypy names modules by directory:
 # it is shown the root through a link that has the package's name.
