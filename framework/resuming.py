@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoint
 from .agreement import on_all_ranks
 from .module import TrainModule
+from .printing import say
 
 if TYPE_CHECKING:
     from .fit import Fit
@@ -41,7 +42,7 @@ def compare(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
 
     on_all_ranks(fit.strategy, look, checkpoint.CheckpointError)
     for line in said:
-        print(f"Resuming from {path}: {line}", file=sys.stderr)
+        say(f"Resuming from {path}: {line}", sys.stderr)
 
 
 def check_optimizer_name(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
+from ..printing import say
 from .directory import CheckpointError, published, verify
 from .line import Marker, origin_of
 
@@ -42,7 +43,7 @@ def newest_whole(strategy: Strategy, candidates: Sequence[Path], output_dir: Pat
             damaged.append(path)
             damages.append(str(error))
             if strategy.is_main:
-                print(f"Passed over a checkpoint: {error}", file=sys.stderr)
+                say(f"Passed over a checkpoint: {error}", sys.stderr)
         else:
             return path, damaged
     if damages:

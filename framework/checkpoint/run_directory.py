@@ -25,6 +25,7 @@ from typing import TypeVar
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from ..arguments import FitArguments
+from ..printing import say
 from .directory import (
     DAMAGED,
     NAME,
@@ -172,7 +173,7 @@ class RunDirectory:
             if others := [*aside, *published(self.path)]:
                 how = f" To go on from {aside[-1].name}, pass its path: {resuming_from(aside[-1])}." if aside else ""
                 none = f"{self.path} holds no checkpoint of its last run, but {listed(others)}"
-                say(f"{none}: this run begins anew.{how}")
+                say(f"{none}: this run begins anew.{how}", sys.stderr)
         return candidates
 
     def tidy_if_free(self) -> None:
@@ -240,13 +241,14 @@ class RunDirectory:
         for path in self.damaged:
             if path.parent == self.path and NAME.match(path.name) and path.is_dir():
                 aside = rename_aside(path, DAMAGED)
-                say(f"Renamed the damaged {path} to {aside.name}.")
+                say(f"Renamed the damaged {path} to {aside.name}.", sys.stderr)
         self.damaged = []
         renamed = [rename_aside(path, SET_ASIDE) for path in others]
         if renamed:
             say(
                 f"Set aside what this run doesn't go on from in {self.path}: {listed(renamed)}. To go on from one of "
-                f"them, pass its path: {resuming_from(renamed[-1])}."
+                f"them, pass its path: {resuming_from(renamed[-1])}.",
+                sys.stderr,
             )
 
     def is_marked(self, marker: Marker) -> bool:
@@ -265,7 +267,7 @@ class RunDirectory:
         origin = origin_of(final)
         if origin is None or not origin.is_of(self.line):
             aside = rename_aside(final, SET_ASIDE)
-            say(f"{final} is not of this run: renamed it to {aside.name}.")
+            say(f"{final} is not of this run: renamed it to {aside.name}.", sys.stderr)
 
     def check_ranks_share_it(self) -> None:
         """Have every rank look for the marker: a rank that doesn't see it would write its part of each checkpoint
@@ -363,8 +365,3 @@ def listed(paths: Iterable[Path]) -> str:
 def resuming_from(checkpoint: Path) -> str:
     """The argument that goes on from a checkpoint."""
     return f"resume_from_checkpoint={str(checkpoint)!r}"
-
-
-def say(what: str) -> None:
-    """Tell the user, beside the program's own output."""
-    print(what, file=sys.stderr)
