@@ -29,6 +29,7 @@ test-xla: venv .venv-xla/.installed
 # it is shown the root through a link that has the package's name.
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	MYPYPATH=.venv/typed $(BIN)/mypy -m stratagem $(TYPED:%=-p stratagem.%)
 
 venv: .venv/.installed

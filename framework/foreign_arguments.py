@@ -174,14 +174,14 @@ GENERAL: Mapping[str, str] = {
     "distributed": STRATEGY,
 }
 DIFFERENT: Mapping[str, str] = {
-    "optim": "\"adamw\" is fused where the device can; what transformers has beside ours is refused by name",
+    "optim": '"adamw" is fused where the device can; what transformers has beside ours is refused by name',
     "optim_args": "a dict, or transformers' text; numbers are numbers in it",
     "lr_scheduler_type": "a polynomial ends at 0 unless lr_end is given (there 1e-7), cosine_with_min_lr at a tenth of "
     "the peak (there without a default)",
     "max_grad_norm": "0 leaves the norm out of the log, too",
     "torch_compile_backend": "refused without torch_compile=True, which it doesn't switch on",
     "torch_compile_mode": "refused without torch_compile=True, which it doesn't switch on",
-    "include_num_input_tokens_seen": "\"all\" for True, \"no\" for False",
+    "include_num_input_tokens_seen": '"all" for True, "no" for False',
     "logging_nan_inf_filter": "losses that aren't finite are left out of the mean, and counted",
     "eval_accumulation_steps": "None moves each batch to the host, as 1 does (there it keeps all on the device)",
     "load_best_model_at_end": "save_total_limit spares the best checkpoint",
@@ -191,9 +191,9 @@ DIFFERENT: Mapping[str, str] = {
     "dataloader_drop_last": "in training alone: an evaluation sees every sample",
     "dataloader_prefetch_factor": "refused without workers",
     "dataloader_persistent_workers": "refused without workers",
-    "train_sampling_strategy": "without \"batch_rebalance\"; groups are refused where the data has an order of its own",
-    "debug": "\"\" or \"underflow_overflow\"",
-    "metric_for_best_model": "\"loss\" also where checkpoints aren't loaded",
+    "train_sampling_strategy": 'without "batch_rebalance"; groups are refused where the data has an order of its own',
+    "debug": '"" or "underflow_overflow"',
+    "metric_for_best_model": '"loss" also where checkpoints aren\'t loaded',
 }
 """Arguments of transformers' name that are not quite the same here."""
 

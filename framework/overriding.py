@@ -178,9 +178,7 @@ def loss_and_outputs(found: Any) -> tuple[Any, Any, Mapping[str, Tensor]]:
     if not isinstance(loss, Mapping):
         return loss, outputs, {}
     if "loss" not in loss:
-        raise ValueError(
-            f"compute_loss returned a mapping without 'loss'. Its keys are {', '.join(map(repr, loss))}."
-        )
+        raise ValueError(f"compute_loss returned a mapping without 'loss'. Its keys are {', '.join(map(repr, loss))}.")
     return loss["loss"], outputs, {name: value.detach() for name, value in loss.items() if name != "loss"}
 
 

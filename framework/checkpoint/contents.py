@@ -51,6 +51,7 @@ from .trial_step import OptionsRefused, fresh_states
 if TYPE_CHECKING:
     from ..fit import Fit
 
+
 @dataclass
 class Snapshot:
     """A run at one moment, on one rank.

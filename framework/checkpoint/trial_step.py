@@ -120,17 +120,13 @@ def _tried(
     return outcome
 
 
-def _construct(
-    optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]
-) -> None:
+def _construct(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]) -> None:
     """Have the optimizer's constructor check the options that it takes."""
     taken = inspect.signature(type(optimizer).__init__).parameters
     type(optimizer)([_leaf(stand_in)], **{name: value for name, value in options.items() if name in taken})
 
 
-def _step(
-    optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]
-) -> FreshState:
+def _step(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]) -> FreshState:
     """What a step of a copy of the optimizer leaves as the stand-in's state."""
     leaf = _leaf(stand_in)
     trial: Any = object.__new__(type(optimizer))

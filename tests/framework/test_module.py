@@ -184,7 +184,6 @@ def test_a_list_of_tensors_that_may_be_columns_or_samples_is_refused() -> None:
         Regressor().count_items([torch.ones(4, 3), torch.ones(4, 1)])
 
 
-
 @pytest.mark.parametrize(
     ("batch", "count"),
     [

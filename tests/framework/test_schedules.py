@@ -101,9 +101,7 @@ def test_warmup_ratio_is_a_part_of_the_run(make_fit: MakeFit) -> None:
         logging_steps=1,
     )
     fit.train()
-    assert [line["learning_rate"] for line in logs_of(fit)] == pytest.approx(
-        [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
-    )
+    assert [line["learning_rate"] for line in logs_of(fit)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0])
 
 
 def test_plateau_steps_on_the_evaluations_metric_only(make_fit: MakeFit) -> None:

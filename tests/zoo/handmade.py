@@ -252,9 +252,7 @@ class OfNested(Tower):
 def nested_rows(count: int) -> list[dict[str, Tensor]]:
     """Two to five vectors a row."""
     draw = generator()
-    return [
-        {"x": (x := torch.randn(2 + row % 4, 6, generator=draw)), "y": x.mean(dim=0)[:1]} for row in range(count)
-    ]
+    return [{"x": (x := torch.randn(2 + row % 4, 6, generator=draw)), "y": x.mean(dim=0)[:1]} for row in range(count)]
 
 
 def collate_pair(samples: list[dict[str, Tensor]]) -> Pair:
