@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from . import low_rank
 from .adapted_optimizers import grok_adamw, stable_adamw
 from .argument_types import load

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from .greedy import GreedyLR
 
 if TYPE_CHECKING:
