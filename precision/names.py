@@ -60,3 +60,25 @@ def resolve(
     location, options = table[name]
     file, _, class_name = location.partition(":")
     return getattr(import_module(f"{package}.{file}"), class_name)(**options)
+
+
+def files_of(table: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Turn a table of names to ("file:Class", options) into one of class names to files."""
+    locations = (location.partition(":") for location, _ in table.values())
+    return {class_name: file for file, _, class_name in locations}
+
+
+def import_public(package: str, files: Mapping[str, str], name: str) -> Any:
+    """Import what a package exports under a name from the file that holds it: a package's ``__getattr__`` (PEP 562).
+
+    Args:
+        package: the full name of the package.
+        files: exported name to the file of the package that defines it.
+        name: what is asked for.
+
+    Raises:
+        AttributeError: the package exports no such name.
+    """
+    if name not in files:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(import_module(f"{package}.{files[name]}"), name)
