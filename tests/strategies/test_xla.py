@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Fit, TrainModule
-from stratagem.strategies import xla
-from stratagem.strategies.xla_sharding import Partition, partitions
+from stratagem.strategies.xla import strategy as xla
+from stratagem.strategies.xla.sharding import Partition, partitions
 from tiny import Regressor
 from torch import nn
 

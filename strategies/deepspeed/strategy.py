@@ -14,20 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..precision.base import Precision
-from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
-from .deepspeed_checks import (
-    NO_NESTED_TENSORS,
-    check_optimizer,
-    check_package,
-    check_parameters,
-    check_precision,
-    met_nested,
-)
-from .deepspeed_config import fill, given_stage, read
-from .deepspeed_state import EngineOptimizer, ScalarsAsBytes, ZeroState
-from .duplicates import Part
-from .process_group import (
+from ...precision.base import Precision
+from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from ..duplicates import Part
+from ..process_group import (
     CONTEXT,
     REPLICATE,
     SHARD,
@@ -36,7 +26,17 @@ from .process_group import (
     ProcessGroupStrategy,
     broadcast_module,
 )
-from .sparse_gradients import check_dense
+from ..sparse_gradients import check_dense
+from .checks import (
+    NO_NESTED_TENSORS,
+    check_optimizer,
+    check_package,
+    check_parameters,
+    check_precision,
+    met_nested,
+)
+from .config import fill, given_stage, read
+from .state import EngineOptimizer, ScalarsAsBytes, ZeroState
 
 # Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
 ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from ..precision.names import did_you_mean
-from .base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
-from .batches import tensors_of
-from .devices import move_to
-from .materialize import materialize
-from .tensor_parallel_plan import tie, tied_parameters
-from .xla_sharding import AXES, DATA, FSDP, Partition, mark, partitions
+from ...precision.names import did_you_mean
+from ..base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
+from ..batches import tensors_of
+from ..devices import move_to
+from ..materialize import materialize
+from ..plans.plan import tie, tied_parameters
+from .sharding import AXES, DATA, FSDP, Partition, mark, partitions
 
 TORCH, TORCH_XLA = "2.9.0", "2.9.0"  # the last pair that fits together; torch_xla doesn't say which torch it needs
 WARM_UP = 3  # training programs that may be compiled: without optimizer state, with it, and one to spare

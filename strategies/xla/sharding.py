@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .tensor_parallel_plan import check_cut, cut_dimension, styles_by_layer
+from ..plans.plan import check_cut, cut_dimension, styles_by_layer
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")  # of a mesh, outermost first
 
