@@ -22,17 +22,8 @@ from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from ..duplicates import Part
 from ..gradient_norm import clip_by_norm
 from ..materialize import has_meta, materialize
-from ..process_group import (
-    CONTEXT,
-    REPLICATE,
-    SHARD,
-    TENSOR,
-    ProcessGroupOptions,
-    ProcessGroupStrategy,
-    broadcast_module,
-    move_module,
-    split_world,
-)
+from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR, split_world
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
 from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import is_indivisible_or_integer, whole_parameters

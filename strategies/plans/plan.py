@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ...precision.names import did_you_mean
 from ...precision.quantized import is_quantized
-from ..process_group import mesh_of
+from ..mesh import mesh_of
 from .cut_features import CUT, WHOLE, CutFeatures, Gather
 from .ready_plans import ready_plan, refusal
 

@@ -65,6 +65,11 @@ def dimensions_by_plan(module: nn.Module, degree: int) -> dict[int, int]:
     return found
 
 
+def by_samples(tensor: Tensor) -> Partition:
+    """The first dimension cut over all devices that hold different samples."""
+    return ((DATA, FSDP), *[None] * (tensor.ndim - 1))
+
+
 def mark(tensor: Tensor, mesh: Any, axes: Partition) -> None:
     """Mark how a tensor lies on the mesh; a mark that it has is replaced."""
     from torch_xla.distributed.spmd import clear_sharding, mark_sharding
