@@ -7,13 +7,15 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
 from .module import TrainModule, forward_call
 
@@ -28,6 +30,22 @@ class Weightless:
     """A batch that stands in where a rank has no samples left, so that it takes part in collectives; it counts 0."""
 
     batch: Any
+
+
+class Part(NamedTuple):
+    """What the loss of a micro-batch is of.
+
+    Attributes:
+        count: items in the micro-batch, on this rank.
+        num_items: items in the whole update, over all ranks.
+        is_share: whether the loss is divided by ``num_items`` already.
+        is_empty: whether the micro-batch has no item at all: it is padding, or a stand-in.
+    """
+
+    count: Count
+    num_items: Count
+    is_share: bool
+    is_empty: bool
 
 
 class Objective:
@@ -57,6 +75,7 @@ class Objective:
         self.past_index = past_index
         self.past: Any = None
         self.noted: tuple[Mapping[str, Tensor], bool] | None = None
+        self._was_checked = False
         self.call = forward_call(module)
         # The model's outputs for a batch on the device. No method of our own around it: a user's trace stays short.
         self.forward = self.call if past_index < 0 else self.forward_with_past
@@ -142,9 +161,45 @@ class Objective:
         assert noted is not None
         return noted
 
+    def forget_past(self) -> None:
+        """Hand the next batch nothing: it isn't the next of the same sequence."""
+        self.past = None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Entered around an evaluation, whose first batch is handed nothing; training's next one is, as before."""
+        past, self.past = self.past, None
+        try:
+            yield
+        finally:
+            self.past = past
+
     def forget_note(self) -> None:
         """Before a compute_loss that may find its loss without this object."""
         self.noted = None
+
+    def share(self, loss: Tensor, part: "Part", strategy: Strategy) -> Tensor:
+        """Weigh a micro-batch's loss, so that the gradients of an update add up to those of ONE mean over its items.
+
+        Args:
+            loss: of this rank's part of the micro-batch, see ``Strategy.local_loss``. The first one is checked.
+            part: what the loss is of.
+            strategy: averages gradients over its ranks.
+
+        Returns:
+            The loss to go backward from: the micro-batch's share of the update's loss, times the ranks that gradients
+            are averaged over.
+
+        Raises:
+            TypeError, ValueError: the loss can't be trained on.
+        """
+        if not self._was_checked:
+            self.check(loss)
+            self._was_checked = True
+        ranks = strategy.gradient_ranks
+        if part.is_empty or not part.is_share:
+            return weigh(loss, part.count, part.num_items, ranks, strategy.factor)
+        return loss * ranks if ranks > 1 else loss
 
     def check(self, loss: Any) -> None:
         """Refuse a loss that can't be trained on.
