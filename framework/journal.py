@@ -5,24 +5,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from .averages import mean_of_finite
+from .flops import device_name, peak_flops
 from .state import TrainState
 
 if TYPE_CHECKING:
     from .fit import Fit
-
-# Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-}
 
 
 def book(fit: "Fit") -> dict[str, float] | None:
@@ -108,13 +96,3 @@ def final_metrics(fit: "Fit", began: float, first: TrainState) -> dict[str, floa
     count = state.train_loss_count
     metrics["train_loss"] = state.train_loss_sum / count if count else math.nan
     return metrics | fit.memory.report()
-
-
-def device_name(device: torch.device) -> str:
-    """The maker's name of a GPU; the type of any other device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the device of that name; None where it isn't known."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback
-from stratagem.framework import journal
+from stratagem.framework import flops
 from stratagem.framework.module import IGNORED_LABEL
 from tiny import (
     CLASSES,
@@ -126,12 +126,12 @@ def test_samples_are_those_that_were_handed_out(
     ],
 )
 def test_peaks_of_devices(name: str, peak: float | None) -> None:
-    assert journal.peak_flops(name) == peak
+    assert flops.peak_flops(name) == peak
 
 
 def test_mfu_is_the_part_of_the_peak_that_was_used(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mfu" not in make_fit(Counted(), ROWS, **OPTIONS).train().metrics  # nobody knows a CPU's peak
-    monkeypatch.setitem(journal.PEAK_FLOPS, "cpu", 2e9)
+    monkeypatch.setitem(flops.PEAK_FLOPS, "cpu", 2e9)
     metrics = make_fit(Counted(), ROWS, **OPTIONS).train().metrics
     assert metrics["mfu"] == pytest.approx(6 * PARAMETERS * 24 * 6 / metrics["train_runtime"] / 2e9)
 
