@@ -605,7 +605,7 @@ class Fit:
     def emit(self, event: str, **context: Any) -> None:
         """Tell the callbacks that listen to an event."""
         if self.callbacks.listeners[event]:
-            self.callbacks.emit(event, self, **context)
+            self.callbacks.emit(event, self.args, self.state, self.control, fit=self, **context)
 
     # Evaluation.
 
