@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from . import (
     beginning,
     best,
     checkpoint,
-    evaluation,
     fresh,
     journal,
     loop,
@@ -39,12 +39,14 @@ from .callbacks import Callback, Callbacks
 from .closure import Closure
 from .combinations import check_combination, check_optimizer_by_name, check_precision
 from .data import DataStream, make_stream
+from .data.stand_in import StandIn
+from .evaluation import Evaluation
 from .in_step import InStep
 from .loggers import Logger, Loggers, get_loggers
 from .memory import MemoryByStage
-from .micro_batches import read_update
+from .micro_batches import in_step, read_update
 from .module import TrainModule
-from .objective import NO_EXTRAS, Count, Objective, Weightless, weigh, without_loss
+from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
 from .optimizer_mode import OptimizerMode
 from .rescue import Rescue
 from .run_length import run_length
@@ -371,7 +373,7 @@ class Fit:
         """
         count = self.objective.count(inputs)
         self.averages.count(count, self.count_tokens(inputs))
-        if isinstance(inputs, Weightless):
+        if isinstance(inputs, StandIn):
             inputs = inputs.batch
         inputs = self.strategy.to_device(inputs)
         is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
@@ -543,8 +545,7 @@ class Fit:
         """This rank's micro-batches of one epoch, each cut to the rank's part where ranks share samples."""
         split = self.strategy.split_batch
         return (
-            Weightless(split(batch.batch)) if isinstance(batch, Weightless) else split(batch)
-            for batch in stream.epoch(epoch)
+            StandIn(split(batch.batch)) if isinstance(batch, StandIn) else split(batch) for batch in stream.epoch(epoch)
         )
 
     def get_total_train_batch_size(self, args: FitArguments) -> int:
@@ -632,7 +633,8 @@ class Fit:
         with self.optimizer_mode.evaluating():
             for name, part in named.items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-                metrics |= evaluation.run(self, self.eval_stream(part), prefix, ignore_keys or ())[0]
+                batches = self.eval_batches(self.eval_stream(part))
+                metrics |= self.evaluation().run(batches, prefix, ignore_keys or ()).metrics
         self.log(metrics)
         self.emit("on_evaluate", metrics=metrics)
         return metrics
@@ -644,14 +646,33 @@ class Fit:
         them.
         """
         self.place()
-        stream = self.eval_stream(data)
+        batches = self.eval_batches(self.eval_stream(data))
         with self.optimizer_mode.evaluating():
-            found = evaluation.run(self, stream, metric_key_prefix, ignore_keys or (), predict=True)
+            found = self.evaluation().run(batches, metric_key_prefix, ignore_keys or (), predict=True)
         metrics, predictions, labels = found
         if metrics:
             self.log(metrics)
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, labels, metrics)
+
+    def eval_batches(self, stream: DataStream) -> Iterator[Any]:
+        """This rank's micro-batches of one evaluation; every rank has equally many."""
+        return in_step(self.strategy, stream, self.batches(stream, 0))
+
+    def evaluation(self) -> Evaluation:
+        """What evaluates the placed module."""
+        return Evaluation(
+            strategy=self.strategy,
+            module=self.module,
+            objective=self.objective,
+            args=self.args,
+            memory=self.memory,
+            find_loss=self.find_loss,
+            loss_name=f"{type(self).__name__}.compute_loss",
+            compute_metrics=self.compute_metrics,
+            preprocess_logits=self.preprocess_logits_for_metrics,
+            after_batch=partial(self.emit, "on_prediction_step"),
+        )
 
     # The end of a Fit.
 

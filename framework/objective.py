@@ -7,7 +7,7 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,19 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..strategies.batches import is_by_position, labels_in
+from .data.stand_in import StandIn
 from .module import TrainModule, forward_call
 
 Count = int | Tensor  # a Tensor where the batch itself already lives on an accelerator
 
 
 NO_EXTRAS: Mapping[str, Tensor] = {}
-
-
-@dataclass(frozen=True)
-class Weightless:
-    """A batch that stands in where a rank has no samples left, so that it takes part in collectives; it counts 0."""
-
-    batch: Any
 
 
 class Objective:
@@ -69,7 +63,7 @@ class Objective:
 
     def count(self, batch: Any) -> Count:
         """Items in a batch as the data gave it."""
-        if isinstance(batch, Weightless):
+        if isinstance(batch, StandIn):
             return 0
         return self.module.count_items(batch)
 
@@ -145,6 +139,17 @@ class Objective:
     def forget_note(self) -> None:
         """Before a compute_loss that may find its loss without this object."""
         self.noted = None
+
+    @contextmanager
+    def without_past(self) -> Iterator[None]:
+        """Entered around an evaluation: its first batch is handed nothing, and the next batch of training what the last
+        one of training left.
+        """
+        past, self.past = self.past, None
+        try:
+            yield
+        finally:
+            self.past = past
 
     def check(self, loss: Any) -> None:
         """Refuse a loss that can't be trained on.
