@@ -8,8 +8,7 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,35 +16,13 @@ from torch.utils._pytree import tree_map
 
 from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
+from .data.stand_in import StandIn
 from .module import TrainModule, forward_call
 
 Count = int | Tensor  # a Tensor where the batch itself already lives on an accelerator
 
 
 NO_EXTRAS: Mapping[str, Tensor] = {}
-
-
-@dataclass(frozen=True)
-class Weightless:
-    """A batch that stands in where a rank has no samples left, so that it takes part in collectives; it counts 0."""
-
-    batch: Any
-
-
-class Part(NamedTuple):
-    """What the loss of a micro-batch is of.
-
-    Attributes:
-        count: items in the micro-batch, on this rank.
-        num_items: items in the whole update, over all ranks.
-        is_share: whether the loss is divided by ``num_items`` already.
-        is_empty: whether the micro-batch has no item at all: it is padding, or a stand-in.
-    """
-
-    count: Count
-    num_items: Count
-    is_share: bool
-    is_empty: bool
 
 
 class Objective:
@@ -88,7 +65,7 @@ class Objective:
 
     def count(self, batch: Any) -> Count:
         """Items in a batch as the data gave it."""
-        if isinstance(batch, Weightless):
+        if isinstance(batch, StandIn):
             return 0
         return self.module.count_items(batch)
 
@@ -165,25 +142,18 @@ class Objective:
         """Hand the next batch nothing: it isn't the next of the same sequence."""
         self.past = None
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Entered around an evaluation, whose first batch is handed nothing; training's next one is, as before."""
-        past, self.past = self.past, None
-        try:
-            yield
-        finally:
-            self.past = past
-
     def forget_note(self) -> None:
         """Before a compute_loss that may find its loss without this object."""
         self.noted = None
 
-    def share(self, loss: Tensor, part: "Part", strategy: Strategy) -> Tensor:
-        """Weigh a micro-batch's loss, so that the gradients of an update add up to those of ONE mean over its items.
+    def share(self, loss: Tensor, count: Count, num_items: Count, is_share: bool, strategy: Strategy) -> Tensor:
+        """Weigh a micro-batch's loss, so that the gradients of an update are those of ONE mean over all its items.
 
         Args:
             loss: of this rank's part of the micro-batch, see ``Strategy.local_loss``. The first one is checked.
-            part: what the loss is of.
+            count: items in the micro-batch, on this rank.
+            num_items: items in the whole update, over all ranks.
+            is_share: whether the loss is divided by ``num_items`` already.
             strategy: averages gradients over its ranks.
 
         Returns:
@@ -197,9 +167,20 @@ class Objective:
             self.check(loss)
             self._was_checked = True
         ranks = strategy.gradient_ranks
-        if part.is_empty or not part.is_share:
-            return weigh(loss, part.count, part.num_items, ranks, strategy.factor)
+        if not is_share:
+            return weigh(loss, count, num_items, ranks, strategy.factor)
         return loss * ranks if ranks > 1 else loss
+
+    @contextmanager
+    def without_past(self) -> Iterator[None]:
+        """Entered around an evaluation: its first batch is handed nothing, and the next batch of training what the last
+        one of training left.
+        """
+        past, self.past = self.past, None
+        try:
+            yield
+        finally:
+            self.past = past
 
     def check(self, loss: Any) -> None:
         """Refuse a loss that can't be trained on.

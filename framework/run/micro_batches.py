@@ -7,18 +7,20 @@ exchanged before any is computed with, in the message that an update has anyway.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.saver import Saver
 from ..objective import Count, Objective
 from .run import Run
 
+if TYPE_CHECKING:
+    from ..checkpoint.saver import Saver  # only a run that saves needs what it imports
+
 
 def read_update(
-    run: Run, objective: Objective, saver: Saver | None, epoch_iterator: Iterator[Any], num_batches: int,
+    run: Run, objective: Objective, saver: "Saver | None", epoch_iterator: Iterator[Any], num_batches: int,
     device: torch.device,
 ) -> tuple[list[Any], Count | None]:  # fmt: skip
     """Read the next update's micro-batches, and count their items over all ranks; see ``Steps.get_batch_samples``.

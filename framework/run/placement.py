@@ -12,9 +12,9 @@ from ..arguments import FitArguments
 from ..combinations import check_optimizer
 from ..configured import configured_optimizer
 from ..module import TrainModule
+from ..optim.closure import Closure, needs_closure
 from ..optimizer_mode import OptimizerMode
 from ..preparation import prepare_module
-from ..optim.closure import Closure, needs_closure
 from .description import describe_run
 
 MADE_IN_PLACING = (

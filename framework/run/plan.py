@@ -61,18 +61,21 @@ class Plan:
         args = self.unsettled
         return self.of_length(run_length(args, stream, stream.global_micro_batch * args.gradient_accumulation_steps))
 
+    def has_global_batch_of(self, saved: Mapping[str, Any], stream: DataStream) -> bool:
+        """Whether an update takes as many samples as in the run that saved a checkpoint; see ``resumed``."""
+        before = saved["data"]["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"]
+        return bool(before == stream.global_micro_batch * self.args.gradient_accumulation_steps)
+
     def resumed(self, saved: Mapping[str, Any], stream: DataStream) -> "Plan":
-        """The plan of a run that goes on from a checkpoint: another one where the global batch was another.
+        """The plan of a run that goes on from a checkpoint whose global batch was another.
 
         Args:
             saved: the checkpoint's state, see ``checkpoint.read_state``.
             stream: of the run; it stands where the checkpoint left it.
         """
-        args, data = self.unsettled, saved["data"]
+        args = self.unsettled
         total = stream.global_micro_batch * args.gradient_accumulation_steps
-        if data["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"] == total:
-            return self
-        done = (saved["progress"]["global_step"], data["epoch"], stream.fraction())
+        done = (saved["progress"]["global_step"], saved["data"]["epoch"], stream.fraction())
         length = run_length(args, stream, total)
         num_train_epochs, max_steps = length_of_resumed(args, length, total, done)
         return self.of_length(length._replace(num_train_epochs=num_train_epochs, max_steps=max_steps))

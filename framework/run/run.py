@@ -15,6 +15,7 @@ from ..callbacks import Callbacks
 from ..configured import configured_scheduler
 from ..data import DataStream
 from ..in_step import InStep
+from ..memory import MemoryByStage
 from ..module import TrainModule
 from ..schedulers import waits_for_metric
 from ..state import Control, TrainState
@@ -41,7 +42,8 @@ class Run:
         averages: what the updates since the last log noted.
         exchange: the ranks' message of an update.
         rescue: what is saved where an exception ends the run.
-        totals: the run's numbers; None before training begins.
+        totals: adds up the run's numbers; None before training begins.
+        results: the numbers at the run's end.
         epoch_index: whole passes over the data done.
         grad_norm: of the last update, on the device; None where gradients aren't clipped.
     """
@@ -62,6 +64,7 @@ class Run:
         self.exchange = UpdateExchange(strategy, control, InStep(strategy, "train_data"))
         self.rescue = Rescue(self.args.save_on_exception, self.args.auto_find_batch_size, strategy, stream)
         self.totals: Totals | None = None
+        self.results: dict[str, float] = {}
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
         self._schedule_is_due = False
@@ -179,10 +182,21 @@ class Run:
         self.state.end_update(self.epoch_index + self.stream.fraction())
         self.rescue.end_update()
 
-    @property
-    def samples(self) -> int:
-        """Samples that this run handed out, over all ranks; those before a resume are not among them."""
-        return self._earlier_samples + self.stream.samples
+    def begin_training(self) -> None:
+        """Begin to measure: everything is placed and restored."""
+        self.totals = Totals(self.args, self.state, self.averages, self.strategy)
+
+    def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:
+        """The run's totals, once its last update is over.
+
+        Args:
+            flops_per_token: operations of forward and backward for a token, or an item where none are counted.
+            memory: its report is part of them.
+        """
+        assert self.totals is not None
+        samples = self._earlier_samples + self.stream.samples  # those before a resume are not among them
+        self.results = self.totals.final_metrics(samples, flops_per_token) | memory.report()
+        return self.results
 
     # What a checkpoint holds of it.
 
