@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..precision.base import Precision, ShapesOnRank
 from ..precision.linear_layers import put_back
-from ..precision.matrix import check_cell
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from .devices import default_device, move_to
+from .matrix import check_cell
 from .placed import PlacedModule
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
@@ -166,7 +166,7 @@ class Strategy(PlacedModule):
 
     @property
     def placement(self) -> str:
-        """Its column in the table of precisions (precision/matrix.py)."""
+        """Its column in the table of precisions (strategies/matrix.py)."""
         return self.name
 
     # Set up and place.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from .base import RunDescription
 
 AUTO = "auto"

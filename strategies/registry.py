@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..precision.registry import resolve
+from ..precision.names import resolve
 from .base import Strategy
 
 # name -> "file:Class"; the class receives the name's own options.

@@ -18,8 +18,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.optim import Optimizer
 
+from ..precision.names import did_you_mean
 from ..precision.quantized import is_quantized
-from ..precision.registry import did_you_mean
 from .cut_features import CUT, WHOLE, CutFeatures, Gather
 from .process_group import mesh_of
 from .ready_plans import ready_plan, refusal

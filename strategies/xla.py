@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from .base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
 from .batches import tensors_of
 from .devices import move_to

@@ -14,7 +14,7 @@ from stratagem.framework import loop
 from stratagem.framework.arguments_table import arguments_table
 from stratagem.framework.builtin_callbacks import EarlyStopping
 from stratagem.framework.callbacks import EVENTS
-from stratagem.precision.page import page
+from stratagem.strategies.matrix_page import page
 
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 LOOP = (DOCUMENTS / "loop.md").read_text()

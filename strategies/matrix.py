@@ -6,13 +6,13 @@ A cell that a row names is refused when Fit is constructed; its text says why, a
 
     "mine": {"tp": "its layers can't be cut by a plan. Use precision='32-true', or strategy='fsdp2'."},
 
-* A new precision: a line in ``registry.py`` and a row here, with the cells that can't work.
+* A new precision: a line in ``precision/registry.py`` and a row here, with the cells that can't work.
 * A new strategy: an entry in ``PLACEMENTS``, and a cell in each row that can't work there.
 * A precision or a strategy of a user's own is in no row or column, and is let through.
 * What depends on more than the two is refused where that is known: a device in ``Precision.set_up``, an option of the
   format or an argument of the run in ``Precision.refusals``.
 
-``python -m stratagem.precision.page > docs/precision.md`` writes the page.
+``python -m stratagem.strategies.matrix_page > docs/precision.md`` writes the page.
 """
 
 from collections.abc import Mapping

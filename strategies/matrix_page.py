@@ -1,15 +1,15 @@
-"""The page of all precisions, for the documents: ``python -m stratagem.precision.page``."""
+"""The page of all precisions, for the documents: ``python -m stratagem.strategies.matrix_page``."""
 
+from ..precision.products import LARGE
+from ..precision.registry import ALIASES, PRECISIONS, class_of
 from .matrix import MATRIX, PLACEMENTS
-from .products import LARGE
-from .registry import ALIASES, PRECISIONS, class_of
 
 PAGE = """\
 # Precisions
 
 `Fit(precision=...)` takes one of these words, or an instance with options (`FP16Mixed(growth_interval=500)`,
 `BF16True(master_weights=False)`). Changing it changes no line of a module and no checkpoint: any precision resumes from
-any other's. Made from `precision/matrix.py` by `python -m stratagem.precision.page > docs/precision.md`.
+any other's. Made from `strategies/matrix.py` by `python -m stratagem.strategies.matrix_page > docs/precision.md`.
 
 {numbers}
 
