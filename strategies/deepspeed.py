@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from .deepspeed_checks import (
     met_nested,
 )
 from .deepspeed_config import fill, given_stage, read
+from .deepspeed_order import GradientOrder
 from .deepspeed_state import EngineOptimizer, ScalarsAsBytes, ZeroState
 from .duplicates import Part
 from .process_group import (
@@ -82,6 +84,7 @@ class DeepSpeed(ProcessGroupStrategy):
     options: DeepSpeedOptions
     engine: Any = None
     zero_state: ZeroState | None = None
+    gradient_order: GradientOrder | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -127,7 +130,7 @@ class DeepSpeed(ProcessGroupStrategy):
         broadcast_module(module)
         if self.optimizer is None:
             return
-        check_parameters(module)
+        check_parameters(module, self.stage)
         check_dense(module, self.name)
         check_optimizer(self.optimizer)
         assert self.filled, "expect() comes before place()"
@@ -136,6 +139,9 @@ class DeepSpeed(ProcessGroupStrategy):
         self.model = self.engine
         if self.stage:
             self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
+        if self.stage and self.world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self.gradient_order = GradientOrder(self.engine.optimizer, self.stage, store, self.rank)
         base = self.engine.optimizer.optimizer if self.stage else self.optimizer
         self.optimizer = EngineOptimizer(base, groups, self.step_engine)
 
@@ -175,6 +181,8 @@ class DeepSpeed(ProcessGroupStrategy):
     def step_engine(self) -> None:
         """One step of the engine, with the norm of this update, and clipping only where this update asked for it."""
         self.engine.step()
+        if self.gradient_order is not None:
+            self.gradient_order.agree()
         if self.stage:
             zero = self.engine.optimizer
             vars(zero).pop("_get_norm_groups", None)
@@ -246,7 +254,7 @@ class DeepSpeed(ProcessGroupStrategy):
         """Take the engine's hooks off, and forget it."""
         if self.engine is not None:
             destroy(self.engine)
-            self.engine = self.zero_state = None
+            self.engine = self.zero_state = self.gradient_order = None
 
     def tear_down(self) -> None:
         """Let go of the engine and leave the process group."""
