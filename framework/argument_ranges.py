@@ -1,9 +1,8 @@
 """The ranges of FitArguments' numbers and words, and options that have no effect without another."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .arguments import FitArguments
+from .argument_fields import ArgumentFields
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_ONE_OR_NONE = (
@@ -41,7 +40,7 @@ NEED_WORKERS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def problems(args: "FitArguments") -> list[tuple[str, str]]:
+def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     """(field, why it can't work and what to write instead), for every field that can't."""
     found: list[tuple[str, str]] = []
 

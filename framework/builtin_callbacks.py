@@ -1,6 +1,7 @@
 """Callbacks that most runs want one of: early stopping, monitors of rate, throughput and first step, emptied caches."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,9 +38,11 @@ class EarlyStopping(Callback):
         if state.global_step == 0:
             self.best, self.without_improvement = None, 0
 
-    def on_evaluate(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_evaluate(
+        self, args: FitArguments, state: TrainState, control: Control, *, metrics: Mapping[str, float], **context: Any
+    ) -> None:
         """Judge an evaluation."""
-        value = chosen_metric(args, context["metrics"])
+        value = chosen_metric(args, metrics)
         if is_better(args, value, self.best, by=self.threshold):
             self.best, self.without_improvement = value, 0
         else:
@@ -58,11 +61,20 @@ class EarlyStopping(Callback):
 class LearningRateMonitor(Callback):
     """Logs the learning rate of every parameter group, as ``learning_rate_group_<i>``."""
 
-    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_log(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        logs: dict[str, float],
+        **context: Any,
+    ) -> None:
         """Add the rates to a training log."""
-        if "learning_rate" in context["logs"]:
-            for index, group in enumerate(context["fit"].optimizer.param_groups):
-                context["logs"][f"learning_rate_group_{index}"] = float(group["lr"])
+        if "learning_rate" in logs:
+            for index, group in enumerate(fit.optimizer.param_groups):
+                logs[f"learning_rate_group_{index}"] = float(group["lr"])
 
 
 class Throughput(Callback):
@@ -79,16 +91,25 @@ class Throughput(Callback):
         if self.since is None:
             self.since = time.perf_counter()
 
-    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_log(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        logs: dict[str, float],
+        **context: Any,
+    ) -> None:
         """Add the rates to a training log; its numbers were read from the device, so the updates are really done."""
         now = time.perf_counter()
         if self.since is not None:
             self.seconds += now - self.since
             self.since = None
-        if "loss" in context["logs"] and self.seconds:
-            name = getattr(context["fit"].module, "item_name", "samples")
-            context["logs"]["steps_per_second"] = (state.global_step - self.steps) / self.seconds
-            context["logs"][f"{name}_per_second"] = (state.items_seen - self.items) / self.seconds
+        if "loss" in logs and self.seconds:
+            name = getattr(fit.module, "item_name", "samples")
+            logs["steps_per_second"] = (state.global_step - self.steps) / self.seconds
+            logs[f"{name}_per_second"] = (state.items_seen - self.items) / self.seconds
             self.seconds, self.steps, self.items = 0.0, state.global_step, state.items_seen
 
 
@@ -110,10 +131,12 @@ class FirstStepTime(Callback):
         if state.global_step == self.first:
             self.seconds = time.perf_counter() - self.began
 
-    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_log(
+        self, args: FitArguments, state: TrainState, control: Control, *, logs: dict[str, float], **context: Any
+    ) -> None:
         """Tell it, once."""
-        if self.seconds is not None and "loss" in context["logs"]:
-            context["logs"]["first_step_seconds"] = self.seconds
+        if self.seconds is not None and "loss" in logs:
+            logs["first_step_seconds"] = self.seconds
             self.seconds = None
 
 
@@ -131,3 +154,17 @@ class EmptyCache(Callback):
         """Empty the cache when it is time to."""
         if state.global_step % self.steps == 0 and torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
+
+
+class LogBatchSize(Callback):
+    """Logs a batch size that was found, once, when the first epoch that is trained with it begins."""
+
+    def on_epoch_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Log it, unless the run that is resumed has."""
+        size = state.train_batch_size
+        if size is not None and all(log.get("per_device_train_batch_size") != size for log in state.log_history):
+            sizes = {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            }
+            context["fit"].log(sizes)

@@ -1,12 +1,9 @@
 """When a log, an evaluation and a checkpoint are due, as the arguments say; the same on every rank."""
 
 import math
-from typing import TYPE_CHECKING
 
+from .argument_fields import ArgumentFields, Arguments
 from .state import Control, TrainState
-
-if TYPE_CHECKING:
-    from .arguments import FitArguments
 
 CADENCES = ("no", "steps", "epoch")
 BEST = "best"  # of save_strategy alone
@@ -33,7 +30,7 @@ def in_updates(steps: float, max_steps: int) -> int:
     return int(steps) if steps >= 1 else math.ceil(round(steps * max_steps, 6)) or 1
 
 
-def problems(args: "FitArguments") -> list[tuple[str, str]]:
+def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     """(field, why it can't work and what to write instead), for every field that says when and can't."""
     found: list[tuple[str, str]] = []
 
@@ -86,7 +83,7 @@ def problems(args: "FitArguments") -> list[tuple[str, str]]:
     return found
 
 
-def spacing(args: "FitArguments") -> tuple[float, float]:
+def spacing(args: ArgumentFields) -> tuple[float, float]:
     """What lies between two evaluations and between two checkpoints: updates, or still a fraction of the run where its
     length isn't known yet. Fit asks again when it is.
     """
@@ -96,7 +93,7 @@ def spacing(args: "FitArguments") -> tuple[float, float]:
     return in_updates(steps[0], args.max_steps), in_updates(steps[1], args.max_steps)
 
 
-def resolve(args: "FitArguments", max_steps: int) -> "FitArguments":
+def resolve(args: Arguments, max_steps: int) -> Arguments:
     """The arguments with the length of the run, and every number of updates that depends on it, filled in.
 
     Raises:
@@ -107,7 +104,7 @@ def resolve(args: "FitArguments", max_steps: int) -> "FitArguments":
     return args.replace(max_steps=max_steps, **counted)
 
 
-def after_update(args: "FitArguments", state: TrainState, control: Control) -> None:
+def after_update(args: ArgumentFields, state: TrainState, control: Control) -> None:
     """Raise the flags that are due after an update: by steps, and at the end of the run."""
     step = state.global_step
     evaluates = args.eval_strategy == "steps" and step >= args.eval_delay
@@ -124,7 +121,7 @@ def after_update(args: "FitArguments", state: TrainState, control: Control) -> N
         control.should_save |= args.save_strategy == "steps"
 
 
-def after_epoch(args: "FitArguments", state: TrainState, control: Control) -> None:
+def after_epoch(args: ArgumentFields, state: TrainState, control: Control) -> None:
     """Raise the flags that are due after an epoch."""
     control.should_log |= args.logging_strategy == "epoch"
     control.should_evaluate |= args.eval_strategy == "epoch" and state.epoch >= args.eval_delay

@@ -1,14 +1,11 @@
-"""Callbacks: the events of a run, in order, and the built-in ones."""
+"""Callbacks: what one may override, and the run's list of them, which tells each event to those that hear it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .arguments import FitArguments
 from .state import Control, TrainState
-
-if TYPE_CHECKING:
-    from .fit import Fit
 
 EVENTS = (
     "on_init_end",
@@ -33,66 +30,130 @@ EVENTS = (
 class Callback:
     """Override the events you want to hear of; the others cost nothing.
 
-    Every event receives the run's arguments, its state, the flags by which it asks for something (see Control), and by
-    keyword ``fit`` and what the event is about. The order is written down in ``framework/loop.py``.
+    Every event receives the run's arguments, its state, and the flags by which a callback asks for something (see
+    Control). By keyword it receives ``fit``, the Fit that is running, and what the event is about: an override names
+    those that it uses and ends in ``**context``. The order of the events is written down in ``framework/loop.py``.
 
     A callback with ``state_dict`` and ``load_state_dict`` is saved in checkpoints and restored. Its state holds JSON
-    types and tensors (a moving average of the weights), in mappings with string keys and lists; rank 0's is the one
-    that is saved, and of a sharded tensor each rank's part.
+    types and tensors (a moving average of the weights), in mappings with string keys and in lists. The state of rank 0
+    is the one that is saved; of a sharded tensor, each rank saves its part.
 
     Example:
         >>> class StopBelow(Callback):
-        ...     def on_log(self, args, state, control, logs, **_):
+        ...     def on_log(self, args, state, control, *, logs, **context):
         ...         if logs.get("loss", 1.0) < 0.1:
         ...             control.should_training_stop = True
     """
 
-    def on_init_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_init_end(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:
         """The Fit is constructed."""
 
-    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Everything is placed and restored; the first epoch comes next."""
 
-    def on_epoch_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_epoch_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """A pass over the data begins, or is continued after a resume."""
 
-    def on_step_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_step_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Before the first micro-batch of an update."""
 
-    def on_substep_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_substep_end(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """After a micro-batch that isn't the last of its update."""
 
-    def on_pre_optimizer_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Gradients are complete, unscaled and clipped; the optimizer has not stepped."""
 
-    def on_optimizer_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_optimizer_step(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """The optimizer has stepped; gradients are still there."""
 
-    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:
         """The update is over; flags set here are acted on at once."""
 
-    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_log(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        logs: dict[str, float],
+        **context: Any,
+    ) -> None:
         """``logs`` (name to number) is about to be handed to the loggers; changes to it are logged."""
 
-    def on_evaluate(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_evaluate(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        metrics: Mapping[str, float],
+        **context: Any,
+    ) -> None:
         """An evaluation gave ``metrics``."""
 
-    def on_prediction_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_prediction_step(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """A batch of an evaluation or prediction is done."""
 
-    def on_predict(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_predict(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        metrics: Mapping[str, float],
+        **context: Any,
+    ) -> None:
         """A prediction is over; ``metrics`` holds what its labels allowed."""
 
-    def on_save(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_save(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        path: Path,
+        **context: Any,
+    ) -> None:
         """A checkpoint was saved as ``path``; with ``async_save`` it may still be on its way there."""
 
-    def on_epoch_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_epoch_end(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """A pass over the data is over; flags set here are acted on at once."""
 
-    def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_end(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Training is over."""
 
-    def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_exception(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        exception: BaseException,
+        **context: Any,
+    ) -> None:
         """Training is ending with ``exception``; what holds something open lets go of it here. With
         ``auto_find_batch_size`` it may be out of memory, and begin again with ``on_train_begin``.
         """
@@ -152,10 +213,16 @@ class Callbacks:
         self.find_listeners()
         return found[0]
 
-    def emit(self, event: str, fit: "Fit", **context: Any) -> None:
-        """Call the listeners of an event, in the order of the callbacks."""
+    def emit(self, event: str, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Call the listeners of an event, in the order of the callbacks.
+
+        Args:
+            event: its name, one of EVENTS.
+            args, state, control: what every listener is given first.
+            **context: what listeners are given by keyword: ``fit``, and what the event is about.
+        """
         for listener in self.listeners[event]:
-            listener(fit.args, fit.state, fit.control, fit=fit, **context)
+            listener(args, state, control, **context)
 
     def listen(self, event: str, callback: Callback) -> None:
         """Have a callback hear of an event, after all others, where it doesn't yet."""

@@ -1,18 +1,16 @@
 """What a module's ``configure_optimizer`` and ``configure_scheduler`` return, checked where a run begins."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .arguments import FitArguments
+from .module import TrainModule
 from .schedulers import waits_for_metric
 
-if TYPE_CHECKING:
-    from .arguments import FitArguments
-    from .module import TrainModule
 
-
-def configured_optimizer(module: "TrainModule", args: "FitArguments") -> Optimizer:
+def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:
     """The optimizer that the module makes.
 
     Raises:
@@ -50,7 +48,7 @@ def configured_optimizer(module: "TrainModule", args: "FitArguments") -> Optimiz
 
 
 def configured_scheduler(
-    module: "TrainModule", optimizer: Optimizer, args: "FitArguments", has_evaluations: bool
+    module: TrainModule, optimizer: Optimizer, args: FitArguments, has_evaluations: bool
 ) -> LRScheduler:
     """The schedule that the module makes.
 

@@ -1,269 +1,225 @@
-"""Evaluation and prediction: item-weighted means, torchmetrics, and outputs on the host."""
+"""Evaluation and prediction: one pass over data in evaluation mode, one exchange among ranks, one report."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
 
-from .data import DataStream
-from .micro_batches import in_step
-from .objective import Weightless, labels_of
+from ..strategies.base import Strategy
+from .arguments import FitArguments
+from .data.stand_in import StandIn
+from .memory import MemoryByStage
+from .metrics import merge_states, numbers_of, states_on_host
+from .module import TrainModule
+from .objective import Count, Objective, labels_of
+from .outputs import KeptOutputs, concatenate, in_order_of_data
 
-if TYPE_CHECKING:
-    from .fit import Fit
+
+class FindLoss(Protocol):
+    """How the loss of a batch is found: ``Fit.find_loss``."""
+
+    def __call__(
+        self, model: nn.Module, inputs: Any, count: Count, *, wants_outputs: bool
+    ) -> tuple[Tensor, Any, Mapping[str, Tensor], bool]:
+        """Return (loss, outputs, extras, whether the loss is divided by a count already) of a batch on the device."""
 
 
-@torch.no_grad()
-def run(
-    fit: "Fit", stream: DataStream, prefix: str, ignore_keys: Iterable[str] = (), *, predict: bool = False
-) -> tuple[dict[str, float], Any, Any]:
-    """One pass over a stream in evaluation mode.
+class Results(NamedTuple):
+    """What an evaluation or prediction found, over all ranks.
 
-    The loss is the mean over all items of the data. Sums stay on the device; they are summed over ranks and read once,
-    at the end.
+    Attributes:
+        metrics: numbers by name.
+        predictions, labels: whole and on the host, of a prediction; None of an evaluation.
+    """
+
+    metrics: dict[str, float]
+    predictions: Any
+    labels: Any
+
+
+@dataclass
+class Totals:
+    """What one rank adds up during a pass.
+
+    Attributes:
+        metrics: the module's torchmetrics metrics, by name.
+        outputs: outputs and labels, where they are kept.
+        sums: on the device: the number of items, the loss and other values, each times the items of its batch.
+    """
+
+    metrics: dict[str, Any]
+    outputs: KeptOutputs | None
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor], count: Count, device: torch.device) -> None:
+        """Add a batch's means, weighed by its number of items."""
+        if not values:
+            return
+        self.sums["items"] = self.sums.get("items", 0.0) + torch.as_tensor(count, device=device).double()
+        for name, value in values.items():
+            # The mean over no items is NaN, and its share is nothing.
+            share = torch.nan_to_num(value) * 0.0 if isinstance(count, int) and count == 0 else value * count
+            self.sums[name] = self.sums.get(name, 0.0) + share.double()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluates a placed module, or predicts with it.
+
+    The loss is the mean over all items of the data. Sums stay on the device; they are added up over ranks and read
+    once, at the end.
 
     Args:
-        fit: placed.
-        stream: the data.
-        prefix: of the metrics' names, "eval" gives "eval_loss".
-        ignore_keys: entries of a mapping output that are left out of predictions; where none are given, those of the
-            module's ``config.keys_to_ignore_at_inference`` (the cache of a transformers model).
-        predict: hand out the outputs; the loss is then computed only where a batch has labels.
-
-    Returns:
-        (metrics, predictions, labels); the latter two are None unless asked for.
+        strategy: it has placed the module.
+        module: the user's, for its metrics.
+        objective: calls the model and counts items.
+        args: says how many outputs stay on the device together, and what fills up shorter ones.
+        memory: told of the stage.
+        find_loss: finds the loss of a batch, and what forward returned.
+        loss_name: what ``find_loss`` calls, in errors: "Fit.compute_loss".
+        compute_metrics: (predictions, labels) of all data to numbers by name; None computes none.
+        preprocess_logits: (outputs, labels) of a batch to what is kept of the outputs; None keeps them as they are.
+        after_batch: called after each batch.
     """
-    ignored = {*ignore_keys} or {*getattr(getattr(fit.module, "config", None), "keys_to_ignore_at_inference", ())}
-    keeps = predict or fit.compute_metrics is not None
-    strategy, objective, model = fit.strategy, fit.objective, fit.strategy.model
-    metrics = {} if predict else dict(fit.module.metrics())
-    for metric in metrics.values():
-        metric.to(strategy.device)
-    sums: dict[str, Tensor] = {}
-    kept = Kept(ignored, fit.args.eval_accumulation_steps or 1, fit.preprocess_logits_for_metrics)
-    strategy.settle_buffers()
-    was_training, past, objective.past = model.training, objective.past, None
-    stage = fit.memory.begin("predict" if predict else "eval")
-    model.eval()
-    try:
-        for batch in in_step(strategy, stream, fit.batches(stream, 0)):
+
+    strategy: Strategy
+    module: TrainModule
+    objective: Objective
+    args: FitArguments
+    memory: MemoryByStage
+    find_loss: FindLoss
+    loss_name: str
+    compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None
+    preprocess_logits: Callable[[Any, Any], Any] | None = None
+    after_batch: Callable[[], None] = lambda: None
+
+    @torch.no_grad()
+    def run(
+        self, batches: Iterator[Any], prefix: str, ignore_keys: Iterable[str] = (), *, predict: bool = False
+    ) -> Results:
+        """Go over the data once. Collective.
+
+        Args:
+            batches: this rank's micro-batches; every rank has equally many.
+            prefix: of the metrics' names: "eval" gives "eval_loss".
+            ignore_keys: entries of a mapping output that are left out of predictions; where none are given, those of
+                the module's ``config.keys_to_ignore_at_inference`` (the cache of a transformers model).
+            predict: hand out the outputs; the loss is then computed only where a batch has labels.
+
+        Raises:
+            TypeError: outputs are needed, and an overridden compute_loss returns none.
+            ValueError: a metric computes more than one number, or outputs of batches can't be joined.
+        """
+        totals = self._begin_totals(ignore_keys, predict)
+        self.strategy.settle_buffers()
+        with self.memory.during("predict" if predict else "eval"), self.objective.without_past(), self._evaluating():
+            self._pass_over(batches, totals, predict)
+        reports = self._exchange(totals)
+        metrics = self._join_metrics(reports, totals.metrics, prefix)
+        if totals.outputs is None:
+            return Results(metrics, None, None)
+        predictions, labels = self._join_outputs([report["outputs"] for report in reports])
+        if self.compute_metrics is not None and isinstance(labels, Tensor):
+            own = self.compute_metrics(predictions, labels)
+            metrics |= {f"{prefix}_{name}": float(number) for name, number in own.items()}
+        return Results(metrics, predictions, labels) if predict else Results(metrics, None, None)
+
+    def _begin_totals(self, ignore_keys: Iterable[str], predict: bool) -> Totals:
+        """Make what the pass adds up in; metrics are made anew for each pass."""
+        metrics = {} if predict else dict(self.module.metrics())
+        for metric in metrics.values():
+            metric.to(self.strategy.device)
+        if not predict and self.compute_metrics is None:
+            return Totals(metrics, None)
+        config = getattr(self.module, "config", None)
+        ignored = {*ignore_keys} or {*getattr(config, "keys_to_ignore_at_inference", ())}
+        together = self.args.eval_accumulation_steps or 1
+        return Totals(metrics, KeptOutputs(ignored, together, self.preprocess_logits))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put the model into evaluation mode, and afterwards back into the mode in which it was."""
+        model = self.strategy.model
+        was_training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+    def _pass_over(self, batches: Iterator[Any], totals: Totals, predict: bool) -> None:
+        """Run the model on every batch, and add up what it finds. Nothing waits for the device in here, but for outputs
+        that move to the host.
+        """
+        strategy, objective, model = self.strategy, self.objective, self.strategy.model
+        for batch in batches:
             count = objective.count(batch)
-            is_mine = not isinstance(batch, Weightless)
-            inputs = strategy.to_device(batch.batch if isinstance(batch, Weightless) else batch)
+            is_mine = not isinstance(batch, StandIn)
+            inputs = strategy.to_device(batch if is_mine else batch.batch)
             values: dict[str, Tensor] = {}
             if not predict or labels_of(inputs) is not None:
-                loss, outputs, extras, _ = fit.find_loss(model, inputs, count, wants_outputs=True)
+                loss, outputs, extras, _ = self.find_loss(model, inputs, count, wants_outputs=True)
                 values = {"loss": strategy.local_loss(loss), **extras}
-                if outputs is None and (metrics or keeps):
-                    raise missing_outputs(fit)
+                if outputs is None and (totals.metrics or totals.outputs is not None):
+                    raise missing_outputs(self.loss_name)
             else:
                 with strategy.forward_context():
                     outputs = objective.forward(model, inputs)
             if is_mine:
-                if values:
-                    sums["items"] = sums.get("items", 0.0) + torch.as_tensor(count, device=strategy.device).double()
-                for name, value in values.items():
-                    share = torch.nan_to_num(value) * 0.0 if isinstance(count, int) and count == 0 else value * count
-                    sums[name] = sums.get(name, 0.0) + share.double()
-                for metric in metrics.values():
-                    metric.update(*fit.module.metric_inputs(outputs, inputs))
-                if keeps:
-                    kept.add(outputs, labels_of(inputs))
+                totals.add(values, count, strategy.device)
+                for metric in totals.metrics.values():
+                    metric.update(*self.module.metric_inputs(outputs, inputs))
+                if totals.outputs is not None:
+                    totals.outputs.add(outputs, labels_of(inputs))
             strategy.execute()
-            fit.emit("on_prediction_step")
-    finally:
-        model.train(was_training)
-        objective.past = past
-        fit.memory.begin(stage)
-    report = {
-        "sums": dict(zip(sums, strategy.read(list(sums.values())), strict=True)) if sums else {},
-        "metrics": {name: host_states(metric) for name, metric in metrics.items()},
-        "predictions": kept.on_host(),
-    }
-    # One exchange for everything. The tensor-parallel ranks of a sample have all counted it: the first speaks for them.
-    reports = strategy.gather(report)[:: strategy.tensor_parallel_size]
-    totals: dict[str, float] = {}
-    for other in reports:
-        for name, value in other["sums"].items():
-            totals[name] = totals.get(name, 0.0) + value
-    items = totals.pop("items", 0.0)
-    results = {f"{prefix}_{name}": total / items if items else math.nan for name, total in totals.items()}
-    for name, metric in metrics.items():
-        if len(reports) > 1:
-            merge_states(metric, [other["metrics"][name] for other in reports])
-        results |= scalars(f"{prefix}_{name}", metric.compute())
-    if not keeps:
-        return results, None, None
-    parts, sharing = [other["predictions"] for other in reports], strategy.context_parallel_size
-    groups = [parts[i : i + sharing] for i in range(0, len(parts), sharing)]
-    joined = [[strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
-    predictions, labels = concatenate(in_order(joined), fit.args.pad_index)
-    if isinstance(labels, list) and all(label is None for label in labels):
-        labels = None
-    if fit.compute_metrics is not None and isinstance(labels, Tensor):
-        results |= {f"{prefix}_{name}": float(n) for name, n in fit.compute_metrics(predictions, labels).items()}
-    return results, *((predictions, labels) if predict else (None, None))
+            self.after_batch()
+
+    def _exchange(self, totals: Totals) -> list[dict[str, Any]]:
+        """Gather what every rank has added up, on the host, in one message. The tensor-parallel ranks of a sample have
+        all counted it, and the first of them speaks for them.
+        """
+        sums = totals.sums
+        report = {
+            "sums": dict(zip(sums, self.strategy.read(list(sums.values())), strict=True)) if sums else {},
+            "metrics": {name: states_on_host(metric) for name, metric in totals.metrics.items()},
+            "outputs": [] if totals.outputs is None else totals.outputs.on_host(),
+        }
+        return self.strategy.gather(report)[:: self.strategy.tensor_parallel_size]
+
+    def _join_metrics(
+        self, reports: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], prefix: str
+    ) -> dict[str, float]:
+        """Return means over the items of all ranks, and what the torchmetrics metrics compute of all ranks' states."""
+        sums: dict[str, float] = {}
+        for report in reports:
+            for name, value in report["sums"].items():
+                sums[name] = sums.get(name, 0.0) + value
+        items = sums.pop("items", 0.0)
+        found = {f"{prefix}_{name}": value / items if items else math.nan for name, value in sums.items()}
+        for name, metric in metrics.items():
+            if len(reports) > 1:
+                merge_states(metric, [report["metrics"][name] for report in reports])
+            found |= numbers_of(f"{prefix}_{name}", metric.compute())
+        return found
+
+    def _join_outputs(self, ranks: Sequence[list[Any]]) -> tuple[Any, Any]:
+        """Return (predictions, labels) of all ranks in the order of the data; labels None where no batch had any."""
+        sharing = self.strategy.context_parallel_size
+        groups = [ranks[first : first + sharing] for first in range(0, len(ranks), sharing)]
+        joined = [[self.strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
+        predictions, labels = concatenate(in_order_of_data(joined), self.args.pad_index)
+        if isinstance(labels, list) and all(label is None for label in labels):
+            labels = None
+        return predictions, labels
 
 
-class Kept:
-    """Outputs and labels of batches, which move to the host some batches at a time.
-
-    Args:
-        ignored: entries of a mapping output that are left out.
-        batches: that stay on the device together.
-        preprocess: (outputs, labels) to what is kept of the outputs; None keeps them as they are.
-    """
-
-    def __init__(self, ignored: set[str], batches: int, preprocess: Callable[[Any, Any], Any] | None) -> None:
-        self.ignored, self.batches, self.preprocess = ignored, batches, preprocess
-        self.moved: list[Any] = []
-        self.on_device: list[Any] = []
-
-    def add(self, outputs: Any, labels: Any) -> None:
-        """Keep a batch's."""
-        if self.preprocess is not None:
-            outputs = self.preprocess(alone(without(outputs, self.ignored)), labels)
-        self.on_device.append((outputs, labels))
-        if len(self.on_device) >= self.batches:
-            self.move()
-
-    def move(self) -> None:
-        """Move what is on the device to the host."""
-        self.moved += [(to_host(outputs, self.ignored), to_host(labels, set())) for outputs, labels in self.on_device]
-        self.on_device = []
-
-    def on_host(self) -> list[Any]:
-        """All of it, on the host."""
-        self.move()
-        return self.moved
-
-
-def without(outputs: Any, ignored: set[str]) -> Any:
-    """Outputs without the entries of a mapping that aren't wanted, and without its loss."""
-    return (
-        {k: v for k, v in outputs.items() if k not in ignored and k != "loss"} if isinstance(outputs, dict) else outputs
-    )
-
-
-def alone(outputs: Any) -> Any:
-    """The only entry of a mapping or tuple that has one; anything else as it is."""
-    if isinstance(outputs, dict | tuple) and len(outputs) == 1:
-        return next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
-    return outputs
-
-
-def missing_outputs(fit: "Fit") -> TypeError:
-    """The error for an overridden compute_loss whose outputs are needed and not there."""
+def missing_outputs(loss_name: str) -> TypeError:
+    """Make the error for an overridden compute_loss that returns no outputs where they are needed."""
     return TypeError(
-        f"{type(fit).__name__}.compute_loss returned a loss alone, and metrics and predictions are made of the "
+        f"{loss_name} returned a loss alone, and metrics and predictions are made of the "
         "outputs. Have it return (loss, outputs) where return_outputs=True."
     )
-
-
-def host_states(metric: Any) -> list[dict[str, Any]]:
-    """What a torchmetrics metric (or a collection, or a wrapper of some) has summed up, on the host."""
-    return [
-        tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, dict(part.metric_state))
-        for part in parts_with_state(metric)
-    ]
-
-
-def merge_states(metric: Any, ranks: list[list[dict[str, Any]]]) -> None:
-    """Give a metric the states of all ranks, joined as each state says (``dist_reduce_fx``), and keep it from asking
-    the ranks once more itself.
-    """
-    for index, part in enumerate(parts_with_state(metric)):
-        for name, reduce in part._reductions.items():
-            values = [states[index][name] for states in ranks]
-            if isinstance(values[0], list):
-                merged: Any = [item.to(part.device) for value in values for item in value]
-            else:
-                stacked = torch.stack(values).to(part.device)
-                merged = reduce(stacked) if reduce else stacked
-            setattr(part, name, merged)
-        part._computed = None
-        part._update_count = max(1, part._update_count)  # a rank without samples has something to compute now
-        part.sync_on_compute = part._to_sync = False
-
-
-def parts_with_state(metric: Any) -> list[Any]:
-    """The metrics inside a metric, itself included."""
-    return [part for part in metric.modules() if hasattr(part, "_reductions")]
-
-
-def scalars(name: str, result: Any) -> dict[str, float]:
-    """A metric's result as numbers by name; a collection's carry its keys.
-
-    Raises:
-        ValueError: the metric computes more than one number.
-    """
-    if isinstance(result, dict):
-        return {k: v for key, value in result.items() for k, v in scalars(f"{name}_{key}", value).items()}
-    if isinstance(result, Tensor) and result.numel() != 1:
-        raise ValueError(
-            f"The metric {name!r} computes a tensor of shape {tuple(result.shape)}, but a log takes numbers. "
-            "Give it an average (average='macro'), or wrap it in torchmetrics.ClasswiseWrapper."
-        )
-    return {name: float(result)}
-
-
-def in_order(ranks: list[list[Any]]) -> list[Any]:
-    """Every rank's parts in the order of the data: a global micro-batch is cut in the order of ranks, and only in the
-    last one may a rank have none.
-    """
-    return [parts[i] for i in range(max(map(len, ranks))) for parts in ranks if i < len(parts)]
-
-
-def to_host(outputs: Any, ignore_keys: set[str]) -> Any:
-    """Outputs with their tensors on the host, without the entries that are not wanted."""
-    if isinstance(outputs, Tensor):
-        tensor = outputs.detach().cpu()
-        # A view on the host would keep all that it was cut from: the whole sequence for the sake of its first token.
-        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-    if isinstance(outputs, dict):
-        return {k: to_host(v, ignore_keys) for k, v in without(outputs, ignore_keys).items()}
-    if isinstance(outputs, tuple | list):
-        return tuple(to_host(value, ignore_keys) for value in outputs)
-    return outputs
-
-
-def concatenate(parts: list[Any], pad_index: int) -> Any:
-    """The batches' outputs, joined along the first dimension; what is no tensor becomes a list.
-
-    Args:
-        parts: one for each batch.
-        pad_index: fills up the other dimensions, at their ends, where batches differ in them.
-    """
-    first = parts[0]
-    if isinstance(first, Tensor):
-        rows = [part.reshape(-1) if part.ndim == 0 else part for part in parts]
-        return torch.cat(padded(rows, pad_index) if any(row.shape[1:] != rows[0].shape[1:] for row in rows) else rows)
-    if isinstance(first, dict):
-        return {key: concatenate([part[key] for part in parts], pad_index) for key in first}
-    if isinstance(first, tuple):
-        return tuple(concatenate([part[i] for part in parts], pad_index) for i in range(len(first)))
-    return parts
-
-
-def padded(rows: list[Tensor], pad_index: int) -> list[Tensor]:
-    """Tensors of one shape but for their first dimension.
-
-    Raises:
-        ValueError: they have no dimensions in common.
-    """
-    if len({row.ndim for row in rows}) > 1:
-        shapes = ", ".join(sorted({str(tuple(row.shape)) for row in rows}))
-        raise ValueError(
-            f"The outputs of batches can't be joined: their shapes are {shapes}. Have forward return as many "
-            "dimensions for every batch, or leave the entry out by ignore_keys."
-        )
-    longest = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
-    filled = []
-    for row in rows:
-        whole = row.new_full((len(row), *longest), False if row.dtype is torch.bool else pad_index)
-        whole[(slice(None), *(slice(size) for size in row.shape[1:]))] = row
-        filled.append(whole)
-    return filled

@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -46,6 +48,15 @@ class MemoryByStage:
             self.found[key] = max(peak, self.found.get(key, 0))
             torch.cuda.reset_peak_memory_stats(self.device)
         return ended
+
+    @contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Entered around a stage inside another one, which goes on afterwards."""
+        outer = self.begin(stage)
+        try:
+            yield
+        finally:
+            self.begin(outer)
 
     def report(self) -> dict[str, float]:
         """End the stage that is under way; the bytes of every stage so far, as ``<stage>_memory_cpu_resident``,

@@ -21,9 +21,11 @@ class NEFTune(Callback):
         self.alpha = alpha
         self.hook: Any = None
 
-    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Hang the noise on the embeddings of the model that is trained."""
-        self.hook = input_embeddings(context["fit"].module).register_forward_hook(self.add_noise)
+        self.hook = input_embeddings(fit.module).register_forward_hook(self.add_noise)
 
     def add_noise(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         """Forward hook: the embeddings with noise, or as they are in evaluation."""

@@ -26,10 +26,12 @@ class NumericDebugger(Callback):
         self.frames: deque[str] = deque(maxlen=frames)
         self.hooks: list[Any] = []
 
-    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Watch every layer."""
         self.state = state
-        for name, layer in context["fit"].module.named_modules():
+        for name, layer in fit.module.named_modules():
             self.hooks.append(layer.register_forward_hook(self.watch(name or "(the module itself)")))
 
     def watch(self, name: str) -> Any:

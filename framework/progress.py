@@ -26,12 +26,14 @@ class Progress(Callback):
         self.live = False
         self.is_quiet = False  # for the rest of the run: it can't be shown
 
-    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Start the display and the clock."""
         self.began = self.drawn = time.monotonic()
         self.first_step, self.first_items = state.global_step, state.items_seen
         self.rate = ""
-        self.item_name = getattr(context["fit"].module, "item_name", "samples")
+        self.item_name = getattr(fit.module, "item_name", "samples")
         self.loss = ""
         self.is_quiet = sys.stdout is None or sys.stdout.closed
         self.live = not self.is_quiet and sys.stdout.isatty()
@@ -43,9 +45,10 @@ class Progress(Callback):
         """Redraw the bar when it is time to."""
         self.draw_in_time(state)
 
-    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_log(
+        self, args: FitArguments, state: TrainState, control: Control, *, logs: dict[str, float], **context: Any
+    ) -> None:
         """Take the new numbers in; outside a terminal, print them."""
-        logs = context["logs"]
         if self.is_quiet:
             return
         shown = " | ".join(f"{name.replace('_', ' ')} {logs[name]:.4g}" for name in logs if name not in HIDDEN)

@@ -38,22 +38,32 @@ class RanksAgree(Callback):
     def __init__(self, at_logs: bool = False) -> None:
         self.at_logs = at_logs
 
-    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Listen (again): a second ``train`` is looked at, too."""
-        context["fit"].callbacks.listen("on_step_end", self)
+        fit.callbacks.listen("on_step_end", self)
 
-    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:
         """Look, unless the update moved nothing: warm-up begins at a rate of 0, and loss scaling skips."""
-        fit = context["fit"]
         if not float(state.learning_rate) or fit.strategy.step_was_skipped():
             return
         fit.callbacks.stop_listening("on_step_end", self)
         check_replicas(fit.strategy, state.global_step)
 
-    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_log(
+        self,
+        args: FitArguments,
+        state: TrainState,
+        control: Control,
+        *,
+        fit: Any,
+        logs: dict[str, float],
+        **context: Any,
+    ) -> None:
         """Look again, where that was asked for."""
-        if self.at_logs and "loss" in context["logs"]:
-            check_replicas(context["fit"].strategy, state.global_step)
+        if self.at_logs and "loss" in logs:
+            check_replicas(fit.strategy, state.global_step)
 
 
 def check_replicas(strategy: Strategy, update: int) -> None:

@@ -4,16 +4,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..precision.names import did_you_mean
+from .argument_fields import ArgumentFields
 from .greedy import GreedyLR
-
-if TYPE_CHECKING:
-    from .arguments import FitArguments
 
 # (update, warm-up updates, all updates, **options) -> factor on learning_rate
 Shape = Callable[..., float]
@@ -174,7 +172,7 @@ COUNTS = ("num_decay_steps", "num_stable_steps", "timescale")  # options that di
 WORDS: Mapping[str, tuple[str, ...]] = {"warmup_type": tuple(RISES), "decay_type": tuple(RISES)}
 
 
-def problems(args: "FitArguments") -> list[tuple[str, str]]:
+def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     """(field, why it can't work and what to write instead), for every field of the schedule that can't."""
     found: list[tuple[str, str]] = []
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
@@ -260,14 +258,14 @@ def options_problem(name: str, options: Mapping[str, Any], peak: float) -> str |
     return None
 
 
-def warmup_updates(args: "FitArguments", total: int) -> int:
+def warmup_updates(args: ArgumentFields, total: int) -> int:
     """Updates of warm-up in a run of that length."""
     if args.warmup_steps >= 1:
         return int(args.warmup_steps)
     return math.ceil(total * (args.warmup_steps or args.warmup_ratio))
 
 
-def make_scheduler(optimizer: Optimizer, args: "FitArguments", total: int) -> LRScheduler:
+def make_scheduler(optimizer: Optimizer, args: ArgumentFields, total: int) -> LRScheduler:
     """The schedule that ``args.lr_scheduler_type`` names.
 
     Args:

@@ -51,10 +51,12 @@ class Upload(Callback):
         self.thread: threading.Thread | None = None
         self.has_failed = False  # so that a log says 0 once all is well again
 
-    def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """What the run that is resumed may not have uploaded any more comes first."""
-        if state.global_step and context["fit"].strategy.is_main:
-            self.enqueue(context["fit"].directory.checkpoints())
+        if state.global_step and fit.strategy.is_main:
+            self.enqueue(fit.saver.directory.checkpoints())
 
     def checkpoint_published(self, path: Path) -> None:
         """Upload it, and once more those that failed."""
@@ -65,16 +67,19 @@ class Upload(Callback):
         with self.lock:
             return [*self.failed, *self.waiting, *([self.under_way] if self.under_way else [])]
 
-    def on_log(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_log(
+        self, args: FitArguments, state: TrainState, control: Control, *, logs: dict[str, float], **context: Any
+    ) -> None:
         """Report what failed since the last log."""
         self.report()
         if self.has_failed:
-            context["logs"]["failed_uploads"] = len(self.failed)
+            logs["failed_uploads"] = len(self.failed)
             self.has_failed = bool(self.failed)
 
-    def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_train_end(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
         """Wait for the uploads, and have what is now uploaded removed if it is one too many."""
-        fit = context["fit"]
         # No rank waits in one collective for as long as uploads may take: it would give the others up.
         while not fit.strategy.broadcast(self.wait(seconds=1.0)):
             pass

@@ -8,8 +8,9 @@ from pathlib import Path
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from ..printing import say
-from .directory import CheckpointError, published, verify
+from .directory import CheckpointError, published
 from .line import Marker, origin_of
+from .verifying import verify
 
 
 def check_is_whole(strategy: Strategy, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from . import directory
 from .directory import MANIFEST, CheckpointError
 from .schema import check_manifest
+from .verifying import verify
 
 
 def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
@@ -104,7 +105,7 @@ def download(url: str, output_dir: Path) -> Path:
                 filesystem.get_file(f"{source}/{name}", str(partial / name))
                 directory.flush(partial / name)
             (partial / MANIFEST).write_bytes(manifest)
-            directory.verify(partial)
+            verify(partial)
             directory.publish(final, files)
         except BaseException:
             directory.remove(partial)

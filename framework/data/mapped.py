@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .. import random_state
-from ..objective import Weightless
 from .lengths import LengthGroups
+from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions, batch_seed, share
 
 
@@ -97,7 +97,7 @@ class MapStream(DataStream):
             left = total - self.position
             self.position += min(step, left)
             # Counted, not computed from indices: a rank is without samples only in a short last micro-batch.
-            yield batch if left >= step or rank * -(-left // self.size) < left else Weightless(batch)
+            yield batch if left >= step or rank * -(-left // self.size) < left else StandIn(batch)
 
 
 class _Requests:

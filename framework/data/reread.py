@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
 from .. import random_state
-from ..objective import Weightless
 from .collating import columns, convert
 from .shares import DECLARED, BeginWorker, CollateShare, Share, Shares
+from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions, batch_seed
 
 
@@ -168,7 +168,7 @@ class IterableStream(RereadStream):
         """The batches, counted."""
         for batch, _, size, is_mine, _ in shares:
             self.position += size
-            yield batch if is_mine else Weightless(batch)
+            yield batch if is_mine else StandIn(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and how many workers the dataset shared its samples among; 0 where we do."""
@@ -227,7 +227,7 @@ class LoaderStream(RereadStream):
             return
         while group := list(itertools.islice(batches, self.size)):
             self.position += len(group)
-            yield group[self.rank] if self.rank < len(group) else Weightless(group[0])
+            yield group[self.rank] if self.rank < len(group) else StandIn(group[0])
 
     def fraction(self) -> float:
         """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""

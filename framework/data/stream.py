@@ -126,6 +126,10 @@ class DataStream:
         """The next ``epoch`` begins at the saved position."""
         self.start = self.position = state["position"]
 
+    def rewind(self) -> None:
+        """Stand at the beginning of the next epoch."""
+        self.position = 0
+
     def begin(self) -> int:
         """Take the starting position of an epoch, once."""
         self.position, self.start = self.start, 0

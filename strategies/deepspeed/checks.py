@@ -56,8 +56,12 @@ def check_precision(precision: Precision) -> None:
         )
 
 
-def check_parameters(module: nn.Module) -> None:
+def check_parameters(module: nn.Module, stage: int) -> None:
     """Refuse parameters that the engine can't take.
+
+    Args:
+        module: whose.
+        stage: of ZeRO.
 
     Raises:
         ValueError: names them, says why, and what works.
@@ -68,6 +72,14 @@ def check_parameters(module: nn.Module) -> None:
             f"strategy='deepspeed' can't train complex parameters: the engine lays real numbers end to end. Found: "
             f"{', '.join(found)}. Use strategy='fsdp2' or 'ddp', or hold torch.view_as_real(...) of them as parameters "
             "and write torch.view_as_complex(...) in forward."
+        )
+    cut = (torch.float16, torch.bfloat16, torch.float32)
+    found = [f"{name} ({p.dtype})" for name, p in module.named_parameters() if stage == 3 and p.dtype not in cut]
+    if found:
+        raise ValueError(
+            "Stage 3 of strategy='deepspeed' cuts every parameter, frozen ones too, and takes float16, bfloat16 and "
+            f"float32 alone. Found: {', '.join(found)}. Make them buffers by register_buffer(...), or use "
+            "strategy='deepspeed_stage_2' or 'fsdp2'."
         )
 
 

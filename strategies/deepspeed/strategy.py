@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,6 +27,7 @@ from .checks import (
 )
 from .config import fill, given_stage, read
 from .engine import destroy, destroy_all, environment, forget_groups, initialize
+from .order import GradientOrder
 from .state import EngineOptimizer, ZeroState
 
 
@@ -69,6 +71,7 @@ class DeepSpeed(ProcessGroupStrategy):
     options: DeepSpeedOptions
     engine: Any = None
     zero_state: ZeroState | None = None
+    gradient_order: GradientOrder | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -114,7 +117,7 @@ class DeepSpeed(ProcessGroupStrategy):
         broadcast_module(module)
         if self.optimizer is None:
             return
-        check_parameters(module)
+        check_parameters(module, self.stage)
         check_dense(module, self.name)
         check_optimizer(self.optimizer)
         assert self.filled, "expect() comes before place()"
@@ -123,6 +126,9 @@ class DeepSpeed(ProcessGroupStrategy):
         self.model = self.engine
         if self.stage:
             self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
+        if self.stage and self.world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self.gradient_order = GradientOrder(self.engine.optimizer, self.stage, store, self.rank)
         base = self.engine.optimizer.optimizer if self.stage else self.optimizer
         self.optimizer = EngineOptimizer(base, groups, self.step_engine)
 
@@ -162,6 +168,8 @@ class DeepSpeed(ProcessGroupStrategy):
     def step_engine(self) -> None:
         """One step of the engine, with the norm of this update, and clipping only where this update asked for it."""
         self.engine.step()
+        if self.gradient_order is not None:
+            self.gradient_order.agree()
         if self.stage:
             zero = self.engine.optimizer
             vars(zero).pop("_get_norm_groups", None)
@@ -232,7 +240,7 @@ class DeepSpeed(ProcessGroupStrategy):
         """Take the engine's hooks off, and forget it."""
         if self.engine is not None:
             destroy(self.engine)
-            self.engine = self.zero_state = None
+            self.engine = self.zero_state = self.gradient_order = None
 
     def tear_down(self) -> None:
         """Let go of the engine and leave the process group."""

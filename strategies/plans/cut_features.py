@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 from torch.utils._pytree import tree_leaves
 
-from ..gradient_norm import is_sharded
+from ..gradient_norm import cuts_tensor
 
 CUT, WHOLE, UNKNOWN = "cut", "whole", "unknown"  # what a layer of the plan takes and gives
 
@@ -52,7 +52,7 @@ def features(style: ParallelStyle) -> tuple[str, str]:
 def _kind(layouts: Any) -> str:
     if not isinstance(layouts, tuple) or len(layouts) != 1:
         return UNKNOWN
-    return CUT if is_sharded(layouts[0]) else WHOLE if isinstance(layouts[0], Replicate) else UNKNOWN
+    return CUT if cuts_tensor(layouts[0]) else WHOLE if isinstance(layouts[0], Replicate) else UNKNOWN
 
 
 class CutFeatures:

@@ -3,15 +3,14 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import checkpoint
-from .agreement import on_all_ranks
-from .module import TrainModule
-from .printing import say
-
-if TYPE_CHECKING:
-    from .fit import Fit
+from .. import checkpoint
+from ..agreement import on_all_ranks
+from ..arguments import FitArguments
+from ..module import TrainModule
+from ..printing import say
+from .run import Run
 
 # Their values are in the optimizer's groups, which a checkpoint holds.
 OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
@@ -20,11 +19,12 @@ OF_THE_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "
 WAY_OUT = "set ignore_data_skip=True, and the epoch begins anew"
 
 
-def compare(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
+def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any]) -> None:
     """Say once, on the main process, what differs between a run and the checkpoint that it goes on from. Collective.
 
     Args:
-        fit: not placed yet.
+        run: not begun yet.
+        module: of the run.
         path: the checkpoint.
         state: what ``checkpoint.read_state`` gave for it.
 
@@ -35,17 +35,17 @@ def compare(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
     said: list[str] = []
 
     def look() -> None:
-        if fit.strategy.is_main:
-            check_optimizer_name(fit, path, state)
-            said.extend([*argument_differences(fit, state), *data_differences(fit, path, state)])
-            said.extend(callback_differences(fit, state))
+        if run.strategy.is_main:
+            check_optimizer_name(run.args.optim, module, path, state)
+            said.extend([*argument_differences(run.args, state), *data_differences(run, path, state)])
+            said.extend(callback_differences(run, state))
 
-    on_all_ranks(fit.strategy, look, checkpoint.CheckpointError)
+    on_all_ranks(run.strategy, look, checkpoint.CheckpointError)
     for line in said:
         say(f"Resuming from {path}: {line}", sys.stderr)
 
 
-def check_optimizer_name(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
+def check_optimizer_name(optim: str, module: TrainModule, path: Path, state: Mapping[str, Any]) -> None:
     """Refuse an ``optim`` by another name, where the module doesn't make its optimizer by itself: adam and adamw, for
     two, have the same options.
 
@@ -53,17 +53,17 @@ def check_optimizer_name(fit: "Fit", path: Path, state: Mapping[str, Any]) -> No
         CheckpointError: names both.
     """
     saved = state["arguments"].get("optim")
-    makes_its_own = type(fit.module).configure_optimizer is not TrainModule.configure_optimizer
-    if saved is not None and saved != fit.args.optim and not makes_its_own:
+    makes_its_own = type(module).configure_optimizer is not TrainModule.configure_optimizer
+    if saved is not None and saved != optim and not makes_its_own:
         raise checkpoint.CheckpointError(
-            f"{path} was saved with another optimizer: optim={saved!r}; this run has optim={fit.args.optim!r}. Write "
+            f"{path} was saved with another optimizer: optim={saved!r}; this run has optim={optim!r}. Write "
             f"optim={saved!r}, or begin a new run from its weights."
         )
 
 
-def argument_differences(fit: "Fit", state: Mapping[str, Any]) -> list[str]:
+def argument_differences(args: FitArguments, state: Mapping[str, Any]) -> list[str]:
     """What differs, and which of the two counts."""
-    here, saved = fit.args.to_dict(), state["arguments"]
+    here, saved = args.to_dict(), state["arguments"]
 
     def different(names: tuple[str, ...]) -> str:
         return "; ".join(
@@ -73,7 +73,7 @@ def argument_differences(fit: "Fit", state: Mapping[str, Any]) -> list[str]:
         )
 
     found = []
-    if fit.args.resume_with == "checkpoint":
+    if args.resume_with == "checkpoint":
         counts = "The checkpoint's count; resume_with='arguments' lets this run's count."
     else:
         counts = "This run's count, as resume_with='arguments' says."
@@ -91,14 +91,14 @@ def argument_differences(fit: "Fit", state: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def data_differences(fit: "Fit", path: Path, state: Mapping[str, Any]) -> list[str]:
+def data_differences(run: Run, path: Path, state: Mapping[str, Any]) -> list[str]:
     """What differs in the order of samples, at the beginning of an epoch or where it begins anew.
 
     Raises:
         CheckpointError: it was saved in mid-epoch, which this run is to continue.
     """
     saved, arguments = state["data"], state["arguments"]
-    here = fit.stream.describe(reads_samples=saved.get("fingerprint") is not None)
+    here = run.stream.describe(reads_samples=saved.get("fingerprint") is not None)
     if "kind" not in saved:  # format 1: what its arguments say
         data_seed = arguments.get("data_seed")
         saved = {
@@ -107,7 +107,7 @@ def data_differences(fit: "Fit", path: Path, state: Mapping[str, Any]) -> list[s
             "workers": arguments.get("dataloader_num_workers"),
             **saved,
         }
-        if fit.args.shuffle != here["shuffle"] or fit.args.dataloader_num_workers != here["workers"]:
+        if run.args.shuffle != here["shuffle"] or run.args.dataloader_num_workers != here["workers"]:
             saved = {**saved, "shuffle": here["shuffle"], "workers": here["workers"]}  # a ready DataLoader's own
     compared = {
         "kind": "another kind of stream",
@@ -130,12 +130,12 @@ def data_differences(fit: "Fit", path: Path, state: Mapping[str, Any]) -> list[s
         and not (name == "fingerprint" and None in (saved[name], here[name]))
     ]
     position = state["data"]["position"]
-    samples = fit.stream.capacity()
+    samples = run.stream.capacity()
     if samples is not None and position > samples:
         differences.append(f"the checkpoint stands at {position}, and there are {samples}")
     if not differences:
         return []
-    if position and not fit.args.ignore_data_skip:
+    if position and not run.args.ignore_data_skip:
         raise checkpoint.CheckpointError(
             f"{path} was saved in the middle of an epoch, and this run's data has {'; '.join(differences)}. Samples "
             f"would be seen twice or never. Give it the data that it had; or {WAY_OUT}."
@@ -143,9 +143,9 @@ def data_differences(fit: "Fit", path: Path, state: Mapping[str, Any]) -> list[s
     return [f"the data has {'; '.join(differences)}. This run's count, from the beginning of an epoch on."]
 
 
-def callback_differences(fit: "Fit", state: Mapping[str, Any]) -> list[str]:
+def callback_differences(run: Run, state: Mapping[str, Any]) -> list[str]:
     """Callbacks that have a state on one side only."""
-    saved, here = state["callbacks"], fit.callbacks.stateful()
+    saved, here = state["callbacks"], run.callbacks.stateful()
     gone, new = [name for name in saved if name not in here], [name for name in here if name not in saved]
     found = []
     if gone:

@@ -22,41 +22,62 @@ import copy
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .arguments import FitArguments
-from .callbacks import Callback
-from .data import has_plain_sampler
-from .fresh import take_apart
-from .in_step import OtherRankError
-from .printing import say
-from .state import Control, TrainOutput, TrainState
-
-if TYPE_CHECKING:
-    from .fit import Fit
-
-OUT_OF_MEMORY = (
-    "out of memory",  # of extensions that raise no class of their own
-    "defaultcpuallocator: can't allocate memory",
-    "defaultcpuallocator: not enough memory",  # on Windows
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
-)
-"""What a RuntimeError says, in small letters, that means out of memory."""
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
+from ..callbacks import Callbacks
+from ..data import has_plain_sampler
+from ..in_step import OtherRankError
+from ..memory import MemoryByStage
+from ..module import TrainModule
+from ..printing import say
+from ..state import Control, TrainOutput
+from .out_of_memory import is_out_of_memory
+from .plan import Plan
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was asked for and not there."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
+class Restartable(Protocol):
+    """A Fit, as far as a run that begins again knows it.
+
+    Attributes:
+        strategy: set up.
+        plan: of the run; settled where a run has begun.
+        callbacks, control, memory: of the Fit.
+    """
+
+    strategy: Strategy
+    plan: Plan
+    callbacks: Callbacks
+    control: Control
+    memory: MemoryByStage
+
+    @property
+    def module(self) -> TrainModule:
+        """The module, placed or not."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether the module was given to the strategy."""
+
+    def place(self) -> None:
+        """Give the module to the strategy, once."""
+
+    def take_apart(self) -> None:
+        """Undo what a run made, and what placing did."""
+
+    def follow(self, plan: Plan) -> None:
+        """Have the next run follow a plan, over data that it cuts anew."""
+
+    def train_from(self, path: Path | None) -> TrainOutput:
+        """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
 
 
-def smaller(args: FitArguments, at_most: int) -> FitArguments | None:
+def with_smaller_batch(args: FitArguments, at_most: int) -> FitArguments | None:
     """The same samples an update by the largest micro-batch of at most so many samples; None where that is below 1."""
     total = args.per_device_train_batch_size * args.gradient_accumulation_steps
     for size in range(at_most, 0, -1):
@@ -65,7 +86,7 @@ def smaller(args: FitArguments, at_most: int) -> FitArguments | None:
     return None
 
 
-def checked(args: FitArguments, train_data: Any) -> FitArguments:
+def with_loader_batch_size(args: FitArguments, train_data: Any) -> FitArguments:
     """The arguments, with the batch size that a ready DataLoader brings where it is to be looked for.
 
     Raises:
@@ -83,18 +104,13 @@ def checked(args: FitArguments, train_data: Any) -> FitArguments:
     return args.replace(per_device_train_batch_size=train_data.batch_size)
 
 
-def found(fit: "Fit") -> int | None:
-    """The batch size of this run where it is smaller than the one asked for, else None."""
-    size = fit.args.per_device_train_batch_size
-    return size if size != fit.running.per_device_train_batch_size else None
-
-
-def find(fit: "Fit", path: Path | None) -> TrainOutput:
-    """``fit.run(path)``, begun again with a smaller batch as long as any rank is out of memory.
+def train(fit: Restartable, path: Path | None) -> TrainOutput:
+    """Train from a checkpoint, or from the beginning, and begin again with a smaller batch as long as any rank is out
+    of memory.
 
     Args:
         fit: before a run.
-        path: the checkpoint to resume from.
+        path: the checkpoint to resume from; None begins at the beginning.
 
     Returns:
         What the attempt that fitted into memory gave.
@@ -103,13 +119,13 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
         torch.OutOfMemoryError: micro-batches of one sample don't fit; the message has the figures.
         Exception: whatever else ended the run, where no rank was out of memory.
     """
-    begin_with(fit, size_in_checkpoint(fit.args, path))
+    follow_batch_size(fit, size_in_checkpoint(fit.plan.args, path))
     start = Start(fit)
     while True:
         try:
             with fit.strategy.attempt():
                 start.return_weights(fit)
-                output = fit.run(path)
+                output = fit.train_from(path)
                 fit.strategy.sum_on_host([0])  # a rank that is done must hear of one that is out of memory after it
             return output
         except BaseException as error:
@@ -123,8 +139,8 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
                 raise
             failure = error
         forget_frames(failure)
-        asked = fit.args
-        args = smaller(asked, at_most=asked.per_device_train_batch_size // 2)
+        asked = fit.plan.args
+        args = with_smaller_batch(asked, at_most=asked.per_device_train_batch_size // 2)
         start.take_back(fit)
         if args is None:
             start.return_weights(fit)
@@ -132,7 +148,7 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
                 f"Out of memory even with per_device_train_batch_size=1. {reason} What takes less memory: "
                 "gradient_checkpointing=True, a 16-bit precision, strategy='fsdp2' over more ranks, shorter samples."
             ) from failure
-        begin_with(fit, args)
+        follow_batch_size(fit, args)
         if fit.strategy.is_main:
             say(
                 f"Out of memory with per_device_train_batch_size={asked.per_device_train_batch_size}: beginning again "
@@ -142,32 +158,28 @@ def find(fit: "Fit", path: Path | None) -> TrainOutput:
             )
 
 
-def begin_with(fit: "Fit", args: FitArguments) -> None:
-    """Give the next attempt its batch size, and a stream of such batches."""
-    if args.per_device_train_batch_size != fit.args.per_device_train_batch_size:
-        fit.args = fit.running.replace(
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-        )
-        fit.stream = fit.train_stream()
+def follow_batch_size(fit: Restartable, args: FitArguments) -> None:
+    """Have the next attempt follow the batch size of some arguments, where that is another."""
+    if args.per_device_train_batch_size != fit.plan.args.per_device_train_batch_size:
+        fit.follow(fit.plan.with_batch_size(args))
 
 
 def size_in_checkpoint(args: FitArguments, path: Path | None) -> FitArguments:
     """The arguments, with a batch no larger than the one that was found by the run that is resumed."""
     if path is None:
         return args
-    from .checkpoint import read_state
+    from ..checkpoint import read_state
 
     size = read_state(path)["progress"].get("train_batch_size")
     if size is None or size >= args.per_device_train_batch_size:
         return args
-    fitting = smaller(args, at_most=size)
+    fitting = with_smaller_batch(args, at_most=size)
     assert fitting is not None
     return fitting
 
 
-def describe(fit: "Fit", error: BaseException) -> str:
-    """What was asked for, and the memory there is, for an error on this rank."""
+def describe(fit: Restartable, error: BaseException) -> str:
+    """Say what was asked for, and what memory there is, for an error on this rank."""
     now = f"{fit.memory.stage}_memory_"
     memory = ", ".join(
         f"{name.removeprefix(now).replace('_', ' ')} {size / 2**30:.3f} GiB"
@@ -194,24 +206,23 @@ class Start:
         fit: before the first attempt.
     """
 
-    def __init__(self, fit: "Fit") -> None:
+    def __init__(self, fit: Restartable) -> None:
         self.callbacks = copy.deepcopy(fit.callbacks.state_dict())
-        self.flags = fit.control.flags(), list(fit.exchange.asked), list(fit.exchange.agreed)
+        self.flags = fit.control.flags()
         self.weights = {name: tensor.cpu().clone() for name, tensor in weights(fit).items()} if fit.placed else None
         self.is_untouched = True
 
-    def take_back(self, fit: "Fit") -> None:
+    def take_back(self, fit: Restartable) -> None:
         """Undo an attempt, but for the weights: no rank has memory, connections or state left of it. Collective."""
         self.is_untouched = False
-        take_apart(fit)
+        fit.take_apart()
         fit.strategy.begin_again()
-        fit.stream = fit.train_stream()
+        fit.follow(fit.plan)
         fit.callbacks.load_state_dict(copy.deepcopy(self.callbacks))
-        flags, fit.exchange.asked, fit.exchange.agreed = self.flags
-        fit.control.set(flags)
+        fit.control.set(self.flags)
 
-    def return_weights(self, fit: "Fit") -> None:
-        """The weights of a module that had been trained before, in an attempt that isn't the first."""
+    def return_weights(self, fit: Restartable) -> None:
+        """Set the weights of a module that had been trained before, in an attempt that isn't the first."""
         if self.is_untouched or self.weights is None:
             return
         fit.place()
@@ -220,7 +231,7 @@ class Start:
                 tensor.copy_(self.weights[name])
 
 
-def weights(fit: "Fit") -> dict[str, Tensor]:
+def weights(fit: Restartable) -> dict[str, Tensor]:
     """What this rank holds of every parameter and buffer of the placed module, by name."""
     from torch.distributed.tensor import DTensor  # its import costs as much as torch's own
 
@@ -228,17 +239,3 @@ def weights(fit: "Fit") -> dict[str, Tensor]:
     return {
         name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in named.items()
     }
-
-
-class LogBatchSize(Callback):
-    """Logs a batch size that was found, once, when the first epoch that is trained with it begins."""
-
-    def on_epoch_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Log it, unless the run that is resumed has."""
-        size = state.train_batch_size
-        if size is not None and all(log.get("per_device_train_batch_size") != size for log in state.log_history):
-            sizes = {
-                "per_device_train_batch_size": size,
-                "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            }
-            context["fit"].log(sizes)

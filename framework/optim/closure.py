@@ -1,75 +1,56 @@
 """Optimizers that evaluate the loss several times in a step (LBFGS): a closure over the update's micro-batches."""
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..strategies.base import Strategy
-from .arguments import FitArguments
-
-if TYPE_CHECKING:
-    from .fit import Fit
-    from .objective import Count
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
 
 
 class Closure:
-    """Hands such an optimizer a function that computes the update's loss and gradients anew.
+    """Hands an optimizer a function that computes the update's loss and gradients anew.
 
     The first call in a step costs nothing: it gives what the loop has just computed.
 
     Args:
-        fit: placed; its optimizer needs a closure.
+        optimizer: needs a closure.
     """
 
-    def __init__(self, fit: "Fit") -> None:
-        self.fit = fit
-        self.known: Tensor | None = None
-        fit.optimizer.register_step_pre_hook(self.hand_over)
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._known: Tensor | None = None
+        self._compute_again: Callable[[], Tensor] | None = None
+        optimizer.register_step_pre_hook(self.hand_over)
 
     def hand_over(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Called before each step: its arguments, with the closure."""
+        """Add the closure to the arguments of a step. torch calls this before each."""
         return args, {**kwargs, "closure": self.evaluate}
 
-    def begin_update(self, micro_batches: list[Any], num_items: "Count | None", loss: Tensor) -> None:
+    def begin_update(self, loss: Tensor, compute_again: Callable[[], Tensor]) -> None:
         """Note what the next step is about.
 
         Args:
-            micro_batches: of the update.
-            num_items: in all of them; see Fit.get_batch_samples.
-            loss: their mean loss, whose gradients the parameters have.
+            loss: the update's mean loss, whose gradients the parameters have.
+            compute_again: computes that loss and its gradients at the weights as they are then.
         """
-        self.micro_batches, self.num_items, self.known = micro_batches, num_items, loss
+        self._known, self._compute_again = loss, compute_again
 
     def evaluate(self) -> Tensor:
         """The mean loss over the update's items at the weights as they are; gradients are those of this loss."""
-        if self.known is not None:
-            known, self.known = self.known, None
+        if self._known is not None:
+            known, self._known = self._known, None
             return known
-        fit, strategy = self.fit, self.fit.strategy
-        strategy.weights_have_changed()
-        fit.optimizer.zero_grad()
-        total: Tensor | None = None
-        with fit.averages.paused():  # the update's items were counted once
-            for left, inputs in zip(range(len(self.micro_batches) - 1, -1, -1), self.micro_batches, strict=True):
-                with strategy.accumulate(last=left == 0):
-                    loss = fit.training_step(strategy.model, inputs, self.num_items)
-                total = loss if total is None else total + loss
-        strategy.prepare_gradients()
-        assert total is not None
-        return total
+        assert self._compute_again is not None
+        return self._compute_again()
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether the optimizer's ``step`` can't be called without a closure."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is closure.empty
-
-
-def closure_for(fit: "Fit") -> Closure | None:
-    """A closure for an optimizer that needs one; None for all others."""
-    return Closure(fit) if needs_closure(fit.optimizer) else None
 
 
 def check_closure(optimizer: Optimizer, strategy: Strategy, args: FitArguments) -> None:

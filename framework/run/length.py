@@ -4,7 +4,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from .arguments import FitArguments
+from ..arguments import FitArguments
 
 
 class RunLength(NamedTuple):
@@ -73,7 +73,6 @@ def length_of_resumed(
     Args:
         args: as given, with ``max_steps`` unresolved.
         length: of a run that begins with the new global batch.
-        total_train_batch_size: samples in an update.
         total_train_batch_size: samples in an update.
         done: (updates, whole passes over the data, fraction of the next one).
 
