@@ -117,7 +117,8 @@ class Apex(Precision):
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scaler's."""
-        return self.amp.state_dict()
+        state: dict[str, Any] = self.amp.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the loss scaler; the state of a format without one leaves it as it is."""

@@ -3,7 +3,9 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
+
+Chosen = TypeVar("Chosen")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -22,11 +24,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def resolve(
     kind: str,
     choice: Any,
-    base: type,
+    base: type[Chosen],
     table: Mapping[str, tuple[str, Mapping[str, Any]]],
     aliases: Mapping[str, str],
     package: str,
-) -> Any:
+) -> Chosen:
     """An instance of ``base`` from a name in ``table``, or ``choice`` itself where it is one already.
 
     Args:
@@ -59,7 +61,8 @@ def resolve(
         raise ValueError(f"Unknown {kind} {choice!r}. {did_you_mean(choice, [*table, *aliases])}")
     location, options = table[name]
     file, _, class_name = location.partition(":")
-    return getattr(import_module(f"{package}.{file}"), class_name)(**options)
+    made: Chosen = getattr(import_module(f"{package}.{file}"), class_name)(**options)
+    return made
 
 
 def files_of(table: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:

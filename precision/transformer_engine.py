@@ -92,7 +92,7 @@ class TransformerEngine(BF16Mixed):
         """A te.Linear that computes as ``layer`` does."""
         # Its extra state, a pickle, would be one more name in checkpoints.
         plain = {"get_extra_state": nn.Module.get_extra_state, "set_extra_state": nn.Module.set_extra_state}
-        new = type("Linear", (self.te.Linear,), plain)(
+        new: nn.Module = type("Linear", (self.te.Linear,), plain)(
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,

@@ -279,7 +279,7 @@ class Strategy(Ranks, PlacedModule):
         if not gradients:
             return torch.zeros(())
         with torch.no_grad():  # torch.nn.utils.clip_grad_norm_ to the bit, without its sorting by device and dtype
-            norm = torch.linalg.vector_norm(torch.stack(norms(gradients)))
+            norm: Tensor = torch.linalg.vector_norm(torch.stack(norms(gradients)))
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

@@ -122,4 +122,5 @@ def compressed_average(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.fut
     buffer = bucket.buffer()
     compressed = buffer.to(dtype).div_(dist.get_world_size())
     work = dist.all_reduce(compressed, async_op=True)
-    return work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
+    averaged: torch.futures.Future[Tensor] = work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
+    return averaged
