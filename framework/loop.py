@@ -63,22 +63,25 @@ def train(steps: Steps, run: Run) -> None:
         steps.evaluate_in_training()
     for epoch in range(run.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
         control.should_epoch_stop = False
-        rescue.note_position()
+        if rescue is not None:
+            rescue.note_position()
         run.begin_epoch(epoch)
         batches = steps.batches(run.stream, epoch)
         run.restore_random_state()
         steps.objective.forget_past()
         emit("on_epoch_begin")
         while not (control.should_epoch_stop or control.should_training_stop):
-            rescue.note_position()
+            if rescue is not None:
+                rescue.note_position()
             micro_batches, num_items = steps.get_batch_samples(batches, micro_batches_per_update, strategy.device)
             if not micro_batches:
                 control.should_epoch_stop = True
                 break
             control.should_log = control.should_evaluate = control.should_save = False
             emit("on_step_begin")
+            if rescue is not None:
+                rescue.begin_update()
 
-            rescue.begin_update()
             update_loss: Tensor | None = None
             for index, inputs in enumerate(micro_batches, start=1):
                 last = index == len(micro_batches)
@@ -92,13 +95,10 @@ def train(steps: Steps, run: Run) -> None:
             strategy.prepare_gradients()
             run.clip(trainable)
             emit("on_pre_optimizer_step")
-            run.settle_schedule()  # of the update before, where loss scaling has only now told whether it stepped
-            state.begin_step(placement.optimizer.param_groups[0]["lr"])
             if placement.closure is not None:
                 compute_again = partial(compute_update, steps, run, micro_batches, num_items)
                 placement.closure.begin_update(update_loss, compute_again)
-            strategy.step()
-            run.note_step()
+            run.step()
             emit("on_optimizer_step")
             run.settle_known_schedule()
             for parameter in trainable:

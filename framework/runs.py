@@ -97,7 +97,8 @@ class Runs(Steps):
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
             except BaseException as error:
-                run.rescue.save(error, self.state.global_step, self._save_at_once)
+                if run.rescue is not None:
+                    run.rescue.save(error, self.state.global_step, self._save_at_once)
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 self.saver.abandon()

@@ -135,8 +135,9 @@ class Steps:
         Returns:
             This micro-batch's share of the update's mean loss, detached, 0-dim, on the device.
         """
-        strategy, objective, averages = self.strategy, self._objective, self._run.averages  # type: ignore[union-attr]
-        assert objective is not None
+        strategy, objective, run = self.strategy, self._objective, self._run
+        assert objective is not None and run is not None
+        averages = run.averages
         count = objective.count(inputs)
         averages.count(count, self._count_tokens(inputs))
         inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
@@ -211,9 +212,11 @@ class Steps:
             The 0-dim mean loss, or (loss, outputs). An override may return a mapping that holds "loss" in its place.
             One that reads ``num_items_in_batch``, and doesn't call this method, returns a sum over items divided by it.
         """
+        objective = self._objective
+        assert objective is not None
         with self.strategy.forward_context():
-            outputs = self.objective.forward(model, inputs)
-            loss, _ = self.objective.loss(outputs, inputs, num_items_in_batch)
+            outputs = objective.forward(model, inputs)
+            loss, _ = objective.loss(outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
@@ -236,7 +239,9 @@ class Steps:
             (batches, num_items); num_items is a tensor on the device where there are several ranks. It is None where
             no micro-batch is weighed against another.
         """
-        return read_update(self.run, self.objective, self._saver, epoch_iterator, num_batches, device)
+        run, objective = self._run, self._objective
+        assert run is not None and objective is not None
+        return read_update(run, objective, self._saver, epoch_iterator, num_batches, device)
 
     def get_train_dataloader(self) -> Any:
         """The stream of training batches of this rank. An override may return a DataLoader, a Dataset or an
@@ -363,7 +368,8 @@ class Steps:
         with self.placement.mode.evaluating():
             # The best evaluation is that of now: what is written in the background is published later.
             path = saver.save(partial(self._take_snapshot, saver), self.state.global_step, best.best_update(self.state))
-        run.rescue.note_saved(self.state.global_step)
+        if run.rescue is not None:
+            run.rescue.note_saved(self.state.global_step)
         self.emit("on_save", path=path)
         return path
 
