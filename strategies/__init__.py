@@ -10,14 +10,14 @@ from .base import Strategy
 from .registry import STRATEGIES, get_strategy
 
 if TYPE_CHECKING:
-    from .ddp import DDP
-    from .deepspeed import DeepSpeed
+    from .ddp.strategy import DDP
+    from .deepspeed.strategy import DeepSpeed
     from .dp import DP
-    from .fsdp1 import FSDP1
-    from .fsdp2 import FSDP2
+    from .fsdp1.strategy import FSDP1
+    from .fsdp2.strategy import FSDP2
     from .single import Single
     from .tensor_parallel import TensorParallel
-    from .xla import XLASPMD
+    from .xla.strategy import XLASPMD
 
 __all__ = [
     "DDP",

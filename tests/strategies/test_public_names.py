@@ -46,6 +46,14 @@ def test_the_classes_of_all_names_are_exported() -> None:
         assert location.partition(":")[2] in strategies.__all__
 
 
+@pytest.mark.parametrize("folder", ["ddp", "deepspeed", "fsdp1", "fsdp2", "xla"])
+def test_a_strategys_folder_has_its_class_and_options(folder: str) -> None:
+    package = import_module(f"stratagem.strategies.{folder}")
+    kind = getattr(strategies, next(name for name in package.__all__ if not name.endswith("Options")))
+    assert [getattr(package, name) for name in package.__all__] == [kind, kind.Options]
+    assert {*package.__all__} <= {*dir(package)}
+
+
 @pytest.mark.parametrize("package", [precision, strategies])
 def test_another_name_is_an_attribute_error(package) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(AttributeError, match=rf"module '{package.__name__}' has no attribute 'FSDP3'"):

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 from torch.utils._pytree import tree_leaves
 
-from .gradient_norm import cuts_tensor
+from ..gradient_norm import cuts_tensor
 
 CUT, WHOLE, UNKNOWN = "cut", "whole", "unknown"  # what a layer of the plan takes and gives
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..precision.names import did_you_mean
-from .base import RunDescription
+from ...precision.names import did_you_mean
+from ..base import RunDescription
 
 AUTO = "auto"
 DEFAULT_STAGE = 2

@@ -1,23 +1,23 @@
 """DeepSpeed's ZeRO: optimizer state, gradients and parameters cut over ranks, by the package's own engine."""
 
-import logging
-import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..precision.base import Precision
-from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
-from .deepspeed_checks import (
+from ...precision.base import Precision
+from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from ..duplicates import Part
+from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module
+from ..sparse_gradients import check_dense
+from .checks import (
     NO_NESTED_TENSORS,
     check_optimizer,
     check_package,
@@ -25,23 +25,10 @@ from .deepspeed_checks import (
     check_precision,
     met_nested,
 )
-from .deepspeed_config import fill, given_stage, read
-from .deepspeed_order import GradientOrder
-from .deepspeed_state import EngineOptimizer, ScalarsAsBytes, ZeroState
-from .duplicates import Part
-from .process_group import (
-    CONTEXT,
-    REPLICATE,
-    SHARD,
-    TENSOR,
-    ProcessGroupOptions,
-    ProcessGroupStrategy,
-    broadcast_module,
-)
-from .sparse_gradients import check_dense
-
-# Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
-ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
+from .config import fill, given_stage, read
+from .engine import destroy, destroy_all, environment, forget_groups, initialize
+from .order import GradientOrder
+from .state import EngineOptimizer, ZeroState
 
 
 @dataclass(frozen=True)
@@ -245,9 +232,8 @@ class DeepSpeed(ProcessGroupStrategy):
 
     def begin_again(self) -> None:
         """Let go of earlier runs' engines, too: ranks that wait for this one are woken when no one holds its groups."""
-        for engine in tuple(ENGINES):
-            destroy(engine)
-        forget_deepspeed_groups()
+        destroy_all()
+        forget_groups()
         super().begin_again()
 
     def leave_engine(self) -> None:
@@ -259,90 +245,5 @@ class DeepSpeed(ProcessGroupStrategy):
     def tear_down(self) -> None:
         """Let go of the engine and leave the process group."""
         self.leave_engine()
-        forget_deepspeed_groups()
+        forget_groups()
         super().tear_down()
-
-
-@contextmanager
-def environment() -> Iterator[None]:
-    """In here the variables are set that the package looks for; a process that stands alone has none of them."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 reads it again and again
-    wanted = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if not torch.accelerator.is_available():
-        wanted["DS_ACCELERATOR"] = "cpu"  # else it warns that it found none
-    missing = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(missing)
-    try:
-        yield
-    finally:
-        for name in missing:  # they would tell our own start that there are other ranks to meet
-            os.environ.pop(name, None)
-
-
-def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any]) -> Any:
-    """An engine around the module and its optimizer.
-
-    Args:
-        module, optimizer: whole; the engine cuts them.
-        filled: the config without an "auto".
-    """
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Shared memory for inference, which training doesn't use; it would be compiled at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The optimizer and the schedule are the run's own, which agree with these sections. Clipping is by the limit of
-    # each update, which may change from run to run.
-    config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
-    config["gradient_clipping"] = 0.0
-    names = [set(vars(parameter)) for parameter in module.parameters()]
-    restore_linear()
-    with environment(), ScalarsAsBytes():
-        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
-    ENGINES[engine] = names
-    return engine
-
-
-def restore_linear() -> None:
-    """Put torch's linear function back, which an engine of stage 3 replaces for all layers of the process, for good."""
-    partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    saved = getattr(getattr(partitioning, "InsertPostInitMethodToModuleSubClasses", None), "linear_bk", None)
-    if saved is not None:
-        nn.functional.linear = saved
-
-
-def destroy(engine: Any) -> None:
-    """Take an engine's hooks off, and apart what it consists of. Python never finds it by itself: it doesn't look
-    through hooks of parameters for cycles, and stage 3 keeps in globals the layers whose forward an exception ended and
-    the parameters to release after each layer.
-    """
-    names = ENGINES.pop(engine, None)
-    if names is None:
-        return
-    if not ENGINES:
-        restore_linear()
-    zero = engine.optimizer if engine.zero_optimization_stage() else None
-    engine.destroy()
-    engine.module_forward_pre_hook.remove()
-    engine.module_forward_post_hook.remove()
-    for parameter, own in zip(engine.module.parameters(), names, strict=True):
-        for name in vars(parameter).keys() - own:
-            del vars(parameter)[name]
-    for part in (getattr(zero, "parameter_offload", None), zero, engine):
-        if part is not None:
-            vars(part).clear()
-    offload = sys.modules["deepspeed.runtime.zero.parameter_offload"]
-    offload.FWD_MODULE_STACK.clear()
-    name = "_PartitionedParameterCoordinator__params_to_release"
-    for cell in vars(offload.PartitionedParameterCoordinator)[name].__closure__:  # DeepSpeed has wrapped it
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
-
-
-def forget_deepspeed_groups() -> None:
-    """Take the process groups out of DeepSpeed's globals, where it would find them in another world."""
-    groups, comm = sys.modules.get("deepspeed.utils.groups"), sys.modules.get("deepspeed.comm.comm")
-    if groups is not None and comm is not None:
-        for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
-            setattr(groups, name, None)
-        comm.cdb = None  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
-from .process_group import whole_of
+from ..mesh import whole_of
 
 
 class ZeroState:

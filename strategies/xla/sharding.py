@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .tensor_parallel_plan import check_cut, cut_dimension, styles_by_layer
+from ..plans.plan import check_cut, cut_dimension, styles_by_layer
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")  # of a mesh, outermost first
 
@@ -63,6 +63,11 @@ def dimensions_by_plan(module: nn.Module, degree: int) -> dict[int, int]:
                     'Cut both by the same ("embedding" and "colwise_gather"), or neither.'
                 )
     return found
+
+
+def by_samples(tensor: Tensor) -> Partition:
+    """The first dimension cut over all devices that hold different samples."""
+    return ((DATA, FSDP), *[None] * (tensor.ndim - 1))
 
 
 def mark(tensor: Tensor, mesh: Any, axes: Partition) -> None:

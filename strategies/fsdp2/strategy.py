@@ -15,31 +15,20 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._pytree import tree_map
 
-from ..precision.base import ShapesOnRank
-from ..precision.products import casts, float32_slots
-from ..precision.quantized import check_storage
-from .base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
-from .cut_features import CutFeatures
+from ...precision.base import ShapesOnRank
+from ...precision.products import casts, float32_slots
+from ...precision.quantized import check_storage
+from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from ..gradient_norm import clip_by_norm
+from ..materialize import materialize
+from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR, split_world, submesh, whole_of
+from ..plans.cut_features import CutFeatures
+from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
+from ..sparse_gradients import check_dense
+from ..used_outside import UsedOutside
+from ..whole_parameters import whole_parameters
 from .gathering import gather_by_parameter
-from .gradient_norm import clip_by_norm
-from .materialize import materialize
-from .process_group import (
-    CONTEXT,
-    REPLICATE,
-    SHARD,
-    TENSOR,
-    ProcessGroupOptions,
-    ProcessGroupStrategy,
-    broadcast_module,
-    move_module,
-    split_world,
-    submesh,
-    whole_of,
-)
-from .sparse_gradients import check_dense
-from .tensor_parallel_plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
-from .used_outside import UsedOutside
-from .whole_parameters import whole_parameters
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel

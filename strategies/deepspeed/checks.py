@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..precision.base import Precision
+from ...precision.base import Precision
 
 # What the engine does itself, so that no number format can do it its own way.
 VERBS_OF_ENGINE = (

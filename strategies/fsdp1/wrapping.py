@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..precision.products import MULTIPLYING, Slot, own_parameters
+from ...precision.products import MULTIPLYING, Slot, own_parameters
 
 WHOLE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """torch's own layers that read the parameters of layers inside them, which must therefore be whole when they do."""

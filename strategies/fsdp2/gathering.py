@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-from ..precision.products import Slot
+from ...precision.products import Slot
 
 
 class InFloat32(FSDPParam):

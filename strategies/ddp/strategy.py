@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..precision.base import Precision
-from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
-from .process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_scales
+from ...precision.base import Precision
+from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_scales
 from .replicas import Replicas
 
 

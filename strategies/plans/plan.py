@@ -18,10 +18,10 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.optim import Optimizer
 
-from ..precision.names import did_you_mean
-from ..precision.quantized import is_quantized
+from ...precision.names import did_you_mean
+from ...precision.quantized import is_quantized
+from ..mesh import mesh_of
 from .cut_features import CUT, WHOLE, CutFeatures, Gather
-from .process_group import mesh_of
 from .ready_plans import ready_plan, refusal
 
 Plan = Mapping[str, "str | ParallelStyle"]

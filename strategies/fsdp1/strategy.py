@@ -16,26 +16,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
 
-from ..precision.products import casts, float32_slots
-from ..precision.quantized import check_storage
-from .base import ConfigureOptimizer, Prepare, nothing_to_prepare
-from .duplicates import Part
-from .gradient_norm import clip_by_norm
-from .materialize import has_meta, materialize
-from .process_group import (
-    CONTEXT,
-    REPLICATE,
-    SHARD,
-    TENSOR,
-    ProcessGroupOptions,
-    ProcessGroupStrategy,
-    broadcast_module,
-    move_module,
-    split_world,
-)
-from .sparse_gradients import check_dense
-from .used_outside import UsedOutside
-from .whole_parameters import is_indivisible_or_integer, whole_parameters
+from ...precision.products import casts, float32_slots
+from ...precision.quantized import check_storage
+from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
+from ..duplicates import Part
+from ..gradient_norm import clip_by_norm
+from ..materialize import has_meta, materialize
+from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR, split_world
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
+from ..sparse_gradients import check_dense
+from ..used_outside import UsedOutside
+from ..whole_parameters import is_indivisible_or_integer, whole_parameters
 from .wrapping import wrapped_layers
 
 WRAPPER = "_fsdp_wrapped_module."
