@@ -107,7 +107,7 @@ class GreedyLR(LRScheduler):
         self.good, self.passed_over, self.resets_in = 0, self.warmup, self.reset_start
 
     def decrease(self) -> None:
-        """Lower the learning rates, down to the lower bound; after ``reset_start`` times there, restore the first ones."""
+        """Lower the learning rates, down to the bound; after ``reset_start`` times there, go back to the first ones."""
         for group in self.optimizer.param_groups:
             rate = max(float(group["lr"]) * self.factor, self.min_lr)
             if float(group["lr"]) - rate > self.eps:
