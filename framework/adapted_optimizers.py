@@ -1,4 +1,4 @@
-"""Optimizers of packages, with what they remember where a checkpoint finds it: tensors in state, numbers in groups."""
+"""Optimizers of packages, changed so that a checkpoint finds their memory: tensors in state, numbers in groups."""
 
 import logging
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import torch
 
 
 def count_in_numbers(optimizer: Any) -> None:
-    """Make numbers of the counters that a checkpoint gave back as tensors, on the host: bias corrections are computed
-    from them, in float32 where they are tensors.
+    """Turn the step counters that a checkpoint gave back as tensors on the host into numbers: bias corrections are
+    computed from them, and would be in float32 where the counters are tensors.
     """
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
@@ -17,7 +17,7 @@ def count_in_numbers(optimizer: Any) -> None:
 
 
 def grok_adamw() -> Callable[..., Any]:
-    """The class of the package grokadamw, whose moments are inside the parameter groups, with them in ``state``.
+    """Return the optimizer of the package grokadamw, with its moments in ``state`` and not inside the parameter groups.
 
     Raises:
         ImportError: the package isn't installed.
@@ -25,14 +25,14 @@ def grok_adamw() -> Callable[..., Any]:
     level = logging.getLogger().level
     from grokadamw import GrokAdamW as Original
 
-    logging.getLogger().setLevel(level)  # the package has just lowered it for the whole process
+    logging.getLogger().setLevel(level)  # importing the package lowers it for the whole process
 
     class GrokAdamW(Original):
-        """Lends the moments to the groups for a step."""
+        """Keeps the moments in ``state``, and puts them into the groups for the time of a step."""
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> None:
-            """Step."""
+            """Step the optimizer."""
             assert closure is None, "nothing here calls a closure"
             count_in_numbers(self)
             for group in self.param_groups:
@@ -47,7 +47,7 @@ def grok_adamw() -> Callable[..., Any]:
 
 
 def stable_adamw() -> Callable[..., Any]:
-    """The class of the package torch-optimi, which counts updates in a tensor of each group, with a number there.
+    """Return StableAdamW of the package torch-optimi, with a number in each group, and no tensor, that counts updates.
 
     Raises:
         ImportError: the package isn't installed.
@@ -55,21 +55,21 @@ def stable_adamw() -> Callable[..., Any]:
     from optimi import StableAdamW as Original
 
     class StableAdamW(Original):
-        """Makes tensors of the groups' counters for a step."""
+        """Counts updates in numbers, which are tensors for the time of a step."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.counters_as(int)
 
         def step(self, closure: Callable[[], float] | None = None, param: Any = None) -> None:
-            """Step."""
+            """Step the optimizer."""
             assert closure is None and param is None, "nothing here calls a closure"
             self.counters_as(lambda count: torch.tensor(count, dtype=torch.int32))
             super().step()
             self.counters_as(int)
 
         def counters_as(self, kind: Callable[[Any], Any]) -> None:
-            """Change what the groups count with; the tensor is the host's, so that nothing waits."""
+            """Convert the counter of each group. A tensor is on the host, so that nothing waits for the device."""
             for group in self.param_groups:
                 if "step" in group:
                     group["step"] = kind(group["step"])

@@ -197,13 +197,13 @@ class ArgumentFields:
 
     @property
     def best_metric(self) -> str:
-        """The full name of the metric that tells which evaluation is best."""
+        """The full name of the metric that tells which evaluation is best, as "eval_loss"."""
         name = self.metric_for_best_model or "loss"
         return name if name.startswith("eval_") else f"eval_{name}"
 
     @property
     def more_is_better(self) -> bool:
-        """Whether more of the best metric is better."""
+        """Whether a higher value of ``best_metric`` is better."""
         return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
 
     @property
@@ -215,7 +215,7 @@ class ArgumentFields:
         """Return a copy with some fields changed.
 
         Raises:
-            TypeError: a name that isn't a field; the message says what to write instead, or suggests the nearest.
+            TypeError: a name isn't that of a field; the message says what to write instead, or suggests a name.
         """
         return dataclasses.replace(self, **changes)
 

@@ -1,4 +1,4 @@
-"""The ranges of FitArguments' numbers and words, and options that have no effect without another."""
+"""The ranges of the arguments that are numbers or words, and the arguments that have no effect without another."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ NEED_WORKERS: tuple[tuple[str, Any], ...] = (
 
 
 def problems(args: ArgumentFields) -> list[tuple[str, str]]:
-    """(field, why it can't work and what to write instead), for every field that can't."""
+    """Return (field, why it can't work and what to write instead) for every field whose value is out of its range."""
     found: list[tuple[str, str]] = []
 
     def require(name: str, holds: bool, why: str) -> None:
@@ -78,7 +78,7 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
         "them out",
     )
     if args.torch_compile and args.torch_compile_backend is not None:
-        from torch._dynamo import list_backends  # two seconds that only runs that compile pay
+        from torch._dynamo import list_backends  # importing it takes two seconds
 
         backends = list_backends(exclude_tags=())
         is_there = args.torch_compile_backend in backends

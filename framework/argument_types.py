@@ -1,4 +1,4 @@
-"""What FitArguments' fields may hold: their types as they are declared, options as text, an optimizer as its path."""
+"""What the fields of arguments may hold: their declared types, options as text, an optimizer as its path."""
 
 import ast
 import dataclasses
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
 
     class Options(dict):
-        """Options by name; also from text, as a command line gives them: JSON, or "name=value,name=value".
+        """Options by name, from a mapping or from text as a command line gives it: JSON, or "name=value,name=value".
 
         Raises:
             ValueError: the text is neither.
@@ -31,7 +31,7 @@ else:
 
 
 def read_options(text: str) -> dict[str, Any]:
-    """Options from text.
+    """Read options from text.
 
     Raises:
         ValueError: the text is neither JSON nor "name=value,name=value".
@@ -45,7 +45,7 @@ def read_options(text: str) -> dict[str, Any]:
 
 
 def literal(text: str) -> Any:
-    """The Python value that a text is; the text itself where it is none."""
+    """Return the Python value that a text is, or the text itself where it is none."""
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
@@ -59,7 +59,7 @@ fields themselves.
 
 
 def find_allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]]:
-    """(field, the types that fit it, how an error calls them) of a dataclass."""
+    """Return (field, the types that fit it, how an error names them) of each field of a dataclass."""
     found = []
     for name, kind in hints(arguments).items():
         allowed = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
@@ -72,12 +72,12 @@ allowed_types: Callable[[Any], list[tuple[str, tuple[Any, ...], str]]] = cache(f
 
 
 def type_problems(arguments: Any) -> list[tuple[str, str]]:
-    """(field, what it must hold) for every field that holds something of another type."""
+    """Return (field, what it must hold) for every field that holds something of another type."""
     found = []
     for name, allowed, wanted in allowed_types(type(arguments)):
         value = getattr(arguments, name)
         fits = isinstance(value, allowed)
-        if isinstance(value, bool):  # an int to Python, and a mistake where a number is asked for
+        if isinstance(value, bool):  # a bool is an int to Python, and a mistake where a number is asked for
             fits = bool in allowed
         if not fits:
             found.append((name, f"must be {wanted}, not {type(value).__name__}"))
@@ -85,7 +85,7 @@ def type_problems(arguments: Any) -> list[tuple[str, str]]:
 
 
 def as_options(given: Any) -> Any:
-    """Options from a mapping, a text or None; anything else as it is."""
+    """Return options for a mapping, a text or None, and anything else as it is."""
     if given is None:
         return Options()
     if isinstance(given, str):
@@ -94,10 +94,10 @@ def as_options(given: Any) -> Any:
 
 
 def path_of(made_by: Any) -> str:
-    """Where a class or function is imported from, "package.module.name": what a checkpoint can say of it.
+    """Return the path that a class or function is imported from, "package.module.name", which a checkpoint can hold.
 
     Raises:
-        ValueError: it can't be found there.
+        ValueError: importing the path doesn't lead to the class or function.
 
     Example:
         >>> path_of(torch.optim.NAdam)
@@ -117,7 +117,7 @@ def path_of(made_by: Any) -> str:
 
 
 def load(path: str) -> Any:
-    """What a path "package.module.name" leads to.
+    """Import what a path "package.module.name" names.
 
     Raises:
         ValueError: there is nothing of that name.
@@ -130,7 +130,7 @@ def load(path: str) -> Any:
 
 
 def descriptions(arguments: type) -> dict[str, str]:
-    """What a dataclass's docstring says of each field, in its section "Args"."""
+    """Return what the docstring of a dataclass says of each field, in its section "Args"."""
     text = cleandoc(arguments.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
     found: dict[str, str] = {}
     names: list[str] = []
@@ -144,14 +144,14 @@ def descriptions(arguments: type) -> dict[str, str]:
 
 
 def with_help(arguments: type) -> type:
-    """The dataclass with its docstring's words in each field's metadata, where parsers look for the help of an option.
+    """Put what the docstring says of each field into the metadata of the field, where parsers look for help texts.
 
     Args:
         arguments: a dataclass whose fields have no metadata.
     """
     said: Mapping[str, str] = descriptions(arguments)
     for declared in dataclasses.fields(arguments):
-        # argparse formats a help text with "%".
+        # A "%" is doubled, since argparse formats help texts.
         help_text = said[declared.name].replace("``", "").replace("%", "%%")
         declared.metadata = MappingProxyType({"help": help_text})
     return arguments

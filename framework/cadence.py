@@ -1,4 +1,4 @@
-"""When a log, an evaluation and a checkpoint are due, as the arguments say; the same on every rank."""
+"""The cadence of logs, evaluations and checkpoints: when each is due, the same on every rank."""
 
 import math
 
@@ -6,32 +6,32 @@ from .argument_fields import ArgumentFields, Arguments
 from .state import Control, TrainState
 
 CADENCES = ("no", "steps", "epoch")
-BEST = "best"  # of save_strategy alone
+BEST = "best"  # a value of save_strategy alone
 STEPS = ("logging_steps", "eval_steps", "save_steps")
-"""The arguments that count updates, or are a fraction of the run."""
+"""The arguments that are a number of updates or a fraction of the run."""
 
 
 def is_number_or_fraction(steps: float | None) -> bool:
-    """Whether this can be a cadence; None stands for another argument's."""
+    """Return whether this is a number of updates, a fraction of the run, or None (another argument's value)."""
     return steps is None or 0 < steps < 1 or (steps >= 1 and float(steps).is_integer())
 
 
 def in_updates(steps: float, max_steps: int) -> int:
-    """Updates between two events.
+    """Return the number of updates between two events.
 
     Args:
-        steps: as the argument says it: a number of updates, or a fraction of the run, in (0, 1).
+        steps: as the user gave it: a number of updates, or a fraction of the run, in (0, 1).
         max_steps: the length of the run.
 
     Returns:
-        A fraction rounded up, as in transformers: 0.3 of 25 updates are 8.
+        A whole number of updates. A fraction is rounded up, as in transformers: 0.3 of 25 updates are 8.
     """
-    # Rounded first, so that 0.07 of 100 updates, in floating point 7.000000000000001, are 7.
+    # The product is rounded first, so that 0.07 of 100 updates, in floating point 7.000000000000001, are 7.
     return int(steps) if steps >= 1 else math.ceil(round(steps * max_steps, 6)) or 1
 
 
 def problems(args: ArgumentFields) -> list[tuple[str, str]]:
-    """(field, why it can't work and what to write instead), for every field that says when and can't."""
+    """Return (field, why it can't work and what to write instead) for every field of the cadence that can't work."""
     found: list[tuple[str, str]] = []
 
     def require(name: str, holds: bool, why: str) -> None:
@@ -84,8 +84,8 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
 
 
 def spacing(args: ArgumentFields) -> tuple[float, float]:
-    """What lies between two evaluations and between two checkpoints: updates, or still a fraction of the run where its
-    length isn't known yet. Fit asks again when it is.
+    """Return what lies between two evaluations, and between two checkpoints: updates, or a fraction of the run where
+    its length isn't known yet. The rules are checked again once the length is known.
     """
     steps = args.eval_every or 1, args.save_steps
     if args.max_steps < 1:
@@ -94,10 +94,13 @@ def spacing(args: ArgumentFields) -> tuple[float, float]:
 
 
 def resolve(args: Arguments, max_steps: int) -> Arguments:
-    """The arguments with the length of the run, and every number of updates that depends on it, filled in.
+    """Fill in the length of the run, and every number of updates that depends on it.
+
+    Returns:
+        A copy of the arguments.
 
     Raises:
-        ValueError: they contradict each other at this length.
+        ValueError: the arguments contradict each other at this length.
     """
     given = {name: getattr(args, name) for name in STEPS}
     counted = {name: in_updates(steps, max_steps) for name, steps in given.items() if steps is not None}

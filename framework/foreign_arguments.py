@@ -1,4 +1,4 @@
-"""What transformers and Lightning call things that are said otherwise here: their name to what to write."""
+"""Arguments of transformers and Lightning that have another form here: their names to what to write."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,7 +19,7 @@ COMPILES = "Write torch_compile=True, with torch_compile_backend and torch_compi
 DISPLAY = "Write progress=False for no display; warnings go through Python's warnings."
 
 TRANSFORMERS: Mapping[str, str] = {
-    # TrainingArguments of transformers 5.
+    # Fields of TrainingArguments in transformers 5.
     "bf16": PRECISION,
     "fp16": PRECISION,
     "bf16_full_eval": f"Here {EVALUATES_SO}.",
@@ -83,7 +83,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "do_predict": CALLED,
     "resume_from_checkpoint": "Write fit.train(resume_from_checkpoint=...).",
     "local_rank": "torchrun sets it, or Fit(devices=...) does: leave it out.",
-    # TrainingArguments of earlier versions.
+    # Fields of TrainingArguments in earlier versions.
     "overwrite_output_dir": "Checkpoints are never overwritten; train(resume_from_checkpoint=True) goes on from them.",
     "evaluation_strategy": "Write eval_strategy.",
     "group_by_length": "Write train_sampling_strategy='group_by_length'.",
@@ -113,7 +113,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "mp_parameters": STRATEGY,
     "save_safetensors": "Checkpoints are safetensors and JSON: leave it out.",
     "warmup_step": "Write warmup_steps.",
-    # Trainer.
+    # Arguments of transformers' Trainer, and of Lightning's.
     "model": "The first argument is the module: Fit(TrainModule.wrap(model), ...).",
     "train_dataset": "Write train_data=.",
     "eval_dataset": "Write eval_data=.",
@@ -195,11 +195,11 @@ DIFFERENT: Mapping[str, str] = {
     "debug": '"" or "underflow_overflow"',
     "metric_for_best_model": '"loss" also where checkpoints aren\'t loaded',
 }
-"""Arguments of transformers' name that are not quite the same here."""
+"""Arguments that have the same name in transformers, and aren't quite the same here."""
 
 FOREIGN: Mapping[str, str] = {**GENERAL, **LIGHTNING, **TRANSFORMERS}
 
 
 def unknown_argument(name: str, known: Iterable[str]) -> str:
-    """What to say of an argument that FitArguments doesn't have: what to write here instead, or the nearest names."""
+    """Return the error text for an argument that doesn't exist: what to write instead, or the nearest name."""
     return f"Fit has no argument {name!r}. {FOREIGN.get(name) or did_you_mean(name, known)}"

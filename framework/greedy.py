@@ -1,4 +1,4 @@
-"""GreedyLR: a learning rate that grows while a metric improves, and shrinks while it doesn't."""
+"""GreedyLR, a schedule whose learning rate grows while a metric improves, and shrinks while it doesn't."""
 
 from collections import deque
 from typing import Any
@@ -12,18 +12,18 @@ class GreedyLR(LRScheduler):
     after as many failures ("GreedyLR: A Novel Adaptive Learning Rate Scheduler", 2025); options as in transformers.
 
     Args:
-        optimizer: its groups' learning rates are where it begins.
+        optimizer: the learning rates of its groups are the first ones.
         mode: "min" where less of the metric is better, else "max".
-        factor: below 1.
-        patience: that many evaluations in a row change nothing yet.
-        threshold: an improvement by no more than this is none.
-        threshold_mode: whether that is "abs", or a part of the best value ("rel").
-        cooldown, warmup: evaluations that are passed over after a decrease, and after an increase.
-        min_lr, max_lr: the bounds.
-        eps: a smaller change of the rate isn't made.
+        factor: what the learning rate is multiplied by, or divided by; below 1.
+        patience: how many improvements, or failures, in a row change nothing yet.
+        threshold: an improvement by no more than this counts as a failure.
+        threshold_mode: whether ``threshold`` is a difference ("abs"), or a part of the best value ("rel").
+        cooldown, warmup: how many evaluations are passed over after a decrease, and after an increase.
+        min_lr, max_lr: the bounds of the learning rate.
+        eps: a change of the learning rate by no more than this isn't made.
         smooth: judge the mean over the last ``window_size`` values.
         window_size: see ``smooth``.
-        reset_start: decreases at the lower bound after which it all begins again.
+        reset_start: how many decreases at the lower bound end in the first learning rates again.
 
     Raises:
         ValueError: a value is out of its range.
@@ -64,14 +64,14 @@ class GreedyLR(LRScheduler):
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Forget every value there was."""
+        """Forget all values of the metric."""
         self.best: float | None = None
         self.good = self.bad = self.passed_over = 0
         self.resets_in = self.reset_start
         self.window: deque[float] = deque(maxlen=self.window_size)
 
     def step(self, metrics: float) -> None:  # type: ignore[override]
-        """Judge a value of the metric."""
+        """Take in a value of the metric, and change the learning rate where it is time to."""
         value = float(metrics)
         if self.smooth:
             self.window.append(value)
@@ -92,14 +92,14 @@ class GreedyLR(LRScheduler):
         self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def is_better(self, value: float) -> bool:
-        """Whether a value is better than the best one by more than the threshold."""
+        """Return whether a value is better than the best one by more than the threshold."""
         if self.best is None:
             return True
         margin = self.threshold * self.best if self.relative else self.threshold
         return self.sign * value < self.sign * self.best - margin
 
     def increase(self) -> None:
-        """Raise the rates, up to the upper bound."""
+        """Raise the learning rates, up to the upper bound."""
         for group in self.optimizer.param_groups:
             rate = min(float(group["lr"]) / self.factor, self.max_lr)
             if rate - float(group["lr"]) > self.eps:
@@ -107,7 +107,7 @@ class GreedyLR(LRScheduler):
         self.good, self.passed_over, self.resets_in = 0, self.warmup, self.reset_start
 
     def decrease(self) -> None:
-        """Lower the rates, down to the lower bound; begin again where they have been there for long."""
+        """Lower the learning rates, down to the bound; after ``reset_start`` times there, go back to the first ones."""
         for group in self.optimizer.param_groups:
             rate = max(float(group["lr"]) * self.factor, self.min_lr)
             if float(group["lr"]) - rate > self.eps:
@@ -121,10 +121,10 @@ class GreedyLR(LRScheduler):
                 self.begin_again()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds, in JSON types; the options are the arguments'."""
+        """Return what a checkpoint holds, in JSON types. The options aren't in it: they are arguments of the run."""
         kept = ("best", "good", "bad", "passed_over", "resets_in", "last_epoch", "_last_lr", "first_rates")
         return {**{name: getattr(self, name) for name in kept}, "window": list(self.window)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; the optimizer's checkpoint has the rates."""
+        """Go on from a saved state. The learning rates are in the state of the optimizer."""
         self.__dict__.update({**state_dict, "window": deque(state_dict["window"], maxlen=self.window_size)})

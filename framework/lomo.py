@@ -1,4 +1,4 @@
-"""LOMO and AdaLOMO: each parameter is updated in backward, as soon as its gradient is there, which is then freed."""
+"""LOMO and AdaLOMO, which update a parameter in backward as soon as its gradient is there, and free the gradient."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,10 +13,10 @@ from ..strategies.base import Strategy
 
 
 class UpdatesInBackward(Optimizer):
-    """What LOMO and AdaLOMO share: between ``train()`` and ``eval()`` a backward consumes gradients one by one.
+    """The base of LOMO and AdaLOMO: between ``train()`` and ``eval()``, a backward consumes gradients one by one.
 
-    A gradient lives only from the moment it is complete to its parameter's update, so that no more than one is in
-    memory. The learning rate is read from the group with each. ``step()`` has nothing left to do.
+    A gradient lives only from the moment when it is complete to the update of its parameter, so that no more than one
+    is in memory. Each update reads the learning rate from its group. ``step()`` has nothing left to do.
 
     Args:
         params: parameters or groups of them.
@@ -30,7 +30,7 @@ class UpdatesInBackward(Optimizer):
         self.handles: list[RemovableHandle] = []
 
     def train(self) -> None:
-        """From here on, a backward updates."""
+        """Have a backward update parameters from here on."""
         if not self.handles:
             self.handles = [
                 parameter.register_post_accumulate_grad_hook(partial(self._consume, index))
@@ -39,7 +39,7 @@ class UpdatesInBackward(Optimizer):
             ]
 
     def eval(self) -> None:
-        """From here on, a backward accumulates gradients as ever."""
+        """Have a backward accumulate gradients, as usual, from here on."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -49,7 +49,7 @@ class UpdatesInBackward(Optimizer):
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None, "the hook follows the accumulation"
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        updated = parameter.to(wide)  # itself where it is float32 already
+        updated = parameter.to(wide)  # the parameter itself where it is float32 already
         self.update(updated, gradient.to(wide), self.state[parameter], self.param_groups[index])
         if updated is not parameter:
             parameter.copy_(updated)
@@ -58,15 +58,15 @@ class UpdatesInBackward(Optimizer):
         """Update a parameter in place.
 
         Args:
-            parameter: at least in float32.
+            parameter: in float32 or wider.
             gradient: in the same dtype; may be changed.
-            state: of this parameter; empty before its first update.
-            group: its options, with the learning rate of this update as "lr".
+            state: what is remembered of this parameter; empty before its first update.
+            group: the options of its group, with the learning rate of this update as "lr".
         """
         raise NotImplementedError
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Nothing: backward has updated."""
+        """Do nothing: backward has made the updates."""
         assert closure is None, "a closure's backward would update each time it is called"
 
 
@@ -77,7 +77,7 @@ class Lomo(UpdatesInBackward):
     Args:
         params: parameters or groups of them.
         lr: learning rate.
-        weight_decay: each update takes lr times this of a parameter away.
+        weight_decay: each update takes lr times this part of a parameter away.
         clip_grad_value: entries of gradients are cut to this size; None leaves them.
 
     Raises:
@@ -101,7 +101,7 @@ class Lomo(UpdatesInBackward):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "clip_grad_value": clip_grad_value})
 
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """A step of gradient descent."""
+        """Make a step of gradient descent."""
         if group["clip_grad_value"] is not None:
             gradient.clamp_(-group["clip_grad_value"], group["clip_grad_value"])
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(gradient, alpha=group["lr"])
@@ -114,8 +114,8 @@ class AdaLomo(UpdatesInBackward):
     Args:
         params: parameters or groups of them.
         lr: learning rate, relative to the root mean square of each parameter.
-        weight_decay: each update takes its step size times this of a parameter away.
-        eps: added to squared gradients; the least root mean square that a parameter is taken to have.
+        weight_decay: each update takes its step size times this part of a parameter away.
+        eps: what is added to squared gradients, and the least root mean square that a parameter is taken to have.
         clip_threshold: the largest root mean square of an update before it is scaled.
         decay_rate: in update t the new squares have a weight of t^decay_rate in their running mean.
     """
@@ -133,7 +133,7 @@ class AdaLomo(UpdatesInBackward):
         super().__init__(params, {**defaults, "clip_threshold": clip_threshold, "decay_rate": decay_rate})
 
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """A step whose size is relative to the parameter's."""
+        """Make a step whose size is relative to that of the parameter."""
         shape, is_matrix = parameter.shape, parameter.ndim > 1
         if not state:
             shapes = {"row": shape[:-1], "column": shape[:-2] + shape[-1:]} if is_matrix else {"square": shape}
@@ -154,22 +154,22 @@ class AdaLomo(UpdatesInBackward):
 
 
 def root_mean_square(tensor: Tensor) -> Tensor:
-    """0-dim; stays on the device."""
+    """Return the root mean square of a tensor, 0-dim, on its device."""
     return tensor.norm() / tensor.numel() ** 0.5
 
 
 def check_update_in_backward(
     optimizer: str, strategy: Strategy, max_grad_norm: float, gradient_accumulation_steps: int
 ) -> None:
-    """Refuse a run in which a gradient isn't what the update needs at the moment backward has made it.
+    """Refuse a run in which backward makes gradients that aren't ready for an update at once.
 
     Args:
-        optimizer: its name, for the message.
-        strategy: set up, with the precision it runs in.
+        optimizer: the name of the optimizer, for the message.
+        strategy: set up, with the precision of the run.
         max_grad_norm, gradient_accumulation_steps: see FitArguments.
 
     Raises:
-        ValueError: says what can't work and what to write instead.
+        ValueError: the message says what can't work and what to write instead.
     """
     problems = [why for _, why in argument_problems(max_grad_norm, gradient_accumulation_steps)]
     if not strategy.gradients_are_final_in_backward:
@@ -186,7 +186,7 @@ def check_update_in_backward(
 
 
 def argument_problems(max_grad_norm: float, gradient_accumulation_steps: int) -> list[tuple[str, str]]:
-    """(argument, why it can't work with updates in backward) for those that can't."""
+    """Return (argument, why it can't work with updates in backward) for arguments that can't work."""
     found = []
     if max_grad_norm:
         found.append(

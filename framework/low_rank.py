@@ -1,4 +1,4 @@
-"""GaLore and APOLLO: moments of gradients that are projected to a few rows or columns; their state as plain tensors."""
+"""GaLore and APOLLO, which keep moments of projected gradients, with their state in plain tensors."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,22 +19,22 @@ APOLLO: Mapping[str, Any] = {
     "scale": 1.0,
     "proj_type": "std",
 }
-"""The options of groups that are projected, with transformers' defaults."""
+"""The options of parameter groups that are projected, with the defaults of transformers."""
 
-KEPT = ("ortho_matrix", "seed")  # of a projector; the rest are the group's options
-PREFIX = "projector."  # of a projector's attributes among a parameter's state
+KEPT = ("ortho_matrix", "seed")  # the attributes of a projector that are saved; the others are options of its group
+PREFIX = "projector."  # begins the names of a projector's attributes in the state of a parameter
 
 
 def projected_groups(
     module: nn.Module, groups: list[dict[str, Any]], targets: str | list[str], options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The groups, cut into weights that are projected and others.
+    """Split parameter groups into weights that are projected and other parameters.
 
     Args:
-        module: whose linear layers are looked at.
-        groups: of all its trainable parameters.
-        targets: parts of the layers' names; one regular expression of the whole name; or "all-linear".
-        options: of the groups that are projected.
+        module: its linear layers are candidates.
+        groups: parameter groups with all trainable parameters of the module.
+        targets: parts of the names of layers; one regular expression of the whole name; or "all-linear".
+        options: what is added to the groups that are projected.
 
     Raises:
         ValueError: no linear layer has such a name.
@@ -55,19 +55,19 @@ def projected_groups(
 
 
 def is_target(name: str, targets: str | list[str]) -> bool:
-    """Whether a layer's name is meant."""
+    """Return whether the targets include the layer of this name."""
     if isinstance(targets, str):
         return targets.replace("_", "-") == "all-linear" or re.fullmatch(targets, name) is not None
     return any(part in name for part in targets)
 
 
 def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., Any]:
-    """An optimizer class of a package, whose projectors a checkpoint can hold: between two steps their matrices and
-    counters are entries of the parameters' state.
+    """Make a subclass of a package's optimizer whose projectors a checkpoint can hold: between two steps, the matrices
+    and counters of projectors are entries in the state of parameters.
 
     Args:
-        package, class_name: where the class is.
-        name: of the class that is made; the packages call theirs "AdamW", which torch's is called, too.
+        package, class_name: where the optimizer is.
+        name: the name of the class that is made; the packages call theirs "AdamW", as torch does.
 
     Raises:
         ImportError: the package isn't installed.
@@ -75,11 +75,11 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
     made_by: Any = getattr(import_module(package), class_name)
 
     class PlainState(made_by):
-        """Puts projectors together before a step, and takes them apart after it."""
+        """Builds projectors from the state before a step, and stores them in the state after it."""
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> None:
-            """Step, with the projectors in place."""
+            """Step the optimizer, with its projectors in place."""
             assert closure is None, "nothing here calls a closure"
             count_in_numbers(self)
             projected = [(group, p) for group in self.param_groups if "rank" in group for p in group["params"]]
@@ -96,7 +96,7 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
                 state.update({f"{PREFIX}{key}": contiguous(made[key]) for key in KEPT if key in made})
 
         def projector(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
-            """A new projector of the package's, with the group's options."""
+            """Make a projector of the package's, with the options of a group."""
             if hasattr(self, "_initialize_projector"):
                 return self._initialize_projector(group, state)
             options = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -108,10 +108,10 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
 
 
 def contiguous(value: Any) -> Any:
-    """A matrix as a checkpoint gives it back: the layout decides how a product is rounded."""
+    """Return a tensor in the layout that a checkpoint restores: the layout decides how products are rounded."""
     return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def plain(value: Any) -> Any:
-    """A number for a 0-dim tensor; anything else as it is."""
+    """Return a number for a 0-dim tensor, and anything else as it is."""
     return value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value

@@ -1,4 +1,4 @@
-"""The memory that each stage of a run took, read where a stage ends from counters that are kept anyway."""
+"""The memory that each stage of a run takes, read at the end of the stage from counters of the system."""
 
 import resource
 import sys
@@ -9,14 +9,14 @@ import torch
 
 
 class MemoryByStage:
-    """Bytes by stage: "init" (placing the module), "train", "eval", "predict". No thread watches, so none can outlive
-    an exception.
+    """Bytes by stage: "init" (placing the module), "train", "eval", "predict". No thread watches, so no thread can
+    outlive an exception.
 
     Args:
-        device: its allocated bytes and their peak are read too where it is a GPU.
+        device: of a GPU, the allocated bytes and their peak are read too.
 
     Attributes:
-        stage: the one that is under way.
+        stage: the stage that is under way.
 
     Example:
         >>> memory = MemoryByStage(torch.device("cpu"))
@@ -35,7 +35,7 @@ class MemoryByStage:
         """End the stage that is under way and begin another.
 
         Returns:
-            The one that ended.
+            The stage that ended.
         """
         ended, self.stage = self.stage, stage
         held, peak = resident()
@@ -44,7 +44,8 @@ class MemoryByStage:
         if self.device.type == "cuda":
             allocated, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
             self.found[f"{ended}_memory_gpu_allocated"] = allocated
-            key = f"{ended}_memory_gpu_peak"  # training goes on after an evaluation: the higher of its parts
+            # Training goes on after an evaluation, so that its peak is the highest one of its parts.
+            key = f"{ended}_memory_gpu_peak"
             self.found[key] = max(peak, self.found.get(key, 0))
             torch.cuda.reset_peak_memory_stats(self.device)
         return ended
@@ -59,7 +60,7 @@ class MemoryByStage:
             self.begin(outer)
 
     def report(self) -> dict[str, float]:
-        """End the stage that is under way; the bytes of every stage so far, as ``<stage>_memory_cpu_resident``,
+        """End the stage that is under way, and return the bytes of every stage so far: ``<stage>_memory_cpu_resident``,
         ``_cpu_peak`` and, on a GPU, ``_gpu_allocated`` and ``_gpu_peak``.
         """
         self.begin(self.stage)
@@ -67,8 +68,8 @@ class MemoryByStage:
 
 
 def resident() -> tuple[int, int]:
-    """Bytes of host memory this process holds, and the most it held since it began; where the system doesn't say the
-    first (no /proc), twice the second.
+    """Return the bytes of host memory that this process holds, and the most that it has held. Where the system doesn't
+    say the first (there is no /proc), both are the second.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as file:
@@ -76,7 +77,7 @@ def resident() -> tuple[int, int]:
         held, peak = (int(kilobytes[name][0]) * 1024 for name in ("VmRSS", "VmHWM"))
         return held, max(held, peak)
     except (OSError, KeyError):
-        # On Linux this would begin with what the parent process held when it started this one.
+        # On Linux this count would begin with what the parent process held when it started this one.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return peak, peak

@@ -24,36 +24,36 @@ class NEFTune(Callback):
     def on_train_begin(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """Hang the noise on the embeddings of the model that is trained."""
+        """Register the hook that adds the noise, on the input embeddings of the placed module."""
         self.hook = input_embeddings(fit.module).register_forward_hook(self.add_noise)
 
     def add_noise(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        """Forward hook: the embeddings with noise, or as they are in evaluation."""
+        """Add noise to the embeddings in training, and leave them in evaluation. This is the forward hook."""
         if not layer.training:
             return None
         size = self.alpha / (output.size(-2) * output.size(-1)) ** 0.5
         return output + torch.empty_like(output).uniform_(-size, size)
 
     def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Take it off."""
+        """Remove the forward hook."""
         self.remove()
 
     def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Take it off."""
+        """Remove the forward hook."""
         self.remove()
 
     def remove(self) -> None:
-        """Leave no hook behind."""
+        """Remove the forward hook where one is registered."""
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
 
 
 def input_embeddings(module: nn.Module) -> nn.Module:
-    """The layer that embeds the input: what ``get_input_embeddings()`` says, else the first nn.Embedding.
+    """Find the layer that embeds the input: what ``get_input_embeddings()`` returns, else the first nn.Embedding.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the module has no such layer.
     """
     named = getattr(module, "get_input_embeddings", None)
     found = named() if named is not None else next((x for x in module.modules() if isinstance(x, nn.Embedding)), None)

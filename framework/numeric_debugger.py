@@ -1,4 +1,4 @@
-"""debug="underflow_overflow": finds the first layer whose inputs, weights or outputs are no longer finite."""
+"""The callback of debug="underflow_overflow", which finds the first layer with an inf or NaN."""
 
 from collections import deque
 from typing import Any
@@ -14,9 +14,9 @@ from .state import Control, TrainState
 
 
 class NumericDebugger(Callback):
-    """Looks at every layer's inputs, weights and outputs in forward, and ends training at the first inf or NaN.
+    """Looks at the inputs, weights and outputs of every layer in forward, and ends training at the first inf or NaN.
 
-    Each look waits for the device, so a run with it is slow.
+    Each look waits for the device, so that a run with this callback is slow.
 
     Args:
         frames: how many layers before the first bad one the error shows.
@@ -29,13 +29,13 @@ class NumericDebugger(Callback):
     def on_train_begin(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """Watch every layer."""
+        """Register a forward hook on every layer."""
         self.state = state
         for name, layer in fit.module.named_modules():
             self.hooks.append(layer.register_forward_hook(self.watch(name or "(the module itself)")))
 
     def watch(self, name: str) -> Any:
-        """A forward hook for a layer."""
+        """Make the forward hook of a layer."""
 
         def look(layer: nn.Module, inputs: Any, outputs: Any) -> None:
             parts = {"input": inputs, "output": outputs}
@@ -61,15 +61,15 @@ class NumericDebugger(Callback):
         return look
 
     def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Stop watching."""
+        """Remove the forward hooks."""
         self.remove()
 
     def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Stop watching."""
+        """Remove the forward hooks."""
         self.remove()
 
     def remove(self) -> None:
-        """Leave no hook behind."""
+        """Remove the forward hooks, where there are any."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()

@@ -1,4 +1,4 @@
-"""Training and evaluation, for optimizers that tell them apart."""
+"""The mode of optimizers that tell training and evaluation apart."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,17 +8,17 @@ from torch.optim import Optimizer
 
 
 class OptimizerMode:
-    """Calls ``train()`` and ``eval()`` of an optimizer that has them; does nothing for one that hasn't.
+    """Calls ``train()`` and ``eval()`` of an optimizer that has them, and does nothing for other optimizers.
 
-    A schedule-free optimizer computes gradients at other weights than those it is judged by (Defazio et al., 2024), and
-    swaps them; LOMO updates in backward only while it trains.
+    A schedule-free optimizer computes gradients at other weights than those that it is judged by (Defazio et al.,
+    2024), and swaps the two. LOMO updates in backward only in training.
 
     Args:
         optimizer: None where nothing is trained.
-        weights_have_changed: called after a swap.
+        weights_have_changed: called after weights were swapped.
 
     Attributes:
-        trains: which of the two it was told last.
+        trains: whether the optimizer is in training mode.
     """
 
     def __init__(self, optimizer: Optimizer | None, weights_have_changed: Callable[[], None]) -> None:
@@ -28,14 +28,14 @@ class OptimizerMode:
         self._weights_have_changed = weights_have_changed
 
     def train(self) -> None:
-        """The module holds the weights that gradients are computed at."""
+        """Put into the module the weights at which gradients are computed."""
         self.trains = True
         if self._switches:
             self._optimizer.train()
             self._weights_have_changed()
 
     def eval(self) -> None:
-        """The module holds the weights to evaluate, to save and to use."""
+        """Put into the module the weights to evaluate, to save and to use."""
         self.trains = False
         if self._switches:
             self._optimizer.eval()
@@ -43,7 +43,7 @@ class OptimizerMode:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation's weights inside, and what there was before after it."""
+        """Entered around an evaluation or a save: evaluation mode inside, and the mode before it afterwards."""
         trains = self.trains
         self.eval()
         try:

@@ -15,8 +15,8 @@ from .state import Control, TrainState
 class Progress(Callback):
     """Shows update, loss, learning rate, items per second and time left, on the main process.
 
-    Between logs it only looks at the clock; the bar is redrawn at most ``PER_SECOND`` times a second. Where nothing can
-    be shown any more (a closed pipe, a lost terminal, a full disk) it is quiet, and the run goes on.
+    Between logs the callback only looks at the clock; the bar is redrawn at most ``PER_SECOND`` times a second. Where
+    nothing can be shown any more (a closed pipe, a lost terminal, a full disk), the display ends and the run goes on.
     """
 
     PER_SECOND = 8
@@ -24,7 +24,7 @@ class Progress(Callback):
     def __init__(self) -> None:
         self.bar: Any = None
         self.live = False
-        self.is_quiet = False  # for the rest of the run: it can't be shown
+        self.is_quiet = False  # whether the display has failed, and stays off for the rest of the run
 
     def on_train_begin(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
@@ -42,13 +42,13 @@ class Progress(Callback):
                 self.start(args, state)
 
     def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Redraw the bar when it is time to."""
+        """Redraw the bar where the last picture is old enough."""
         self.draw_in_time(state)
 
     def on_log(
         self, args: FitArguments, state: TrainState, control: Control, *, logs: dict[str, float], **context: Any
     ) -> None:
-        """Take the new numbers in; outside a terminal, print them."""
+        """Take in the new numbers, and print them where there is no terminal."""
         if self.is_quiet:
             return
         shown = " | ".join(f"{name.replace('_', ' ')} {logs[name]:.4g}" for name in logs if name not in HIDDEN)
@@ -78,13 +78,13 @@ class Progress(Callback):
         self.stop(state)
 
     def time_left(self, state: TrainState) -> str:
-        """Minutes and seconds to the end at the pace since training began or resumed."""
+        """Return the minutes and seconds to the end, at the pace since training began or was resumed."""
         steps = max(1, state.global_step - self.first_step)
         seconds = (state.max_steps - state.global_step) * (time.monotonic() - self.began) / steps
         return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
     def draw_in_time(self, state: TrainState) -> None:
-        """Redraw the bar where the last picture is old enough: one takes a millisecond."""
+        """Redraw the bar where the last picture is old enough; drawing takes a millisecond."""
         if self.live and time.monotonic() - self.drawn > 1 / self.PER_SECOND:
             with self.shown():
                 self.draw(state)
@@ -105,7 +105,7 @@ class Progress(Callback):
 
         class Terminal(Console):
             def on_broken_pipe(self) -> None:
-                raise  # what rich has caught; its own method ends the process
+                raise  # the error that rich has caught: its own method would end the process
 
         self.bar = Bar(
             TextColumn(f"{escape(args.run_name)} update" if args.run_name else "update"),
@@ -129,16 +129,18 @@ class Progress(Callback):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Around what is drawn: where that fails, the display is given up for the rest of the run."""
+        """Entered around drawing; where that fails, the display ends for the rest of the run."""
         try:
             yield
         except FAILURES as error:
             self.is_quiet, self.live = True, False
             bar, self.bar = self.bar, None
             if bar is not None:
-                with suppress(Exception):  # sys.stdout and sys.stderr, which it had replaced, are back before it fails
+                with suppress(
+                    Exception
+                ):  # it puts back sys.stdout and sys.stderr, which it had replaced, before it fails
                     bar.stop()
             give_up(sys.stdout, error)
 
 
-HIDDEN = ("step", "epoch")  # the line begins with them, or the bar shows them
+HIDDEN = ("step", "epoch")  # the line begins with these, or the bar shows them

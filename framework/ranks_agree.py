@@ -1,4 +1,4 @@
-"""What several ranks hold alike is compared by fingerprints, after the first update and with debug="ranks_agree"."""
+"""A comparison of what ranks should hold alike, after the first update and, with debug="ranks_agree", at logs."""
 
 import hashlib
 import warnings
@@ -15,24 +15,25 @@ from .arguments import FitArguments
 from .callbacks import Callback
 from .state import Control, TrainState
 
-NAMED = 10  # tensors that the error names
-SAMPLED = 4096  # entries of each that are compared by value, to tell rounding from another number
-ROUNDING = 4.0  # units in the last place of the largest entry
+NAMED = 10  # how many tensors the error names
+SAMPLED = 4096  # how many entries of a tensor are compared by value, to tell rounding from other differences
+ROUNDING = 4.0  # differences up to this, in units in the last place of the largest entry, may be rounding
 
 Held = tuple[str, Part]
-Print = tuple[int, tuple[int, ...]]  # a fingerprint, and the shape
+Print = tuple[int, tuple[int, ...]]  # (fingerprint, shape)
 
 
 class RanksAgree(Callback):
-    """Ends a run whose ranks hold other numbers where they should hold the same, after its first update.
+    """Ends a run, after its first update, whose ranks hold different numbers where they should hold the same.
 
-    It looks once, after the first update that moved anything, and no longer listens then: later updates cost nothing.
+    The callback compares once, after the first update that moved a weight, and stops listening then, so that later
+    updates cost nothing.
 
     Args:
-        at_logs: look again at each log of training.
+        at_logs: compare again at each log of training.
 
     Raises:
-        RuntimeError: names the tensors and ranks.
+        RuntimeError: the message names the tensors and ranks that differ.
     """
 
     def __init__(self, at_logs: bool = False) -> None:
@@ -41,11 +42,11 @@ class RanksAgree(Callback):
     def on_train_begin(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """Listen (again): a second ``train`` is looked at, too."""
+        """Listen, in a second ``train`` too, for the end of the first update."""
         fit.callbacks.listen("on_step_end", self)
 
     def on_step_end(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:
-        """Look, unless the update moved nothing: warm-up begins at a rate of 0, and loss scaling skips."""
+        """Compare, unless the update moved nothing: warm-up begins at a rate of 0, and loss scaling skips updates."""
         if not float(state.learning_rate) or fit.strategy.step_was_skipped():
             return
         fit.callbacks.stop_listening("on_step_end", self)
@@ -61,23 +62,24 @@ class RanksAgree(Callback):
         logs: dict[str, float],
         **context: Any,
     ) -> None:
-        """Look again, where that was asked for."""
+        """Compare again where ``at_logs`` asks for it."""
         if self.at_logs and "loss" in logs:
             check_replicas(fit.strategy, state.global_step)
 
 
 def check_replicas(strategy: Strategy, update: int) -> None:
-    """Compare what ranks hold alike, to the bit. Collective; fails on all ranks or on none.
+    """Compare, to the bit, what several ranks should hold alike. Collective; fails on all ranks or on none.
 
-    One small message between the hosts, and where something differs two more, to name it. Differences of a few units in
-    the last place are only warned about: other processors, and kernels that add in no fixed order, round otherwise.
+    The hosts exchange one small message, and two more where something differs, to name it. Differences of a few units
+    in the last place are only warned about: processors of another kind, and kernels that add in no fixed order, round
+    differently.
 
     Args:
-        strategy: where the module is placed.
-        update: that was made last, for the message.
+        strategy: it has placed the module.
+        update: the update that was made last, for the message.
 
     Raises:
-        RuntimeError: names the tensors and ranks that differ.
+        RuntimeError: the message names the tensors and ranks that differ.
     """
     strategy.settle_buffers()
     held: dict[Held, Tensor] = {(name, part): tensor for name, tensor, part in strategy.replicated()}
@@ -110,7 +112,7 @@ def check_replicas(strategy: Strategy, update: int) -> None:
 
 
 def digests(held: Mapping[Held, Print]) -> dict[Part, str]:
-    """One short text for all that a rank holds of each part."""
+    """Return a digest, for each part, of all tensors that a rank holds of that part."""
     lines: dict[Part, list[str]] = defaultdict(list)
     for (name, part), found in held.items():
         lines[part].append(f"{name} {found}")
@@ -118,7 +120,7 @@ def digests(held: Mapping[Held, Print]) -> dict[Part, str]:
 
 
 def by_part(everyones: Sequence[Mapping[Part, str]]) -> dict[Part, list[str]]:
-    """What the ranks with each part said."""
+    """Group the digests of all ranks by part."""
     found: dict[Part, list[str]] = defaultdict(list)
     for said in everyones:
         for part, digest in said.items():
@@ -127,8 +129,13 @@ def by_part(everyones: Sequence[Mapping[Part, str]]) -> dict[Part, list[str]]:
 
 
 def differing(everyones: Sequence[Mapping[Held, Print]]) -> dict[Held, tuple[int, list[int]]]:
-    """What isn't the same on all ranks that hold it: the first of them, and those with other numbers. Those where it
-    has another shape, which no parameter can have, are left alone: such a buffer is each rank's own.
+    """Find the tensors that aren't the same on all ranks that hold them.
+
+    Ranks on which a tensor has another shape aren't compared. Parameters never have; a buffer that does is each rank's
+    own.
+
+    Returns:
+        Of each tensor that differs: the first rank that holds it, and the ranks with other numbers than that one.
     """
     first: dict[tuple[Held, tuple[int, ...]], int] = {}
     others: dict[Held, tuple[int, list[int]]] = {}
@@ -141,7 +148,7 @@ def differing(everyones: Sequence[Mapping[Held, Print]]) -> dict[Held, tuple[int
 
 
 def sample(tensor: Tensor) -> tuple[list[float], float]:
-    """Some of a tensor's numbers, evenly spread, and the unit in the last place of 1 in its dtype (0 of integers)."""
+    """Return some of a tensor's numbers, evenly spread, and the spacing of its dtype at 1 (0 for integers)."""
     flat = local_part(tensor).detach().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     few = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", torch.float64)
@@ -149,8 +156,8 @@ def sample(tensor: Tensor) -> tuple[list[float], float]:
 
 
 def difference(samples: Sequence[tuple[list[float], float]]) -> tuple[float, float, float]:
-    """The largest difference to the first rank's numbers, the largest of those, and the difference in units in its last
-    place (infinite where there are none).
+    """Return the largest difference to the first rank's numbers, the largest of these, and that difference in units in
+    the last place of that number (infinite for integers).
     """
     (first, unit), *rest = samples
     theirs = torch.tensor(first, dtype=torch.float64)
@@ -160,7 +167,7 @@ def difference(samples: Sequence[tuple[list[float], float]]) -> tuple[float, flo
 
 
 def line(key: Held, ranks: tuple[int, list[int]], size: tuple[float, float, float]) -> str:
-    """What the error says of one tensor."""
+    """Describe, in a line of the error, how one tensor differs."""
     name, part = key
     first, others = ranks
     where = f"rank {others[0]} differs" if len(others) == 1 else f"ranks {', '.join(map(str, others))} differ"

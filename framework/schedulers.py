@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name: each a factor on the peak, as a function of the update."""
+"""Learning-rate schedules by name: functions of the update to a factor on the peak."""
 
 import inspect
 import math
@@ -18,27 +18,27 @@ Shape = Callable[..., float]
 
 
 def rise(update: int, warmup_steps: int) -> float:
-    """From 0 to 1 over ``warmup_steps`` updates, then 1."""
+    """Rise from 0 to 1 over ``warmup_steps`` updates, then stay at 1."""
     return min(1.0, update / warmup_steps) if warmup_steps else 1.0
 
 
 def done(update: int, warmup_steps: int, total: int) -> float:
-    """How much of the run after warm-up is done, from 0 to 1."""
+    """Return how much of the run after warm-up is done, from 0 to 1."""
     return min(1.0, max(0, update - warmup_steps) / max(1, total - warmup_steps))
 
 
 def half_cosine(fraction: float) -> float:
-    """From 1 at 0 to 0 at 1."""
+    """Fall from 1 at fraction 0 to 0 at fraction 1, in half a cosine."""
     return 0.5 * (1.0 + math.cos(math.pi * fraction))
 
 
 def waves(fraction: float, num_cycles: float, lowest: float = 0.0) -> float:
-    """Whole cosines from 1 at 0, down to ``lowest``; half of one ends there."""
+    """Go through ``num_cycles`` cosines from 1 down to ``lowest`` and back; 0.5 of one ends at ``lowest``."""
     return max(0.0, lowest + (1.0 - lowest) * half_cosine(2.0 * num_cycles * fraction))
 
 
 def constant(update: int, warmup_steps: int, total: int) -> float:
-    """1 throughout."""
+    """Stay at 1."""
     return 1.0
 
 
@@ -81,8 +81,8 @@ def cosine_warmup_with_min_lr(
     warmup_lr_rate: float | None = None,
     num_cycles: float = 0.5,
 ) -> float:
-    """The same, one update ahead: the first update of the warm-up has ``warmup_lr_rate`` of the peak (default: one
-    part of as many as there are updates), the last one all of it, and the run's last update the lowest rate.
+    """``cosine_with_min_lr``, one update ahead: the first update of the warm-up has ``warmup_lr_rate`` of the peak
+    (default: 1 / ``warmup_steps``), the last update of the warm-up the peak, and the last of the run the lowest rate.
     """
     if update < warmup_steps:
         if warmup_lr_rate is None:
@@ -127,8 +127,8 @@ def warmup_stable_decay(
     decay_type: str = "cosine",
     num_cycles: float = 0.5,
 ) -> float:
-    """Warm-up, 1, then a decay to ``min_lr_rate`` over the last ``num_decay_steps`` (Hu et al., 2024); after
-    ``num_stable_steps`` where they are given. ``min_lr_ratio`` is where the warm-up begins, too.
+    """Warm-up, then 1, then a decay to ``min_lr_rate`` over the last ``num_decay_steps`` (Hu et al., 2024), or after
+    ``num_stable_steps`` where they are given. ``min_lr_ratio`` is the end, and also where the warm-up begins.
     """
     lowest = min_lr_rate if min_lr_ratio is None else min_lr_ratio
     if update < warmup_steps:
@@ -145,7 +145,7 @@ def warmup_stable_decay(
 
 PLATEAU, GREEDY = "reduce_lr_on_plateau", "greedy"
 ON_METRIC: Mapping[str, Callable[..., LRScheduler]] = {PLATEAU: ReduceLROnPlateau, GREEDY: GreedyLR}
-"""Schedules that an evaluation's metric steps."""
+"""Schedules that are stepped with the metric of an evaluation."""
 
 SHAPES: Mapping[str, Shape] = {
     "linear": linear,
@@ -162,18 +162,22 @@ SHAPES: Mapping[str, Shape] = {
 SCHEDULERS = (*SHAPES, *ON_METRIC)
 WITHOUT_WARMUP = ("constant", *ON_METRIC)
 
-# Options that are learning rates, to what the shapes take: the same as a part of the peak.
+# Options that are learning rates, to the option of the shape that is the same learning rate as a part of the peak.
 AS_RATES: Mapping[str, Mapping[str, str]] = {
     "cosine_with_min_lr": {"min_lr": "min_lr_rate"},
     "cosine_warmup_with_min_lr": {"min_lr": "min_lr_rate"},
     "polynomial": {"lr_end": "lr_end_rate"},
 }
-COUNTS = ("num_decay_steps", "num_stable_steps", "timescale")  # options that divide something
+COUNTS = (
+    "num_decay_steps",
+    "num_stable_steps",
+    "timescale",
+)  # options that are whole numbers, by which something is divided
 WORDS: Mapping[str, tuple[str, ...]] = {"warmup_type": tuple(RISES), "decay_type": tuple(RISES)}
 
 
 def problems(args: ArgumentFields) -> list[tuple[str, str]]:
-    """(field, why it can't work and what to write instead), for every field of the schedule that can't."""
+    """Return (field, why it can't work and what to write instead) for every field of the schedule that can't work."""
     found: list[tuple[str, str]] = []
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
 
@@ -221,7 +225,7 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
 
 @cache
 def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The options that a schedule takes."""
+    """Return the options that a schedule takes, by name."""
     made_by: Callable[..., Any] = ON_METRIC.get(name) or SHAPES[name]
     parameters = inspect.signature(made_by).parameters.values()
     taken = {p.name: p for p in parameters if name in ON_METRIC or p.kind is p.KEYWORD_ONLY}
@@ -230,7 +234,7 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 
 
 def options_problem(name: str, options: Mapping[str, Any], peak: float) -> str | None:
-    """Why a schedule can't take these options, or None where it can."""
+    """Return why a schedule can't take these options, or None where it can."""
     taken, rates = options_of(name), AS_RATES.get(name, {})
     known = [*taken, *rates]
     unknown = [option for option in options if option not in known]
@@ -259,17 +263,17 @@ def options_problem(name: str, options: Mapping[str, Any], peak: float) -> str |
 
 
 def warmup_updates(args: ArgumentFields, total: int) -> int:
-    """Updates of warm-up in a run of that length."""
+    """Return the number of warm-up updates in a run of ``total`` updates."""
     if args.warmup_steps >= 1:
         return int(args.warmup_steps)
     return math.ceil(total * (args.warmup_steps or args.warmup_ratio))
 
 
 def make_scheduler(optimizer: Optimizer, args: ArgumentFields, total: int) -> LRScheduler:
-    """The schedule that ``args.lr_scheduler_type`` names.
+    """Make the schedule that ``args.lr_scheduler_type`` names.
 
     Args:
-        optimizer: its groups' current learning rates are the peaks.
+        optimizer: the current learning rates of its groups are the peaks.
         args: gives the name, the warm-up and the schedule's own options.
         total: updates in the whole run.
     """
@@ -288,14 +292,14 @@ def make_scheduler(optimizer: Optimizer, args: ArgumentFields, total: int) -> LR
 
 
 def waits_for_metric(scheduler: LRScheduler) -> bool:
-    """Whether a schedule is stepped with an evaluation's metric instead of after each update: its ``step`` can't be
-    called without an argument.
+    """Return whether a schedule is stepped with the metric of an evaluation instead of after each update: its ``step``
+    can't be called without an argument.
     """
     return step_takes_metric(type(scheduler))  # type: ignore[arg-type]
 
 
 @cache
 def step_takes_metric(made_by: type) -> bool:
-    """Whether ``step`` of a class of schedules needs an argument."""
+    """Return whether ``step`` of a class of schedules needs an argument."""
     _, *parameters = inspect.signature(made_by.step).parameters.values()  # type: ignore[attr-defined]
     return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
