@@ -38,12 +38,8 @@ class Steps:
     Attributes:
         strategy: set up.
         plan: the arguments of the run, and its length.
-        train_data, eval_data: as they were given to Fit.
         source: where the module comes from.
-        callbacks, loggers: of the Fit.
-        state: progress.
-        control: the flags that callbacks set.
-        memory: what each stage takes.
+        state, control: progress, and the flags that callbacks set.
     """
 
     strategy: Strategy
