@@ -26,7 +26,7 @@ class ArgumentFields:
         gradient_accumulation_steps: micro-batches per update.
         auto_find_batch_size: where a run is out of memory, begin it again with half of ``per_device_train_batch_size``
             (or less) and more ``gradient_accumulation_steps``, so that an update's samples stay the same; see
-            ``framework/batch_size.py``. Takes host memory for a copy of the module.
+            ``framework/run/batch_size.py``. Takes host memory for a copy of the module.
         learning_rate: the schedule's peak.
         weight_decay: decay of weights; norms and biases are never decayed.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).

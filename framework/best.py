@@ -43,8 +43,7 @@ def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str,
     value = chosen_metric(args, metrics)
     if not is_better(args, value, state.best_metric):
         return False
-    state.best_metric = value
-    state.best_global_step = state.global_step
+    state.note_best(value)
     return True
 
 

@@ -154,3 +154,17 @@ class EmptyCache(Callback):
         """Empty the cache where the update is a multiple of ``steps``."""
         if state.global_step % self.steps == 0 and torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
+
+
+class LogBatchSize(Callback):
+    """Logs a batch size that was found, once, when the first epoch that is trained with it begins."""
+
+    def on_epoch_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+        """Log it, unless the run that is resumed has."""
+        size = state.train_batch_size
+        if size is not None and all(log.get("per_device_train_batch_size") != size for log in state.log_history):
+            sizes = {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            }
+            context["fit"].log(sizes)

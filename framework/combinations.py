@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 from ..precision.base import Precision
 from ..strategies.base import Strategy
 from .arguments import FitArguments
-from .closure import check_closure
 from .lomo import check_update_in_backward
 from .module import TrainModule
+from .optim.closure import check_closure
 from .optimizer_makers import PackageMaker
 from .optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD
 

@@ -1,6 +1,13 @@
 """The check that ranks read their data in step: all ranks learn where the data ends, or fails, on one of them."""
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 from ..strategies.base import Strategy
+from .data import DataStream
+
+AHEAD = 8  # micro-batches of an evaluation that are read before they are computed with
 
 
 class OtherRankError(RuntimeError):
@@ -74,3 +81,29 @@ class InStep:
             f"The ranks' {self.name} isn't equally long: {what}. Every rank must iterate over the whole of it, in the "
             "same order: each is then handed its own part of every global micro-batch. Don't split an iterable by rank."
         )
+
+
+def in_step(strategy: Strategy, stream: DataStream, batches: Iterator[Any]) -> Iterator[Any]:
+    """Hand out an evaluation's micro-batches, of which every rank must have equally many. Collective once for several
+    of them, where the ranks might not have.
+
+    Raises:
+        ValueError, OtherRankError: see ``InStep.check``.
+    """
+    if strategy.world_size == 1 or stream.is_equal_on_ranks:
+        yield from batches
+        return
+    comparison = InStep(strategy, "evaluation data")
+    while True:
+        position = stream.position
+        failure: Exception | None = None
+        ahead: list[Any] = []
+        try:
+            ahead = list(itertools.islice(batches, AHEAD))
+        except Exception as error:
+            failure = error
+        samples = stream.position - position
+        comparison.check(strategy.sum_on_host(comparison.numbers(len(ahead), samples, failure)), samples, failure)
+        if not ahead:
+            return
+        yield from ahead

@@ -148,7 +148,7 @@ class TrainModule(nn.Module):
 
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         """How tensor parallelism cuts layers: patterns over names (``"blocks.*.up"``) to "colwise", "rowwise", ... (see
-        ``stratagem.strategies.tensor_parallel_plan.STYLES``) or a torch ParallelStyle. The models of transformers that
+        ``stratagem.strategies.plans.plan.STYLES``) or a torch ParallelStyle. The models of transformers that
         docs/models.md lists need none.
         """
         return {}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from . import low_rank
 from .adapted_optimizers import grok_adamw, stable_adamw
 from .argument_fields import ArgumentFields

@@ -64,7 +64,7 @@ def callbacks_of(args: FitArguments) -> list[Callback]:
 
         found.append(EmptyCache(args.torch_empty_cache_steps))
     if args.auto_find_batch_size:
-        from .batch_size import LogBatchSize
+        from .builtin_callbacks import LogBatchSize
 
         found.append(LogBatchSize())
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from .argument_fields import ArgumentFields
 from .greedy import GreedyLR
 

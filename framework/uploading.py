@@ -56,7 +56,7 @@ class Upload(Callback):
     ) -> None:
         """Upload first what a run that is resumed may have left without an upload."""
         if state.global_step and fit.strategy.is_main:
-            self.enqueue(fit.directory.checkpoints())
+            self.enqueue(fit.saver.directory.checkpoints())
 
     def checkpoint_published(self, path: Path) -> None:
         """Upload a checkpoint, and once more those whose upload failed."""

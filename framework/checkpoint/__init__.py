@@ -8,6 +8,7 @@ HOMES = {
     "BackgroundWriter": "writing",
     "CheckpointError": "directory",
     "RunDirectory": "run_directory",
+    "Saver": "saver",
     "check_can_write": "directory",
     "export": "exporting",
     "checkpoints_of_last_run": "line",

@@ -129,6 +129,10 @@ class DataStream:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
 
+    def rewind(self) -> None:
+        """Stand at the beginning of the next epoch."""
+        self.position = 0
+
     def begin(self) -> int:
         """Return the position where an epoch starts, and have the next one start at 0."""
         self.position, self.start = self.start, 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...precision.registry import resolve
+from ...precision.names import resolve
 from .base import LoggedRun, Logger
 from .together import Loggers, LoggerWarning
 

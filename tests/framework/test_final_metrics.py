@@ -75,7 +75,7 @@ def test_the_rate_in_a_log_is_of_this_runs_tokens(make_fit: MakeFit, tmp_path: P
     saving = {"save_strategy": "steps", "save_steps": 3, "callbacks": [StopAt(3)]}
     make_fit(Counted(), ROWS, **options, **saving).train()
     ticks = iter(range(1000))
-    monkeypatch.setattr("stratagem.framework.journal.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("stratagem.framework.run.totals.time.perf_counter", lambda: float(next(ticks)))
     fit = make_fit(Counted(), ROWS, **options)
     fit.train(resume_from_checkpoint=tmp_path / "output" / "checkpoint-3")
     # Logs at updates 4, 8 and 12; the first is 1 update after the resume.
