@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from stratagem import Callback, Fit
-from stratagem.framework.flops import device_name, peak_flops
+from stratagem.framework.measures.flops import device_name, peak_flops
 from stratagem.strategies import Single
 from torch import nn
 from torch.optim import Optimizer

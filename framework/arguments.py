@@ -4,10 +4,18 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from . import argument_ranges, cadence, optimizers, schedulers
-from .argument_fields import ArgumentFields
-from .argument_types import Options, as_options, hints, path_of, type_problems, with_help
-from .foreign_arguments import unknown_argument
+from .fields import argument_ranges, cadence
+from .fields.argument_fields import ArgumentFields
+from .fields.argument_types import (
+    Options,
+    as_options,
+    hints,
+    path_of,
+    type_problems,
+    with_help,
+)
+from .fields.foreign_arguments import unknown_argument
+from .optim import optimizers, schedulers
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterable
 
-from .argument_types import descriptions
 from .arguments import FitArguments
-from .foreign_arguments import DIFFERENT, FOREIGN
+from .fields.argument_types import descriptions
+from .fields.foreign_arguments import DIFFERENT, FOREIGN
 
 
 def arguments_table() -> str:

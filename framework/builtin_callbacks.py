@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .arguments import FitArguments
-from .best import chosen_metric, is_better
 from .callbacks import Callback
+from .measures.best import chosen_metric, is_better
 from .state import Control, TrainState
 
 

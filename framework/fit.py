@@ -12,13 +12,13 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import checkpoint, overriding, torch_settings
+from . import checkpoint, overriding
 from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name, check_precision
 from .loggers import Logger, Loggers, get_loggers
-from .memory import MemoryByStage
+from .measures.memory import MemoryByStage
 from .module import TrainModule
 from .run import batch_size
 from .run.plan import Plan
@@ -27,6 +27,7 @@ from .runs import Runs
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
+from .switches import torch_settings
 
 
 class Fit(Runs):

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import best, cadence
+from .fields import cadence
+from .measures import best
 from .objective import Count
+from .optim.schedulers import waits_for_metric
 from .run.run import Run
-from .schedulers import waits_for_metric
 from .steps import Steps
 
 

@@ -12,17 +12,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from . import best, checkpoint, loop, torch_settings
+from . import checkpoint, loop
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
+from .measures import best
+from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
-from .preparation import callbacks_of
-from .progress import Progress
-from .ranks_agree import RanksAgree
 from .run import resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -31,7 +30,10 @@ from .run.run import Run
 from .search.space import arguments_and_module
 from .state import TrainOutput
 from .steps import Steps
-from .tokens import TokenCounter
+from .switches import torch_settings
+from .switches.preparation import callbacks_of
+from .switches.progress import Progress
+from .switches.ranks_agree import RanksAgree
 
 
 class Runs(Steps):

@@ -10,24 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from ..strategies.base import Strategy
-from . import best, checkpoint, overriding, pretrained
+from . import checkpoint, overriding
 from .arguments import FitArguments
 from .callbacks import Callbacks
+from .checkpoint import pretrained
 from .data import DataStream, make_stream
 from .data.stand_in import StandIn
-from .evaluation import Evaluation
-from .in_step import in_step
 from .loggers.together import Loggers
-from .memory import MemoryByStage
+from .measures import best
+from .measures.evaluation import Evaluation
+from .measures.memory import MemoryByStage
+from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
+from .run.in_step import in_step
 from .run.micro_batches import read_update
 from .run.placement import Placement
 from .run.plan import Plan
 from .run.run import Run
 from .run.source import Source
 from .state import Control, PredictionOutput, TrainState
-from .tokens import TokenCounter
 
 
 class Steps:

@@ -15,7 +15,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .directory import MANIFEST, PARTIAL, CheckpointError, flush, hash_file, published, read_json, write_text
+from .directory import (
+    MANIFEST,
+    PARTIAL,
+    CheckpointError,
+    flush,
+    hash_file,
+    published,
+    read_json,
+    write_text,
+)
 
 STATE = "state.json"
 MARKER = "run.json"

@@ -40,7 +40,16 @@ from .directory import (
     tidy,
 )
 from .finding import candidates_in, check_is_whole, newest_whole
-from .line import BEFORE_IDS, MARKER, Line, Marker, checkpoints_of, origin_of, read_marker, write_marker
+from .line import (
+    BEFORE_IDS,
+    MARKER,
+    Line,
+    Marker,
+    checkpoints_of,
+    origin_of,
+    read_marker,
+    write_marker,
+)
 from .locking import DirectoryLock
 from .remote import download
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from ..arguments import FitArguments
-from ..best import best_checkpoint
 from ..callbacks import Callbacks
+from ..measures.best import best_checkpoint
 from .directory import CheckpointError
 from .run_directory import RunDirectory
 

@@ -10,16 +10,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ...strategies.base import Strategy
 from .. import checkpoint, random_state
-from ..averages import Averages
 from ..callbacks import Callbacks
-from ..configured import configured_scheduler
 from ..data import DataStream
-from ..in_step import InStep
-from ..memory import MemoryByStage
+from ..measures.averages import Averages
+from ..measures.memory import MemoryByStage
 from ..module import TrainModule
-from ..schedulers import waits_for_metric
+from ..optim.schedulers import waits_for_metric
 from ..state import Control, TrainState
+from .configured import configured_scheduler
 from .exchange import UpdateExchange
+from .in_step import InStep
 from .placement import Placement
 from .plan import Plan
 from .rescue import Rescue

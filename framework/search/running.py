@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from .. import checkpoint
 from ..arguments import FitArguments
 from ..callbacks import Callback
-from ..in_step import OtherRankError
 from ..module import TrainModule
 from ..printing import say
 from ..run.batch_size import forget_frames
+from ..run.in_step import OtherRankError
 from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
 from .reporting import draw, print_table, progress_line, write_hparams

@@ -21,7 +21,15 @@ from ...precision.quantized import check_storage
 from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
 from ..gradient_norm import clip_by_norm
 from ..materialize import materialize
-from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR, split_world, submesh, whole_of
+from ..mesh import (
+    CONTEXT,
+    REPLICATE,
+    SHARD,
+    TENSOR,
+    split_world,
+    submesh,
+    whole_of,
+)
 from ..plans.cut_features import CutFeatures
 from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
 from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..fields.argument_fields import ArgumentFields
+from ..fields.argument_types import load
 from . import low_rank
-from .argument_fields import ArgumentFields
-from .argument_types import load
 
 Groups = list[dict[str, Any]]
 

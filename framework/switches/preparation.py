@@ -4,13 +4,13 @@ from functools import partial
 
 import torch
 
-from ..precision.quantized import keep_trainable
-from ..strategies.base import Strategy
-from .arguments import FitArguments
-from .callbacks import Callback
+from ...precision.quantized import keep_trainable
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
+from ..callbacks import Callback
+from ..module import TrainModule
 from .forwards import wrap_forward
 from .gradient_checkpointing import enable_gradient_checkpointing
-from .module import TrainModule
 
 
 def prepare_module(module: TrainModule, args: FitArguments, strategy: Strategy) -> None:
@@ -56,15 +56,15 @@ def callbacks_of(args: FitArguments) -> list[Callback]:
 
         found.append(NumericDebugger())
     if args.torch_compile:
-        from .builtin_callbacks import FirstStepTime
+        from ..builtin_callbacks import FirstStepTime
 
         found.append(FirstStepTime())
     if args.torch_empty_cache_steps is not None:
-        from .builtin_callbacks import EmptyCache
+        from ..builtin_callbacks import EmptyCache
 
         found.append(EmptyCache(args.torch_empty_cache_steps))
     if args.auto_find_batch_size:
-        from .builtin_callbacks import LogBatchSize
+        from ..builtin_callbacks import LogBatchSize
 
         found.append(LogBatchSize())
     return found

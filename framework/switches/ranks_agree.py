@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..strategies.base import Strategy
-from ..strategies.duplicates import Part, fingerprints, local_part
-from .arguments import FitArguments
-from .callbacks import Callback
-from .state import Control, TrainState
+from ...strategies.base import Strategy
+from ...strategies.duplicates import Part, fingerprints, local_part
+from ..arguments import FitArguments
+from ..callbacks import Callback
+from ..state import Control, TrainState
 
 NAMED = 10  # how many tensors the error names
 SAMPLED = 4096  # how many entries of a tensor are compared by value, to tell rounding from other differences

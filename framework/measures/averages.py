@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..strategies.base import Strategy
+from ...strategies.base import Strategy
 
 
 class Averages:

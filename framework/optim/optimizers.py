@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from ..precision.names import did_you_mean
+from ...precision.names import did_you_mean
+from ..fields.argument_fields import ArgumentFields
+from ..fields.argument_types import load
 from . import low_rank
 from .adapted_optimizers import grok_adamw, stable_adamw
-from .argument_fields import ArgumentFields
-from .argument_types import load
 from .lomo import AdaLomo, Lomo, argument_problems
 from .optimizer_makers import (
     Groups,

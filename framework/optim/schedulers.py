@@ -9,8 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from ..precision.names import did_you_mean
-from .argument_fields import ArgumentFields
+from ...precision.names import did_you_mean
+from ..fields.argument_fields import ArgumentFields
 from .greedy import GreedyLR
 
 # (update, warm-up updates, all updates, **options) -> factor on learning_rate

@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from .arguments import FitArguments
-from .cadence import BEST
-from .state import TrainState
+from ..arguments import FitArguments
+from ..fields.cadence import BEST
+from ..state import TrainState
 
 
 def chosen_metric(args: FitArguments, metrics: Mapping[str, float]) -> float:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from .arguments import FitArguments
-from .callbacks import Callback
-from .state import Control, TrainState
+from ..arguments import FitArguments
+from ..callbacks import Callback
+from ..state import Control, TrainState
 
 
 class NumericDebugger(Callback):

@@ -2,8 +2,8 @@
 
 import math
 
+from ..state import Control, TrainState
 from .argument_fields import ArgumentFields, Arguments
-from .state import Control, TrainState
 
 CADENCES = ("no", "steps", "epoch")
 BEST = "best"  # a value of save_strategy alone

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..strategies.base import Strategy
-from .arguments import FitArguments
-from .data.stand_in import StandIn
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
+from ..data.stand_in import StandIn
+from ..module import TrainModule
+from ..objective import Count, Objective, labels_of
 from .memory import MemoryByStage
 from .metrics import merge_states, numbers_of, states_on_host
-from .module import TrainModule
-from .objective import Count, Objective, labels_of
 from .outputs import KeptOutputs, concatenate, in_order_of_data
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..strategies.base import Strategy
-from . import checkpoint
-from .agreement import on_all_ranks
+from ...strategies.base import Strategy
+from .. import checkpoint
+from ..agreement import on_all_ranks
 
 
 def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, **options: Any) -> None:

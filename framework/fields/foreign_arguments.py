@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from ..precision.names import did_you_mean
+from ...precision.names import did_you_mean
 
 PRECISION = "Write precision='bf16-mixed', '16-mixed', 'bf16-true', ...: how numbers are kept is one word of Fit's."
 EVALUATES_SO = "evaluation runs in the run's own precision. Write precision='bf16-true' to have weights in 16 bits"

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..strategies.base import Strategy
+from ...strategies.base import Strategy
+from ..module import TrainModule
 from .forwards import Forward, wrap_forward
-from .module import TrainModule
 
 MODELS_FUNCTION = (
     "_gradient_checkpointing_func"  # the attribute in which layers of transformers keep the function that recomputes

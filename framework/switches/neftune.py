@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import FitArguments
-from .callbacks import Callback
-from .state import Control, TrainState
+from ..arguments import FitArguments
+from ..callbacks import Callback
+from ..state import Control, TrainState
 
 
 class NEFTune(Callback):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..strategies.base import Strategy
+from ...strategies.base import Strategy
 
 
 class UpdatesInBackward(Optimizer):

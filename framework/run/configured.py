@@ -5,9 +5,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .arguments import FitArguments
-from .module import TrainModule
-from .schedulers import waits_for_metric
+from ..arguments import FitArguments
+from ..module import TrainModule
+from ..optim.schedulers import waits_for_metric
 
 
 def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:

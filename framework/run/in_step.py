@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from ..strategies.base import Strategy
-from .data import DataStream
+from ...strategies.base import Strategy
+from ..data import DataStream
 
 AHEAD = 8  # micro-batches of an evaluation that are read before they are computed with
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .arguments import FitArguments
-from .callbacks import Callback
-from .printing import FAILURES, give_up, say
-from .state import Control, TrainState
+from ..arguments import FitArguments
+from ..callbacks import Callback
+from ..printing import FAILURES, give_up, say
+from ..state import Control, TrainState
 
 
 class Progress(Callback):

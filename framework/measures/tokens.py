@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .arguments import FitArguments
-from .data.stand_in import StandIn
+from ..arguments import FitArguments
+from ..data.stand_in import StandIn
 
 
 class TokenCounter:
