@@ -68,6 +68,10 @@ class FSDP2Options(ProcessGroupOptions):
     cpu_offload: bool = False
     context_parallel: int = 1
 
+    def __post_init__(self) -> None:
+        if self.loss_parallel and self.tensor_parallel == 1:
+            raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
+
 
 class FSDP2(ProcessGroupStrategy):
     """``strategy="fsdp2"`` (or "fsdp"): every rank keeps a shard of parameters, gradients and optimizer state.
@@ -139,8 +143,6 @@ class FSDP2(ProcessGroupStrategy):
     ) -> None:
         """Shard the module in place; the optimizer is made over the shards."""
         options = self.options
-        if options.loss_parallel and options.tensor_parallel == 1:
-            raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
         if options.context_parallel > 1:
             from .context_parallel import ContextParallel
 
