@@ -8,7 +8,7 @@ import torch
 from ranks import Ranks
 from stratagem import TrainModule
 from torch import Tensor, nn
-from training import train
+from training import make_fit, train
 
 pytestmark = pytest.mark.slow
 SAMPLES, WIDTH = 7, 6  # at the end of an epoch one rank has two rows, and the other has one
@@ -96,6 +96,29 @@ class Routed(Regression):
         return self.head(torch.tanh(out))
 
 
+class Idle(Regression):
+    """Six layers, and one that is registered last and never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+        self.unused = nn.Linear(WIDTH, WIDTH)
+        self.held: list[int] = []
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = self.layers[0](x)
+        out.register_hook(lambda _: self.held.append(sum(p.grad is not None for p in self.parameters())))
+        return self.layers[1:](out)
+
+
+def gradients_held(stage: int) -> list[int]:
+    """How many whole gradients there are when each backward reaches the first layer."""
+    options = {"stage": stage, "config": {"zero_optimization": SMALL_BUCKETS}}
+    fit = make_fit(Idle(), rows(), strategy="deepspeed", options=options, per_device_train_batch_size=2, **RUN)
+    fit.train()
+    return fit.module.held  # type: ignore[return-value]
+
+
 def rows() -> list[dict[str, Tensor]]:
     """Vectors, half of them with a first element above 0."""
     draw = torch.Generator().manual_seed(3)
@@ -150,3 +173,13 @@ def test_zero_2_fills_buckets_alike(two_ranks: Ranks, module: type[TrainModule],
 @pytest.mark.parametrize("options", [{"stage": "auto", "reduce_scatter": False}, SMALL_BUCKETS], ids=str)
 def test_zero_3_fills_buckets_alike(two_ranks: Ranks, options: dict[str, object]) -> None:
     check(two_ranks, Swapping, "deepspeed", options={"stage": 3, "config": {"zero_optimization": options}})
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_do_not_wait_for_one_that_never_comes(two_ranks: Ranks, stage: int) -> None:
+    first, *others = two_ranks.run(gradients_held, stage=stage)[0]
+    assert len(others) == RUN["max_steps"] - 1
+    most = {2: 6, 3: 4}[stage]  # of ten: what a bucket holds, and at stage 2 the rank's own share
+    assert max(others) <= most
+    assert stage == 2 or first <= most
