@@ -1,11 +1,13 @@
 """Models whose backward makes gradients in another order, or others, on each rank, or gradients that share memory."""
 
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import RankFailure, Ranks
 from stratagem import TrainModule
 from torch import Tensor, nn
 from training import make_fit, train
@@ -96,6 +98,13 @@ class Routed(Regression):
         return self.head(torch.tanh(out))
 
 
+class RoutedWithin(Routed):
+    """The same, with both layers in one unit."""
+
+    def shard_units(self) -> list[nn.Module]:
+        return []
+
+
 class Idle(Regression):
     """Six layers, and one that is registered last and never used."""
 
@@ -183,3 +192,42 @@ def test_gradients_do_not_wait_for_one_that_never_comes(two_ranks: Ranks, stage:
     most = {2: 6, 3: 4}[stage]  # of ten: what a bucket holds, and at stage 2 the rank's own share
     assert max(others) <= most
     assert stage == 2 or first <= most
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("fsdp1", {}), ("fsdp2", {"find_unused_parameters": True})], ids=["fsdp1", "fsdp2"]
+)
+def test_fsdp_sums_a_gradient_that_one_rank_has(
+    two_ranks: Ranks, strategy: str, options: dict[str, object], accumulation: int
+) -> None:
+    check(two_ranks, RoutedWithin, strategy, options=options, gradient_accumulation_steps=accumulation)
+
+
+class EitherWay(RoutedWithin):
+    """Each batch goes one of two ways: the matrices are equally large, so that torch finds nothing amiss."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.ways[int(x[0, 0] > 0)](x)))
+
+
+def train_with_patience(limit: float, **arguments: Any) -> None:
+    """A run whose ranks wait only so many seconds for one another to find the same change."""
+    from stratagem.strategies import used_parameters
+
+    used_parameters.SECONDS = limit
+    train(**arguments)
+
+
+@pytest.mark.parametrize("module", [EitherWay, RoutedWithin])
+def test_fsdp2_names_what_one_rank_does_not_reach(module: type[TrainModule]) -> None:
+    ranks, began = Ranks(2), time.monotonic()
+    says = r"did not reach ways\.[01]\.weight, ways\.[01]\.bias.*find_unused_parameters=True"
+    given = {"strategy": "fsdp2", "per_device_train_batch_size": 2, **RUN}
+    with pytest.raises(RankFailure, match=says):  # the ranks end when one of them has failed
+        ranks.run(train_with_patience, limit=2.0, seconds=60.0, module=module, data=rows(), **given)
+    assert time.monotonic() - began < 40
+
+
+def test_fsdp2_leaves_alone_what_no_rank_reaches(two_ranks: Ranks) -> None:
+    check(two_ranks, Idle, "fsdp2")
