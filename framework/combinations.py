@@ -141,8 +141,9 @@ def check_combination(
     )
     for argument, reason in strategy.refused_arguments.items():
         refuse(argument, bool(getattr(args, argument)), reason)
-    for argument, reason in precision.refused_arguments.items() if precision is not None else ():
-        refuse(argument, bool(getattr(args, argument)), reason, f" in precision={precision.name!r}")
+    if precision is not None:
+        for argument, reason in precision.refused_arguments.items():
+            refuse(argument, bool(getattr(args, argument)), reason, f" in precision={precision.name!r}")
     taken = inspect.signature(module.forward).parameters
     refuse(
         "past_index",

@@ -35,7 +35,7 @@ from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
 from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
 from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
-from ..used_parameters import UsedParameters
+from .used_parameters import UsedParameters
 from ..whole_parameters import whole_parameters
 from .gathering import gather_by_parameter
 
@@ -217,7 +217,8 @@ class FSDP2(ProcessGroupStrategy):
                     f"FSDP2(find_unused_parameters=True) needs torch 2.13, and this is torch {torch.__version__}. Use "
                     "strategy='fsdp1', or DDP(find_unused_parameters=True)."
                 )
-            module.set_reduce_scatter_unused_params(True)
+            sharded: Any = module
+            sharded.set_reduce_scatter_unused_params(True)
             return
         names = {(id(m), key): f"{p}.{key}".lstrip(".") for p, m in module.named_modules() for key in m._parameters}
         for unit in (m for m in module.modules() if isinstance(m, FSDPModule)):
