@@ -35,9 +35,9 @@ from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
 from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
 from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
-from .used_parameters import UsedParameters
 from ..whole_parameters import whole_parameters
 from .gathering import gather_by_parameter
+from .used_parameters import UsedParameters
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel
