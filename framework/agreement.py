@@ -1,11 +1,9 @@
-"""Ranks that stay together: the same run on all of them, one message an update, and what fails on one fails on all."""
+"""Ranks that stay together: the same run on all of them, and what fails on one fails on all."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..strategies.base import Strategy
-from .in_step import InStep
-from .state import Control
 
 Result = TypeVar("Result")
 
@@ -70,57 +68,3 @@ def on_all_ranks(
 def describe(error: BaseException) -> str:
     """An error in one line, as the end of a traceback gives it."""
     return f"{type(error).__name__}: {error}"
-
-
-class UpdateExchange:
-    """What the ranks tell one another once an update, in one message between their hosts: how many micro-batches and
-    items they hold, what their callbacks ask for, whether something failed, and whether buffers change that the ranks
-    don't share yet.
-
-    What a callback asks for at the end of an update goes out with the next update's message, and is obeyed by all at
-    that one's end: no rank waits for another more often than once an update.
-
-    Args:
-        strategy: set up.
-        control: this rank's flags.
-        data: compares how much the ranks have read.
-    """
-
-    def __init__(self, strategy: Strategy, control: Control, data: InStep) -> None:
-        self.strategy = strategy
-        self.control = control
-        self.data = data
-        self.asked = self.agreed = control.flags()  # on this rank since the last message; on any rank before it
-
-    def send(
-        self, items: int, write_failed: bool, batches: int, samples: int, error: Exception | None
-    ) -> tuple[int, bool]:
-        """Exchange the message of an update. Collective.
-
-        Args:
-            items: in this rank's micro-batches.
-            write_failed: whether a checkpoint couldn't be written on this rank.
-            batches, samples, error: what was read, see ``InStep.numbers``.
-
-        Returns:
-            The sums over all ranks: the items, and whether a checkpoint couldn't be written on any.
-
-        Raises:
-            ValueError, OtherRankError: see ``InStep.check``.
-        """
-        news = int(self.strategy.has_news_of_buffers())
-        message = [items, int(write_failed), news, *self.data.numbers(batches, samples, error), *self.asked]
-        total, failures, news, *sums = self.strategy.sum_on_host(message)
-        self.agreed = sums[self.data.NUMBERS :]
-        self.data.check(sums[: self.data.NUMBERS], samples, error)
-        self.strategy.share_buffers(news > 0)
-        return total, failures > 0
-
-    def agree(self, due: list[int]) -> None:
-        """Leave up those flags that are up on every rank: what is due, and what the last message told.
-
-        Args:
-            due: the flags as they were before callbacks could ask for more; the same on every rank.
-        """
-        self.asked = [int(flag and not now) for flag, now in zip(self.control.flags(), due, strict=True)]
-        self.control.set([int(now or known) for now, known in zip(due, self.agreed, strict=True)])

@@ -9,12 +9,13 @@ from torch.optim import Optimizer
 from ..precision.base import Precision
 from ..strategies.base import Strategy
 from .arguments import FitArguments
-from .closure import check_closure
-from .lomo import check_update_in_backward
 from .module import TrainModule
-from .optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD, FromPackage
+from .optim.closure import check_closure
+from .optim.lomo import check_update_in_backward
+from .optim.optimizer_makers import PackageMaker
+from .optim.optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD
 
-FROM_PACKAGES = {name: make for name, make in OPTIMIZERS.items() if isinstance(make, FromPackage)}
+FROM_PACKAGES = {name: make for name, make in OPTIMIZERS.items() if isinstance(make, PackageMaker)}
 BITSANDBYTES = {make.class_name for make in FROM_PACKAGES.values() if make.distribution == "bitsandbytes"}
 LOW_RANK_CLASSES = [FROM_PACKAGES[name].class_name for name in LOW_RANK]
 

@@ -1,16 +1,19 @@
 """The training loop: epochs, updates, micro-batches, and every event between them."""
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from . import flags
+from .fields import cadence
+from .measures import best
+from .objective import Count
+from .optim.schedulers import waits_for_metric
+from .run.run import Run
+from .steps import Steps
 
-if TYPE_CHECKING:
-    from .fit import Fit
 
-
-def run(fit: "Fit") -> None:
+def train(steps: Steps, run: Run) -> None:
     """Train until max_steps, the last epoch, or a callback's wish.
 
     The order of everything that happens::
@@ -41,73 +44,156 @@ def run(fit: "Fit") -> None:
         on_train_end
 
     Nothing in here waits for the device: losses and norms are read when a log is due.
+
+    Args:
+        steps: the verbs, which a subclass of Fit may do otherwise.
+        run: begun.
     """
-    args, state, control, strategy = fit.args, fit.state, fit.control, fit.strategy
+    args, state, control, strategy = run.args, run.state, run.control, run.strategy
+    placement, rescue, emit = run.placement, run.rescue, steps.emit
+    assert placement is not None
     model, micro_batches_per_update = strategy.model, args.gradient_accumulation_steps
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
-    emit, rescue = fit.emit, fit.rescue
 
     control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
     model.train()
-    fit.optimizer_mode.train()
+    placement.mode.train()
     emit("on_train_begin")
-    fit.callbacks.check_states()
+    run.check_callbacks()
     if args.eval_on_start and state.global_step == 0:
-        fit.evaluate(ignore_keys=fit.ignore_keys_for_eval)
-    for epoch in range(fit.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
-        fit.epoch_index = epoch
+        steps.evaluate_in_training()
+    for epoch in range(run.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
         control.should_epoch_stop = False
-        rescue.stand(fit)
-        batches = fit.batches(fit.stream, epoch)
-        fit.exchange.data.begin_epoch()
-        fit.restore_random_state()
-        fit.objective.past = None
+        if rescue is not None:
+            rescue.note_position()
+        run.begin_epoch(epoch)
+        batches = steps.batches(run.stream, epoch)
+        run.restore_random_state()
+        steps.objective.forget_past()
         emit("on_epoch_begin")
         while not (control.should_epoch_stop or control.should_training_stop):
-            rescue.stand(fit)
-            micro_batches, num_items = fit.get_batch_samples(batches, micro_batches_per_update, strategy.device)
+            if rescue is not None:
+                rescue.note_position()
+            micro_batches, num_items = steps.get_batch_samples(batches, micro_batches_per_update, strategy.device)
             if not micro_batches:
                 control.should_epoch_stop = True
                 break
             control.should_log = control.should_evaluate = control.should_save = False
             emit("on_step_begin")
+            if rescue is not None:
+                rescue.begin_update()
 
-            rescue.begin_update()
             update_loss: Tensor | None = None
-            for left, inputs in zip(range(len(micro_batches) - 1, -1, -1), micro_batches, strict=True):
-                with strategy.accumulate(last=left == 0):
-                    loss = fit.training_step(model, inputs, num_items)
+            for index, inputs in enumerate(micro_batches, start=1):
+                last = index == len(micro_batches)
+                with strategy.accumulate(last):
+                    loss = steps.training_step(model, inputs, num_items)
                 update_loss = loss if update_loss is None else update_loss + loss
-                if left:
+                if not last:
                     emit("on_substep_end")
+            assert update_loss is not None
 
             strategy.prepare_gradients()
-            fit.grad_norm = strategy.clip_grad_norm(trainable, args.max_grad_norm) if args.max_grad_norm else None
+            run.clip(trainable)
             emit("on_pre_optimizer_step")
-            fit.settle_schedule()  # of the update before, where loss scaling has only now told whether it stepped
-            state.learning_rate = fit.optimizer.param_groups[0]["lr"]
-            assert update_loss is not None
-            if fit.closure is not None:
-                fit.closure.begin_update(micro_batches, num_items, update_loss)
-            strategy.step()
-            fit.schedule_is_due = True
+            if placement.closure is not None:
+                compute_again = partial(compute_update, steps, run, micro_batches, num_items)
+                placement.closure.begin_update(update_loss, compute_again)
+            run.step()
             emit("on_optimizer_step")
-            if strategy.precision.skip_is_known():
-                fit.settle_schedule()
+            run.settle_known_schedule()
             for parameter in trainable:
                 parameter.grad = None
             strategy.execute()
 
-            fit.averages.end_update(update_loss)
-            state.global_step += 1
-            state.epoch = epoch + fit.stream.fraction()
-            rescue.end_update()
-            flags.end_update(fit)
+            run.end_update(update_loss)
+            end_update(steps, run)
 
         if control.should_epoch_stop:
-            fit.begin_next_epoch()
-        flags.end_epoch(fit)
+            run.begin_next_epoch()
+        end_epoch(steps, run)
         if control.should_training_stop:
             break
-    fit.end_training()
+    end_training(steps, run)
     emit("on_train_end")
+
+
+def compute_update(steps: Steps, run: Run, micro_batches: list[Any], num_items: Count | None) -> Tensor:
+    """Compute an update's loss and gradients once more, at the weights as they are now.
+
+    Returns:
+        The mean loss over the update's items, 0-dim.
+    """
+    strategy, total = run.strategy, None
+    strategy.weights_have_changed()
+    run.optimizer.zero_grad()
+    with run.averages.paused():  # the update's items were counted once
+        for index, inputs in enumerate(micro_batches, start=1):
+            with strategy.accumulate(index == len(micro_batches)):
+                loss = steps.training_step(strategy.model, inputs, num_items)
+            total = loss if total is None else total + loss
+    strategy.prepare_gradients()
+    assert total is not None
+    return total
+
+
+def end_training(steps: Steps, run: Run) -> None:
+    """Settle the schedule, set the weights to use, wait until every checkpoint is on the disk, and log the totals."""
+    placement = steps.placement
+    run.settle_schedule()
+    run.strategy.settle_buffers()
+    placement.mode.eval()
+    steps.saver.close()
+    flops_per_token = steps.module.flops_per_token(placement.parameter_count)
+    steps.log(run.finish(flops_per_token, steps.memory))
+
+
+# Acting on flags: what the arguments make due and callbacks ask for is done.
+
+
+def end_update(steps: Steps, run: Run) -> None:
+    """Tell callbacks that an update is over, and act on the flags."""
+    cadence.after_update(run.args, run.state, run.control)
+    if run.strategy.world_size == 1:
+        steps.saver.raise_failure()
+        steps.emit("on_step_end")
+    else:
+        due = run.control.flags()
+        steps.emit("on_step_end")
+        run.exchange.agree(due)
+    log_evaluate_save(steps, run)
+
+
+def end_epoch(steps: Steps, run: Run) -> None:
+    """Tell callbacks that an epoch is over, and act on the flags."""
+    cadence.after_epoch(run.args, run.state, run.control)
+    steps.emit("on_epoch_end")
+    agree_at_once(run)
+    log_evaluate_save(steps, run)
+
+
+def agree_at_once(run: Run) -> None:
+    """Raise each flag on all ranks that is up on one. A collective, so only where logs and the like are due anyway."""
+    if run.strategy.world_size > 1:
+        run.control.set(run.strategy.sum_on_host(run.control.flags()))
+
+
+def log_evaluate_save(steps: Steps, run: Run) -> None:
+    """Do what the flags ask for, in this order."""
+    control = run.control
+    if not (control.should_log or control.should_evaluate or control.should_save):
+        return
+    if control.should_log:
+        control.should_log = False
+        steps.log_training()
+    if control.should_evaluate:
+        control.should_evaluate = False
+        metrics = steps.evaluate_in_training()
+        improved = best.note_evaluation(run.args, run.state, metrics)
+        control.should_save |= improved and run.args.save_strategy == cadence.BEST
+        if waits_for_metric(run.scheduler):
+            run.scheduler.step(best.chosen_metric(run.args, metrics))  # type: ignore[arg-type]
+    if control.should_save:
+        control.should_save = False
+        steps.save_checkpoint()
+    agree_at_once(run)

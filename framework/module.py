@@ -2,18 +2,17 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..strategies.batches import is_by_position, labels_in, tensors_of
-from .optimizers import make_optimizer
-from .schedulers import make_scheduler
-
-if TYPE_CHECKING:
-    from .arguments import FitArguments
+from .arguments import FitArguments
+from .optim.optimizers import make_optimizer
+from .optim.schedulers import make_scheduler
+from .wrapping import wrap_model
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -84,13 +83,13 @@ class TrainModule(nn.Module):
             return (labels != IGNORED_LABEL).sum()
         return first_dimension(batch)
 
-    def configure_optimizer(self, args: "FitArguments") -> Optimizer:
+    def configure_optimizer(self, args: FitArguments) -> Optimizer:
         """The optimizer over this module's parameters, which are placed (and may be sharded) when this is called.
         Default: the one that ``args.optim`` names, without decay on norms and biases.
         """
         return make_optimizer(self, args)
 
-    def configure_scheduler(self, optimizer: Optimizer, args: "FitArguments") -> LRScheduler:
+    def configure_scheduler(self, optimizer: Optimizer, args: FitArguments) -> LRScheduler:
         """The schedule, stepped once an update. ``args.max_steps`` is the length of the run, resolved from epochs."""
         return make_scheduler(optimizer, args, args.max_steps)
 
@@ -149,14 +148,14 @@ class TrainModule(nn.Module):
 
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
         """How tensor parallelism cuts layers: patterns over names (``"blocks.*.up"``) to "colwise", "rowwise", ... (see
-        ``stratagem.strategies.tensor_parallel_plan.STYLES``) or a torch ParallelStyle. The models of transformers that
+        ``stratagem.strategies.plans.plan.STYLES``) or a torch ParallelStyle. The models of transformers that
         docs/models.md lists need none.
         """
         return {}
 
     @staticmethod
     def wrap(model: nn.Module, causal: bool | None = None) -> "TrainModule":
-        """A TrainModule around any module whose forward returns a loss, e.g. a transformers model given labels, or a
+        """Make a TrainModule of any module whose forward returns a loss, e.g. a transformers model given labels, or a
         peft model around one.
 
         Parameters keep the names they have in ``model``, so checkpoints and exports do too.
@@ -170,9 +169,7 @@ class TrainModule(nn.Module):
         Example:
             ``Fit(TrainModule.wrap(model), train_data=dataset)``
         """
-        from .wrapping import wrapped
-
-        return model if isinstance(model, TrainModule) else wrapped(model, causal)
+        return model if isinstance(model, TrainModule) else wrap_model(model, TrainModule, causal)
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:

@@ -7,27 +7,22 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
+from .data.stand_in import StandIn
 from .module import TrainModule, forward_call
 
 Count = int | Tensor  # a Tensor where the batch itself already lives on an accelerator
 
 
 NO_EXTRAS: Mapping[str, Tensor] = {}
-
-
-@dataclass(frozen=True)
-class Weightless:
-    """A batch that stands in where a rank has no samples left, so that it takes part in collectives; it counts 0."""
-
-    batch: Any
 
 
 class Objective:
@@ -57,6 +52,7 @@ class Objective:
         self.past_index = past_index
         self.past: Any = None
         self.noted: tuple[Mapping[str, Tensor], bool] | None = None
+        self._was_checked = False
         self.call = forward_call(module)
         # The model's outputs for a batch on the device. No method of our own around it: a user's trace stays short.
         self.forward = self.call if past_index < 0 else self.forward_with_past
@@ -69,7 +65,7 @@ class Objective:
 
     def count(self, batch: Any) -> Count:
         """Items in a batch as the data gave it."""
-        if isinstance(batch, Weightless):
+        if isinstance(batch, StandIn):
             return 0
         return self.module.count_items(batch)
 
@@ -142,9 +138,49 @@ class Objective:
         assert noted is not None
         return noted
 
+    def forget_past(self) -> None:
+        """Hand the next batch nothing: it isn't the next of the same sequence."""
+        self.past = None
+
     def forget_note(self) -> None:
         """Before a compute_loss that may find its loss without this object."""
         self.noted = None
+
+    def share(self, loss: Tensor, count: Count, num_items: Count, is_share: bool, strategy: Strategy) -> Tensor:
+        """Weigh a micro-batch's loss, so that the gradients of an update are those of ONE mean over all its items.
+
+        Args:
+            loss: of this rank's part of the micro-batch, see ``Strategy.local_loss``. The first one is checked.
+            count: items in the micro-batch, on this rank.
+            num_items: items in the whole update, over all ranks.
+            is_share: whether the loss is divided by ``num_items`` already.
+            strategy: averages gradients over its ranks.
+
+        Returns:
+            The loss to go backward from: the micro-batch's share of the update's loss, times the ranks that gradients
+            are averaged over.
+
+        Raises:
+            TypeError, ValueError: the loss can't be trained on.
+        """
+        if not self._was_checked:
+            self.check(loss)
+            self._was_checked = True
+        ranks = strategy.gradient_ranks
+        if not is_share:
+            return weigh(loss, count, num_items, ranks, strategy.factor)
+        return loss * ranks if ranks > 1 else loss
+
+    @contextmanager
+    def without_past(self) -> Iterator[None]:
+        """Entered around an evaluation: its first batch is handed nothing, and the next batch of training what the last
+        one of training left.
+        """
+        past, self.past = self.past, None
+        try:
+            yield
+        finally:
+            self.past = past
 
     def check(self, loss: Any) -> None:
         """Refuse a loss that can't be trained on.

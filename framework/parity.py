@@ -124,36 +124,35 @@ class Recorder(Callback):
         self.watch = LayerWatch()
         self.layers: dict[str, Tensor] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
         """Save the seed, and watch the layers, which are placed."""
         if self.saves_seed:
-            context["fit"].save_checkpoint()
-        self.watch.watch(context["fit"].module)
+            fit.save_checkpoint()
+        self.watch.watch(fit.module)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Note what layers do until the first update is found."""
         self.watch.begin()
         self.watch.is_noting = not self.first
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
         """Take the gradients. All ranks gather them."""
-        fit = context["fit"]
         if not self.first and torch.isfinite(fit.grad_norm):  # the norm is the same on all ranks
             self.first = state.global_step + 1
             self.layers = self.watch.gathered(fit.strategy)
             self.gradients = taken(fit.strategy, fit.strategy.full_gradients())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
         """Take the weights. All ranks gather them."""
         if state.global_step == self.first:
-            self.weights = taken(context["fit"].strategy, context["fit"].strategy.full_state())
+            self.weights = taken(fit.strategy, fit.strategy.full_state())
 
-    def on_log(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **context: Any) -> None:
         """Take the numbers; a log is due after every update, and one of totals at the end."""
-        if "loss" not in context["logs"]:
+        if "loss" not in logs:
             return
-        self.losses.append(context["logs"]["loss"])
-        self.norms.append(context["logs"]["grad_norm"])
+        self.losses.append(logs["loss"])
+        self.norms.append(logs["grad_norm"])
 
 
 def taken(strategy: Strategy, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

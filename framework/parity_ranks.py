@@ -22,10 +22,17 @@ from typing import Any
 
 import torch
 
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from ..strategies.base import Strategy
 from ..strategies.registry import ALIASES, STRATEGIES, get_strategy
-from .parity import Difference, Recipe, Recording, compare, default_tolerance, record
+from .parity import (
+    Difference,
+    Recipe,
+    Recording,
+    compare,
+    default_tolerance,
+    record,
+)
 from .parity_forward import FailedInLayer
 
 COMBINATIONS: Mapping[str, tuple[str, Mapping[str, Any], int]] = {

@@ -1,6 +1,8 @@
 """Where a run stands: plain objects that can be printed, and that a checkpoint stores as JSON."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,6 +51,38 @@ class TrainState:
         """Take over the fields of ``to_dict``."""
         for name, value in state.items():
             setattr(self, name, value)
+
+    def reset(self) -> None:
+        """Go back to the beginning of a run. A Fit has one state for its whole life, so that users may keep it."""
+        self.load(vars(TrainState()))
+
+    def begin(self, num_train_epochs: int, max_steps: int, train_batch_size: int | None) -> None:
+        """Note the length of the run, and the batch size that was found for it."""
+        self.num_train_epochs, self.max_steps, self.train_batch_size = num_train_epochs, max_steps, train_batch_size
+
+    def begin_step(self, learning_rate: float) -> None:
+        """Note the learning rate that the optimizer steps with."""
+        self.learning_rate = learning_rate
+
+    def skip_update(self) -> None:
+        """Count an update that loss scaling skipped."""
+        self.skipped_updates += 1
+
+    def note_best(self, metric: float) -> None:
+        """Note that the evaluation of now is the best so far."""
+        self.best_metric, self.best_global_step = metric, self.global_step
+
+    def end_update(self, epoch: float) -> None:
+        """Count one update more, after which so many passes over the data are done."""
+        self.global_step += 1
+        self.epoch = epoch
+
+    def count(self, finite_losses: Sequence[float], items: int, tokens: int) -> None:
+        """Add up what the updates since the last log were made of."""
+        self.train_loss_sum += math.fsum(finite_losses)
+        self.train_loss_count += len(finite_losses)
+        self.items_seen += items
+        self.num_input_tokens_seen += tokens
 
 
 class TrainOutput(NamedTuple):

@@ -1,15 +1,23 @@
-"""Number formats: ``Fit(precision=...)`` takes a name, or an instance of a class here."""
+"""Number formats: ``Fit(precision=...)`` takes a name, or an instance of a class here.
 
-from .apex import ApexO1, ApexO2
+Each class is imported from its file when it is first asked for, so that a name costs no import of the others.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from .base import Precision
-from .double import Double
-from .fp8 import FP8
-from .full import Full
-from .half import BF16True, FP16True
-from .mixed import BF16Mixed, FP16Mixed, Mixed
-from .mxfp8 import MXFP8
+from .names import files_of, import_public
 from .registry import PRECISIONS, get_precision
-from .transformer_engine import TransformerEngine
+
+if TYPE_CHECKING:
+    from .apex import ApexO1, ApexO2
+    from .double import Double
+    from .fp8 import FP8
+    from .full import Full
+    from .half import BF16True, FP16True, LostUpdates
+    from .mixed import BF16Mixed, FP16Mixed, Mixed
+    from .mxfp8 import MXFP8
+    from .transformer_engine import TransformerEngine
 
 __all__ = [
     "FP8",
@@ -23,8 +31,22 @@ __all__ = [
     "FP16Mixed",
     "FP16True",
     "Full",
+    "LostUpdates",
     "Mixed",
     "Precision",
     "TransformerEngine",
     "get_precision",
 ]
+
+FILES = {**files_of(PRECISIONS), "LostUpdates": "half", "Mixed": "mixed"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the class of that name from its file."""
+    value = globals()[name] = import_public(__name__, FILES, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the exported names, imported or not."""
+    return sorted({*globals(), *__all__})

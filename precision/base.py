@@ -26,7 +26,7 @@ class Precision:
         reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
         scales_loss: whether a step may be skipped because gradients overflowed.
         master_weights: whether an optimizer steps on float32 copies of the parameters, which its state holds.
-        refusals: what this instance's options can't do, beyond precision/matrix.py: a word of ``Strategy.traits``, or
+        refusals: what this instance's options can't do, beyond strategies/matrix.py: a word of ``Strategy.traits``, or
             the argument "gradient_checkpointing" or "torch_compile", to why not and what to write instead.
     """
 

@@ -1,7 +1,47 @@
-"""Placement on devices: ``Fit(strategy=...)`` takes a name, or an instance of a class here."""
+"""Placement on devices: ``Fit(strategy=...)`` takes a name, or an instance of a class here.
 
+Each class is imported from its file when it is first asked for, so that a name costs no import of the others.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ..precision.names import files_of, import_public
 from .base import Strategy
 from .registry import STRATEGIES, get_strategy
-from .single import Single
 
-__all__ = ["STRATEGIES", "Single", "Strategy", "get_strategy"]
+if TYPE_CHECKING:
+    from .ddp.strategy import DDP
+    from .deepspeed.strategy import DeepSpeed
+    from .dp import DP
+    from .fsdp1.strategy import FSDP1
+    from .fsdp2.strategy import FSDP2
+    from .single import Single
+    from .tensor_parallel import TensorParallel
+    from .xla.strategy import XLASPMD
+
+__all__ = [
+    "DDP",
+    "DP",
+    "FSDP1",
+    "FSDP2",
+    "STRATEGIES",
+    "XLASPMD",
+    "DeepSpeed",
+    "Single",
+    "Strategy",
+    "TensorParallel",
+    "get_strategy",
+]
+
+FILES = files_of(STRATEGIES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the class of that name from its file."""
+    value = globals()[name] = import_public(__name__, FILES, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the exported names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..precision.base import Precision, ShapesOnRank
 from ..precision.linear_layers import put_back
-from ..precision.matrix import check_cell
-from ..precision.registry import did_you_mean
+from ..precision.names import did_you_mean
 from .devices import default_device, move_to
+from .matrix import check_cell
 from .placed import PlacedModule
+from .ranks import Ranks
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
 Prepare = Callable[[nn.Module], None]
@@ -63,7 +63,7 @@ class RunDescription:
     compiles_checkpointed_blocks: bool
 
 
-class Strategy(PlacedModule):
+class Strategy(Ranks, PlacedModule):
     """Places a module on devices and runs the steps of an update there.
 
     The verbs, in the order in which a run uses them::
@@ -97,12 +97,7 @@ class Strategy(PlacedModule):
         name: the word that chooses it (``strategy="ddp"``).
         options: see ``Options``.
         device: where this rank's tensors live; set by ``set_up``.
-        rank, world_size: this process among all processes.
-        data_rank, data_size: this rank's place among those that read different samples; tensor- and context-parallel
-            ranks share theirs.
-        gradient_ranks: ranks that gradients are averaged over: those with different samples or positions.
-        tensor_parallel_size, context_parallel_size: ranks that share one sample, split by features or by positions.
-        devices_per_rank: devices that one process feeds; a micro-batch holds samples for all of them.
+        rank, world_size, ...: see Ranks.
         precision, module, model, optimizer: see PlacedModule.
     """
 
@@ -132,14 +127,6 @@ class Strategy(PlacedModule):
     recompute_options: ClassVar[Mapping[str, Any]] = {"use_reentrant": False}
 
     device: torch.device = torch.device("cpu")
-    rank: int = 0
-    world_size: int = 1
-    data_rank: int = 0
-    data_size: int = 1
-    gradient_ranks: int = 1
-    tensor_parallel_size: int = 1
-    context_parallel_size: int = 1
-    devices_per_rank: int = 1
 
     def __init__(self, **options: Any) -> None:
         known = [field.name for field in dataclasses.fields(self.Options)]
@@ -148,11 +135,6 @@ class Strategy(PlacedModule):
                 hint = did_you_mean(option, known) if known else "It has none."
                 raise TypeError(f"{type(self).__name__} has no option {option!r}. {hint}")
         self.options = self.Options(**options)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process prints, logs and shows progress. Exactly one does."""
-        return self.rank == 0
 
     @property
     def splits_classes(self) -> bool:
@@ -166,7 +148,7 @@ class Strategy(PlacedModule):
 
     @property
     def placement(self) -> str:
-        """Its column in the table of precisions (precision/matrix.py)."""
+        """Its column in the table of precisions (strategies/matrix.py)."""
         return self.name
 
     # Set up and place.
@@ -327,78 +309,7 @@ class Strategy(PlacedModule):
         """Whether the last ``step`` left the parameters alone. Waits at most for that step, never for later work."""
         return self.precision.step_was_skipped()
 
-    # Between ranks.
-
-    def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks that gradients are averaged over; may be the tensor itself, changed in place."""
-        return tensor
-
-    def read(self, tensors: Sequence[Tensor], *, summed: bool = False) -> list[float]:
-        """The numbers in some tensors, one after the other, in one transfer. Waits for the device.
-
-        Args:
-            tensors: on the device.
-            summed: over the ranks that gradients are averaged over. Collective then.
-        """
-        rows = [tensor.reshape(-1) for tensor in tensors]
-        # float64 holds a float32 loss and any count exactly; neighbours of one dtype are widened together.
-        parts = [torch.cat(list(alike)).double() for _, alike in groupby(rows, key=lambda row: row.dtype)]
-        numbers = torch.cat(parts)
-        return (self.sum_over_data_ranks(numbers) if summed else numbers).tolist()
-
-    def max_over_ranks(self, tensor: Tensor) -> None:
-        """Replace the tensor by its largest value over all ranks, in place."""
-
-    def sum_on_host(self, values: list[int]) -> list[int]:
-        """The sums over all ranks. Never waits for the device."""
-        return values
-
-    def new_group(self) -> Any:
-        """Another group of all ranks on the host, for ``gather`` in another thread. Collective."""
-        return None
-
-    def drop_group(self, group: Any) -> None:
-        """Destroy a group of ``new_group``, in which nothing is under way. Collective."""
-
-    def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
-        return [value]
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's ``value`` on every rank. Small host objects only."""
-        return value
-
-    def barrier(self) -> None:
-        """Return once every rank has come here."""
-
-    def all_say(self, what: str, seconds: float) -> bool:
-        """Whether every rank comes here within so many seconds and says the same. The answer is the same on each that
-        comes. Not collective: others may be anywhere, and never come.
-        """
-        return True
-
-    # Beginning again after a failure that another attempt may not meet. Used by runs that ask for it, and only those.
-
-    def attempt(self) -> AbstractContextManager[Any]:
-        """Entered around an attempt at a run: what wakes this rank where it waits for one that has failed."""
-        return nullcontext()
-
-    def tell_failure(self, reason: str | None) -> str | None:
-        """Called on every rank whose attempt failed, outside of ``attempt``. Not collective: ranks may wait elsewhere.
-
-        Args:
-            reason: why all should begin again; None where this rank's failure is no such reason, or only the
-                consequence of another's.
-
-        Returns:
-            The reason that a rank has given, the same on all: ``release`` and ``begin_again`` come next. None where
-            there is none: the failure stands.
-        """
-        return reason
-
-    def hear_failure(self) -> str | None:
-        """What ``tell_failure`` returns, on a rank that fails because another has: waits for what that one tells."""
-        return None
+    # Beginning again after a failure that another attempt may not meet: between ``tell_failure`` and another run.
 
     def release(self, module: nn.Module) -> None:
         """Let go of what ``place`` made and registered. The caller then puts the module back as it was before.

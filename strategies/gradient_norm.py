@@ -43,7 +43,7 @@ def clip_by_norm(
         if isinstance(gradient, DTensor):
             mesh = gradient.device_mesh
             # Shard, and _StridedShard where two dimensions of the mesh cut one dimension of the tensor.
-            sharding = [d for d, placement in enumerate(gradient.placements) if is_sharded(placement)]
+            sharding = [d for d, placement in enumerate(gradient.placements) if cuts_tensor(placement)]
             by_sharding[tuple(mesh.get_group(d) for d in sharding)].append(gradient.to_local())
         else:
             by_sharding[() if id(parameter) in whole_ids else groups].append(gradient)
@@ -67,6 +67,6 @@ def clip_by_norm(
     return norm
 
 
-def is_sharded(placement: object) -> bool:
+def cuts_tensor(placement: object) -> bool:
     """Whether a DTensor placement cuts the tensor."""
     return isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard"

@@ -110,6 +110,9 @@ def let_go(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:
     for reference in groups:
         group = reference()
         for holder in gc.get_referrers(group) if group is not None else ():
+            if type(holder) is list:  # DeepSpeed's ZeRO optimizers have a list with a group for each parameter group
+                holder[:] = [None if value is group else value for value in holder]
+                continue
             attributes = holder if type(holder) is dict else getattr(holder, "__dict__", {})
             for name in [name for name, value in attributes.items() if value is group]:
                 attributes[name] = None

@@ -3,20 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..precision.registry import resolve
+from ..precision.names import resolve
 from .base import Strategy
 
 # name -> "file:Class"; the class receives the name's own options.
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "single": ("single:Single", {}),
-    "ddp": ("ddp:DDP", {}),
-    "fsdp1": ("fsdp1:FSDP1", {}),
-    "fsdp2": ("fsdp2:FSDP2", {}),
+    "ddp": ("ddp.strategy:DDP", {}),
+    "fsdp1": ("fsdp1.strategy:FSDP1", {}),
+    "fsdp2": ("fsdp2.strategy:FSDP2", {}),
     "tp": ("tensor_parallel:TensorParallel", {}),
     "dp": ("dp:DP", {}),
-    "deepspeed": ("deepspeed:DeepSpeed", {}),
-    **{f"deepspeed_stage_{stage}": ("deepspeed:DeepSpeed", {"stage": stage}) for stage in range(4)},
-    "xla": ("xla:XLASPMD", {}),
+    "deepspeed": ("deepspeed.strategy:DeepSpeed", {}),
+    **{f"deepspeed_stage_{stage}": ("deepspeed.strategy:DeepSpeed", {"stage": stage}) for stage in range(4)},
+    "xla": ("xla.strategy:XLASPMD", {}),
 }
 ALIASES: Mapping[str, str] = {"fsdp": "fsdp2"}
 

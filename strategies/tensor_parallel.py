@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from .fsdp2 import FSDP2, FSDP2Options
+from .fsdp2.strategy import FSDP2, FSDP2Options
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -31,7 +32,8 @@ from .. import random_state
 from ..agreement import on_all_ranks
 from . import callback_states, directory
 from .directory import CheckpointError
-from .frozen import check_frozen, described, fingerprints, left_out, without
+from .frozen import check_frozen, described, left_out, without
+from .line import Line
 from .matching import (
     check_counters,
     check_entries,
@@ -44,12 +46,10 @@ from .matching import (
 )
 from .own_options import own_options, own_rates
 from .parts import check_parts, load_parts
+from .saved_run import SavedRun
 from .schema import read_state
 from .tensors import load_tensors, stored_tensors
 from .trial_step import OptionsRefused, fresh_states
-
-if TYPE_CHECKING:
-    from ..fit import Fit
 
 
 @dataclass
@@ -75,14 +75,18 @@ class Snapshot:
         return {"model": self.model, "optimizer": self.optimizer, "callbacks": self.callbacks}
 
 
-def take(fit: "Fit") -> Snapshot:
-    """The run as it stands between two updates. Collective."""
-    strategy = fit.strategy
+def take(run: SavedRun, line: Line) -> Snapshot:
+    """Take a snapshot of a run as it stands between two updates. Collective.
+
+    Args:
+        run: placed.
+        line: of the run, see ``line.py``.
+    """
+    strategy = run.strategy
     strategy.settle_buffers()
     model = untied_state(strategy)
-    names = left_out(strategy, fit.args.save_only_trainable).intersection(model)
-    if fit.frozen.keys() != names:  # read once in a run: what is frozen doesn't change
-        fit.frozen = fingerprints(strategy, {name: tensor for name, tensor in model.items() if name in names})
+    names = left_out(strategy, run.args.save_only_trainable).intersection(model)
+    frozen = run.fingerprints({name: tensor for name, tensor in model.items() if name in names})
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, entries in strategy.optimizer_state().items():
@@ -93,26 +97,23 @@ def take(fit: "Fit") -> Snapshot:
                 tensors[f"{name}/{key}"] = value
             else:
                 numbers[f"{name}/{key}"] = value
-    callbacks, callback_tensors = callback_states.apart(fit.callbacks.state_dict())
+    callbacks, callback_tensors = callback_states.apart(run.callbacks.state_dict())
     model = without(model, names)
     state = {
-        "run": fit.directory.line.to_dict(),
+        "run": line.to_dict(),
         "torch": torch.__version__,
         "strategy": strategy.name,
         "precision": strategy.precision.name,
         "world_size": strategy.world_size,
         "data_size": strategy.data_size,
-        "arguments": fit.args.to_dict(),
-        "averages": fit.averages.state_dict(),
-        "progress": fit.state.to_dict(),
-        "data": {"epoch": fit.epoch_index, **fit.stream.state_dict(), **fit.stream.describe(strategy.is_main)},
-        "scheduler": fit.scheduler.state_dict(),
+        "arguments": run.args.to_dict(),
+        **run.state_dict(),
         "loss_scaling": strategy.precision.state_dict(),
         "callbacks": callbacks,
         "tied": strategy.tied_names(),
         "parameter_groups": parameter_groups(strategy),
         "optimizer_numbers": numbers,
-        "frozen": fit.frozen,
+        "frozen": frozen,
         "model": forms(model),
         "optimizer": forms(tensors),
         "callback_tensors": forms(callback_tensors),
@@ -164,11 +165,11 @@ class Matched:
     callbacks: dict[str, Tensor]
 
 
-def restore(fit: "Fit", path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+def restore(run: SavedRun, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Give a verified checkpoint back to a placed run; nothing is changed before all of it fits. Collective.
 
     Args:
-        fit: placed, its counters at their start.
+        run: placed, its counters at their start.
         path: the checkpoint.
         state: what ``read_state`` gave for it.
 
@@ -178,17 +179,17 @@ def restore(fit: "Fit", path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: it belongs to another model or run, or can't be what a run saved.
     """
-    strategy = fit.strategy
+    strategy = run.strategy
     whole = untied_state(strategy)
     saved = saved_part(path, strategy, state, whole)
-    matched = match(fit, path, state, whole, saved)
+    matched = match(run, path, state, whole, saved)
 
     load_tensors(path / "optimizer", matched.optimizer)
     load_tensors(path / "model", matched.masters)
     if any(strategy.gather(bool(matched.callbacks))):  # a callback may be on one rank alone
         load_tensors(path / "callbacks", matched.callbacks, even_none=True)
     on_all_ranks(strategy, lambda: check_counters(path, matched.optimizer), CheckpointError)
-    load_parts(fit, path, state, matched.callbacks)
+    load_parts(run, path, state, matched.callbacks)
 
     load_tensors(path / "model", saved)
     strategy.load_model_state(saved)
@@ -202,24 +203,21 @@ def restore(fit: "Fit", path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     assert strategy.optimizer is not None
     for group, options in zip(strategy.optimizer.param_groups, matched.groups, strict=True):
         group.update(options)
-    if fit.args.resume_with == "arguments":
-        rates = own_rates(fit, matched.saved_groups, state)
+    if run.args.resume_with == "arguments":
+        rates = own_rates(run, matched.saved_groups, state)
         for group, rate in zip(strategy.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-    fit.averages.load_state_dict(state["averages"])
-    fit.state.load(state["progress"])
-    fit.epoch_index = state["data"]["epoch"]
-    fit.stream.load_state_dict(state["data"])
+    run.load_state_dict(state)
     return matched.random
 
 
 def match(
-    fit: "Fit", path: Path, state: Mapping[str, Any], whole: Mapping[str, Tensor], saved: Mapping[str, Tensor]
+    run: SavedRun, path: Path, state: Mapping[str, Any], whole: Mapping[str, Tensor], saved: Mapping[str, Tensor]
 ) -> Matched:
     """Hold all that a checkpoint has against the run. Collective.
 
     Args:
-        fit: placed.
+        run: placed.
         path: the checkpoint.
         state: what ``read_state`` gave for it.
         whole: the model's tensors.
@@ -228,12 +226,12 @@ def match(
     Raises:
         CheckpointError: something doesn't fit; names file and field, or tensor.
     """
-    strategy = fit.strategy
+    strategy = run.strategy
     saved_groups: list[dict[str, Any]] = []
     on_all_ranks(
         strategy, lambda: saved_groups.extend(match_groups(path, strategy, state["parameter_groups"])), CheckpointError
     )
-    groups = own_options(strategy, saved_groups) if fit.args.resume_with == "arguments" else saved_groups
+    groups = own_options(strategy, saved_groups) if run.args.resume_with == "arguments" else saved_groups
     try:  # where a step is collective, so is this, and it fails on all ranks alike
         fresh, untried = fresh_states(strategy, groups)
     except OptionsRefused as error:
@@ -253,11 +251,11 @@ def match(
         for name in {key.rpartition("/")[0] for key in state["optimizer_numbers"]} - whole.keys():
             raise CheckpointError(f"{path / 'state.json'}: optimizer_numbers: the model has no {name!r}.")
         optimizer = optimizer_templates(path, strategy, whole, stored, stored_model, fresh)
-        present = {key: value for key, value in state["callbacks"].items() if key in fit.callbacks.stateful()}
-        _, current = callback_states.apart(fit.callbacks.state_dict()) if stored_callbacks else ({}, {})
+        present = {key: value for key, value in state["callbacks"].items() if key in run.callbacks.stateful()}
+        _, current = callback_states.apart(run.callbacks.state_dict()) if stored_callbacks else ({}, {})
         templates = callback_states.templates(path, present, current, stored_callbacks, strategy, whole)
-        check_parts(fit, path, state)
-        random = random_of_rank(path, strategy, state, fit.args.seed, state["progress"]["global_step"])
+        check_parts(run, path, state)
+        random = random_of_rank(path, strategy, state, run.args.seed, state["progress"]["global_step"])
         trained, masters = {*fresh, *untried}, master_templates(strategy, saved)
         numbers = {k: value for k, value in state["optimizer_numbers"].items() if k.rpartition("/")[0] in trained}
         result.append(Matched(random, groups, saved_groups, numbers, optimizer, masters, templates))
@@ -266,17 +264,17 @@ def match(
     return result[0]
 
 
-def load_weights(fit: "Fit", path: Path | None) -> None:
-    """Take only the parameters and buffers of a checkpoint; None changes nothing. Collective.
+def load_weights(strategy: Strategy, path: Path | None) -> None:
+    """Load only the parameters and buffers of a checkpoint; None changes nothing. Collective.
 
     Raises:
         CheckpointError: it belongs to another model.
     """
     if path is None:
         return
-    model = saved_part(path, fit.strategy, read_state(path), untied_state(fit.strategy))
+    model = saved_part(path, strategy, read_state(path), untied_state(strategy))
     load_tensors(path / "model", model)
-    fit.strategy.load_model_state(model)
+    strategy.load_model_state(model)
 
 
 def random_of_rank(path: Path, strategy: Strategy, state: Mapping[str, Any], seed: int, step: int) -> dict[str, Any]:
@@ -294,7 +292,7 @@ def random_of_rank(path: Path, strategy: Strategy, state: Mapping[str, Any], see
             raise CheckpointError(f"{file} was altered: {problem}.")
         return random
     now = random_state.capture()
-    random_state.seed_everything(hash((seed, strategy.data_rank, step)) % 2**32)
+    random_state.seed_everything(int(numpy.random.SeedSequence((seed, strategy.data_rank, step)).generate_state(1)[0]))
     fresh = random_state.capture()
     random_state.restore(now)
     return fresh

@@ -4,16 +4,14 @@ schedule, over the checkpoint's moments and counters.
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...strategies.base import Strategy
 from .matching import parameter_groups
+from .saved_run import SavedRun
 from .trial_step import owners_of
-
-if TYPE_CHECKING:
-    from ..fit import Fit
 
 OF_THE_PEAK = ("base_lrs", "min_lrs", "_last_lr")
 """What schedules keep under other names than their constructor's."""
@@ -47,23 +45,23 @@ def own_schedule(scheduler: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, **own}
 
 
-def own_rates(fit: "Fit", groups: list[dict[str, Any]], state: Mapping[str, Any]) -> list[float]:
+def own_rates(run: SavedRun, groups: list[dict[str, Any]], state: Mapping[str, Any]) -> list[float]:
     """The learning rate that each group goes on with: where the run's own schedule stands; of a schedule that only
     knows one rate from the one before, the checkpoint's, in proportion to the peaks.
 
     Args:
-        fit: its schedule stands where the saved one did.
+        run: its schedule stands where the saved one did.
         groups: the checkpoint's options for each of the optimizer's groups.
         state: see ``checkpoint.read_state``.
     """
-    scheduler: Any = fit.scheduler
+    scheduler: Any = run.scheduler
     if type(scheduler) is LambdaLR:
         pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
         return [float(peak) * shape(scheduler.last_epoch) for shape, peak in pairs]
     before = state["arguments"].get("learning_rate")
-    ratio = fit.args.learning_rate / before if before else 1.0
+    ratio = run.args.learning_rate / before if before else 1.0
     rates = []
-    for group, options in zip(fit.optimizer.param_groups, groups, strict=True):
+    for group, options in zip(run.optimizer.param_groups, groups, strict=True):
         peak, saved_peak = group.get("initial_lr"), options.get("initial_lr")
         rates.append(options["lr"] * (peak / saved_peak if peak is not None and saved_peak else ratio))
     return rates

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +16,17 @@ from . import callback_states
 from .directory import CheckpointError
 from .matching import check_like, in_the_types_of
 from .own_options import own_schedule
-
-if TYPE_CHECKING:
-    from ..fit import Fit
+from .saved_run import SavedRun
 
 
-def check_parts(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
+def check_parts(run: SavedRun, path: Path, state: Mapping[str, Any]) -> None:
     """Refuse a schedule that stands elsewhere than the run, and states of other types than the run's own.
 
     Raises:
         CheckpointError: names the field.
     """
     file, progress = path / "state.json", state["progress"]
-    for name, own in (("scheduler", fit.scheduler.state_dict()), ("loss_scaling", fit.strategy.precision.state_dict())):
+    for name, own in (("scheduler", run.scheduler.state_dict()), ("loss_scaling", run.strategy.precision.state_dict())):
         saved = state[name]
         if not own or (not saved and name == "loss_scaling"):  # of a format without a scale
             continue
@@ -41,27 +39,27 @@ def check_parts(fit: "Fit", path: Path, state: Mapping[str, Any]) -> None:
     if isinstance(scale, int | float) and not scale > 0:
         raise CheckpointError(f"{file}: loss_scaling.scale is {scale!r}: it is a factor above 0.")
     made = progress["global_step"] - progress["skipped_updates"]
-    is_own = type(fit.scheduler) is LambdaLR and type(fit.module).configure_scheduler is TrainModule.configure_scheduler
+    is_own = type(run.scheduler) is LambdaLR and type(run.module).configure_scheduler is TrainModule.configure_scheduler
     if is_own and state["scheduler"]["last_epoch"] != made:
         raise CheckpointError(
             f"{file}: scheduler.last_epoch is {state['scheduler']['last_epoch']!r}; progress tells of {made} updates."
         )
-    groups = len(fit.scheduler.optimizer.param_groups)
+    groups = len(run.scheduler.optimizer.param_groups)
     rates = state["scheduler"].get("base_lrs")
     if is_own and len(state["parameter_groups"]) == groups and len(rates) != groups:
         raise CheckpointError(f"{file}: scheduler.base_lrs has {len(rates)} values for {groups} parameter groups.")
 
 
-def load_parts(fit: "Fit", path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def load_parts(run: SavedRun, path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Load the states that others check as they load: schedule, loss scale, callbacks. Where one raises, all are what
     they were. Collective.
 
     Raises:
         CheckpointError: names the section, and what was raised.
     """
-    scheduler, precision, callbacks = fit.scheduler, fit.strategy.precision, fit.callbacks.stateful()
+    scheduler, precision, callbacks = run.scheduler, run.strategy.precision, run.callbacks.stateful()
     schedule = in_the_types_of(scheduler.state_dict(), state["scheduler"])
-    if fit.args.resume_with == "arguments":
+    if run.args.resume_with == "arguments":
         schedule = own_schedule(scheduler, schedule)
     parts: dict[str, tuple[Any, Any]] = {
         "scheduler": (scheduler, schedule),
@@ -85,4 +83,4 @@ def load_parts(fit: "Fit", path: Path, state: Mapping[str, Any], tensors: Mappin
                     f"{path / 'state.json'}: {name} can't be loaded: {type(error).__name__}: {error}"
                 ) from error
 
-    on_all_ranks(fit.strategy, load, CheckpointError)
+    on_all_ranks(run.strategy, load, CheckpointError)

@@ -1,9 +1,26 @@
 """What a logger does: takes numbers by name at a step, on the main process."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from ..fit import Fit
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
+from ..state import TrainState
+
+
+class LoggedRun(Protocol):
+    """What loggers read of the Fit that they are given."""
+
+    @property
+    def args(self) -> FitArguments:
+        """The arguments of the run; ``output_dir`` and ``run_name`` say where its numbers belong."""
+
+    @property
+    def state(self) -> TrainState:
+        """The progress; ``global_step`` is above 0 where training is resumed."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy; ``configuration()`` returns what its package was configured with."""
 
 
 class Logger:
@@ -15,10 +32,10 @@ class Logger:
         flush           at the end of each train, and where it fails
         close           fit.close(), the end of ``with Fit(...) as fit``, or the end of the Fit or the process
 
-    So one run of W&B or MLflow, made in ``open`` and finished in ``close``, holds all that a Fit does. In a search each
-    trial is a life of its own: its loggers are opened for the trial's ``output_dir`` and closed after it.
+    So one run of W&B or MLflow, made in ``open`` and finished in ``close``, holds everything that a Fit does. In a
+    search, loggers are opened for the ``output_dir`` of each trial and closed after the trial.
 
-    What a method raises doesn't end training: it is a LoggerWarning, once.
+    An exception in one of these methods doesn't end training: it is warned of, once, by a LoggerWarning.
 
     Example:
         >>> class Print(Logger):
@@ -26,17 +43,21 @@ class Logger:
         ...         print(step, metrics)
     """
 
-    def open(self, fit: "Fit") -> None:
-        """Make files and connections: here, not in the constructor. ``fit.args.output_dir`` is where they belong."""
+    def open(self, fit: LoggedRun) -> None:
+        """Make files and connections: here, not in the constructor. ``fit.args.output_dir`` is where they belong.
 
-    def begin(self, fit: "Fit") -> None:
-        """Training begins, or is resumed where ``fit.state.global_step`` is above 0."""
+        Args:
+            fit: the Fit; see LoggedRun for what a logger should read of it.
+        """
+
+    def begin(self, fit: LoggedRun) -> None:
+        """Note that training begins, or is resumed where ``fit.state.global_step`` is above 0."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Write down numbers that belong to an update."""
 
     def flush(self) -> None:
-        """Everything logged so far must be readable after this."""
+        """Have everything that was logged readable when this returns."""
 
     def close(self) -> None:
-        """Let go of what ``open`` made; everything logged must be readable after this."""
+        """Let go of what ``open`` made, with everything that was logged readable."""

@@ -1,12 +1,9 @@
-"""TensorBoard event files."""
+"""A logger that writes TensorBoard event files."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .base import Logger
-
-if TYPE_CHECKING:
-    from ..fit import Fit
+from .base import LoggedRun, Logger
 
 
 class TensorBoardLogger(Logger):
@@ -21,18 +18,18 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = None if directory is None else Path(directory).expanduser()
-        self.current: Path | None = None  # the directory of this life
+        self.current: Path | None = None  # the directory that was opened last
         self.writer: Any = None
         self.last_step = 0
 
-    def open(self, fit: "Fit") -> None:
+    def open(self, fit: LoggedRun) -> None:
         """Start an event file."""
         self.current = self.directory or Path(fit.args.output_dir, "tensorboard", fit.args.run_name or "")
         self.last_step = 0
         self._start(fit.state.global_step)
 
-    def begin(self, fit: "Fit") -> None:
-        """Start another file where training resumes from before what this one holds."""
+    def begin(self, fit: LoggedRun) -> None:
+        """Start another file where training resumes from an earlier update than the last one in this file."""
         step = fit.state.global_step
         if 0 < step < self.last_step:
             self._let_go()
@@ -49,12 +46,12 @@ class TensorBoardLogger(Logger):
                 tag = f"{group}/{rest}" if group == "eval" else f"train/{name}"
                 self.writer.add_scalar(tag, value, step)
         except Exception:
-            self.writer = None  # its thread has failed: it raises that from now on, and never writes again
+            self.writer = None  # its thread has failed: from now on it raises the same error, and never writes again
             raise
         self.last_step = max(self.last_step, step)
 
     def flush(self) -> None:
-        """Write everything out."""
+        """Write out what is buffered."""
         if self.writer is not None:
             try:
                 self.writer.flush()
@@ -63,12 +60,12 @@ class TensorBoardLogger(Logger):
                 raise
 
     def close(self) -> None:
-        """Write everything out and end the file."""
+        """Write out what is buffered, and end the file."""
         self.current = None
         self._let_go()
 
     def _start(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second that only runs with TensorBoard pay
+        from torch.utils.tensorboard import SummaryWriter  # importing it takes half a second
 
         self.writer = SummaryWriter(str(self.current), purge_step=step + 1 if step else None)
 

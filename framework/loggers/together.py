@@ -1,16 +1,14 @@
-"""A Fit's loggers together: opened when first needed, told, flushed and closed, whatever one of them raises."""
+"""The loggers of a Fit together: opened when they are first needed, told, flushed and closed, whatever one raises."""
 
 import time
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .base import Logger
+from .base import LoggedRun, Logger
 
-if TYPE_CHECKING:
-    from ..fit import Fit
-
-SECONDS = 60.0  # until a logger that couldn't be opened is opened again, at the next log: W&B may take long to give up
+# Seconds before a logger that couldn't be opened is tried again, at the next log: W&B may take long to give up.
+RETRY_AFTER = 60.0
 
 
 class LoggerWarning(UserWarning):
@@ -21,51 +19,51 @@ class Loggers:
     """The loggers of a Fit, which live as long as it does.
 
     They are opened at the first ``train``, ``evaluate`` or ``predict``, and stay open for all that follow. Where a
-    later run has another ``output_dir``, as each trial of a search, they are closed and opened for that one. What one
-    of them raises is a LoggerWarning, once, and it is told the next numbers all the same.
+    later run has another ``output_dir``, as each trial of a search has, they are closed and opened for that one. An
+    exception of a logger becomes a LoggerWarning, once, and the logger is told the next numbers all the same.
 
     Args:
-        loggers: none on other processes than the main one.
+        loggers: of the main process; other processes have none.
     """
 
     def __init__(self, loggers: Iterable[Logger]) -> None:
         self.all = list(loggers)
-        self.output_dir: str | None = None  # that they were opened for; None while they are closed
+        self.output_dir: str | None = None  # which the loggers were opened for; None while they are closed
         self.opened: list[Logger] = []
-        self.tried = 0.0  # when those that aren't open were last asked to
-        self.failures: dict[int, int] = {}  # by a logger's place: calls that raised
+        self.tried = 0.0  # when loggers were last opened
+        self.failures: dict[int, int] = {}  # the number of calls that raised, by the place of the logger
 
-    def open(self, fit: "Fit") -> None:
-        """Open those that aren't open for the run's ``output_dir``."""
+    def open(self, fit: LoggedRun) -> None:
+        """Open the loggers that aren't open for the ``output_dir`` of the run."""
         if fit.args.output_dir != self.output_dir:
             self.close()
             self.output_dir = fit.args.output_dir
-        elif len(self.opened) == len(self.all) or time.monotonic() - self.tried < SECONDS:
+        elif len(self.opened) == len(self.all) or time.monotonic() - self.tried < RETRY_AFTER:
             return
         self.tried = time.monotonic()
         for logger in self.all:
             if logger not in self.opened and self.call(logger, "open", fit):
                 self.opened.append(logger)
 
-    def begin(self, fit: "Fit") -> None:
-        """Training begins, or is resumed."""
+    def begin(self, fit: LoggedRun) -> None:
+        """Tell the loggers that training begins, or is resumed."""
         self.open(fit)
         for logger in self.opened:
             self.call(logger, "begin", fit)
 
-    def log(self, fit: "Fit", logs: dict[str, float], step: int) -> None:
-        """Hand the numbers of an update on."""
+    def log(self, fit: LoggedRun, logs: dict[str, float], step: int) -> None:
+        """Hand the numbers of an update to every logger."""
         self.open(fit)
         for logger in self.opened:
             self.call(logger, "log", logs, step)
 
     def flush(self) -> None:
-        """Have everything that was logged readable."""
+        """Have every logger make readable what was logged."""
         for logger in self.opened:
             self.call(logger, "flush")
 
     def close(self) -> None:
-        """Close those that are open. Logs that come later open them again."""
+        """Close the loggers that are open. A later log opens them again."""
         opened, self.opened, self.output_dir = self.opened, [], None
         for logger in opened:
             self.call(logger, "close")
@@ -75,7 +73,7 @@ class Loggers:
         self.failures = {}
 
     def call(self, logger: Logger, method: str, *arguments: Any) -> bool:
-        """Call a logger's method; whether it did what it should."""
+        """Call a method of a logger, and return whether it succeeded."""
         try:
             getattr(logger, method)(*arguments)
         except Exception as error:
@@ -88,5 +86,5 @@ class Loggers:
 
 
 def warn(logger: Logger, what: str) -> None:
-    """Say what became of a logger."""
+    """Warn of a logger that failed."""
     warnings.warn(f"The logger {type(logger).__name__} {what}", LoggerWarning, stacklevel=4)

@@ -11,7 +11,7 @@ from threading import Thread
 from types import ModuleType
 from typing import Any
 
-from ...precision.registry import did_you_mean
+from ...precision.names import did_you_mean
 
 SAMPLERS = ("tpe", "random", "nsga2")
 PRUNERS = ("median", "successive_halving", "hyperband")

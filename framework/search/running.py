@@ -11,32 +11,36 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from .. import checkpoint, fresh
+from .. import checkpoint
 from ..arguments import FitArguments
-from ..batch_size import forget_frames
 from ..callbacks import Callback
-from ..in_step import OtherRankError
 from ..module import TrainModule
 from ..printing import say
+from ..run.batch_size import forget_frames
+from ..run.in_step import OtherRankError
 from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
 from .reporting import draw, print_table, progress_line, write_hparams
 from .results import SearchOutput
-from .space import begin_own
+from .searched_fit import SearchedFit
 from .study import Proposal, Study
-
-if TYPE_CHECKING:
-    from ..fit import Fit
 
 Result = TypeVar("Result")
 
 
 class MainProcessError(RuntimeError):
-    """What failed on the main process, on the other ranks."""
+    """What failed on the main process, on the other ranks.
 
-    is_caught = False  # whether the search goes on after it
+    Args:
+        said: what it failed with.
+        is_caught: whether the search goes on after it.
+    """
+
+    def __init__(self, said: str, is_caught: bool) -> None:
+        super().__init__(said)
+        self.is_caught = is_caught
 
 
 class Report(Callback):
@@ -91,32 +95,31 @@ class Search:
         options: of the search.
     """
 
-    def __init__(self, fit: "Fit", options: SearchOptions) -> None:
+    def __init__(self, fit: SearchedFit, options: SearchOptions) -> None:
         if fit.train_data is None or fit.eval_data is None:
             raise ValueError("A search trains and evaluates. Pass train_data= and eval_data= to Fit.")
-        if options.pruner is not None and fit.requested.eval_strategy == "no":
+        if options.pruner is not None and fit.own_args.eval_strategy == "no":
             raise ValueError(
                 f"pruner={options.pruner!r} compares evaluations in the middle of runs, and eval_strategy='no'. Write "
                 "eval_strategy='steps' or 'epoch', or leave pruner out."
             )
-        if fit.placed and fit.module_init is None and fit.unplaced is None:
+        if fit.placed and not fit.source.can_begin_again:
             raise ValueError(
                 "This Fit's module was placed by an earlier run, and a search begins each trial with the module as it "
                 "was made. Search before train or evaluate, or write Fit(module_init=...), which makes a fresh one."
             )
-        self.fit, self.options, self.base = fit, options, fit.requested
+        self.fit, self.options, self.base = fit, options, fit.own_args
         self.callback_states = copy.deepcopy(fit.callbacks.state_dict())
-        self.given_callbacks = fit.given_callbacks
         self.study: Study | None = None  # on the main process
-        self.is_shown = fit.requested.progress
+        self.is_shown = fit.own_args.progress
 
     def run(self) -> SearchOutput:
         """Run trials until the search is over. Afterwards the Fit has the best one's arguments."""
         fit = self.fit
         if fit.placed:
-            fresh.take_apart(fit)
-        elif fit.module_init is None and fit.unplaced is None:
-            fit.unplaced = fresh.Unplaced(fit.module)
+            fit.take_apart()
+        elif not fit.source.can_begin_again:
+            fit.source.keep_copy()
         try:
             self.on_main(self.open)
             while (proposal := self.on_main(self.ask)) is not None:
@@ -124,11 +127,8 @@ class Search:
         finally:
             if self.study is not None:
                 self.study.release()
-            fit.given_callbacks = self.given_callbacks
-            fit.requested = self.base
-            fresh.take_apart(fit)
-            make, seed = fit.module_init, self.base.seed
-            self.begin(self.base, None if make is None else fresh.make_module(make, fit.own_trial, seed))
+            fit.take_apart()
+            self.begin(self.base, fit.make_module(fit.own_trial, self.base.seed))
         output = self.on_main(self.end)
         if output.best is not None:
             self.take_best(output)
@@ -155,18 +155,14 @@ class Search:
         error: BaseException | None = None
         try:
             with strategy.attempt():
-                fit.given_callbacks = [*self.given_callbacks, report]
-                self.begin(proposal.args, self.make_module(trial, proposal))
-                fit.ignore_keys_for_eval = ()
-                # A trial that was begun by a process that died goes on where that saved it.
-                with fit.in_directory(resume_from_checkpoint=True) as path:
-                    fit.run(path)
+                self.begin(proposal.args, self.make_module(trial, proposal), report)
+                fit.train_trial()
                 strategy.sum_on_host([0])  # a rank that is done must hear of one that failed after it
         except BaseException as caught:
             error = caught
         if error is None:
             values = [self.options.value(i, self.history(name)) for i, name in enumerate(self.options.metrics)]
-            fresh.take_apart(fit)
+            fit.take_apart()
             self.on_main(lambda: self.tell(values, report.is_pruned))
             return
         is_caught = isinstance(error, self.options.catch) or getattr(error, "is_caught", False)
@@ -182,32 +178,32 @@ class Search:
                     study.tell_failure(error)
             raise error
         forget_frames(error)  # their variables hold tensors
-        fresh.take_apart(fit)
+        fit.take_apart()
         strategy.begin_again()
         self.on_main(lambda: self.tell_failure(reason))
 
-    def begin(self, args: FitArguments, module: TrainModule | None = None) -> None:
-        """The Fit with other arguments, its callbacks as they were before the search."""
+    def begin(self, args: FitArguments, module: TrainModule | None, *more: Callback) -> None:
+        """Give the Fit other arguments, its callbacks as they were before the search, and some more."""
         self.fit.loggers.close()  # a trial's life is over; the next has a directory of its own
-        fresh.begin_afresh(self.fit, args, module)
+        self.fit.begin_afresh(args, module, more)
         self.fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
 
     def make_module(self, trial: Any, proposal: Proposal) -> TrainModule | None:
         """The trial's own module. What ``module_init`` asks the trial for on the main process, other ranks are given;
         there, it asks a FixedTrial.
         """
-        make, seed = self.fit.module_init, proposal.args.seed
-        if make is None:
+        source, seed = self.fit.source, proposal.args.seed
+        if source.module_init is None:
             return None
         made: list[TrainModule] = []
 
         def on_main() -> dict[str, Any]:
-            made.append(fresh.make_module(make, trial, seed))
+            made.append(source.make(trial, seed))
             return dict(trial.params)
 
         params = self.on_main(on_main)
         if not made:
-            made.append(fresh.make_module(make, import_optuna().trial.FixedTrial(params, proposal.number), seed))
+            made.append(source.make(import_optuna().trial.FixedTrial(params, proposal.number), seed))
         return made[0]
 
     def history(self, name: str) -> list[float]:
@@ -257,10 +253,9 @@ class Search:
         """Give the Fit the best trial's arguments and, where it has a ``module_init``, its module."""
         fit, best = self.fit, output.best
         assert best is not None
-        fit.requested = self.base.replace(**best.arguments)
-        fit.own_trial = import_optuna().trial.FixedTrial(best.params, best.number)
         fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
-        begin_own(fit)
+        own_trial = import_optuna().trial.FixedTrial(best.params, best.number)
+        fit.take_own(self.base.replace(**best.arguments), own_trial)
 
     def on_main(self, action: Callable[[], Result]) -> Result:
         """What only the main process does; its result on every rank. Collective.
@@ -281,9 +276,7 @@ class Search:
         if error is not None:
             raise error
         if failure is not None:
-            elsewhere = MainProcessError(failure)
-            elsewhere.is_caught = is_caught
-            raise elsewhere
+            raise MainProcessError(failure, is_caught)
         return result
 
 

@@ -1,16 +1,13 @@
-"""From a trial to arguments: which of its parameters are FitArguments, and a run with them."""
+"""From a trial to the arguments of a run, and to its module: which of its parameters are which."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import fresh
-from ..agreement import check_ranks_agree
 from ..arguments import FitArguments
+from ..module import TrainModule
+from ..run.source import Source
 from .options import import_optuna
-
-if TYPE_CHECKING:
-    from ..fit import Fit
 
 
 class Recorded:
@@ -36,46 +33,28 @@ class Recorded:
         return recording
 
 
-def begin_trial(fit: "Fit", trial: Any) -> None:
-    """Let the next run be a trial's: with its arguments and, where the Fit has a ``module_init``, a fresh module.
+def arguments_and_module(trial: Any, own: FitArguments, source: Source) -> tuple[FitArguments, TrainModule | None]:
+    """The arguments of a trial's run and, where there is a ``module_init``, its fresh module, else None.
 
     Args:
-        fit: between two runs.
         trial: a mapping, or a trial of Optuna. Parameters that ``module_init`` asks for needn't be arguments.
+        own: the Fit's arguments, which the trial changes.
+        source: where modules come from.
 
     Raises:
         TypeError: a parameter is no argument; the message suggests the nearest.
-        ValueError: a value is of the wrong type or out of its range, or the ranks were given different trials.
+        ValueError: a value is of the wrong type or out of its range.
     """
-    if fit.module_init is None:
-        args = fit.requested.replace(**parameters(trial))
-        module = None
-    else:
-        optuna = import_optuna()
-        asked = Recorded(optuna.trial.FixedTrial(dict(trial)) if isinstance(trial, Mapping) else trial)
-        # Where the seed is one of the parameters, it is that of the module too.
-        module = fresh.make_module(fit.module_init, asked, parameters(trial).get("seed", fit.requested.seed))
-        known = {field.name for field in fields(FitArguments)}
-        given = parameters(trial)
-        args = fit.requested.replace(**{n: v for n, v in given.items() if n in known or n not in asked.names})
-    check_ranks_agree(fit.strategy, {"argument of the trial": args.to_dict()})
-    if module is not None:
-        fresh.check(fit, args, module)
-        if fit.placed:
-            fresh.take_apart(fit)
-        fresh.begin_afresh(fit, args, module)
-    elif args != fit.running:
-        fresh.change_arguments(fit, args)
-
-
-def begin_own(fit: "Fit") -> None:
-    """Let the next run be the Fit's own again, after one of a trial."""
-    if fit.module_init is None:
-        fresh.change_arguments(fit, fit.requested)
-        return
-    module = fresh.make_module(fit.module_init, fit.own_trial, fit.requested.seed)
-    fresh.take_apart(fit)
-    fresh.begin_afresh(fit, fit.requested, module)
+    given = parameters(trial)
+    if source.module_init is None:
+        return own.replace(**given), None
+    optuna = import_optuna()
+    asked = Recorded(optuna.trial.FixedTrial(dict(trial)) if isinstance(trial, Mapping) else trial)
+    # Where the seed is one of the parameters, it is that of the module too.
+    module = source.make(asked, given.get("seed", own.seed))
+    known = {field.name for field in fields(FitArguments)}
+    given = parameters(trial)  # the module may have asked for more
+    return own.replace(**{n: v for n, v in given.items() if n in known or n not in asked.names}), module
 
 
 def parameters(trial: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 from stratagem import Callback
 from torch import Tensor
@@ -106,6 +107,16 @@ def run(
     }
 
 
+HELD: list[Any] = []
+
+
+def run_beside_a_list_of_groups(**options: Any) -> dict[str, Any]:
+    """A run in a process where a list holds the group of all ranks, as DeepSpeed's ZeRO optimizers leave one."""
+    dist.barrier()
+    HELD[:] = [dist.group.WORLD]
+    return run(**options)
+
+
 def give_up(**options: Any) -> str:
     """The error of a run in which nothing fits."""
     try:
@@ -153,6 +164,14 @@ def test_out_of_memory_in_the_middle_of_backward(ranks: dict[int, Ranks], name: 
     assert [result["sizes"] for result in found] == [(4, 2, 4)] * 2
     assert [result["curves"] for result in found] == [result["curves"] for result in asked]
     assert [result["calls"] for result in found] == [result["calls"] for result in asked]
+
+
+@pytest.mark.slow
+def test_a_list_that_holds_a_process_group_keeps_no_rank_waiting(ranks: dict[int, Ranks]) -> None:
+    ranks[2].run(run, batch=4, strategy="ddp")  # so that the ranks have joined their group
+    options = {"batch": 16, "auto_find_batch_size": True, "strategy": "ddp"}
+    found = ranks[2].run(run_beside_a_list_of_groups, seconds=60.0, **options)
+    assert [result["sizes"] for result in found] == [(4, 4, 4)] * 2
 
 
 @pytest.mark.slow

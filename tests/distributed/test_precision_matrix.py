@@ -1,4 +1,4 @@
-"""Every cell of the table in precision/matrix.py, on two ranks: it learns what one process does, or is refused."""
+"""Every cell of the table in strategies/matrix.py, on two ranks: it learns what one process does, or is refused."""
 
 import re
 import warnings
@@ -11,8 +11,8 @@ from ranks import Ranks
 from stratagem import Fit
 from stratagem.precision import PRECISIONS
 from stratagem.precision.fp8 import FP8
-from stratagem.precision.matrix import MATRIX, PLACEMENTS, check_cell
 from stratagem.precision.mxfp8 import MXFP8
+from stratagem.strategies.matrix import MATRIX, PLACEMENTS, check_cell
 from torch import Tensor, nn
 from training import WIDTH, Block, Tagger, make_strategy, train
 

@@ -9,7 +9,7 @@ import torch
 from language_models import text_rows
 from ranks import Ranks
 from stratagem import Fit, TrainModule
-from stratagem.strategies.ready_plans import TESTED_DECODERS, TESTED_HEADS
+from stratagem.strategies.plans.ready_plans import TESTED_DECODERS, TESTED_HEADS
 from torch import Tensor
 from training import curves, make_fit
 

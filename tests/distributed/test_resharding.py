@@ -279,7 +279,7 @@ class FillDisk(Callback):
     """On rank 1, no file may grow beyond 2000 bytes once the first checkpoint is there."""
 
     def on_save(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-        context["fit"].writer.finish()
+        context["fit"].saver.finish()
         if os.environ["RANK"] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 

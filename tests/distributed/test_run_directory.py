@@ -36,7 +36,7 @@ def train_in(output: str, directories: list[str] | None = None, resume: Any = No
     try:
         fit = make_fit(Tagger(), token_rows(), output_dir=output, **{**SAVING, **arguments})
         fit.train(resume_from_checkpoint=resume)
-        return fit.directory.line.id
+        return fit.saver.directory.line.id
     except CheckpointError as error:
         return str(error)
     finally:

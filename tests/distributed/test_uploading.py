@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ranks import Ranks
-from stratagem.framework.checkpoint.directory import verify
+from stratagem.framework.checkpoint.verifying import verify
 from stratagem.framework.uploading import Upload
 from training import Tagger, make_fit, token_rows
 

@@ -100,7 +100,8 @@ def token_rows(count: int = SAMPLES) -> list[dict[str, Tensor]]:
 
 def make_strategy(name: str, options: dict[str, Any] | None = None) -> Strategy:
     """A strategy by its registered name and options."""
-    return type(get_strategy(name))(**(options or {}))
+    strategy = get_strategy(name)
+    return type(strategy)(**options) if options else strategy  # a name may stand for options, as deepspeed_stage_3 does
 
 
 def make_fit(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback, Fit, FitArguments
-from stratagem.framework.batch_size import is_out_of_memory, smaller
+from stratagem.framework.run.batch_size import with_smaller_batch
+from stratagem.framework.run.out_of_memory import is_out_of_memory
 from stratagem.precision import FP16Mixed
 from tiny import Dropping, MakeFit, NoisyRows, RowStream, regression_rows
 from torch import Tensor, nn
@@ -88,10 +89,10 @@ def assert_same(found: Fit, asked: Fit) -> None:
 )
 def test_the_global_batch_stays(asked: tuple[int, int], at_most: int, gives: tuple[int, int]) -> None:
     args = FitArguments(per_device_train_batch_size=asked[0], gradient_accumulation_steps=asked[1])
-    found = smaller(args, at_most)
+    found = with_smaller_batch(args, at_most)
     assert found is not None
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == gives
-    assert smaller(args, 0) is None
+    assert with_smaller_batch(args, 0) is None
 
 
 @pytest.mark.parametrize(

@@ -429,7 +429,7 @@ def test_a_full_disk_fails_the_run_and_leaves_nothing_half_written(
 
         def on_save(self, args: Any, state: Any, control: Any, **context: Any) -> None:
             if in_background:
-                context["fit"].writer.finish()
+                context["fit"].saver.finish()
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited[1]))
 
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

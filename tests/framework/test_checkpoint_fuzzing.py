@@ -16,7 +16,7 @@ from forging import change_header, result, resume, save, seal
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as draw
 from stratagem.framework.checkpoint import CheckpointError
-from stratagem.framework.checkpoint.directory import verify
+from stratagem.framework.checkpoint.verifying import verify
 from tiny import MakeFit
 
 QUICK = settings(

@@ -16,8 +16,8 @@ from stratagem.framework.data import DataStream, make_stream
 from stratagem.framework.data.mapped import MapStream
 from stratagem.framework.data.reread import IterableStream, LoaderStream
 from stratagem.framework.data.shares import Shares
+from stratagem.framework.data.stand_in import StandIn
 from stratagem.framework.data.stream import LoaderOptions, batch_seed
-from stratagem.framework.objective import Weightless
 from stratagem.framework.random_state import OwnRandomState
 from stratagem.strategies import Strategy
 from tiny import NoisyRows, Numbers, NumberStream, RowStream
@@ -50,7 +50,7 @@ def flat(parts: Iterable[list[int]]) -> list[int]:
 
 def samples_of(batch: Any) -> list[int]:
     """The samples in a batch of numbers that count: none of a stand-in."""
-    return [] if isinstance(batch, Weightless) else batch.tolist()
+    return [] if isinstance(batch, StandIn) else batch.tolist()
 
 
 def updates_of_rank(stream: DataStream, accumulation: int, epoch: int = 0) -> list[list[int]]:
@@ -150,7 +150,7 @@ def test_a_short_end_gives_each_rank_a_batch_and_no_sample_twice(kind: str, tota
         assert shares == [rest[r * part : (r + 1) * part] for r in range(size)]
     for batches in ranks:
         for b in batches:
-            if isinstance(b, Weightless):
+            if isinstance(b, StandIn):
                 assert len(b.batch) == 1  # the stand-in is a sample that another rank counts
 
 
@@ -181,7 +181,7 @@ def test_a_rank_without_a_batch_of_a_ready_loader_gets_a_stand_in() -> None:
 
     first, second = (list(make(rank).epoch(0)) for rank in range(2))
     assert [type(batch) for batch in first] == [Tensor, Tensor]
-    assert [type(batch) for batch in second] == [Tensor, Weightless]
+    assert [type(batch) for batch in second] == [Tensor, StandIn]
     torch.testing.assert_close(second[1].batch, first[1], rtol=0, atol=0)
     assert [len(make(rank)) for rank in range(2)] == [2, 2]
 

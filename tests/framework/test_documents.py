@@ -14,7 +14,7 @@ from stratagem.framework import loop
 from stratagem.framework.arguments_table import arguments_table
 from stratagem.framework.builtin_callbacks import EarlyStopping
 from stratagem.framework.callbacks import EVENTS
-from stratagem.precision.page import page
+from stratagem.strategies.matrix_page import page
 
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 LOOP = (DOCUMENTS / "loop.md").read_text()
@@ -45,7 +45,7 @@ def test_the_page_of_precisions_is_current() -> None:
 
 
 def test_the_order_of_events_is_the_loops() -> None:
-    order = inspect.cleandoc(loop.run.__doc__ or "").split("::\n\n")[1].split("\n\nNothing in here")[0]
+    order = inspect.cleandoc(loop.train.__doc__ or "").split("::\n\n")[1].split("\n\nNothing in here")[0]
     assert LOOP.split("```\n")[1] == inspect.cleandoc("\n" + order) + "\n"
 
 

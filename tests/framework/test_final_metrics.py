@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback
-from stratagem.framework import journal
+from stratagem.framework.measures import flops
 from stratagem.framework.module import IGNORED_LABEL
 from tiny import (
     CLASSES,
@@ -75,7 +75,7 @@ def test_the_rate_in_a_log_is_of_this_runs_tokens(make_fit: MakeFit, tmp_path: P
     saving = {"save_strategy": "steps", "save_steps": 3, "callbacks": [StopAt(3)]}
     make_fit(Counted(), ROWS, **options, **saving).train()
     ticks = iter(range(1000))
-    monkeypatch.setattr("stratagem.framework.journal.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("stratagem.framework.run.totals.time.perf_counter", lambda: float(next(ticks)))
     fit = make_fit(Counted(), ROWS, **options)
     fit.train(resume_from_checkpoint=tmp_path / "output" / "checkpoint-3")
     # Logs at updates 4, 8 and 12; the first is 1 update after the resume.
@@ -126,12 +126,12 @@ def test_samples_are_those_that_were_handed_out(
     ],
 )
 def test_peaks_of_devices(name: str, peak: float | None) -> None:
-    assert journal.peak_flops(name) == peak
+    assert flops.peak_flops(name) == peak
 
 
 def test_mfu_is_the_part_of_the_peak_that_was_used(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mfu" not in make_fit(Counted(), ROWS, **OPTIONS).train().metrics  # nobody knows a CPU's peak
-    monkeypatch.setitem(journal.PEAK_FLOPS, "cpu", 2e9)
+    monkeypatch.setitem(flops.PEAK_FLOPS, "cpu", 2e9)
     metrics = make_fit(Counted(), ROWS, **OPTIONS).train().metrics
     assert metrics["mfu"] == pytest.approx(6 * PARAMETERS * 24 * 6 / metrics["train_runtime"] / 2e9)
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Fit, TrainModule
+from stratagem.framework.data.stand_in import StandIn
 from stratagem.framework.module import IGNORED_LABEL
-from stratagem.framework.objective import Weightless
 from tiny import Float64, MakeFit, Regressor, Tagger, collate, logs_of, parameters_of, regression_rows, token_rows
 from torch import Tensor, nn
 
@@ -266,7 +266,7 @@ def test_a_stand_in_batch_adds_no_gradient(make_fit: MakeFit, kind: type[Tagger]
     module = kind()
     fit = make_fit(module, rows, precision=Float64(), max_steps=1)
     fit.place()
-    share = fit.training_step(fit.strategy.model, Weightless(collate(rows)), 12)
+    share = fit.training_step(fit.strategy.model, StandIn(collate(rows)), 12)
     assert share.item() == 0.0
     # It takes part all the same: under several ranks, gradients that aren't there can't be reduced.
     assert {name: float(p.grad.abs().sum()) for name, p in module.named_parameters()} == {

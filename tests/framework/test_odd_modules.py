@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Fit, FitArguments, TrainModule
-from stratagem.framework.batch_size import is_out_of_memory
 from stratagem.framework.checkpoint import CheckpointError
+from stratagem.framework.run.out_of_memory import is_out_of_memory
 from stratagem.precision import Precision
 from stratagem.strategies import Strategy
 from tiny import MakeFit, Regressor, parameters_of, regression_rows

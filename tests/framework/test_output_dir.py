@@ -10,7 +10,7 @@ import pytest
 import torch
 from stratagem import Callback, Fit, FitArguments
 from stratagem.framework.checkpoint import CheckpointError, remote
-from stratagem.framework.checkpoint.directory import verify
+from stratagem.framework.checkpoint.verifying import verify
 from stratagem.framework.loggers.json_lines import JsonLinesLogger
 from tiny import Dropping, MakeFit, StopAt, regression_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback
-from stratagem.framework.rescue import RescueWarning
+from stratagem.framework.run.rescue import RescueWarning
 from tiny import Dropping, MakeFit, NoisyRows, RowStream, logs_of, regression_rows
 
 RUN: dict[str, Any] = {

@@ -78,7 +78,7 @@ def everything(fit: Fit) -> dict[str, Any]:
         "loss scale": fit.strategy.precision.state_dict(),
         "logs": logs_of(fit),
         "losses": (fit.state.train_loss_sum, fit.state.train_loss_count, fit.state.items_seen),
-        "progress": (fit.state.global_step, fit.state.epoch, fit.state.skipped_updates, fit.epoch_index),
+        "progress": (fit.state.global_step, fit.state.epoch, fit.state.skipped_updates, fit.run.epoch_index),
     }
 
 

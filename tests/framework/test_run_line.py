@@ -10,7 +10,8 @@ import pytest
 import torch
 from stratagem import Callback, Fit
 from stratagem.framework.checkpoint import CheckpointError
-from stratagem.framework.checkpoint.directory import hash_file, verify
+from stratagem.framework.checkpoint.directory import hash_file
+from stratagem.framework.checkpoint.verifying import verify
 from stratagem.framework.uploading import Upload
 from tiny import Dropping, MakeFit, Regressor, StopAt, parameters_of, regression_rows
 

@@ -15,7 +15,8 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from stratagem import Callback, Fit
 from stratagem.framework.checkpoint import remote
-from stratagem.framework.checkpoint.directory import CheckpointError, verify
+from stratagem.framework.checkpoint.directory import CheckpointError
+from stratagem.framework.checkpoint.verifying import verify
 from stratagem.framework.uploading import Upload, UploadWarning
 from tiny import Dropping, MakeFit, StopAt, logs_of, parameters_of, regression_rows
 

@@ -20,8 +20,8 @@ import torch
 from killed_saves import Gate, finish, in_child, kill, make_fit, whole_checkpoints
 from stratagem import Callback
 from stratagem.framework.checkpoint import locking
-from stratagem.framework.checkpoint.directory import verify
 from stratagem.framework.checkpoint.line import read_marker
+from stratagem.framework.checkpoint.verifying import verify
 from tiny import StopAt
 
 SAVE_OF_4 = "os.rename checkpoint-4.partial"

@@ -11,8 +11,8 @@ from stratagem import Callback, TrainModule
 from stratagem.precision import BF16True, Double, FP16True, get_precision
 from stratagem.precision.half import LostUpdates
 from stratagem.precision.master_weights import MASTER_WEIGHT
-from stratagem.precision.matrix import MATRIX
 from stratagem.strategies.ddp import DDP
+from stratagem.strategies.matrix import MATRIX
 from tiny import Dropping, MakeFit, Regressor, logs_of, regression_rows
 from torch import Tensor, nn
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from stratagem.precision import Full
-from stratagem.precision.matrix import MATRIX
 from stratagem.strategies import STRATEGIES, Single, get_strategy
 from stratagem.strategies.base import Strategy, default_device
+from stratagem.strategies.matrix import MATRIX
 from tiny import Dropping, MakeFit, Regressor, parameters_of, regression_rows
 from torch import nn
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Fit, TrainModule
-from stratagem.strategies import xla
-from stratagem.strategies.xla_sharding import Partition, partitions
+from stratagem.strategies.xla import client
+from stratagem.strategies.xla.sharding import Partition, partitions
 from tiny import Regressor
 from torch import nn
 
@@ -19,7 +19,7 @@ def test_without_the_torch_xla_that_fits(monkeypatch: pytest.MonkeyPatch, found:
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(xla, "version", version)
+    monkeypatch.setattr(client, "version", version)
     with pytest.raises(ValueError) as refusal:
         Fit(Regressor(), strategy="xla")
     beside = "no torch_xla" if found is None else f"torch_xla {found}"

@@ -284,7 +284,9 @@ FAMILIES: dict[str, Family] = {
     "complex parameters": Family(
         ComplexWeights, vector_rows, refused={"ZeRO 3": "can't train complex parameters: the engine lays real numbers"}
     ),
-    "integer and bool parameters": Family(IntegerWeights, vector_rows),
+    "integer and bool parameters": Family(
+        IntegerWeights, vector_rows, refused={"ZeRO 3": "takes float16, bfloat16 and float32 alone"}
+    ),
     "sparse embedding": Family(
         Sparse,
         text_rows,
@@ -305,5 +307,11 @@ FAMILIES: dict[str, Family] = {
     "sum over items": Family(SumLoss, vector_rows),
     "dataclass batch": Family(OfDataclass, vector_rows, collate=collate_pair),
     "list batch": Family(OfList, vector_rows, collate=list),
-    "nested tensors": Family(OfNested, nested_rows, collate=collate_nested, blocks=False),
+    "nested tensors": Family(
+        OfNested,
+        nested_rows,
+        collate=collate_nested,
+        blocks=False,
+        refused={"ZeRO 3": "memory_efficient_linear"},
+    ),
 }

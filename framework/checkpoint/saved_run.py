@@ -1,0 +1,48 @@
+"""What a checkpoint is taken of, and given back to."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
+from ..callbacks import Callbacks
+from ..module import TrainModule
+
+
+class SavedRun(Protocol):
+    """A run, as far as a checkpoint knows it (``run/run.py``).
+
+    Attributes:
+        args: of the run.
+        strategy: holds the placed module and its optimizer.
+        callbacks: those with a state are saved.
+    """
+
+    args: FitArguments
+    strategy: Strategy
+    callbacks: Callbacks
+
+    @property
+    def module(self) -> TrainModule:
+        """The module, placed."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The strategy's optimizer."""
+
+    @property
+    def scheduler(self) -> LRScheduler:
+        """The schedule of the learning rate."""
+
+    def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fingerprints of frozen tensors, by name. Collective."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes between two updates, but tensors, as JSON types. Collective."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""

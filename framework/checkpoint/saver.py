@@ -1,0 +1,122 @@
+"""Saving a run's checkpoints into its directory, at once or in the background, and removing the oldest."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...strategies.base import Strategy
+from ..agreement import on_all_ranks
+from ..arguments import FitArguments
+from ..callbacks import Callbacks
+from ..measures.best import best_checkpoint
+from .directory import CheckpointError
+from .run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from .contents import Snapshot
+    from .writing import BackgroundWriter  # importing it takes longer than training a small model
+
+
+class Saver:
+    """Saves the checkpoints of one ``train``, and what is saved of its run afterwards.
+
+    Args:
+        strategy: its ranks write together.
+        args: of the run.
+        callbacks: are told of each checkpoint, and asked which they still need.
+
+    Attributes:
+        directory: where the checkpoints go.
+        writer: writes in the background; None where nothing was written that way.
+    """
+
+    def __init__(self, strategy: Strategy, args: FitArguments, callbacks: Callbacks) -> None:
+        self.strategy, self.args, self.callbacks = strategy, args, callbacks
+        self.directory = RunDirectory(strategy, args)
+        self.writer: BackgroundWriter | None = None
+
+    def save(self, take: Callable[[], "Snapshot"], update: int, best_update: int | None) -> Path:
+        """Save the run as ``checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``. Collective.
+
+        Args:
+            take: takes the snapshot of now.
+            update: that the run stands at.
+            best_update: that of the best evaluation so far; None before the first.
+
+        Raises:
+            CheckpointError: on every rank, where one could not write.
+        """
+        from .writing import BackgroundWriter, write
+
+        with self.directory.saving(update) as path:
+
+            def published() -> None:
+                if self.strategy.is_main:
+                    self.directory.note_published(path)
+                    self.callbacks.checkpoint_published(path)
+                    self._rotate(best_update)
+
+            snapshot = take()
+            if self.args.async_save:
+                if self.writer is None:
+                    self.writer = BackgroundWriter(self.strategy)
+                self.writer.start(snapshot, path, then=published)
+                if not self.directory.is_at_work:
+                    self.writer.finish()
+            else:
+                write(snapshot, path, self.strategy)
+                on_all_ranks(self.strategy, published, CheckpointError)
+        return path
+
+    def rotate(self, best_update: int | None) -> None:
+        """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best one, the newest
+        and those that a callback still needs. Collective.
+        """
+
+        def rotate() -> None:
+            if self.strategy.is_main:
+                self._rotate(best_update)
+
+        on_all_ranks(self.strategy, rotate, CheckpointError)
+
+    def _rotate(self, best_update: int | None) -> None:
+        kept = best_checkpoint(self.args, best_update)
+        self.directory.rotate(
+            self.args.save_total_limit, keep=[kept] if kept else [], spare=self.callbacks.checkpoints_to_keep()
+        )
+
+    # The thread that writes.
+
+    def has_failed(self) -> bool:
+        """Whether writing in the background has failed, which ``finish`` then raises."""
+        return self.writer is not None and self.writer.has_failed()
+
+    def raise_failure(self) -> None:
+        """Raise what writing in the background has failed with, where it has."""
+        if self.has_failed():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until nothing is under way, and raise what the write failed with."""
+        if self.writer is not None:
+            self.writer.finish()
+
+    def close(self) -> None:
+        """Wait for the checkpoint under way, and end the thread and the process group that wrote it. Collective."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
+
+    def abandon(self) -> None:
+        """End the thread once what is under way is written, or has failed: training has, perhaps on this rank alone."""
+        if self.writer is not None:
+            self.writer.abandon()
+
+    def let_go(self) -> None:
+        """Wait for what is under way, whatever becomes of it, and let go of the thread and its connections."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with contextlib.suppress(Exception):  # of a run that failed; the others may have left it half done
+                writer.finish()
+            writer.abandon()

@@ -1,0 +1,40 @@
+"""Comparison of a checkpoint with its manifest, before anything in the checkpoint is used."""
+
+from pathlib import Path
+
+from .directory import MANIFEST, CheckpointError, hash_file
+from .schema import check_listing, read_manifest
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare a checkpoint with its manifest, and the manifest with what a checkpoint must have.
+
+    Args:
+        path: the checkpoint.
+        part, parts: read only every ``parts``-th file, from ``part`` on, so that ranks share the work.
+
+    Raises:
+        CheckpointError: the message says what is missing, altered or not listed, or that it isn't a checkpoint.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} doesn't exist.")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; a checkpoint is a directory such as output/checkpoint-500.")
+    if not (path / MANIFEST).exists():
+        raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint of stratagem, or was never finished.")
+    manifest = read_manifest(path)
+    files = manifest["files"]
+    # Every rank reads state.json below, so every rank compares it first.
+    for name in dict.fromkeys([*(name for name in ("state.json",) if name in files), *list(files)[part::parts]]):
+        file, expected = path / name, files[name]
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing.")
+        found = {"bytes": file.stat().st_size} | (
+            hash_file(file) if file.stat().st_size == expected["bytes"] else {"sha256": None}
+        )
+        if found != expected:
+            raise CheckpointError(
+                f"{file} was altered: it has {found['bytes']} bytes, SHA-256 {found['sha256']}; "
+                f"the manifest says {expected['bytes']} bytes, {expected['sha256']}."
+            )
+    check_listing(path, manifest)

@@ -1,0 +1,82 @@
+"""Which evaluation was best, and the checkpoint that belongs to it."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..arguments import FitArguments
+from ..fields.cadence import BEST
+from ..state import TrainState
+
+
+def chosen_metric(args: FitArguments, metrics: Mapping[str, float]) -> float:
+    """The metric that ``metric_for_best_model`` names.
+
+    Raises:
+        ValueError: the evaluation didn't produce it; the message lists those it did.
+    """
+    if args.best_metric not in metrics:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} asks for {args.best_metric!r}, which the evaluation "
+            f"doesn't produce. It produces {', '.join(sorted(metrics))}."
+        )
+    return metrics[args.best_metric]
+
+
+def is_better(args: FitArguments, value: float, than: float | None, by: float = 0.0) -> bool:
+    """Whether a metric is better than another by more than ``by``; NaN is better than nothing and no number."""
+    if than is None or math.isnan(than):
+        return True
+    return value > than + by if args.more_is_better else value < than - by
+
+
+def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str, float]) -> bool:
+    """Remember an evaluation that is the best so far; without a choice of metric, by a loss if there is one.
+
+    Returns:
+        Whether it is the best so far.
+    """
+    needs_best = args.metric_for_best_model is not None or args.load_best_model_at_end or args.save_strategy == BEST
+    if args.best_metric not in metrics and not needs_best:
+        return False
+    value = chosen_metric(args, metrics)
+    if not is_better(args, value, state.best_metric):
+        return False
+    state.note_best(value)
+    return True
+
+
+def best_update(state: TrainState) -> int | None:
+    """The update of the best evaluation so far; None before the first."""
+    return state.best_global_step if state.best_metric is not None else None
+
+
+def best_checkpoint(args: FitArguments, update: int | None) -> Path | None:
+    """The checkpoint that was saved with the best evaluation, where one was.
+
+    Args:
+        args: of the run.
+        update: see ``best_update``; of the moment that is meant, which with ``async_save`` may be one that is past.
+    """
+    path = Path(args.output_dir) / f"checkpoint-{update}"
+    return path if update is not None and path.is_dir() else None
+
+
+def checkpoint_to_load(args: FitArguments, state: TrainState) -> Path | None:
+    """The checkpoint whose weights a run with ``load_best_model_at_end`` is to end with; None leaves them as they are,
+    with a warning where they aren't the best.
+    """
+    update = best_update(state)
+    path = best_checkpoint(args, update)
+    if path is None and (update is None or update != state.global_step):
+        why = (
+            "no evaluation was made"
+            if update is None
+            else f"the best evaluation was at update {update}, and there is no "
+            f"{Path(args.output_dir) / f'checkpoint-{update}'}"
+        )
+        warnings.warn(
+            f"load_best_model_at_end=True has no effect: {why}. The weights are those of the last update.", stacklevel=3
+        )
+    return path

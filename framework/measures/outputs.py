@@ -1,0 +1,116 @@
+"""The outputs of an evaluation or prediction on the host: kept batch by batch, then joined over batches and ranks."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KeptOutputs:
+    """Outputs and labels of batches, which move to the host some batches at a time.
+
+    Args:
+        ignored: entries of a mapping output that are left out.
+        batches: how many batches stay on the device together.
+        preprocess: (outputs, labels) to what is kept of the outputs; None keeps them as they are.
+    """
+
+    def __init__(
+        self, ignored: Collection[str], batches: int, preprocess: Callable[[Any, Any], Any] | None = None
+    ) -> None:
+        self.ignored, self.batches, self.preprocess = ignored, batches, preprocess
+        self.moved: list[Any] = []
+        self.on_device: list[Any] = []
+
+    def add(self, outputs: Any, labels: Any) -> None:
+        """Keep the outputs and labels of a batch."""
+        if self.preprocess is not None:
+            outputs = self.preprocess(unwrap_single(leave_out(outputs, self.ignored)), labels)
+        self.on_device.append((outputs, labels))
+        if len(self.on_device) >= self.batches:
+            self.move()
+
+    def move(self) -> None:
+        """Move what is on the device to the host."""
+        self.moved += [(to_host(outputs, self.ignored), to_host(labels)) for outputs, labels in self.on_device]
+        self.on_device = []
+
+    def on_host(self) -> list[Any]:
+        """Return (outputs, labels) of every batch, on the host."""
+        self.move()
+        return self.moved
+
+
+def leave_out(outputs: Any, ignored: Collection[str]) -> Any:
+    """Return a mapping output without its loss and the entries that aren't wanted; any other output as it is."""
+    if not isinstance(outputs, dict):
+        return outputs
+    return {name: value for name, value in outputs.items() if name not in ignored and name != "loss"}
+
+
+def unwrap_single(outputs: Any) -> Any:
+    """Return the only entry of a mapping or tuple that has one; anything else as it is."""
+    if isinstance(outputs, dict | tuple) and len(outputs) == 1:
+        return next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
+    return outputs
+
+
+def to_host(outputs: Any, ignored: Collection[str] = ()) -> Any:
+    """Return outputs with their tensors on the host, without the entries that aren't wanted."""
+    if isinstance(outputs, Tensor):
+        tensor = outputs.detach().cpu()
+        # A view on the host would keep all that it was cut from: the whole sequence for the sake of its first token.
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    if isinstance(outputs, dict):
+        return {name: to_host(value, ignored) for name, value in leave_out(outputs, ignored).items()}
+    if isinstance(outputs, tuple | list):
+        return tuple(to_host(value, ignored) for value in outputs)
+    return outputs
+
+
+def in_order_of_data(ranks: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return every rank's batches in the order of the data: a global micro-batch is cut in the order of ranks, and only
+    in the last one may a rank have no samples.
+    """
+    return [batches[i] for i in range(max(map(len, ranks))) for batches in ranks if i < len(batches)]
+
+
+def concatenate(parts: list[Any], pad_index: int) -> Any:
+    """Join the outputs of batches along their first dimension; what is no tensor becomes a list.
+
+    Args:
+        parts: one for each batch.
+        pad_index: fills up the other dimensions, at their ends, where batches differ in them.
+    """
+    first = parts[0]
+    if isinstance(first, Tensor):
+        rows = [part.reshape(-1) if part.ndim == 0 else part for part in parts]
+        differ = any(row.shape[1:] != rows[0].shape[1:] for row in rows)
+        return torch.cat(pad_to_longest(rows, pad_index) if differ else rows)
+    if isinstance(first, dict):
+        return {key: concatenate([part[key] for part in parts], pad_index) for key in first}
+    if isinstance(first, tuple):
+        return tuple(concatenate([part[i] for part in parts], pad_index) for i in range(len(first)))
+    return parts
+
+
+def pad_to_longest(rows: list[Tensor], pad_index: int) -> list[Tensor]:
+    """Fill up tensors so that all have one shape but for their first dimension.
+
+    Raises:
+        ValueError: they differ in their number of dimensions.
+    """
+    if len({row.ndim for row in rows}) > 1:
+        shapes = ", ".join(sorted({str(tuple(row.shape)) for row in rows}))
+        raise ValueError(
+            f"The outputs of batches can't be joined: their shapes are {shapes}. Have forward return as many "
+            "dimensions for every batch, or leave the entry out by ignore_keys."
+        )
+    longest = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
+    filled = []
+    for row in rows:
+        whole = row.new_full((len(row), *longest), False if row.dtype is torch.bool else pad_index)
+        whole[(slice(None), *(slice(size) for size in row.shape[1:]))] = row
+        filled.append(whole)
+    return filled

@@ -1,0 +1,133 @@
+"""Placement: the module where it runs, its optimizer, and how both were when they were made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...strategies.base import Strategy
+from .. import random_state
+from ..arguments import FitArguments
+from ..combinations import check_optimizer
+from ..module import TrainModule
+from ..optim.closure import Closure, needs_closure
+from ..optim.mode import OptimizerMode
+from ..switches.preparation import prepare_module
+from .configured import configured_optimizer
+from .description import describe_run
+
+MADE_IN_PLACING = (
+    "optim",
+    "optim_target_modules",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "torch_compile",
+    "torch_compile_mode",
+    "torch_compile_backend",
+)
+"""Arguments that a placed module, or its optimizer, is made with: a later run can't change them."""
+
+
+class Placement:
+    """A module that was given to a strategy, which prepares it and makes its optimizer on the way.
+
+    A placement is made whole and dropped whole: a module that is placed once more has another one.
+
+    Args:
+        strategy: set up; it holds the placed model and the optimizer.
+        module: not placed yet.
+        args: of the run, whose length is settled.
+        trains: whether there is something to train on; without, no optimizer is made.
+
+    Attributes:
+        parameter_count: parameters of the whole module.
+        mode: tells the optimizer whether training or evaluation comes.
+        closure: hands an optimizer that evaluates the loss several times in a step what it needs; None for others.
+    """
+
+    def __init__(self, strategy: Strategy, module: TrainModule, args: FitArguments, trains: bool) -> None:
+        self.strategy, self.module = strategy, module
+        self.parameter_count = 0
+        self._first_state: dict[Any, dict[str, Any]] = {}  # of an optimizer that has one from the start, as Adagrad
+        self._fingerprints: dict[str, Any] = {}
+
+        def prepare(whole: nn.Module) -> None:  # called when all layers are there
+            self.parameter_count = sum(parameter.numel() for parameter in whole.parameters())
+            prepare_module(module, args, strategy)
+
+        def configure_optimizer(whole: nn.Module) -> Optimizer:  # called when the parameters are final
+            optimizer = configured_optimizer(module, args)
+            self._first_state = copied(optimizer.state)
+            return optimizer
+
+        if trains:
+            strategy.expect(describe_run(module, args))
+        random_state.seed_everything(args.seed)  # late layers draw the same initial values on every rank
+        strategy.place(module, configure_optimizer if trains else None, prepare)
+        self.mode = OptimizerMode(strategy.optimizer, strategy.weights_have_changed)
+        self.closure: Closure | None = None
+        if trains:
+            check_optimizer(self.optimizer, strategy, args)
+            if needs_closure(self.optimizer):
+                self.closure = Closure(self.optimizer)
+            self._first_options = options_by_parameter(self.optimizer, strategy)
+            self._first_scaling = strategy.precision.state_dict()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The strategy's optimizer."""
+        assert self.strategy.optimizer is not None, "the optimizer is made when training begins"
+        return self.strategy.optimizer
+
+    def reset_optimizer(self) -> None:
+        """Make the optimizer what it was when it was made: no moments, no gradients, its first learning rates and loss
+        scale. A second ``train`` begins here too.
+        """
+        self.mode.eval()
+        optimizer = self.optimizer
+        optimizer.state.clear()
+        optimizer.state.update(copied(self._first_state))
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            if group["params"]:
+                group.update(self._first_options[id(group["params"][0])])
+            group.pop("initial_lr", None)  # the last run's schedule left it
+        self.strategy.precision.load_state_dict(self._first_scaling)
+
+    def take_options(self, args: FitArguments) -> None:
+        """Have the next reset set the options that an optimizer of these arguments would have."""
+        self._first_options = options_by_parameter(self.module.configure_optimizer(args), self.strategy)
+
+    def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fingerprints of frozen tensors, by name: read once, as what is frozen doesn't change. Collective."""
+        if self._fingerprints.keys() != tensors.keys():
+            from ..checkpoint.frozen import fingerprints
+
+            self._fingerprints = fingerprints(self.strategy, tensors)
+        return self._fingerprints
+
+
+def copied(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """An optimizer's state with tensors of its own."""
+    return {
+        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entries.items()}
+        for parameter, entries in state.items()
+    }
+
+
+def options_by_parameter(optimizer: Optimizer, strategy: Strategy) -> dict[int, dict[str, Any]]:
+    """The options of each parameter's group, by the id of what the strategy's optimizer steps for that parameter: a
+    precision may have put a copy in its place, and a strategy may have cut the groups further.
+
+    Args:
+        optimizer: the strategy's, or another over the same module.
+        strategy: where the module was placed.
+    """
+    parameters = strategy.named_parameters()
+    stepped = {id(parameters[name]): id(copy) for name, copy in strategy.stepped_parameters().items()}
+    return {
+        stepped.get(id(parameter), id(parameter)): {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }

@@ -1,0 +1,85 @@
+"""Plan: what a run was asked for, and what that comes to. A plan never changes: another run has another."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..arguments import FitArguments
+from ..data import DataStream
+from ..fields import cadence
+from .length import RunLength, length_of_resumed, run_length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arguments of one run, and its length.
+
+    Attributes:
+        given: the arguments as the Fit, or a trial, was given them.
+        args: the same as the run follows them: with the batch size that was found to fit into memory, and, once the
+            plan is settled, with epochs and fractions of the run turned into updates.
+        num_train_epochs: passes over the data; 0 before the plan is settled.
+
+    Example:
+        >>> Plan.of(FitArguments(max_steps=4, logging_steps=0.5)).args.logging_steps
+        0.5
+    """
+
+    given: FitArguments
+    args: FitArguments
+    num_train_epochs: int = 0
+
+    @classmethod
+    def of(cls, given: FitArguments) -> "Plan":
+        """The plan of a run whose length isn't known yet."""
+        return cls(given, given)
+
+    @property
+    def unsettled(self) -> FitArguments:
+        """The arguments as they were given, with the batch size that was found: epochs and fractions as they are."""
+        return self.given.replace(
+            per_device_train_batch_size=self.args.per_device_train_batch_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+        )
+
+    @property
+    def found_batch_size(self) -> int | None:
+        """The samples per micro-batch, where they are fewer than were asked for; else None."""
+        size = self.args.per_device_train_batch_size
+        return size if size != self.given.per_device_train_batch_size else None
+
+    def with_batch_size(self, args: FitArguments) -> "Plan":
+        """The plan of a run with the batch size and accumulation of ``args``, not settled yet."""
+        return Plan(self.given, replace(self, args=args).unsettled)
+
+    def settled(self, stream: DataStream) -> "Plan":
+        """The plan with epochs, and fractions of the run, turned into updates.
+
+        Raises:
+            ValueError: the data has no length, and nothing else says when to stop; or what is due contradicts itself.
+        """
+        args = self.unsettled
+        return self.of_length(run_length(args, stream, stream.global_micro_batch * args.gradient_accumulation_steps))
+
+    def has_global_batch_of(self, saved: Mapping[str, Any], stream: DataStream) -> bool:
+        """Whether an update takes as many samples as in the run that saved a checkpoint; see ``resumed``."""
+        before = saved["data"]["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"]
+        return bool(before == stream.global_micro_batch * self.args.gradient_accumulation_steps)
+
+    def resumed(self, saved: Mapping[str, Any], stream: DataStream) -> "Plan":
+        """The plan of a run that goes on from a checkpoint whose global batch was another.
+
+        Args:
+            saved: the checkpoint's state, see ``checkpoint.read_state``.
+            stream: of the run; it stands where the checkpoint left it.
+        """
+        args = self.unsettled
+        total = stream.global_micro_batch * args.gradient_accumulation_steps
+        done = (saved["progress"]["global_step"], saved["data"]["epoch"], stream.fraction())
+        length = run_length(args, stream, total)
+        num_train_epochs, max_steps = length_of_resumed(args, length, total, done)
+        return self.of_length(length._replace(num_train_epochs=num_train_epochs, max_steps=max_steps))
+
+    def of_length(self, length: RunLength) -> "Plan":
+        """The plan of a run of that length."""
+        return Plan(self.given, cadence.resolve(self.unsettled, length.max_steps), length.num_train_epochs)

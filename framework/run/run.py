@@ -1,0 +1,246 @@
+"""Run: all that changes between two updates, and so all that a checkpoint holds but tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ...strategies.base import Strategy
+from .. import checkpoint, random_state
+from ..callbacks import Callbacks
+from ..data import DataStream
+from ..measures.averages import Averages
+from ..measures.memory import MemoryByStage
+from ..module import TrainModule
+from ..optim.schedulers import waits_for_metric
+from ..state import Control, TrainState
+from .configured import configured_scheduler
+from .exchange import UpdateExchange
+from .in_step import InStep
+from .placement import Placement
+from .plan import Plan
+from .rescue import Rescue
+from .totals import Totals
+
+
+class Run:
+    """One run, from its first update to its last. Each ``train`` makes a new one.
+
+    Args:
+        plan: of the run, settled.
+        strategy: set up.
+        stream: the training data of this rank.
+        state, control: the Fit's progress and flags, which outlive the run.
+        callbacks: of the Fit.
+
+    Attributes:
+        args: the plan's arguments.
+        placement: the module where it is trained; None before ``begin``.
+        averages: what the updates since the last log noted.
+        exchange: the ranks' message of an update.
+        rescue: saves the run where an exception ends it; None where that wasn't asked for.
+        totals: adds up the run's numbers; None before training begins.
+        results: the numbers at the run's end.
+        epoch_index: whole passes over the data done.
+        grad_norm: of the last update, on the device; None where gradients aren't clipped.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        strategy: Strategy,
+        stream: DataStream,
+        state: TrainState,
+        control: Control,
+        callbacks: Callbacks,
+    ) -> None:
+        self.plan, self.args, self.strategy, self.stream = plan, plan.args, strategy, stream
+        self.state, self.control, self.callbacks = state, control, callbacks
+        self.placement: Placement | None = None
+        self.averages = Averages(strategy)
+        self.exchange = UpdateExchange(strategy, control, InStep(strategy, "train_data"))
+        saves = self.args.save_on_exception
+        self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
+        self.totals: Totals | None = None
+        self.results: dict[str, float] = {}
+        self.epoch_index = 0
+        self.grad_norm: Tensor | None = None
+        self._schedule_is_due = False
+        self._earlier_samples = 0  # handed out in earlier epochs of this run, less those before a resume
+        self._random_to_restore: dict[str, Any] | None = None
+        self._scheduler: LRScheduler | None = None
+
+    # What a run is made of.
+
+    @property
+    def module(self) -> TrainModule:
+        """The module, placed."""
+        assert self.placement is not None, "the module is placed when training begins"
+        return self.placement.module
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The strategy's optimizer."""
+        assert self.placement is not None, "the optimizer is made when training begins"
+        return self.placement.optimizer
+
+    @property
+    def scheduler(self) -> LRScheduler:
+        """The schedule of the learning rate."""
+        assert self._scheduler is not None, "the schedule is made when training begins"
+        return self._scheduler
+
+    # Where it begins.
+
+    def begin(self, placement: Placement, has_evaluations: bool) -> None:
+        """Take the place where the module is trained, and make the schedule.
+
+        Args:
+            placement: its optimizer was reset.
+            has_evaluations: whether the run evaluates.
+        """
+        self.placement = placement
+        self._scheduler = configured_scheduler(placement.module, placement.optimizer, self.args, has_evaluations)
+
+    def begin_anew(self) -> None:
+        """Stand at the beginning of the data, with the seed's random numbers."""
+        self.stream.load_state_dict({"position": 0})
+        random_state.seed_everything(self.args.seed + self.strategy.data_rank)
+        self.strategy.seed(self.args.seed)
+        self._note_beginning()
+
+    def go_on_from(self, path: Path, saved: Mapping[str, Any]) -> None:
+        """Stand where a checkpoint was saved.
+
+        Args:
+            path: the checkpoint, verified.
+            saved: its state, see ``checkpoint.read_state``.
+
+        Raises:
+            CheckpointError: it belongs to another model or run.
+        """
+        self._random_to_restore = checkpoint.restore(self, path, saved)
+        if self.args.ignore_data_skip:
+            self.stream.load_state_dict({"position": 0})
+        self._note_beginning()
+
+    def _note_beginning(self) -> None:
+        self.state.begin(self.plan.num_train_epochs, self.args.max_steps, self.plan.found_batch_size)
+        if self.state.global_step >= self.state.max_steps:  # finished: no epoch follows, which would restore it
+            self.restore_random_state()
+        self._earlier_samples = -self.stream.samples  # so that the sum of the two is what this run handed out
+
+    def restore_random_state(self) -> None:
+        """Restore the random state that a checkpoint held, once the data stands where it stood: reading ahead draws."""
+        random, self._random_to_restore = self._random_to_restore, None
+        if random is not None:
+            random_state.restore(random)
+            self.strategy.restore_random_state(random)
+
+    # What happens in it.
+
+    def check_callbacks(self) -> None:
+        """Refuse a callback's state that no checkpoint can hold, when training begins and not at the first save.
+
+        Raises:
+            TypeError: names the callback, and the entry.
+        """
+        if self.callbacks.stateful():
+            from ..checkpoint.callback_states import apart
+
+            apart(self.callbacks.state_dict())
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Count the micro-batches of an epoch anew."""
+        self.epoch_index = epoch
+        self.exchange.data.begin_epoch()
+
+    def begin_next_epoch(self) -> None:
+        """Stand at the beginning of the next epoch: a checkpoint saved from here on continues there."""
+        self.epoch_index += 1
+        self._earlier_samples += self.stream.samples
+        self.stream.rewind()
+        if self.rescue is not None:
+            self.rescue.note_position()
+
+    def clip(self, parameters: list[Any]) -> None:
+        """Scale the gradients down to ``max_grad_norm``, and keep their norm, on the device."""
+        limit = self.args.max_grad_norm
+        self.grad_norm = self.strategy.clip_grad_norm(parameters, limit) if limit else None
+
+    def step(self) -> None:
+        """Step the optimizer. The schedule is to follow, once it is known whether the step wasn't skipped."""
+        self.settle_schedule()  # of the update before, where loss scaling has only now told whether it stepped
+        optimizer = self.strategy.optimizer
+        assert optimizer is not None
+        self.state.begin_step(optimizer.param_groups[0]["lr"])
+        self.strategy.step()
+        self._schedule_is_due = True
+
+    def settle_known_schedule(self) -> None:
+        """Settle the schedule at once, where the number format knows already whether the step was skipped."""
+        if self.strategy.precision.skip_is_known():
+            self.settle_schedule()
+
+    def settle_schedule(self) -> None:
+        """Move the schedule for the last update, or count it as skipped, once it is known which."""
+        if self._schedule_is_due:
+            self._schedule_is_due = False
+            scheduler = self._scheduler
+            assert scheduler is not None
+            if self.strategy.step_was_skipped():
+                self.state.skip_update()
+            elif not waits_for_metric(scheduler):
+                scheduler.step()
+
+    def end_update(self, loss: Tensor) -> None:
+        """Count an update, whose loss over this rank is a 0-dim tensor on the device."""
+        self.averages.end_update(loss)
+        self.state.end_update(self.epoch_index + self.stream.fraction())
+        if self.rescue is not None:
+            self.rescue.end_update()
+
+    def begin_training(self) -> None:
+        """Begin to measure: everything is placed and restored."""
+        self.totals = Totals(self.args, self.state, self.averages, self.strategy)
+
+    def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:
+        """The run's totals, once its last update is over.
+
+        Args:
+            flops_per_token: operations of forward and backward for a token, or an item where none are counted.
+            memory: its report is part of them.
+        """
+        assert self.totals is not None
+        samples = self._earlier_samples + self.stream.samples  # those before a resume are not among them
+        self.results = self.totals.final_metrics(samples, flops_per_token) | memory.report()
+        return self.results
+
+    # What a checkpoint holds of it.
+
+    def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fingerprints of frozen tensors, by name. Collective."""
+        assert self.placement is not None
+        return self.placement.fingerprints(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes between two updates, but tensors, as JSON types. Collective: means are summed over ranks."""
+        stream = self.stream
+        return {
+            "averages": self.averages.state_dict(),
+            "progress": self.state.to_dict(),
+            "data": {"epoch": self.epoch_index, **stream.state_dict(), **stream.describe(self.strategy.is_main)},
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave, but for the schedule, which is checked as it is loaded and comes first
+        (``checkpoint/parts.py``).
+        """
+        self.averages.load_state_dict(state["averages"])
+        self.state.load(state["progress"])
+        self.epoch_index = state["data"]["epoch"]
+        self.stream.load_state_dict(state["data"])

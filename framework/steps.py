@@ -1,0 +1,400 @@
+"""Steps: what a Fit does with a placed module on request, and the only methods that are meant to be overridden."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..strategies.base import Strategy
+from . import checkpoint, overriding
+from .arguments import FitArguments
+from .callbacks import Callbacks
+from .checkpoint import pretrained
+from .data import DataStream, make_stream
+from .data.stand_in import StandIn
+from .loggers.together import Loggers
+from .measures import best
+from .measures.evaluation import Evaluation
+from .measures.memory import MemoryByStage
+from .measures.tokens import TokenCounter
+from .module import TrainModule
+from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
+from .run.in_step import in_step
+from .run.micro_batches import read_update
+from .run.placement import Placement
+from .run.plan import Plan
+from .run.run import Run
+from .run.source import Source
+from .state import Control, PredictionOutput, TrainState
+
+
+class Steps:
+    """The verbs of a Fit. ``overriding.OVERRIDABLE`` lists those that are called by name wherever they are needed.
+
+    Attributes:
+        strategy: set up.
+        plan: the arguments of the run, and its length.
+        source: where the module comes from.
+        state, control: progress, and the flags that callbacks set.
+    """
+
+    strategy: Strategy
+    plan: Plan
+    train_data: Any
+    eval_data: Any
+    compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
+    callbacks: Callbacks
+    loggers: Loggers
+    state: TrainState
+    control: Control
+    memory: MemoryByStage
+    source: Source
+    overrides_loss: bool
+    override_divides: bool
+    ignore_keys_for_eval: tuple[str, ...]
+    _objective: Objective | None
+    _count_tokens: TokenCounter
+    _placement: Placement | None
+    _run: Run | None
+    _saver: "checkpoint.Saver | None"
+
+    # What there is.
+
+    @property
+    def args(self) -> FitArguments:
+        """The arguments of the run; ``max_steps`` is its length, where there is something to train on."""
+        return self.plan.args
+
+    @property
+    def module(self) -> TrainModule:
+        """The user's module. Its parameters may be sharded once it is placed."""
+        return self.source.module
+
+    @property
+    def objective(self) -> Objective:
+        """How a loss is found."""
+        assert self._objective is not None
+        return self._objective
+
+    @property
+    def placed(self) -> bool:
+        """Whether the module was given to the strategy."""
+        return self._placement is not None
+
+    @property
+    def placement(self) -> Placement:
+        """The module where it runs; places it first, where it isn't."""
+        self.place()
+        assert self._placement is not None
+        return self._placement
+
+    @property
+    def run(self) -> Run:
+        """The run that is under way, or was the last, or will be the next."""
+        if self._run is None:
+            raise ValueError("This Fit has no train_data. Pass train_data= to Fit.")
+        return self._run
+
+    @property
+    def stream(self) -> DataStream:
+        """The training data of this rank."""
+        return self.run.stream
+
+    @property
+    def saver(self) -> "checkpoint.Saver":
+        """What saves the run's checkpoints."""
+        if self._saver is None:
+            raise ValueError("There is nothing to save yet: a checkpoint holds a run. Call fit.train() first.")
+        return self._saver
+
+    def place(self) -> None:
+        """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""
+        if self._placement is None:
+            if self.args.auto_find_batch_size:
+                self.source.keep_copy()
+            trains = self.train_data is not None
+            self._placement = Placement(self.strategy, self.module, self.args, trains)
+
+    # A micro-batch.
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Count | None = None) -> Tensor:
+        """Forward, loss and backward of one micro-batch.
+
+        Args:
+            model: the placed model.
+            inputs: a micro-batch as the data gave it.
+            num_items_in_batch: items in the whole update over all ranks; None if this batch is all of it.
+
+        Returns:
+            This micro-batch's share of the update's mean loss, detached, 0-dim, on the device.
+        """
+        strategy, objective, run = self.strategy, self._objective, self._run
+        assert objective is not None and run is not None
+        averages = run.averages
+        count = objective.count(inputs)
+        averages.count(count, self._count_tokens(inputs))
+        inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
+        is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
+        if self.overrides_loss or is_empty:
+            loss, outputs, extras, is_share = self.find_loss(model, inputs, count, num_items_in_batch, is_empty)
+            if is_empty:
+                loss, is_share = without_loss(loss, outputs), False
+        else:  # called from here: every frame between a user's forward and train is one more to read in a traceback
+            loss = self.compute_loss(model, inputs, False, num_items_in_batch)
+            extras, is_share = objective.note()
+        num_items = count if num_items_in_batch is None else num_items_in_batch
+        loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
+        strategy.backward(loss)
+        for name, value in extras.items():
+            averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
+        ranks = strategy.gradient_ranks
+        return loss.detach() if ranks == 1 else loss.detach() / ranks
+
+    def find_loss(
+        self, model: nn.Module, inputs: Any, count: Count, num_items: Count | None = None, wants_outputs: bool = False
+    ) -> tuple[Tensor, Any, Mapping[str, Tensor], bool]:
+        """Find the loss of one micro-batch by ``compute_loss``, Fit's own or an overridden one.
+
+        Args:
+            model: the placed model.
+            inputs: on the device.
+            count: items in the micro-batch.
+            num_items: items in the whole update; None if this batch is all of it.
+            wants_outputs: also return what forward returned.
+
+        Returns:
+            (loss, outputs, extras, is_share): outputs None where they aren't wanted, or not returned; extras by name,
+            0-dim; whether the loss is divided by ``num_items`` already.
+        """
+        objective, outputs = self.objective, None
+        if not self.overrides_loss:
+            loss = self.compute_loss(model, inputs, wants_outputs, num_items)
+            if wants_outputs:
+                loss, outputs = loss
+            return loss, outputs, *objective.note()
+        objective.forget_note()
+        at_least = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
+        with self.compute_loss_context_manager():
+            found = self.compute_loss(
+                model,
+                overriding.own_inputs(inputs),
+                return_outputs=wants_outputs,
+                num_items_in_batch=at_least if num_items is None else num_items,
+            )
+        loss, outputs, own_extras = overriding.loss_and_outputs(found)
+        extras, is_share = objective.note() if objective.noted else (NO_EXTRAS, self.override_divides)
+        return loss, outputs, {**extras, **own_extras}, is_share
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Count | None = None,
+    ) -> Any:
+        """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise, with
+        or without this method's help: training, evaluation and ``predict`` follow it (docs/overriding.md).
+
+        Args:
+            model: the placed model.
+            inputs: on the device.
+            return_outputs: also return what forward returned.
+            num_items_in_batch: items in the whole update; handed to a loss that names it.
+
+        Returns:
+            The 0-dim mean loss, or (loss, outputs). An override may return a mapping that holds "loss" in its place.
+            One that reads ``num_items_in_batch``, and doesn't call this method, returns a sum over items divided by it.
+        """
+        objective = self._objective
+        assert objective is not None
+        with self.strategy.forward_context():
+            outputs = objective.forward(model, inputs)
+            loss, _ = objective.loss(outputs, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around an overridden ``compute_loss``: the run's precision, and the strategy's own operators."""
+        return self.strategy.forward_context()
+
+    # Data.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Count | None]:
+        """The next update's micro-batches, and how many items they hold over all ranks.
+
+        Args:
+            epoch_iterator: over this rank's micro-batches.
+            num_batches: at most this many; fewer at the end of an epoch, none after it.
+            device: where a count summed over ranks is put.
+
+        Returns:
+            (batches, num_items); num_items is a tensor on the device where there are several ranks. It is None where
+            no micro-batch is weighed against another.
+        """
+        run, objective = self._run, self._objective
+        assert run is not None and objective is not None
+        return read_update(run, objective, self._saver, epoch_iterator, num_batches, device)
+
+    def get_train_dataloader(self) -> Any:
+        """The stream of training batches of this rank. An override may return a DataLoader, a Dataset or an
+        IterableDataset, which is then taken as ``train_data`` would be.
+        """
+        return make_stream(self.train_data, self.args, self.strategy, training=True)
+
+    def get_eval_dataloader(self, data: Any) -> Any:
+        """The stream of evaluation batches of this rank; an override as for training. Called for each evaluation."""
+        return make_stream(data, self.args, self.strategy, training=False)
+
+    def stream_over(self, data: Any, *, training: bool) -> DataStream:
+        """A stream as it is, and a stream over any other data."""
+        return data if isinstance(data, DataStream) else make_stream(data, self.args, self.strategy, training=training)
+
+    def batches(self, stream: DataStream, epoch: int) -> Iterator[Any]:
+        """This rank's micro-batches of one epoch, each cut to the rank's part where ranks share samples."""
+        split = self.strategy.split_batch
+        return (
+            StandIn(split(batch.batch)) if isinstance(batch, StandIn) else split(batch) for batch in stream.epoch(epoch)
+        )
+
+    # Logs.
+
+    def log_training(self) -> None:
+        """Log the means since the last log, the last norm and the learning rate of the last update."""
+        run = self.run
+        run.settle_schedule()
+        assert run.totals is not None
+        logs = run.totals.training_log(run.grad_norm)
+        if logs:  # none at an epoch's end right after a log
+            self.log(logs)
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Hand numbers to callbacks and loggers, as of the current update."""
+        logs = {**logs, "epoch": round(self.state.epoch, 6)}
+        self.emit("on_log", logs=logs)
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.loggers.log(self, logs, self.state.global_step)
+
+    def emit(self, event: str, **context: Any) -> None:
+        """Tell the callbacks that listen to an event."""
+        if self.callbacks.listeners[event]:
+            self.callbacks.emit(event, self.plan.args, self.state, self.control, fit=self, **context)
+
+    # Evaluation.
+
+    def evaluate(
+        self, eval_data: Any = None, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics over held-out data.
+
+        Args:
+            eval_data: None means the Fit's own. A mapping holds several sets by name; their metrics carry it:
+                "eval_<name>_loss".
+            ignore_keys: entries of a mapping output that are left out of predictions.
+            metric_key_prefix: of the names.
+
+        Returns:
+            ``{"eval_loss": mean over all items, "eval_<metric>": ...}``; it is logged too.
+        """
+        if eval_data is None and self.eval_data is None:
+            raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
+        placement = self.placement
+        data = self.eval_data if eval_data is None else eval_data
+        named = data if isinstance(data, Mapping) else {"": data}
+        metrics: dict[str, float] = {}
+        with placement.mode.evaluating():
+            for name, part in named.items():
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                metrics |= self.evaluation().run(self.eval_batches(part), prefix, ignore_keys or ()).metrics
+        self.log(metrics)
+        self.emit("on_evaluate", metrics=metrics)
+        return metrics
+
+    def evaluate_in_training(self) -> dict[str, float]:
+        """Evaluate with what ``train`` was told of evaluations."""
+        return self.evaluate(ignore_keys=self.ignore_keys_for_eval)
+
+    def predict(
+        self, data: Any, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has
+        them.
+        """
+        placement = self.placement
+        batches = self.eval_batches(data)
+        with placement.mode.evaluating():
+            found = self.evaluation().run(batches, metric_key_prefix, ignore_keys or (), predict=True)
+        metrics, predictions, labels = found
+        if metrics:
+            self.log(metrics)
+        self.emit("on_predict", metrics=metrics)
+        return PredictionOutput(predictions, labels, metrics)
+
+    def eval_batches(self, data: Any) -> Iterator[Any]:
+        """This rank's micro-batches of one evaluation; every rank has equally many."""
+        stream = self.stream_over(self.get_eval_dataloader(data), training=False)
+        return in_step(self.strategy, stream, self.batches(stream, 0))
+
+    def evaluation(self) -> Evaluation:
+        """What evaluates the placed module."""
+        return Evaluation(
+            strategy=self.strategy,
+            module=self.module,
+            objective=self.objective,
+            args=self.args,
+            memory=self.memory,
+            find_loss=self.find_loss,
+            loss_name=f"{type(self).__name__}.compute_loss",
+            compute_metrics=self.compute_metrics,
+            preprocess_logits=self.preprocess_logits_for_metrics,
+            after_batch=partial(self.emit, "on_prediction_step"),
+        )
+
+    # Checkpoints.
+
+    def save_checkpoint(self) -> Path:
+        """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest of its line beyond
+        ``save_total_limit``. Outside of ``train`` it is there when this returns, with ``async_save`` too.
+        """
+        run, saver = self.run, self.saver
+        run.settle_schedule()
+        with self.placement.mode.evaluating():
+            # The best evaluation is that of now: what is written in the background is published later.
+            path = saver.save(
+                partial(checkpoint.take, run, saver.directory.line),
+                self.state.global_step,
+                best.best_update(self.state),
+            )
+        if run.rescue is not None:
+            run.rescue.note_saved(self.state.global_step)
+        self.emit("on_save", path=path)
+        return path
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best one, the newest
+        and those that a callback still needs. Collective.
+        """
+        self.saver.rotate(best.best_update(self.state))
+
+    def export(self, path: str | Path) -> Path:
+        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
+        with ``save_only_trainable``.
+        """
+        path = Path(path).expanduser()
+        with self.placement.mode.evaluating():
+            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
+        return path
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
+        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
+        it. ``options`` are those of the model's own ``save_pretrained``.
+        """
+        directory = Path(directory).expanduser()
+        with self.placement.mode.evaluating():
+            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
+        return directory

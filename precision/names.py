@@ -1,0 +1,84 @@
+"""Look a name up in a table of names to classes, and suggest the nearest one where the table has no such name."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The half sentence that ends an unknown-name error: the nearest name, then all of them.
+
+    Example:
+        >>> did_you_mean("learning_rte", ["learning_rate", "seed"])
+        "Did you mean 'learning_rate'? Known: learning_rate, seed."
+    """
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{hint}Known: {', '.join(names)}."
+
+
+def resolve(
+    kind: str,
+    choice: Any,
+    base: type,
+    table: Mapping[str, tuple[str, Mapping[str, Any]]],
+    aliases: Mapping[str, str],
+    package: str,
+) -> Any:
+    """An instance of ``base`` from a name in ``table``, or ``choice`` itself where it is one already.
+
+    Args:
+        kind: what is being chosen, for the messages ("precision").
+        choice: a name, an alias, or an instance of ``base``.
+        base: the class that every entry derives from.
+        table: name to ("file:Class", options).
+        aliases: other spellings of the names.
+        package: where the table's files live.
+
+    Raises:
+        ValueError: the name is not in the table.
+        TypeError: ``choice`` is neither a name nor an instance, or an instance of a class without a name.
+    """
+    if isinstance(choice, base):
+        if "name" in base.__annotations__ and not isinstance(getattr(choice, "name", None), str):
+            made_by = type(choice).__name__
+            raise TypeError(
+                f"{made_by} is a {base.__name__} without a name, which logs, checkpoints and messages call it by. "
+                f'Write name = "{made_by.lower()}" in the class.'
+            )
+        return choice
+    if not isinstance(choice, str):
+        raise TypeError(
+            f"{kind} takes a name or a {base.__name__} instance, e.g. {kind}={next(iter(table))!r}. "
+            f"Received: {choice!r}"
+        )
+    name = aliases.get(choice, choice)
+    if name not in table:
+        raise ValueError(f"Unknown {kind} {choice!r}. {did_you_mean(choice, [*table, *aliases])}")
+    location, options = table[name]
+    file, _, class_name = location.partition(":")
+    return getattr(import_module(f"{package}.{file}"), class_name)(**options)
+
+
+def files_of(table: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Turn a table of names to ("file:Class", options) into one of class names to files."""
+    locations = (location.partition(":") for location, _ in table.values())
+    return {class_name: file for file, _, class_name in locations}
+
+
+def import_public(package: str, files: Mapping[str, str], name: str) -> Any:
+    """Import what a package exports under a name from the file that holds it: a package's ``__getattr__`` (PEP 562).
+
+    Args:
+        package: the full name of the package.
+        files: exported name to the file of the package that defines it.
+        name: what is asked for.
+
+    Raises:
+        AttributeError: the package exports no such name.
+    """
+    if name not in files:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(import_module(f"{package}.{files[name]}"), name)

@@ -1,0 +1,125 @@
+"""DistributedDataParallel: a whole replica on every rank, gradients averaged in buckets during backward."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...precision.base import Precision
+from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_scales
+from .replicas import Replicas
+
+
+@dataclass(frozen=True)
+class DDPOptions(ProcessGroupOptions):
+    """Options of DDP.
+
+    Args:
+        static_graph: the same parameters are used in every update; lets DDP learn the order once.
+        find_unused_parameters: some parameters get no gradient in some updates; costs a walk of the graph each time.
+        gradient_as_bucket_view: gradients live in the communication buckets, which saves a copy of them.
+        bucket_cap_mb: size of a bucket in MiB.
+        compress_gradients: send gradients in this dtype ("bf16" or "fp16"); halves the traffic of float32 ones.
+    """
+
+    static_graph: bool = False
+    find_unused_parameters: bool = False
+    gradient_as_bucket_view: bool = True
+    bucket_cap_mb: float = 25.0
+    compress_gradients: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.compress_gradients not in (None, "bf16", "fp16"):
+            raise ValueError(
+                f"DDP(compress_gradients=...) takes 'bf16', 'fp16' or None. Received: {self.compress_gradients!r}"
+            )
+
+
+class DDP(ProcessGroupStrategy):
+    """``strategy="ddp"``: data parallel with whole replicas (Li et al., 2020). See DDPOptions.
+
+    Example:
+        ``Fit(module, data, strategy=DDP(static_graph=True), devices=2)``
+    """
+
+    name = "ddp"
+    Options = DDPOptions
+    options: DDPOptions
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse to compress what is small already."""
+        super().check_precision(precision)
+        dtype = precision.parameter_dtype
+        if self.options.compress_gradients and dtype is not None and dtype.itemsize < 4:
+            raise ValueError(
+                f"DDP(compress_gradients={self.options.compress_gradients!r}) has no use with "
+                f"precision={precision.name!r}, whose gradients are {dtype} already. Leave it out."
+            )
+
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
+        """Move and convert the module, make the optimizer, wrap."""
+        super().place(module, configure_optimizer, prepare)
+        broadcast_scales(module)  # the rest is DDP's own to broadcast
+        if not any(p.requires_grad for p in module.parameters()):
+            return  # nothing to average; DDP refuses such a module
+        options = self.options
+        self.model = Replicas(
+            module,
+            device_ids=[self.device] if self.device.type != "cpu" else None,
+            process_group=self.gradient_group,
+            static_graph=options.static_graph,
+            find_unused_parameters=options.find_unused_parameters,
+            gradient_as_bucket_view=options.gradient_as_bucket_view,
+            bucket_cap_mb=options.bucket_cap_mb,
+        )
+        if options.compress_gradients:
+            dtype = torch.bfloat16 if options.compress_gradients == "bf16" else torch.float16
+            self.model.register_comm_hook(dtype, compressed_average)
+        self.first_backward_is_done = False
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """No reduction before the last micro-batch."""
+        assert isinstance(self.model, DistributedDataParallel)
+        self.precision.begin_micro_batch(last)
+        if last or (self.options.static_graph and not self.first_backward_is_done):
+            # With a static graph DDP learns the order in its first backward, which therefore has to reduce. Averaging
+            # is linear, so an early reduction of the first share changes nothing in the sum.
+            self.first_backward_is_done = True
+            return nullcontext()
+        return self.model.no_sync()
+
+    def prepare_gradients(self) -> None:
+        """Asks first whether all gradients were averaged: where one never came, its bucket waits."""
+        if isinstance(self.model, DistributedDataParallel):
+            try:
+                self.model._check_reducer_finalized()
+            except RuntimeError as error:
+                raise ValueError(self.unreduced()) from error
+        super().prepare_gradients()
+
+    def unreduced(self) -> str:
+        """What to write where backward didn't reach every parameter."""
+        names = [name for name, p in self.named_parameters().items() if p.requires_grad and p.grad is None]
+        return (
+            f"strategy='ddp': no gradient reached {', '.join(names)} on rank {self.rank} in this update, so that "
+            "gradients were not averaged. Where a layer isn't used in every update, or not on every rank, pass "
+            "strategy=DDP(find_unused_parameters=True); where it is never used, freeze it by requires_grad_(False)."
+        )
+
+
+def compressed_average(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over ranks in a 16-bit dtype, and write it back in its own.
+
+    torch's hooks of this kind are refused on the CPU, for their names.
+    """
+    buffer = bucket.buffer()
+    compressed = buffer.to(dtype).div_(dist.get_world_size())
+    work = dist.all_reduce(compressed, async_op=True)
+    return work.get_future().then(lambda future: buffer.copy_(future.value()[0]))

@@ -1,0 +1,109 @@
+"""DeepSpeed's engines: how one is made around a module, and what must be taken apart so that nothing of it stays."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .state import ScalarsAsBytes
+
+# Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
+ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """In here the variables are set that the package looks for; a process that stands alone has none of them."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 reads it again and again
+    wanted = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if not torch.accelerator.is_available():
+        wanted["DS_ACCELERATOR"] = "cpu"  # else it warns that it found none
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:  # they would tell our own start that there are other ranks to meet
+            os.environ.pop(name, None)
+
+
+def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any]) -> Any:
+    """An engine around the module and its optimizer.
+
+    Args:
+        module, optimizer: whole; the engine cuts them.
+        filled: the config without an "auto".
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Shared memory for inference, which training doesn't use; it would be compiled at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The optimizer and the schedule are the run's own, which agree with these sections. Clipping is by the limit of
+    # each update, which may change from run to run.
+    config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
+    config["gradient_clipping"] = 0.0
+    names = [set(vars(parameter)) for parameter in module.parameters()]
+    restore_linear()
+    with environment(), ScalarsAsBytes():
+        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    ENGINES[engine] = names
+    return engine
+
+
+def restore_linear() -> None:
+    """Put torch's linear function back, which an engine of stage 3 replaces for all layers of the process, for good."""
+    partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    saved = getattr(getattr(partitioning, "InsertPostInitMethodToModuleSubClasses", None), "linear_bk", None)
+    if saved is not None:
+        nn.functional.linear = saved
+
+
+def destroy(engine: Any) -> None:
+    """Take an engine's hooks off, and apart what it consists of. Python never finds it by itself: it doesn't look
+    through hooks of parameters for cycles, and stage 3 keeps in globals the layers whose forward an exception ended and
+    the parameters to release after each layer.
+    """
+    names = ENGINES.pop(engine, None)
+    if names is None:
+        return
+    if not ENGINES:
+        restore_linear()
+    zero = engine.optimizer if engine.zero_optimization_stage() else None
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for parameter, own in zip(engine.module.parameters(), names, strict=True):
+        for name in vars(parameter).keys() - own:
+            del vars(parameter)[name]
+    for part in (getattr(zero, "parameter_offload", None), zero, engine):
+        if part is not None:
+            vars(part).clear()
+    offload = sys.modules["deepspeed.runtime.zero.parameter_offload"]
+    offload.FWD_MODULE_STACK.clear()
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    for cell in vars(offload.PartitionedParameterCoordinator)[name].__closure__:  # DeepSpeed has wrapped it
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+def destroy_all() -> None:
+    """Destroy every engine of this process."""
+    for engine in tuple(ENGINES):
+        destroy(engine)
+
+
+def forget_groups() -> None:
+    """Take the process groups out of DeepSpeed's globals, where it would find them in another world."""
+    groups, comm = sys.modules.get("deepspeed.utils.groups"), sys.modules.get("deepspeed.comm.comm")
+    if groups is not None and comm is not None:
+        for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mesh_device"):
+            setattr(groups, name, None)
+        comm.cdb = None  # type: ignore[attr-defined]

@@ -1,0 +1,249 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters cut over ranks, by the package's own engine."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...precision.base import Precision
+from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from ..duplicates import Part
+from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module
+from ..sparse_gradients import check_dense
+from .checks import (
+    NO_NESTED_TENSORS,
+    check_optimizer,
+    check_package,
+    check_parameters,
+    check_precision,
+    met_nested,
+)
+from .config import fill, given_stage, read
+from .engine import destroy, destroy_all, environment, forget_groups, initialize
+from .order import GradientOrder
+from .state import EngineOptimizer, ZeroState
+
+
+@dataclass(frozen=True)
+class DeepSpeedOptions(ProcessGroupOptions):
+    """Options of DeepSpeed.
+
+    Args:
+        config: the path of a ds_config.json, or its content. Every ``"auto"`` in it is filled from the run's arguments.
+        stage: what the ranks share out: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters. None
+            takes the config's, or 2.
+        offload_optimizer: keep the optimizer's state, and step, in host memory (stages 1 to 3).
+        offload_parameters: keep parameters in host memory between uses (stage 3).
+    """
+
+    config: str | Path | Mapping[str, Any] | None = None
+    stage: int | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in (None, 0, 1, 2, 3) or isinstance(self.stage, bool):
+            raise ValueError(f"DeepSpeed(stage=...) takes 0, 1, 2 or 3. Received: {self.stage!r}")
+
+
+class DeepSpeed(ProcessGroupStrategy):
+    """``strategy="deepspeed"`` (ZeRO stage 2), ``"deepspeed_stage_0"`` to ``"deepspeed_stage_3"``: Rajbhandari et al.,
+    2020. See DeepSpeedOptions, and docs/deepspeed.md for what a config may say.
+
+    As under FSDP1, a parameter that a backward doesn't reach has a gradient of 0: weight decay moves it. At stages 1 to
+    3 an update whose gradients aren't finite is skipped, and counted as such. At stage 3 every rank's forward must call
+    the same layers in the same order: others wait for one another until ``timeout``.
+
+    Example:
+        ``Fit(module, data, strategy=DeepSpeed(config="ds_config.json", stage=3), devices=2)``
+    """
+
+    name = "deepspeed"
+    parameter_form = "flat"
+    Options = DeepSpeedOptions
+    options: DeepSpeedOptions
+    engine: Any = None
+    zero_state: ZeroState | None = None
+    gradient_order: GradientOrder | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        check_package()
+        self.config = read(self.options.config)
+        self.stage = given_stage(self.config, self.options.stage)
+        self.filled: dict[str, Any] = {}
+
+    def mesh_shape(self, world_size: int) -> dict[str, int]:
+        """All ranks share the shards; at stage 0 each has a replica, which makes no difference to the mesh's user."""
+        return {REPLICATE: 1, SHARD: world_size, CONTEXT: 1, TENSOR: 1}
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse what ZeRO can't compute in."""
+        super().check_precision(precision)
+        check_precision(precision)
+
+    def expect(self, run: RunDescription) -> None:
+        """Fill the config in from the run."""
+        options = self.options
+        with environment():
+            self.filled = fill(
+                self.config,
+                run,
+                stage=self.stage,
+                world_size=self.world_size,
+                computes_in_bf16=self.precision.compute_dtype is torch.bfloat16,
+                offload_optimizer=options.offload_optimizer,
+                offload_parameters=options.offload_parameters,
+            )
+
+    def configuration(self) -> Mapping[str, Any]:
+        """The config, filled in."""
+        return self.filled
+
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
+        """Move the module and make the optimizer, both whole; the engine cuts them. For evaluation alone nothing is
+        cut.
+        """
+        super().place(module, configure_optimizer, prepare)
+        broadcast_module(module)
+        if self.optimizer is None:
+            return
+        check_parameters(module, self.stage)
+        check_dense(module, self.name)
+        check_optimizer(self.optimizer)
+        assert self.filled, "expect() comes before place()"
+        groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
+        self.engine = initialize(module, self.optimizer, self.filled)
+        self.model = self.engine
+        if self.stage:
+            self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
+        if self.stage and self.world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self.gradient_order = GradientOrder(self.engine.optimizer, self.stage, store, self.rank)
+        base = self.engine.optimizer.optimizer if self.stage else self.optimizer
+        self.optimizer = EngineOptimizer(base, groups, self.step_engine)
+
+    # One update.
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """The engine reduces what it has to at the boundary that we set."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """By the engine; the loss is weighed already."""
+        try:
+            self.engine.backward(loss, scale_wrt_gas=False)
+        except RuntimeError as error:
+            if self.stage == 3 and met_nested(error):
+                raise ValueError(NO_NESTED_TENSORS) from error
+            raise
+
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """The norm now, as the engine would compute it in its step; it clips there, by this norm."""
+        if not self.stage:
+            return super().clip_grad_norm(parameters, max_norm)
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            groups = zero._get_norm_groups()
+            zero._get_norm_groups = lambda: groups
+            norm = combine_grad_norm_groups(groups)
+        else:
+            norm = zero.scaled_global_norm()
+            zero.scaled_global_norm = lambda norm_type=2: norm
+        zero.clip_grad = max_norm
+        return torch.where(norm < 0, torch.inf, norm)  # how the engine marks a norm that isn't finite
+
+    def step_engine(self) -> None:
+        """One step of the engine, with the norm of this update, and clipping only where this update asked for it."""
+        self.engine.step()
+        if self.gradient_order is not None:
+            self.gradient_order.agree()
+        if self.stage:
+            zero = self.engine.optimizer
+            vars(zero).pop("_get_norm_groups", None)
+            vars(zero).pop("scaled_global_norm", None)
+            zero.clip_grad = 0.0
+
+    def step_was_skipped(self) -> bool:
+        """ZeRO leaves everything as it is where gradients aren't finite."""
+        return bool(self.stage and self.engine.optimizer.overflow)
+
+    # State.
+
+    def part_held(self, parameter: Tensor) -> Part | None:
+        """All of it; at stage 3 a shard of its own."""
+        return None if self.stage == 3 else ()
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters cut by rows, one gathered at a time; buffers as they are."""
+        state: dict[str, Tensor] = dict(self.module.state_dict(keep_vars=True))
+        if self.zero_state is not None:
+            state |= self.zero_state.parameters()
+        return {name: tensor.detach() for name, tensor in state.items()}
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Give each parameter back, one whole at a time; buffers were read in place."""
+        if self.zero_state is not None:
+            with torch.no_grad():
+                self.zero_state.load_parameters(state)
+
+    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients, gathered one at a time."""
+        return super().full_gradients() if self.zero_state is None else self.zero_state.gradients()
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state, cut by parameter instead of by flat group."""
+        return super().optimizer_state() if self.zero_state is None else self.zero_state.optimizer_state()
+
+    def stepping_optimizer(self) -> Optimizer:
+        """The one inside the engine."""
+        return getattr(self.optimizer, "base", None) or super().stepping_optimizer()
+
+    def stand_in(self, parameter: Tensor) -> Tensor:
+        """A few zeros: a piece of the flat float32 master weights, where there are some."""
+        if self.zero_state is None:
+            return super().stand_in(parameter)
+        return torch.zeros(8, device=parameter.device)
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Cut the state into the flat groups again."""
+        if self.zero_state is None:
+            super().load_optimizer_state(state)
+        else:
+            with torch.no_grad():
+                self.zero_state.load_optimizer_state(state)
+
+    def release(self, module: nn.Module) -> None:
+        """Let go of the engine, too. Its module can't be used again until it is put back."""
+        self.leave_engine()
+        super().release(module)
+
+    def begin_again(self) -> None:
+        """Let go of earlier runs' engines, too: ranks that wait for this one are woken when no one holds its groups."""
+        destroy_all()
+        forget_groups()
+        super().begin_again()
+
+    def leave_engine(self) -> None:
+        """Take the engine's hooks off, and forget it."""
+        if self.engine is not None:
+            destroy(self.engine)
+            self.engine = self.zero_state = self.gradient_order = None
+
+    def tear_down(self) -> None:
+        """Let go of the engine and leave the process group."""
+        self.leave_engine()
+        forget_groups()
+        super().tear_down()

@@ -1,0 +1,292 @@
+"""Fully sharded data parallel by torch's ``fully_shard``, alone or with tensor parallelism on one mesh."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import _composable_state
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils._pytree import tree_map
+
+from ...precision.base import ShapesOnRank
+from ...precision.products import casts, float32_slots
+from ...precision.quantized import check_storage
+from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from ..gradient_norm import clip_by_norm
+from ..materialize import materialize
+from ..mesh import (
+    CONTEXT,
+    REPLICATE,
+    SHARD,
+    TENSOR,
+    split_world,
+    submesh,
+    whole_of,
+)
+from ..plans.cut_features import CutFeatures
+from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
+from ..sparse_gradients import check_dense
+from ..used_outside import UsedOutside
+from ..whole_parameters import whole_parameters
+from .gathering import gather_by_parameter
+
+if TYPE_CHECKING:
+    from .context_parallel import ContextParallel
+
+
+@dataclass(frozen=True)
+class FSDP2Options(ProcessGroupOptions):
+    """Options of FSDP2.
+
+    Args:
+        reshard_after_forward: drop a block's gathered parameters after its forward and gather them again for backward
+            (ZeRO-3); False keeps them between the two (ZeRO-2), for more memory and less traffic.
+        replicas: hybrid sharding: this many copies of the model, each sharded over world / replicas ranks.
+        tensor_parallel: ranks that hold each layer together, by the module's ``tensor_parallel_plan()``.
+        loss_parallel: with tensor_parallel, keep the logits sharded by class up to the loss.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        context_parallel: ranks that share each sample and hold a part of its sequence, for sequences too long for one.
+            They shard the model too. Attention must be ``F.scaled_dot_product_attention(..., is_causal=True)``, without
+            mask or dropout; whatever else mixes positions sees a rank's part alone. A part is two pieces of the
+            sequence that are no neighbours, so forward takes ``positions`` (or ``position_ids``): indices into the
+            whole sequence, (batch, length), which a mapping batch without them is given. Labels are one for each token
+            and shifted in the dataset; lengths are multiples of 2 * context_parallel.
+    """
+
+    reshard_after_forward: bool = True
+    replicas: int = 1
+    tensor_parallel: int = 1
+    loss_parallel: bool = False
+    cpu_offload: bool = False
+    context_parallel: int = 1
+
+
+class FSDP2(ProcessGroupStrategy):
+    """``strategy="fsdp2"`` (or "fsdp"): every rank keeps a shard of parameters, gradients and optimizer state.
+
+    Placed in this order: build on the meta device, cast, tensor parallelism, shard blocks and root, fill the shards,
+    optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) Parameters without dimensions and complex ones are whole
+    on every rank. See FSDP2Options.
+
+    Example:
+        ``Fit(module, data, strategy=FSDP2(tensor_parallel=2), devices=4)``
+    """
+
+    name = "fsdp2"
+    parameter_form = "dtensor"
+    replicas_differ = (
+        ProcessGroupStrategy.replicas_differ
+        + " With tensor parallelism: a parameter near a layer with a style of your own, so that nobody knows on which "
+        'features it is used; tensor_parallel_plan can say it ("used_on_cut", "used_on_whole").'
+    )
+    Options = FSDP2Options
+    options: FSDP2Options
+    context: "ContextParallel | None" = None
+    cut_features: CutFeatures | None = None
+    compiles_blocks = False
+    is_loss_parallel = False
+
+    @property
+    def splits_classes(self) -> bool:
+        """With loss parallelism."""
+        return self.options.loss_parallel
+
+    @property
+    def placement(self) -> str:
+        """Cut layers are a column of their own."""
+        return f"{self.name} x tp" if self.options.tensor_parallel > 1 else self.name
+
+    def mesh_shape(self, world_size: int) -> dict[str, int]:
+        """Replicas outermost, tensor-parallel ranks innermost; shards are what is left."""
+        options = self.options
+        degrees = {
+            "replicas": options.replicas,
+            "context_parallel": options.context_parallel,
+            "tensor_parallel": options.tensor_parallel,
+        }
+        shards = split_world(world_size, type(self).__name__, **degrees)
+        return {
+            REPLICATE: options.replicas,
+            SHARD: shards,
+            CONTEXT: options.context_parallel,
+            TENSOR: options.tensor_parallel,
+        }
+
+    def shapes_on_rank(self, module: nn.Module) -> ShapesOnRank:
+        """What tensor parallelism leaves of each layer that the plan cuts. Shards are whole again when they compute."""
+        return local_shapes(module, self.tensor_parallel_size) if self.tensor_parallel_size > 1 else {}
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a module without a plan to cut it by."""
+        if self.tensor_parallel_size > 1:
+            plan_of(module, self.tensor_parallel_size)
+
+    def expect(self, run: RunDescription) -> None:
+        """Note whether blocks are compiled."""
+        super().expect(run)
+        self.compiles_blocks = run.compiles_blocks
+
+    def place(
+        self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
+    ) -> None:
+        """Shard the module in place; the optimizer is made over the shards."""
+        options = self.options
+        if options.loss_parallel and options.tensor_parallel == 1:
+            raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
+        if options.context_parallel > 1:
+            from .context_parallel import ContextParallel
+
+            self.context = ContextParallel(submesh(self.mesh, CONTEXT), module)
+        meta_layers = self.build(module)
+        check_dense(module, self.name)
+        move_module(module, self.device)
+        broadcast_module(module)
+        if options.tensor_parallel > 1:
+            tensor_mesh = submesh(self.mesh, TENSOR)
+            self.cut_features = apply_plan(module, tensor_mesh, self.gather, loss_parallel=options.loss_parallel)
+        prepare(module)
+        # Once is enough: torch says it in every forward whose output is a view, such as that of any 3-D Linear.
+        warnings.filterwarnings("once", message="FSDP2-wrapped module .* returned a view tensor")
+        units = list(module.shard_units())  # type: ignore[operator]
+        said = None if options.tensor_parallel > 1 else "mixed torch.Tensor and DTensor"
+        self.used_outside = UsedOutside(self.name, module, units, is_sharded, said)
+        self.shard(module)
+        materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
+        self.whole_parameters = whole_parameters(module)
+        for parameter in self.whole_parameters:  # offloading is of shards alone
+            parameter.data = parameter.data.to(self.device)
+        kept = set(map(id, self.whole_parameters))
+        self.used_outside.watch({name: p for name, p in module.named_parameters() if id(p) not in kept})
+        if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
+            module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
+        self.module = self.model = module
+        self.optimizer = configure_optimizer(module) if configure_optimizer else None
+
+    def shard(self, module: nn.Module) -> None:
+        """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
+        options = self.options
+        compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
+        mixed = casts(compute, self.precision.parameter_dtype)
+        check_storage(module, self.name, flat=None, cast_to=compute if mixed else None)
+        # One dimension shards; two replicate over the first and shard over the second.
+        mesh = submesh(self.mesh, *((REPLICATE, SHARD) if options.replicas > 1 else (SHARD,)))
+        if options.context_parallel > 1:  # its ranks have gradients of their own, and shard the model like any other
+            mesh = submesh(self.mesh, SHARD, CONTEXT)._flatten("shards")
+            if options.replicas > 1:
+                mesh = DeviceMesh._concatenate([submesh(self.mesh, REPLICATE), mesh])
+        common: dict[str, Any] = {
+            "mesh": mesh,
+            "reshard_after_forward": options.reshard_after_forward,
+            "ignored_params": set(whole_parameters(module)),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type != "cpu")
+            if options.cpu_offload
+            else OffloadPolicy(),
+        }
+        # What products read is gathered in 16 bits. Inputs and outputs pass as they are: autocast casts where single-
+        # device runs do, and nowhere else.
+        policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
+        kept = float32_slots(module) if mixed else set()
+        for unit in module.shard_units():  # type: ignore[operator]
+            fully_shard(unit, mp_policy=policy, **common)
+            gather_by_parameter(unit, kept)
+        # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
+        fully_shard(module, mp_policy=policy, **{**common, "reshard_after_forward": False})
+        gather_by_parameter(module, kept)
+
+    def release(self, module: nn.Module) -> None:
+        """Let go; and have torch forget that these layers are sharded, or it refuses to shard them again."""
+        super().release(module)
+        self.context = self.cut_features = None
+        for layer in module.modules():
+            _composable_state._module_state_mapping.pop(layer, None)
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are reduced, and parameters resharded, in the last micro-batch's backward."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        return self.cut_features.watch(self.compiles_blocks) if self.cut_features else nullcontext()
+
+    def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+        """The shards, under the user's names."""
+        self.reshard()
+        return super().named_parameters(remove_duplicate)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Shards and buffers by name."""
+        self.reshard()
+        return super().model_state()
+
+    def reshard(self) -> None:
+        """An evaluation ends with a forward, which leaves the root's parameters whole until a backward follows."""
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()
+
+    def split_batch(self, batch: Any) -> Any:
+        """This rank's part of the sequence."""
+        return self.context.split(batch) if self.context else batch
+
+    def join_outputs(self, outputs: Sequence[Any]) -> Any:
+        """Outputs for the whole sequence."""
+        return self.context.join(outputs) if self.context else super().join_outputs(outputs)
+
+    @contextmanager
+    def own_operators(self) -> Iterator[None]:
+        """Loss parallelism needs a cross-entropy of its own, context parallelism an attention."""
+        enters = self.options.loss_parallel and not self.is_loss_parallel  # torch's isn't to be entered twice
+        self.is_loss_parallel = self.is_loss_parallel or enters
+        try:
+            with (
+                loss_parallel() if enters else nullcontext(),
+                self.context.whole_attention() if self.context else nullcontext(),
+            ):
+                yield
+        finally:
+            self.is_loss_parallel = self.is_loss_parallel and not enters
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The format's own, and what some layers are computed by. A layer that is used outside is told by name."""
+        with self.used_outside, super().forward_context(), self.own_operators():
+            yield
+
+    def local_loss(self, loss: Tensor) -> Tensor:
+        """The loss as a plain tensor; loss parallelism leaves it spread over the mesh."""
+        return whole_of(loss)
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward of such a cross-entropy or attention is its own, too."""
+        if self.cut_features:
+            self.cut_features.see_loss(loss)
+        with self.used_outside, self.own_operators():
+            super().backward(loss)
+
+    def prepare_gradients(self) -> None:
+        """Sum over the tensor-parallel ranks what is a part on each; then as ever."""
+        if self.cut_features:
+            self.cut_features.sum_gradients(self.named_parameters)
+        super().prepare_gradients()
+
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """The norm over all shards; torch's own fails where parameters live on different meshes."""
+        return clip_by_norm(parameters, max_norm)
+
+    def step(self) -> None:
+        """Step the optimizer, mesh by mesh where there are several."""
+        assert self.optimizer is not None
+        several = self.options.tensor_parallel > 1 or self.whole_parameters
+        with groups_split_by_mesh(self.optimizer) if several else nullcontext():
+            super().step()
+
+
+def is_sharded(parameter: Tensor, shape: torch.Size) -> bool:
+    """Whether a parameter lies on the mesh's data dimensions; gathered, it is plain, or cut by tensor parallelism."""
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != (TENSOR,)
