@@ -258,18 +258,6 @@ class Callbacks:
             if key in state:
                 callback.load_state_dict(state[key])
 
-    def check_states(self) -> None:
-        """Refuse a state that no checkpoint can hold, when training begins and not at the first save.
-
-        Raises:
-            TypeError: the message names the callback, and the entry of its state.
-        """
-        stateful = self.stateful()
-        if stateful:
-            from .checkpoint.callback_states import apart
-
-            apart({key: callback.state_dict() for key, callback in stateful.items()})
-
     def stateful(self) -> dict[str, Any]:
         """Return the callbacks that have a state, by class and place."""
         seen: dict[str, int] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import checkpoint
 from .fields import cadence
 from .measures import best
 from .objective import Count
@@ -59,7 +60,7 @@ def train(steps: Steps, run: Run) -> None:
     model.train()
     placement.mode.train()
     emit("on_train_begin")
-    run.callbacks.check_states()
+    checkpoint.check_states(run.callbacks.state_dict())
     if args.eval_on_start and state.global_step == 0:
         steps.evaluate_in_training()
     for epoch in range(run.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):

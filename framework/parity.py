@@ -132,8 +132,7 @@ class Recorder(Callback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Note what layers do until the first update is found."""
-        self.watch.begin()
-        self.watch.is_noting = not self.first
+        self.watch.begin(is_noting=not self.first)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
         """Take the gradients. All ranks gather them."""

@@ -85,8 +85,9 @@ class LayerWatch:
         if self.is_noting:
             self.notes.append((event, moments(next(tensors_of(values), None))))
 
-    def begin(self) -> None:
-        """Before an update: nothing is noted and nothing under way."""
+    def begin(self, is_noting: bool) -> None:
+        """Begin an update: forget the notes of the last one, and note tensors where ``is_noting`` is true."""
+        self.is_noting = is_noting
         self.notes.clear()
         self.inside.clear()
 
