@@ -111,7 +111,6 @@ EXCEPTIONS = """
 room: framework/parity.py: belongs in framework/parity/
 room: framework/parity_forward.py: belongs in framework/parity/
 room: framework/parity_ranks.py: belongs in framework/parity/
-write: framework/parity.py: self.watch.is_noting
 write: strategies/batches.py: setattr(changed, name)
 """.strip().splitlines()
 
