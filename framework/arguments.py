@@ -1,13 +1,21 @@
-"""FitArguments: every option of a run, under the field's names, checked together when they are made."""
+"""FitArguments, every option of a run: the fields of argument_fields.py, checked together when they are made."""
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from . import argument_ranges, cadence, optimizers, schedulers
-from .argument_fields import ArgumentFields
-from .argument_types import Options, as_options, hints, path_of, type_problems, with_help
-from .foreign_arguments import unknown_argument
+from .fields import argument_ranges, cadence
+from .fields.argument_fields import ArgumentFields
+from .fields.argument_types import (
+    Options,
+    as_options,
+    hints,
+    path_of,
+    type_problems,
+    with_help,
+)
+from .fields.foreign_arguments import unknown_argument
+from .optim import optimizers, schedulers
 
 
 @dataclass(frozen=True)
@@ -15,10 +23,10 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
     __doc__ = ArgumentFields.__doc__
 
     def __new__(cls, *values: Any, **arguments: Any) -> "FitArguments":
-        """A new object, where the names are those of fields.
+        """Make the object, where all names are names of fields.
 
         Raises:
-            TypeError: one isn't; the message says what is written here instead, or suggests the nearest.
+            TypeError: a name isn't; the message says what to write instead, or suggests the nearest name.
         """
         known = hints(cls)
         for name in arguments:
@@ -39,8 +47,8 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
             raise ValueError("These arguments can't work:\n  " + "\n  ".join(problems))
 
     def _problems(self) -> list[tuple[str, str]]:
-        """(field, why it can't work and what to write instead), for every field that can't; each subject's file knows
-        its own.
+        """Return (field, why it can't work and what to write instead) for every field that can't work. The file of each
+        subject knows the rules for its fields.
         """
         return type_problems(self) or [
             *argument_ranges.problems(self),

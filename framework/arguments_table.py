@@ -1,15 +1,15 @@
-"""The table of all arguments, for the documents: ``python -m stratagem.framework.arguments_table``."""
+"""The page of docs/ with all arguments: ``python -m stratagem.framework.arguments_table`` prints it."""
 
 import dataclasses
 from collections.abc import Iterable
 
-from .argument_types import descriptions
 from .arguments import FitArguments
-from .foreign_arguments import DIFFERENT, FOREIGN
+from .fields.argument_types import descriptions
+from .fields.foreign_arguments import DIFFERENT, FOREIGN
 
 
 def arguments_table() -> str:
-    """A Markdown page: every field with its default and what it does."""
+    """Return a Markdown page with every field, its default and what it does."""
     said = descriptions(FitArguments)
     rows = []
     for field in dataclasses.fields(FitArguments):
@@ -29,10 +29,10 @@ def arguments_table() -> str:
 
 
 def training_arguments_table(names: Iterable[str]) -> str:
-    """A Markdown table of transformers' arguments, in the order of their names.
+    """Return a Markdown table of the arguments of transformers, in the order of their names.
 
     Args:
-        names: of the fields of TrainingArguments.
+        names: the names of the fields of TrainingArguments.
     """
     ours = {field.name for field in dataclasses.fields(FitArguments)}
     rows = []

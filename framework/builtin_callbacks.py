@@ -1,4 +1,4 @@
-"""Callbacks that most runs want one of: early stopping, monitors of rate, throughput and first step, emptied caches."""
+"""Callbacks for common needs: early stopping, monitors of rate, throughput and first step, emptying of caches."""
 
 import time
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .arguments import FitArguments
-from .best import chosen_metric, is_better
 from .callbacks import Callback
+from .measures.best import chosen_metric, is_better
 from .state import Control, TrainState
 
 
@@ -32,7 +32,7 @@ class EarlyStopping(Callback):
         self.without_improvement = 0
 
     def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Refuse a run that never evaluates; begin anew, unless the run is resumed."""
+        """Refuse a run that never evaluates, and forget earlier evaluations unless the run is resumed."""
         if args.eval_strategy == "no":
             raise ValueError("EarlyStopping needs evaluations to judge by. Set eval_strategy to 'steps' or 'epoch'.")
         if state.global_step == 0:
@@ -41,7 +41,7 @@ class EarlyStopping(Callback):
     def on_evaluate(
         self, args: FitArguments, state: TrainState, control: Control, *, metrics: Mapping[str, float], **context: Any
     ) -> None:
-        """Judge an evaluation."""
+        """Count evaluations without improvement, and ask to stop after ``patience`` of them."""
         value = chosen_metric(args, metrics)
         if is_better(args, value, self.best, by=self.threshold):
             self.best, self.without_improvement = value, 0
@@ -50,11 +50,11 @@ class EarlyStopping(Callback):
             control.should_training_stop |= self.without_improvement >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value and the evaluations since."""
+        """Return the best value, and the number of evaluations without improvement since."""
         return {"best": self.best, "without_improvement": self.without_improvement}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting from a saved state."""
         self.best, self.without_improvement = state["best"], state["without_improvement"]
 
 
@@ -71,23 +71,23 @@ class LearningRateMonitor(Callback):
         logs: dict[str, float],
         **context: Any,
     ) -> None:
-        """Add the rates to a training log."""
+        """Add the learning rates to a training log."""
         if "learning_rate" in logs:
             for index, group in enumerate(fit.optimizer.param_groups):
                 logs[f"learning_rate_group_{index}"] = float(group["lr"])
 
 
 class Throughput(Callback):
-    """Logs items and updates per second since the last log, evaluations and checkpoints left out."""
+    """Logs items and updates per second since the last log; the time of evaluations and checkpoints is left out."""
 
     def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Start the clock."""
         self.seconds = 0.0
-        self.since: float | None = time.perf_counter()  # None while something else than training runs
+        self.since: float | None = time.perf_counter()  # when the clock was started; None while it is stopped
         self.steps, self.items = state.global_step, state.items_seen
 
     def on_step_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Go on, where something else stopped the clock."""
+        """Start the clock again where a log, and what followed it, stopped it."""
         if self.since is None:
             self.since = time.perf_counter()
 
@@ -101,7 +101,7 @@ class Throughput(Callback):
         logs: dict[str, float],
         **context: Any,
     ) -> None:
-        """Add the rates to a training log; its numbers were read from the device, so the updates are really done."""
+        """Add both rates to a training log. Its numbers were read from the device, so the updates are really done."""
         now = time.perf_counter()
         if self.since is not None:
             self.seconds += now - self.since
@@ -117,7 +117,7 @@ class FirstStepTime(Callback):
     """Adds to the first training log how long the first update took: with ``torch_compile``, mostly compilation."""
 
     def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Wait for an update."""
+        """Forget the time of an earlier run's first update."""
         self.first = state.global_step
         self.seconds: float | None = None
 
@@ -127,31 +127,31 @@ class FirstStepTime(Callback):
             self.began = time.perf_counter()
 
     def on_optimizer_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Stop it. Compilation runs on the host, so that no device has to be waited for."""
+        """Stop the clock. Compilation runs on the host, so there is no need to wait for the device."""
         if state.global_step == self.first:
             self.seconds = time.perf_counter() - self.began
 
     def on_log(
         self, args: FitArguments, state: TrainState, control: Control, *, logs: dict[str, float], **context: Any
     ) -> None:
-        """Tell it, once."""
+        """Add the time of the first update to the first training log."""
         if self.seconds is not None and "loss" in logs:
             logs["first_step_seconds"] = self.seconds
             self.seconds = None
 
 
 class EmptyCache(Callback):
-    """Gives cached memory back to the accelerator every few updates; slower, for models that barely fit.
+    """Gives cached memory back to the accelerator every few updates, which is slower, for models that barely fit.
 
     Args:
-        steps: updates between.
+        steps: updates from one emptying to the next.
     """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Empty the cache when it is time to."""
+        """Empty the cache where the update is a multiple of ``steps``."""
         if state.global_step % self.steps == 0 and torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
 

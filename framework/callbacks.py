@@ -28,7 +28,7 @@ EVENTS = (
 
 
 class Callback:
-    """Override the events you want to hear of; the others cost nothing.
+    """Hears the events of a run. Override the methods of the events you want to hear of; the others cost nothing.
 
     Every event receives the run's arguments, its state, and the flags by which a callback asks for something (see
     Control). By keyword it receives ``fit``, the Fit that is running, and what the event is about: an override names
@@ -61,12 +61,12 @@ class Callback:
     def on_step_begin(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """Before the first micro-batch of an update."""
+        """The first micro-batch of an update comes next."""
 
     def on_substep_end(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """After a micro-batch that isn't the last of its update."""
+        """A micro-batch is done that isn't the last of its update."""
 
     def on_pre_optimizer_step(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
@@ -154,26 +154,26 @@ class Callback:
         exception: BaseException,
         **context: Any,
     ) -> None:
-        """Training is ending with ``exception``; what holds something open lets go of it here. With
-        ``auto_find_batch_size`` it may be out of memory, and begin again with ``on_train_begin``.
+        """Training is ending with ``exception``: close here what the callback holds open. With ``auto_find_batch_size``
+        the exception may say that memory ran out, and training begins again with ``on_train_begin``.
         """
 
-    # Of checkpoints, on the main process. With async_save they are called in the thread that writes.
+    # The next two are called on the main process alone; with async_save, in the thread that writes checkpoints.
 
     def checkpoint_published(self, path: Path) -> None:
-        """A checkpoint is there, whole. Return soon: the next can't be written before."""
+        """A checkpoint is whole and in its place. Return soon: the next one can't be written before."""
 
     def checkpoints_to_keep(self) -> Iterable[Path]:
-        """Checkpoints that this callback still needs; ``save_total_limit`` doesn't remove them yet."""
+        """Return checkpoints that this callback still needs, so that ``save_total_limit`` doesn't remove them yet."""
         return ()
 
 
 class Callbacks:
-    """The run's callbacks, and for each event the methods that somebody wrote.
+    """The callbacks of a run and, for each event, the methods that override it.
 
     Args:
-        callbacks: hear events in this order.
-        last: hear them after all others, also after those that are added later.
+        callbacks: they hear events in this order.
+        last: these hear events after all others, also after those that are added later.
     """
 
     def __init__(self, callbacks: Iterable[Callback], last: Iterable[Callback] = ()) -> None:
@@ -181,10 +181,10 @@ class Callbacks:
         self.find_listeners()
 
     def find_listeners(self) -> None:
-        """Find out which events somebody hears.
+        """Collect, for each event, the methods of the callbacks that override it.
 
         Raises:
-            TypeError: a callback is none.
+            TypeError: one of the callbacks isn't a Callback.
         """
         self.all = [*self.first, *self.last]
         for callback in self.all:
@@ -199,12 +199,16 @@ class Callbacks:
         }
 
     def add(self, callback: Callback) -> None:
-        """Have one callback more, after those that were given."""
+        """Add a callback, after those that were given."""
         self.first.append(callback)
         self.find_listeners()
 
     def pop(self, callback: Callback | type[Callback]) -> Callback | None:
-        """Have one callback less: the instance, or the first one of the class. None where there is none such."""
+        """Remove a callback: the instance, or the first one of the class.
+
+        Returns:
+            The callback that was removed; None where there is no such one.
+        """
         found = [c for c in self.all if c is callback or type(c) is callback]
         if not found:
             return None
@@ -225,49 +229,37 @@ class Callbacks:
             listener(args, state, control, **context)
 
     def listen(self, event: str, callback: Callback) -> None:
-        """Have a callback hear of an event, after all others, where it doesn't yet."""
+        """Have a callback hear an event, after all others, where the callback doesn't hear it yet."""
         listener = getattr(callback, event)
         if listener not in self.listeners[event]:
             self.listeners[event] = [*self.listeners[event], listener]
 
     def stop_listening(self, event: str, callback: Callback) -> None:
-        """Tell a callback no longer of an event. It may ask for that while it is told."""
+        """Have a callback no longer hear an event. The callback may ask for this while it hears that event."""
         listener = getattr(callback, event)
         self.listeners[event] = [other for other in self.listeners[event] if other != listener]
 
     def checkpoint_published(self, path: Path) -> None:
-        """Tell the callbacks of a checkpoint, before rotation asks for those to keep."""
+        """Tell the callbacks that a checkpoint is in its place, before rotation asks which ones to keep."""
         for callback in self.all:
             callback.checkpoint_published(path)
 
     def checkpoints_to_keep(self) -> set[Path]:
-        """Checkpoints that a callback still needs."""
+        """Return the checkpoints that any of the callbacks still needs."""
         return {path for callback in self.all for path in callback.checkpoints_to_keep()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the callbacks that have one, by class and place, so that two of one class keep apart."""
+        """Return the states of the callbacks that have one, by class and place, so that two of one class stay apart."""
         return {key: callback.state_dict() for key, callback in self.stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the callbacks that are there again."""
+        """Restore the callbacks whose states were saved."""
         for key, callback in self.stateful().items():
             if key in state:
                 callback.load_state_dict(state[key])
 
-    def check_states(self) -> None:
-        """Refuse a state that no checkpoint can hold, when training begins instead of at the first save.
-
-        Raises:
-            TypeError: names the callback, and the entry.
-        """
-        stateful = self.stateful()
-        if stateful:
-            from .checkpoint.callback_states import apart
-
-            apart({key: callback.state_dict() for key, callback in stateful.items()})
-
     def stateful(self) -> dict[str, Any]:
-        """The callbacks that have a state, by class and place."""
+        """Return the callbacks that have a state, by class and place."""
         seen: dict[str, int] = {}
         found = {}
         for callback in self.all:

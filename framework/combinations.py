@@ -29,11 +29,11 @@ from torch.optim import Optimizer
 from ..precision.base import Precision
 from ..strategies.base import Strategy
 from .arguments import FitArguments
-from .lomo import check_update_in_backward
 from .module import TrainModule
 from .optim.closure import check_closure
-from .optimizer_makers import PackageMaker
-from .optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD
+from .optim.lomo import check_update_in_backward
+from .optim.optimizer_makers import PackageMaker
+from .optim.optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD
 
 FROM_PACKAGES = {name: make for name, make in OPTIMIZERS.items() if isinstance(make, PackageMaker)}
 BITSANDBYTES = {make.class_name for make in FROM_PACKAGES.values() if make.distribution == "bitsandbytes"}
@@ -141,8 +141,9 @@ def check_combination(
     )
     for argument, reason in strategy.refused_arguments.items():
         refuse(argument, bool(getattr(args, argument)), reason)
-    for argument, reason in precision.refused_arguments.items() if precision is not None else ():
-        refuse(argument, bool(getattr(args, argument)), reason, f" in precision={precision.name!r}")
+    if precision is not None:
+        for argument, reason in precision.refused_arguments.items():
+            refuse(argument, bool(getattr(args, argument)), reason, f" in precision={precision.name!r}")
     taken = inspect.signature(module.forward).parameters
     refuse(
         "past_index",

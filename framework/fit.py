@@ -12,13 +12,13 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import checkpoint, overriding, torch_settings
+from . import checkpoint, overriding
 from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
 from .loggers import Logger, Loggers, get_loggers
-from .memory import MemoryByStage
+from .measures.memory import MemoryByStage
 from .module import TrainModule
 from .run import batch_size
 from .run.plan import Plan
@@ -27,6 +27,7 @@ from .runs import Runs
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
+from .switches import torch_settings
 
 
 class Fit(Runs):
@@ -64,9 +65,10 @@ class Fit(Runs):
         TypeError, ValueError: an argument can't work; the message says why and what to write instead.
 
     Example:
-        >>> fit = Fit(Regressor(), train_data=dataset, strategy="single", precision="bf16-mixed", max_steps=1000)
+        >>> options = FitArguments(max_steps=100, learning_rate=0.01, progress=False)
+        >>> fit = Fit(Regressor(), train_data=dataset, strategy="single", precision="bf16-mixed", args=options)
         >>> fit.train(resume_from_checkpoint=True)
-        TrainOutput(global_step=1000, training_loss=0.0123, metrics={...})
+        TrainOutput(global_step=100, training_loss=..., metrics={...})
     """
 
     def __init__(
@@ -215,10 +217,10 @@ class Fit(Runs):
             ValueError, TypeError: the search can't work; the message says why and what to write instead.
 
         Example:
-            >>> fit.hyperparameter_search(
+            >>> found = fit.hyperparameter_search(
             ...     lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)},
             ...     n_trials=12, pruner="median", storage="sqlite:///search.db")
-            >>> fit.train()
+            >>> best = fit.train()  # with the best trial's arguments
         """
         from .search.running import Search
 

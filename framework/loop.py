@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import best, cadence
+from .fields import cadence
+from .measures import best
 from .objective import Count
+from .optim.schedulers import waits_for_metric
 from .run.run import Run
-from .schedulers import waits_for_metric
 from .steps import Steps
 
 
@@ -58,27 +59,30 @@ def train(steps: Steps, run: Run) -> None:
     model.train()
     placement.mode.train()
     emit("on_train_begin")
-    run.callbacks.check_states()
+    run.check_callbacks()
     if args.eval_on_start and state.global_step == 0:
         steps.evaluate_in_training()
     for epoch in range(run.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
         control.should_epoch_stop = False
-        rescue.note_position()
+        if rescue is not None:
+            rescue.note_position()
         run.begin_epoch(epoch)
         batches = steps.batches(run.stream, epoch)
         run.restore_random_state()
         steps.objective.forget_past()
         emit("on_epoch_begin")
         while not (control.should_epoch_stop or control.should_training_stop):
-            rescue.note_position()
+            if rescue is not None:
+                rescue.note_position()
             micro_batches, num_items = steps.get_batch_samples(batches, micro_batches_per_update, strategy.device)
             if not micro_batches:
                 control.should_epoch_stop = True
                 break
             control.should_log = control.should_evaluate = control.should_save = False
             emit("on_step_begin")
+            if rescue is not None:
+                rescue.begin_update()
 
-            rescue.begin_update()
             update_loss: Tensor | None = None
             for index, inputs in enumerate(micro_batches, start=1):
                 last = index == len(micro_batches)
@@ -92,13 +96,10 @@ def train(steps: Steps, run: Run) -> None:
             strategy.prepare_gradients()
             run.clip(trainable)
             emit("on_pre_optimizer_step")
-            run.settle_schedule()  # of the update before, where loss scaling has only now told whether it stepped
-            state.begin_step(placement.optimizer.param_groups[0]["lr"])
             if placement.closure is not None:
                 compute_again = partial(compute_update, steps, run, micro_batches, num_items)
                 placement.closure.begin_update(update_loss, compute_again)
-            strategy.step()
-            run.note_step()
+            run.step()
             emit("on_optimizer_step")
             run.settle_known_schedule()
             for parameter in trainable:
@@ -113,7 +114,7 @@ def train(steps: Steps, run: Run) -> None:
         end_epoch(steps, run)
         if control.should_training_stop:
             break
-    steps.end_training()
+    end_training(steps, run)
     emit("on_train_end")
 
 
@@ -136,6 +137,17 @@ def compute_update(steps: Steps, run: Run, micro_batches: list[Any], num_items: 
     return total
 
 
+def end_training(steps: Steps, run: Run) -> None:
+    """Settle the schedule, set the weights to use, wait until every checkpoint is on the disk, and log the totals."""
+    placement = steps.placement
+    run.settle_schedule()
+    run.strategy.settle_buffers()
+    placement.mode.eval()
+    steps.saver.close()
+    flops_per_token = steps.module.flops_per_token(placement.parameter_count)
+    steps.log(run.finish(flops_per_token, steps.memory))
+
+
 # Acting on flags: what the arguments make due and callbacks ask for is done.
 
 
@@ -143,7 +155,7 @@ def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
     cadence.after_update(run.args, run.state, run.control)
     if run.strategy.world_size == 1:
-        steps.check_writing()
+        steps.saver.raise_failure()
         steps.emit("on_step_end")
     else:
         due = run.control.flags()

@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..strategies.batches import is_by_position, labels_in, tensors_of
 from .arguments import FitArguments
-from .optimizers import make_optimizer
-from .schedulers import make_scheduler
+from .optim.optimizers import make_optimizer
+from .optim.schedulers import make_scheduler
 from .wrapping import wrap_model
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index

@@ -1,10 +1,10 @@
-"""Parity: one module, one seed checkpoint, the same global batches, under several strategies; how far they come apart.
+"""Parity of strategies: how far runs of one module, from one checkpoint, over the same global batches, differ.
 
 A run records, whole and by name: the loss and the gradient norm of every update, the gradients of the first update, the
-weights after it, and in a few numbers what goes into each layer and comes out of it in the first update. The gradients
-are those that the optimizer is given: reduced over ranks and unscaled. They are taken after clipping, but at a limit
-that no norm reaches, so that the norm is computed and compared like everything else, and a wrong one can't change
-gradients that are right. "First" is the first that loss scaling doesn't skip.
+weights after it, and a few numbers of what goes into each layer and comes out of it in the first update. The gradients
+are those that the optimizer is given: reduced over ranks and unscaled. They are recorded after clipping, but at a limit
+that no norm reaches, so that the norm is computed and compared too, and a wrong norm can't change gradients that are
+right. "First" means the first update that loss scaling doesn't skip.
 
 ``record`` runs in every rank of one strategy; ``parity_ranks.compare_strategies`` starts one strategy after another.
 """
@@ -30,11 +30,11 @@ from .fit import Fit
 from .module import TrainModule
 from .parity_forward import FailedInLayer, LayerWatch, WithoutDropout, first_difference
 
-TOLERANCE, REORDERED_TOLERANCE = 1e-6, 1e-4  # relative, in float32
-# torch adds up squares in float32: over some million entries the norm is right to a few 1e-6, and better where shards
-# are added up apart. A norm that lacks a rank's share is wrong by far more.
+TOLERANCE, REORDERED_TOLERANCE = 1e-6, 1e-4  # relative differences, in float32
+# torch adds up squares in float32: over some million entries the norm is right to a few 1e-6, and to less where shards
+# are added up one by one. A norm without the share of a rank is wrong by far more.
 NORM_TOLERANCE = 1e-4
-NO_LIMIT = 1e30  # of the gradient norm
+NO_LIMIT = 1e30  # the limit of the gradient norm
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ class Recipe:
     """What is trained, the same under every strategy.
 
     Args:
-        module: ``path/to/file.py:function`` or ``package.module:function``; without arguments it returns a TrainModule.
-        data: name of a function beside it; without arguments it returns a Dataset, the same at every call.
-        precision: number format.
-        updates: optimizer steps.
+        module: ``path/to/file.py:function`` or ``package.module:function``, a function without arguments that returns a
+            TrainModule.
+        data: the name of a function beside it, without arguments, that returns the same Dataset at every call.
+        precision: the number format.
+        updates: the number of optimizer steps.
         batch_size: samples of an update over all ranks; each data-parallel rank takes an even part.
-        learning_rate: peak of Fit's default schedule.
-        seed: of the weights and of the order of the data.
+        learning_rate: the peak of Fit's default schedule.
+        seed: the seed of the weights and of the order of the data.
     """
 
     module: str
@@ -62,14 +63,14 @@ class Recipe:
 
 @dataclass
 class Recording:
-    """What a run leaves to be compared.
+    """What is recorded of a run, for a comparison.
 
     Attributes:
-        losses, norms: of each update, over all ranks; norms before clipping.
+        losses, norms: the loss and the gradient norm of each update, over all ranks; norms before clipping.
         first: the first update with finite gradients, counted from 1; 0 where none had any.
-        gradients: of the first update, whole, by parameter name in the module's order.
-        weights: parameters and persistent buffers after the first update, whole, by name.
-        reorders_sums: the strategy's.
+        gradients: whole gradients of the first update, by parameter name in the order of the module.
+        weights: whole parameters and persistent buffers after the first update, by name.
+        reorders_sums: whether the strategy adds up the sums inside layers in another order.
         layers: inputs and outputs of layers in the first update, see ``parity_forward.LayerWatch.gathered``.
     """
 
@@ -82,8 +83,8 @@ class Recording:
     layers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
-        """Write it: numbers and the order of names as JSON, tensors as safetensors."""
-        # safetensors orders tensors its own way.
+        """Write the recording: numbers and the order of names as JSON, tensors as safetensors."""
+        # safetensors stores tensors in an order of its own.
         tensors = {"gradients": self.gradients, "weights": self.weights, "layers": self.layers}
         numbers = {
             "losses": self.losses,
@@ -98,7 +99,7 @@ class Recording:
 
     @classmethod
     def load(cls, directory: Path) -> "Recording":
-        """Read what ``save`` wrote."""
+        """Read a recording that ``save`` wrote."""
         content = json.loads((directory / "recording.json").read_text())
         tensors: dict[str, Any] = {}
         for part, names in content["names"].items():
@@ -108,10 +109,10 @@ class Recording:
 
 
 class Recorder(Callback):
-    """Notes a run's losses and norms, and on the main process the first update's gradients and weights.
+    """Records the losses and norms of a run and, on the main process, gradients and weights of the first update.
 
     Args:
-        saves_seed: save a checkpoint before the first update, in the run's output_dir.
+        saves_seed: save a checkpoint before the first update, in the output_dir of the run.
     """
 
     def __init__(self, saves_seed: bool) -> None:
@@ -125,30 +126,29 @@ class Recorder(Callback):
         self.layers: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
-        """Save the seed, and watch the layers, which are placed."""
+        """Save the checkpoint that other runs begin with, and watch the layers, which are placed now."""
         if self.saves_seed:
             fit.save_checkpoint()
         self.watch.watch(fit.module)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-        """Note what layers do until the first update is found."""
-        self.watch.begin()
-        self.watch.is_noting = not self.first
+        """Have the watch note inputs and outputs of layers until the first update is found."""
+        self.watch.begin(is_noting=not self.first)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
-        """Take the gradients. All ranks gather them."""
+        """Record the gradients of the first update, which all ranks gather."""
         if not self.first and torch.isfinite(fit.grad_norm):  # the norm is the same on all ranks
             self.first = state.global_step + 1
             self.layers = self.watch.gathered(fit.strategy)
             self.gradients = taken(fit.strategy, fit.strategy.full_gradients())
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
-        """Take the weights. All ranks gather them."""
+        """Record the weights after the first update, which all ranks gather."""
         if state.global_step == self.first:
             self.weights = taken(fit.strategy, fit.strategy.full_state())
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **context: Any) -> None:
-        """Take the numbers; a log is due after every update, and one of totals at the end."""
+        """Record the numbers of an update. There is a log after every update, and one of totals at the end."""
         if "loss" not in logs:
             return
         self.losses.append(logs["loss"])
@@ -156,7 +156,7 @@ class Recorder(Callback):
 
 
 def taken(strategy: Strategy, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The main process's copies of tensors that all ranks gather together."""
+    """Return copies, on the main process, of tensors that all ranks gather together."""
     return {name: tensor.clone() for name, tensor in tensors if strategy.is_main}
 
 
@@ -168,18 +168,18 @@ def record(
     directory: Path,
     seed_checkpoint: Path | None = None,
 ) -> Recording:
-    """Train under one strategy, on every rank that it runs on. Collective.
+    """Train under one strategy, and record the run. Collective.
 
     Args:
-        module: not placed yet.
+        module: the module, which isn't placed yet.
         data: a Dataset or IterableDataset.
-        strategy: not set up yet.
-        recipe: gives everything else.
-        directory: for the seed checkpoint, which is written (as ``checkpoint-0``) where none is given.
-        seed_checkpoint: where weights and the order of the data begin.
+        strategy: the strategy, which isn't set up yet.
+        recipe: what is trained.
+        directory: where the seed checkpoint is written (as ``checkpoint-0``), if none is given.
+        seed_checkpoint: the checkpoint with which the run begins.
 
     Returns:
-        The recording; its tensors are there on the main process only.
+        The recording, with its tensors on the main process alone.
 
     Raises:
         TypeError: the data brings batches of its own.
@@ -212,7 +212,7 @@ def record(
             f"{readers} data-parallel ranks or devices can't share a batch of {recipe.batch_size} evenly. Take a "
             f"multiple of {readers}."
         )
-    # Only now is it known how many ranks the batch is for.
+    # How many ranks share the batch is known only once the strategy is set up.
     try:
         with WithoutDropout():
             fit.train(resume_from_checkpoint=seed_checkpoint, trial={"per_device_train_batch_size": share})
@@ -232,8 +232,8 @@ def record(
 
 
 def silence_dropout(module: nn.Module) -> None:
-    """Switch dropout layers off: ranks draw masks of their own, so no two strategies would compute the same. Those that
-    a forward calls as functions are switched off by ``WithoutDropout``.
+    """Switch off dropout layers: ranks draw masks of their own, so that no two strategies would compute the same.
+    ``WithoutDropout`` switches off dropout functions that a forward calls.
     """
     for layer in module.modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd):
@@ -247,13 +247,13 @@ def silence_dropout(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a run is from the reference. Relative numbers; infinite where one of the two isn't finite.
+    """How far a run is from the reference: relative differences, infinite where one of the two numbers isn't finite.
 
     Attributes:
-        loss: the largest over updates.
-        gradient: the largest over parameters, of the first update.
-        norm: of the first update's gradient norm, before clipping.
-        tolerance: what loss and gradient may be.
+        loss: the largest difference of a loss over all updates.
+        gradient: the largest difference of a gradient of the first update.
+        norm: the difference of the gradient norm of the first update, before clipping.
+        tolerance: what the differences of loss and gradient may be.
         diverges_at: what exceeds its tolerance first, in words; empty where nothing does.
     """
 
@@ -270,11 +270,11 @@ class Difference:
 
 
 def default_tolerance(precision: str, reorders_sums: bool) -> float:
-    """The relative difference that rounding explains.
+    """Return the relative difference that rounding can explain.
 
     Args:
-        precision: its compute dtype tells how coarsely it rounds.
-        reorders_sums: whether sums inside a layer are added in another order.
+        precision: the number format, whose compute dtype tells how coarsely it rounds.
+        reorders_sums: whether the strategy adds up the sums inside layers in another order.
     """
     dtype = get_precision(precision).compute_dtype or torch.float32
     coarser = max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
@@ -284,19 +284,19 @@ def default_tolerance(precision: str, reorders_sums: bool) -> float:
 def compare(reference: Recording, other: Recording, tolerance: float) -> Difference:
     """Compare two recordings.
 
-    A parameter's gradient differs by the 2-norm of the difference, relative to the 2-norm of the whole gradient. (To
-    its own norm would not do: a gradient that is zero in exact arithmetic, such as that of the bias of attention's
-    keys, is nothing but rounding.) The first to diverge is sought from the loss backwards, since a wrong gradient makes
-    wrong what comes after it. Where all gradients agree and the losses don't, it is sought in the weights after the
-    first update, relative to their own norm: then the optimizer did something else.
+    The difference of a parameter's gradient is the 2-norm of the difference, relative to the 2-norm of the gradients of
+    all parameters. (Its own norm would not do: a gradient that is zero in exact arithmetic, such as that of the bias of
+    attention's keys, is nothing but rounding.) The first gradient to diverge is searched from the loss backwards, since
+    a wrong gradient makes those wrong that are computed from it. Where all gradients agree and the losses don't, the
+    weights after the first update are searched, relative to their own norm: then the optimizer did something else.
 
-    Where something is wrong from the first update on, and the forward passes part, that is where it begins: the layer
-    that parts first is named before the gradients. Where they don't part and the loss does, the loss is.
+    Where gradients of the first update differ, the error may begin in the forward: the first layer whose inputs or
+    outputs differ is named before the gradients, or the loss, where layers agree and the loss doesn't.
 
     Args:
-        reference: what is right.
-        other: what is judged.
-        tolerance: for every relative difference.
+        reference: the recording that is right.
+        other: the recording that is judged.
+        tolerance: the relative difference that is allowed.
     """
     losses = [relative(a, b) for a, b in zip(reference.losses, other.losses, strict=True)]
     first = reference.first
@@ -332,14 +332,14 @@ def compare(reference: Recording, other: Recording, tolerance: float) -> Differe
 
 
 def relative(reference: float, other: float) -> float:
-    """The difference of two numbers, relative to the first; infinite where one of them isn't finite."""
+    """Return the difference of two numbers, relative to the first; infinite where one of them isn't finite."""
     if not (math.isfinite(reference) and math.isfinite(other)):
         return math.inf
     return abs(other - reference) / max(abs(reference), sys.float_info.min)
 
 
 def distance(reference: Tensor | None, other: Tensor | None, scale: float | None = None) -> float:
-    """The 2-norm of the difference, relative to ``scale`` or to the first one's norm. An absent gradient is zero."""
+    """Return the 2-norm of the difference, relative to ``scale`` or the norm of the reference. None counts as zero."""
     present = other if reference is None else reference
     if present is None:
         return 0.0

@@ -13,17 +13,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..precision.base import Precision
-from . import best, checkpoint, loop, torch_settings
+from . import checkpoint, loop
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
+from .measures import best
+from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
-from .preparation import callbacks_of
-from .progress import Progress
-from .ranks_agree import RanksAgree
 from .run import resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -32,7 +31,10 @@ from .run.run import Run
 from .search.space import arguments_and_module
 from .state import TrainOutput
 from .steps import Steps
-from .tokens import TokenCounter
+from .switches import torch_settings
+from .switches.preparation import callbacks_of
+from .switches.progress import Progress
+from .switches.ranks_agree import RanksAgree
 
 
 class Runs(Steps):
@@ -98,7 +100,8 @@ class Runs(Steps):
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
             except BaseException as error:
-                run.rescue.save(error, self.state.global_step, self._save_at_once)
+                if run.rescue is not None:
+                    run.rescue.save(error, self.state.global_step, self._save_at_once)
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 self.saver.abandon()

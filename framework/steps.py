@@ -10,24 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from ..strategies.base import Strategy
-from . import best, checkpoint, overriding, pretrained
+from . import checkpoint, overriding
 from .arguments import FitArguments
 from .callbacks import Callbacks
+from .checkpoint import pretrained
 from .data import DataStream, make_stream
 from .data.stand_in import StandIn
-from .evaluation import Evaluation
-from .in_step import in_step
 from .loggers.together import Loggers
-from .memory import MemoryByStage
+from .measures import best
+from .measures.evaluation import Evaluation
+from .measures.memory import MemoryByStage
+from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
+from .run.in_step import in_step
 from .run.micro_batches import read_update
 from .run.placement import Placement
 from .run.plan import Plan
 from .run.run import Run
 from .run.source import Source
 from .state import Control, PredictionOutput, TrainState
-from .tokens import TokenCounter
 
 
 class Steps:
@@ -36,12 +38,8 @@ class Steps:
     Attributes:
         strategy: set up.
         plan: the arguments of the run, and its length.
-        train_data, eval_data: as they were given to Fit.
         source: where the module comes from.
-        callbacks, loggers: of the Fit.
-        state: progress.
-        control: the flags that callbacks set.
-        memory: what each stage takes.
+        state, control: progress, and the flags that callbacks set.
     """
 
     strategy: Strategy
@@ -135,8 +133,9 @@ class Steps:
         Returns:
             This micro-batch's share of the update's mean loss, detached, 0-dim, on the device.
         """
-        strategy, objective, averages = self.strategy, self._objective, self._run.averages  # type: ignore[union-attr]
-        assert objective is not None
+        strategy, objective, run = self.strategy, self._objective, self._run
+        assert objective is not None and run is not None
+        averages = run.averages
         count = objective.count(inputs)
         averages.count(count, self._count_tokens(inputs))
         inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
@@ -211,9 +210,11 @@ class Steps:
             The 0-dim mean loss, or (loss, outputs). An override may return a mapping that holds "loss" in its place.
             One that reads ``num_items_in_batch``, and doesn't call this method, returns a sum over items divided by it.
         """
+        objective = self._objective
+        assert objective is not None
         with self.strategy.forward_context():
-            outputs = self.objective.forward(model, inputs)
-            loss, _ = self.objective.loss(outputs, inputs, num_items_in_batch)
+            outputs = objective.forward(model, inputs)
+            loss, _ = objective.loss(outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
@@ -236,7 +237,9 @@ class Steps:
             (batches, num_items); num_items is a tensor on the device where there are several ranks. It is None where
             no micro-batch is weighed against another.
         """
-        return read_update(self.run, self.objective, self._saver, epoch_iterator, num_batches, device)
+        run, objective = self._run, self._objective
+        assert run is not None and objective is not None
+        return read_update(run, objective, self._saver, epoch_iterator, num_batches, device)
 
     def get_train_dataloader(self) -> Any:
         """The stream of training batches of this rank. An override may return a DataLoader, a Dataset or an
@@ -362,36 +365,21 @@ class Steps:
         run.settle_schedule()
         with self.placement.mode.evaluating():
             # The best evaluation is that of now: what is written in the background is published later.
-            path = saver.save(partial(self._take_snapshot, saver), self.state.global_step, best.best_update(self.state))
-        run.rescue.note_saved(self.state.global_step)
+            path = saver.save(
+                partial(checkpoint.take, run, saver.directory.line),
+                self.state.global_step,
+                best.best_update(self.state),
+            )
+        if run.rescue is not None:
+            run.rescue.note_saved(self.state.global_step)
         self.emit("on_save", path=path)
         return path
-
-    def _take_snapshot(self, saver: "checkpoint.Saver") -> Any:
-        return checkpoint.take(self.run, saver.directory.line)
 
     def rotate_checkpoints(self) -> None:
         """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best one, the newest
         and those that a callback still needs. Collective.
         """
         self.saver.rotate(best.best_update(self.state))
-
-    def check_writing(self) -> None:
-        """Raise what a checkpoint in the background couldn't be written for."""
-        if self._saver is not None and self._saver.has_failed():
-            self._saver.finish()
-
-    def end_training(self) -> None:
-        """After the last update: settle the schedule, set the weights to use, wait until every checkpoint is on the
-        disk, and log the run's totals.
-        """
-        run, placement = self.run, self.placement
-        run.settle_schedule()
-        self.strategy.settle_buffers()
-        placement.mode.eval()
-        self.saver.close()
-        flops = self.module.flops_per_token(placement.parameter_count)
-        self.log(run.finish(flops, self.memory))
 
     def export(self, path: str | Path) -> Path:
         """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones

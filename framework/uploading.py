@@ -1,4 +1,4 @@
-"""Uploading checkpoints in the background, to any URL that fsspec knows."""
+"""A callback that uploads checkpoints in the background, to any URL that fsspec knows."""
 
 import threading
 import time
@@ -20,16 +20,16 @@ class UploadWarning(UserWarning):
 class Upload(Callback):
     """Copies each checkpoint to ``<url>/checkpoint-<update>`` while training goes on.
 
-    Only whole checkpoints are uploaded, and a copy is whole when it has its ``manifest.json``, which comes last. The
-    main process uploads, one at a time; the end of training waits for all. ``save_total_limit`` removes none that isn't
-    uploaded yet. One that fails is reported by an UploadWarning and as ``failed_uploads`` in the logs, and is tried
-    again with the next, and by a run that is resumed. One saved outside of ``train`` (``fit.save_checkpoint()``) is
-    waited for by ``wait(seconds)`` alone.
+    Only whole checkpoints are uploaded, and a copy is whole once it has its ``manifest.json``, which comes last. The
+    main process uploads one checkpoint at a time, and the end of training waits for all of them. ``save_total_limit``
+    removes no checkpoint before it is uploaded. An upload that fails is reported by an UploadWarning and as
+    ``failed_uploads`` in the logs, and is tried again with the next checkpoint, and by a run that is resumed. Nothing
+    waits for a checkpoint that is saved outside of ``train`` (``fit.save_checkpoint()``), but ``wait(seconds)`` does.
 
     Args:
         url: a folder: "s3://bucket/runs/7", "gs://...", "file:///mnt/backup/7".
         grace: seconds that uploads may still take where training ends with an exception.
-        **options: of the filesystem, as fsspec takes them.
+        **options: options of the filesystem, as fsspec takes them.
 
     Raises:
         ValueError: no filesystem goes by that name, or its package isn't installed.
@@ -42,35 +42,35 @@ class Upload(Callback):
         self.url = url
         self.grace = grace
         self.filesystem, self.folder = remote.open_filesystem(url, **options)
-        # Between the training thread, the one that writes checkpoints and the one that uploads.
+        # Three threads share what follows: the one that trains, the one that writes checkpoints, the one that uploads.
         self.lock = threading.Lock()
         self.waiting: list[Path] = []
         self.under_way: Path | None = None
         self.failed: dict[Path, str] = {}
         self.unreported: list[tuple[Path, str]] = []
         self.thread: threading.Thread | None = None
-        self.has_failed = False  # so that a log says 0 once all is well again
+        self.has_failed = False  # a log says 0 once, after uploads succeed again
 
     def on_train_begin(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """What the run that is resumed may not have uploaded any more comes first."""
+        """Upload first what a run that is resumed may have left without an upload."""
         if state.global_step and fit.strategy.is_main:
             self.enqueue(fit.saver.directory.checkpoints())
 
     def checkpoint_published(self, path: Path) -> None:
-        """Upload it, and once more those that failed."""
+        """Upload a checkpoint, and once more those whose upload failed."""
         self.enqueue([*self.failed, path])
 
     def checkpoints_to_keep(self) -> Iterable[Path]:
-        """Those that aren't uploaded."""
+        """Return the checkpoints that aren't uploaded yet."""
         with self.lock:
             return [*self.failed, *self.waiting, *([self.under_way] if self.under_way else [])]
 
     def on_log(
         self, args: FitArguments, state: TrainState, control: Control, *, logs: dict[str, float], **context: Any
     ) -> None:
-        """Report what failed since the last log."""
+        """Report the uploads that failed since the last log."""
         self.report()
         if self.has_failed:
             logs["failed_uploads"] = len(self.failed)
@@ -79,12 +79,12 @@ class Upload(Callback):
     def on_train_end(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """Wait for the uploads, and have what is now uploaded removed if it is one too many."""
-        # No rank waits in one collective for as long as uploads may take: it would give the others up.
+        """Wait for the uploads, then remove checkpoints beyond the limit that were kept until they were uploaded."""
+        # A collective that lasted as long as uploads may would time out on the ranks that wait: many short ones don't.
         while not fit.strategy.broadcast(self.wait(seconds=1.0)):
             pass
         if self.unreported:
-            fit.log({})  # of the failures alone
+            fit.log({})  # on_log adds the number of failures
         fit.rotate_checkpoints()
 
     def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
@@ -97,16 +97,16 @@ class Upload(Callback):
         self.report()
 
     def enqueue(self, paths: Iterable[Path]) -> None:
-        """Upload these after those that wait already."""
+        """Upload these checkpoints after those that wait already."""
         with self.lock:
             self.waiting += [path for path in dict.fromkeys(paths) if path not in self.waiting]
             if self.waiting and self.thread is None:
-                # A daemon: a filesystem that hangs must not keep the process from ending.
+                # The thread is a daemon, since a filesystem that hangs must not keep the process from ending.
                 self.thread = threading.Thread(target=self.work, name="upload", daemon=True)
                 self.thread.start()
 
     def work(self) -> None:
-        """Upload what waits, in the thread of its own, until nothing does."""
+        """Upload the checkpoints that wait, until none does. Runs in a thread of its own."""
         while True:
             with self.lock:
                 if not self.waiting:
@@ -121,21 +121,21 @@ class Upload(Callback):
             with self.lock:
                 self.under_way = None
                 self.failed.pop(path, None)
-                if why is not None and path not in self.waiting:  # else it was replaced meanwhile, and comes again
+                if why is not None and path not in self.waiting:  # a checkpoint that waits again was replaced meanwhile
                     self.has_failed = True
                     self.unreported.append((path, why))
                     if path.exists():
                         self.failed[path] = why
 
     def wait(self, seconds: float) -> bool:
-        """Whether nothing is left to upload; waits for that at most so long."""
+        """Wait, for this many seconds at most, until nothing is left to upload, and return whether nothing is."""
         deadline = time.monotonic() + seconds
         while (thread := self.thread) is not None and (left := deadline - time.monotonic()) > 0:
             thread.join(left)
         return self.thread is None
 
     def report(self) -> None:
-        """Warn of what failed since the last report, in the thread of training."""
+        """Warn of the uploads that failed since the last report. Runs in the thread that trains."""
         with self.lock:
             failures, self.unreported = self.unreported, []
         for path, why in failures:

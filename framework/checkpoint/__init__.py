@@ -1,9 +1,9 @@
-"""Checkpoints: one format for every strategy, without pickle, there whole or not at all."""
+"""Checkpoints: one format for every strategy, without pickle. A checkpoint exists whole or not at all."""
 
 from importlib import import_module
 from typing import Any
 
-# Imported when first used: torch.distributed.checkpoint takes longer to import than the rest of this package.
+# These files are imported when they are first used, since torch.distributed.checkpoint takes long to import.
 HOMES = {
     "BackgroundWriter": "writing",
     "CheckpointError": "directory",
@@ -11,6 +11,7 @@ HOMES = {
     "Saver": "saver",
     "check_can_write": "directory",
     "export": "exporting",
+    "check_states": "callback_states",
     "checkpoints_of_last_run": "line",
     "load_weights": "contents",
     "published": "directory",
@@ -25,7 +26,7 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public function or class of that name, from its file."""
+    """Import the public function or class of that name from its file."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""Callbacks' states in a checkpoint: their tensors stored by name, and everything else as JSON."""
+"""The states of callbacks in a checkpoint: tensors are stored by name, and everything else as JSON."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,14 +16,26 @@ if TYPE_CHECKING:
     from .tensors import Stored  # importing it takes longer than anything in here
 
 MARK = "$tensor"
-"""The key of what stands in JSON for a tensor: {"$tensor": name, "device": "cpu", "sharded": false}."""
+"""The key of the mapping that stands for a tensor in JSON: {"$tensor": name, "device": "cpu", "sharded": false}."""
+
+
+def check_states(states: Mapping[str, Any]) -> None:
+    """Refuse states of callbacks that no checkpoint can hold, when training begins and not at the first save.
+
+    Raises:
+        TypeError: the message names the callback, and the entry of its state.
+    """
+    apart(states)
 
 
 def apart(states: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Callbacks' states without their tensors, and the tensors, named "<callback>/<key>/<key>...".
+    """Separate the states of callbacks from their tensors, which are named "<callback>/<key>/<key>...".
+
+    Returns:
+        (states as JSON types, tensors by name).
 
     Raises:
-        TypeError: names the callback, and the entry that can't be stored.
+        TypeError: the message names the callback, and the entry that can't be stored.
     """
     tensors: dict[str, Tensor] = {}
     return {name: _without_tensors(state, name, tensors) for name, state in states.items()}, tensors
@@ -45,7 +57,7 @@ def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return [_without_tensors(entry, f"{place}/{number}", tensors) for number, entry in enumerate(value)]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    try:  # an enumeration of numbers or strings, say
+    try:  # the value may be of a subclass, such as an enumeration of numbers or strings
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise TypeError(_refusal(place, f"a {type(value).__name__}")) from error
@@ -67,18 +79,18 @@ def templates(
     strategy: Strategy,
     model: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Empty tensors to read those of callbacks into, where they were when they were saved.
+    """Make empty tensors to read the tensors of callbacks into, on the devices that they were saved from.
 
     Args:
         path: the checkpoint.
-        states: of the callbacks that are there again, as JSON.
+        states: the saved states, as JSON, of callbacks that this run has too.
         current: the tensors that the callbacks have now, by name.
-        stored: what the checkpoint holds.
+        stored: the tensors in the checkpoint.
         strategy: its device stands for the accelerator.
-        model: the model's tensors: what was sharded, and is called as one of them, is sharded like it.
+        model: the tensors of the model. A tensor that was sharded and has the name of one of these is sharded like it.
 
     Raises:
-        CheckpointError: a tensor isn't there.
+        CheckpointError: a tensor is missing in the checkpoint.
     """
     found: dict[str, Tensor] = {}
     first_names = strategy.tied_names()
@@ -111,12 +123,12 @@ def _marks(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """A state with its tensors again."""
+    """Put the tensors back into a state."""
     if isinstance(value, Mapping):
         return tensors[value[MARK]] if MARK in value else {key: together(v, tensors) for key, v in value.items()}
     return [together(entry, tensors) for entry in value] if isinstance(value, list) else value
 
 
 def of_rank(tensors: Mapping[str, Tensor], strategy: Strategy) -> dict[str, Tensor]:
-    """What a rank writes of them: the first one all, the others their shards; other ranks' own copies aren't saved."""
+    """Return the tensors that this rank writes: rank 0 writes all, and other ranks their shards alone."""
     return {name: t for name, t in tensors.items() if strategy.is_main or hasattr(t, "placements")}

@@ -1,4 +1,4 @@
-"""Checkpoint directories: there whole or not at all, listed with sizes and hashes, found again, and rotated."""
+"""The directories of checkpoints: written beside their names, published in one step, found again, and rotated."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2  # of what is written; schema.py has what each holds
+FORMAT = 2  # the format that is written; schema.py describes the formats
 READ_FORMATS = (1, 2)
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a directory that is still being written, or removed
 REPLACED = ".replaced"  # ends the name of a checkpoint while another of the same update takes its place
 SET_ASIDE = ".set-aside"  # ends the name of a checkpoint of another run than the one that works in the directory
-DAMAGED = ".damaged"  # ends the name of one that was found to be other than its manifest says
+DAMAGED = ".damaged"  # ends the name of a checkpoint that differs from its manifest
 NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -25,14 +25,14 @@ class CheckpointError(ValueError):
 
 
 def hash_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
+    """Return the size in bytes and the SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _digest(file: Any) -> Any:
-    """hashlib.file_digest for Python 3.10."""
+    """Do what hashlib.file_digest does, which Python 3.10 lacks."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # a full disk's names no file
+    except OSError as error:  # the error of a full disk names no file
         raise CheckpointError(f"{path} can't be written: {error}") from error
 
 
@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: it isn't there, or isn't JSON.
+        CheckpointError: the file is missing, or isn't JSON.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -73,12 +73,12 @@ def read_json(path: Path) -> Any:
 
 
 def partial_path(final: Path) -> Path:
-    """Where a checkpoint is written before it is published."""
+    """Return the path where a checkpoint is written before it is published."""
     return final.with_name(final.name + PARTIAL)
 
 
 def begin(final: Path) -> Path:
-    """An empty directory beside ``final`` to write into; what a killed save left there is removed."""
+    """Make an empty directory beside ``final`` to write into, and remove what a killed save left there."""
     partial = partial_path(final)
     remove(partial)
     try:
@@ -92,8 +92,8 @@ def publish(final: Path, files: dict[str, dict[str, Any]]) -> None:
     """Give a written checkpoint its name, in one step.
 
     Args:
-        final: the name; what it holds now (the same step, saved before) is replaced.
-        files: relative path to size and hash, for every file but the manifest. They are flushed.
+        final: the name. A checkpoint of the same update that has it is replaced.
+        files: relative path to size and hash, of every file but the manifest. The files are flushed already.
     """
     partial = partial_path(final)
     write_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}))
@@ -111,7 +111,7 @@ def publish(final: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a directory with all that is in it, or a file. Of a link only the link goes; what it leads to stays."""
+    """Remove a directory and everything in it, or a file, or a link, but not what the link leads to."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif os.path.lexists(path):
@@ -134,7 +134,7 @@ def rename_aside(path: Path, ending: str) -> Path:
 
 
 def leftovers(output_dir: Path, ending: str) -> list[Path]:
-    """What lies in a directory under a checkpoint's name and an ending that a save or a rotation gives it."""
+    """Find what has the name of a checkpoint with an ending that a save or a rotation gives it."""
     if not output_dir.is_dir():
         return []
     found = (path for path in output_dir.iterdir() if path.name.endswith(ending))
@@ -142,8 +142,8 @@ def leftovers(output_dir: Path, ending: str) -> list[Path]:
 
 
 def tidy(output_dir: Path) -> None:
-    """Remove what a killed run left half-written, and give a checkpoint that it was about to replace its name back.
-    Only whoever holds the directory's lock may: others may be writing there.
+    """Remove what a killed run left half-written, and give back its name to a checkpoint that the run was replacing.
+    Call it only with the lock of the directory: other processes may be writing there.
     """
     for path in leftovers(output_dir, REPLACED):
         final = path.with_name(path.name.removesuffix(REPLACED))
@@ -156,7 +156,7 @@ def tidy(output_dir: Path) -> None:
 
 
 def published(output_dir: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first, links to some among them; they may still be damaged."""
+    """List the checkpoints in a directory, oldest first, links to checkpoints included. They may be damaged."""
     if not output_dir.is_dir():
         return []
     found = [(int(m.group(1)), p) for p in output_dir.iterdir() if (m := NAME.match(p.name)) and p.is_dir()]
@@ -169,13 +169,13 @@ def rotate(
     """Remove the oldest checkpoints beyond ``limit``.
 
     Args:
-        checkpoints: of one run's line, oldest first.
+        checkpoints: the checkpoints of one run's line, oldest first.
         limit: how many stay; None keeps all.
         keep: these stay whatever their age, and count towards the limit.
-        spare: these stay for now, and others aren't removed in their place.
+        spare: these stay for now, and no others are removed in their place.
 
     Returns:
-        The removed ones.
+        The checkpoints that were removed.
     """
     if limit is None or len(checkpoints) <= limit:
         return []
@@ -184,7 +184,7 @@ def rotate(
     spared = set(spare)
     removed = [path for path in removable[: len(checkpoints) - limit] if path not in spared]
     for path in removed:
-        # Renamed first, so that a kill in the middle leaves no half checkpoint under a good name.
+        # The checkpoint is renamed first, so that a kill in the middle leaves no half checkpoint under a good name.
         doomed = partial_path(path)
         remove(doomed)
         path.rename(doomed)
@@ -193,15 +193,16 @@ def rotate(
 
 
 def check_can_write(output_dir: Path) -> None:
-    """Write, flush and remove a small file where checkpoints are to be, or where their directory is to be made.
+    """Check that checkpoints can be written: write, flush and remove a small file where they, or their directory, will
+    be.
 
     Raises:
-        ValueError: that fails; the message says why.
+        ValueError: the file can't be written; the message says why.
     """
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=place) as file:
-            file.write(bytes(4096))  # a block: an empty file fits on a full disk
+            file.write(bytes(4096))  # one block, since an empty file fits on a full disk
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

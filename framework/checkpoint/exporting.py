@@ -1,4 +1,4 @@
-"""A module's plain weights in one file, for use anywhere else."""
+"""Export of the plain weights of a module in one file, for use anywhere else."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from .frozen import left_out, without
 
 
 def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> None:
-    """Write whole parameters and buffers by name as safetensors; tied ones once. Collective; rank 0 holds the weights.
+    """Write whole parameters and buffers by name as safetensors, and tied ones once. Collective; rank 0 writes.
 
     Args:
-        strategy: holds the placed module.
-        path: ends in .safetensors by custom; its folder is made.
+        strategy: it holds the placed module.
+        path: the file, by custom with the ending .safetensors; its folder is made.
         only_trainable: leave frozen parameters out.
     """
     tensors = {name: tensor.contiguous() for name, tensor in whole_weights(strategy, only_trainable).items()}
@@ -25,15 +25,18 @@ def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> N
 
 
 def whole_weights(strategy: Strategy, only_trainable: bool, *, adapters: bool = False) -> dict[str, Tensor]:
-    """Whole parameters and buffers by name on the host of rank 0, tied ones once; nothing on others. Collective.
+    """Gather whole parameters and buffers by name on the host of rank 0, and tied ones once. Collective.
 
     Args:
-        strategy: holds the placed module.
+        strategy: it holds the placed module.
         only_trainable: leave frozen parameters out.
-        adapters: of a module whose quantized weights aren't wanted.
+        adapters: leave quantized parameters out, as those under adapters.
+
+    Returns:
+        The tensors on rank 0, and nothing on other ranks.
 
     Raises:
-        ValueError: quantized weights are wanted.
+        ValueError: the module has quantized parameters, and neither option leaves them out.
     """
     names = left_out(strategy, only_trainable)
     if names and not (only_trainable or adapters):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest whole one of its line, or the one that was asked for."""
+"""Finding the checkpoint that a run resumes from: the newest whole one of its line."""
 
 import sys
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from .verifying import verify
 
 
 def check_is_whole(strategy: Strategy, path: Path) -> None:
-    """Compare a checkpoint with its manifest; ranks share the reading. Collective.
+    """Compare a checkpoint with its manifest. The ranks share the reading. Collective.
 
     Raises:
-        CheckpointError: on every rank; names what is missing or altered.
+        CheckpointError: on every rank; the message names what is missing or altered.
     """
     on_all_ranks(strategy, partial(verify, path, strategy.rank, strategy.world_size), CheckpointError)
 
 
 def newest_whole(strategy: Strategy, candidates: Sequence[Path], output_dir: Path) -> tuple[Path | None, list[Path]]:
-    """The last of the candidates that agrees with its manifest; says which it passed over. Collective.
+    """Find the last of the candidates that agrees with its manifest, and print which ones were passed over. Collective.
 
     Args:
         strategy: set up.
-        candidates: oldest first; the same on every rank.
-        output_dir: where they were looked for.
+        candidates: checkpoints, oldest first; the same on every rank.
+        output_dir: where the candidates were looked for, for the error.
 
     Returns:
-        The checkpoint, None where there are no candidates; and those that were passed over.
+        The checkpoint, or None where there are no candidates; and the checkpoints that were passed over.
 
     Raises:
-        CheckpointError: none of them is whole.
+        CheckpointError: none of the candidates is whole.
     """
     damaged, damages = [], []
     for path in reversed(candidates):
@@ -55,8 +55,8 @@ def newest_whole(strategy: Strategy, candidates: Sequence[Path], output_dir: Pat
 
 
 def candidates_in(output_dir: Path, marker: Marker | None) -> list[Path]:
-    """The checkpoints that a run may go on from, oldest first: those of the marker's line, and what can't be told whose
-    it is, which is damaged; without a marker all there are.
+    """List the checkpoints that a run may go on from, oldest first: those of the line of the marker, and those whose
+    line can't be told, which are damaged. Without a marker, list all.
     """
     found = published(output_dir)
     if marker is None:
@@ -64,7 +64,7 @@ def candidates_in(output_dir: Path, marker: Marker | None) -> list[Path]:
     origins = {path: origin_of(path) for path in found}
     candidates = [path for path, origin in origins.items() if origin is None or origin.is_of(marker.line)]
     if marker.resumed_from is not None and marker.line.ancestors:
-        # The run's own are newer than what it began with, and its ancestors' in the directory may be older.
+        # The run's own checkpoints are newer than the one that it began with; those of its ancestors may be older.
         began, place = marker.line.ancestors[-1][1], Path(marker.resumed_from)
         if place.is_dir():
             older = [path for path in candidates if update_of(path) < began]
@@ -73,5 +73,5 @@ def candidates_in(output_dir: Path, marker: Marker | None) -> list[Path]:
 
 
 def update_of(path: Path) -> int:
-    """The update that a checkpoint's name tells."""
+    """Return the update in the name of a checkpoint."""
     return int(path.name.rpartition("-")[2])

@@ -1,7 +1,8 @@
-"""The weights that a checkpoint leaves out, frozen or quantized ones, and how they are known again on a resume.
+"""Frozen and quantized weights, which a checkpoint leaves out, and how a resumed run recognizes them.
 
-They come from the module as the user built it. So that adapters are never laid over another base in silence, the
-checkpoint holds each frozen tensor's shape, dtype and a sum over its bits, which is the same however it is sharded.
+A resumed run takes them from the module as the user built it. So that adapters are never put over another base model
+unnoticed, the checkpoint holds the shape and dtype of each frozen tensor, and a sum over its bits, which is the same
+however the tensor is sharded.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -20,8 +21,8 @@ from .tensors import Stored
 
 
 def left_out(strategy: Strategy, only_trainable: bool) -> set[str]:
-    """Names of the parameters that a checkpoint does without: the frozen ones, or those of them that are quantized:
-    their codes are nothing without their scales, which are neither parameters nor buffers.
+    """Return the names of the parameters that a checkpoint leaves out: quantized ones always, since their codes mean
+    nothing without the scales, which are neither parameters nor buffers; and frozen ones with ``only_trainable``.
     """
     parameters = strategy.named_parameters(remove_duplicate=False)
     quantized = {id(parameter) for parameter in quantized_parameters(strategy.module).values()}
@@ -29,19 +30,19 @@ def left_out(strategy: Strategy, only_trainable: bool) -> set[str]:
 
 
 def without(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
-    """``tensors`` but for those of ``names``, and for those that belong to one ("up.weight.absmax" to "up.weight")."""
+    """Leave out the tensors of these names, and what belongs to them ("up.weight.absmax" belongs to "up.weight")."""
     return {name: tensor for name, tensor in tensors.items() if not any(n in names for n in beginnings(name))}
 
 
 def beginnings(name: str) -> Iterator[str]:
-    """A dotted name, and what is left of it as its last parts go."""
+    """Yield a dotted name, then the name without its last part, and so on."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
 def fingerprints(strategy: Strategy, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and sum of bits of each tensor, as JSON types. Collective."""
+    """Return the shape, dtype and sum of bits of each tensor, as JSON types. Collective."""
     sums = strategy.sum_on_host([local_sum(tensor, strategy.is_main) for tensor in tensors.values()])
     return {
         name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sum": value}
@@ -50,12 +51,12 @@ def fingerprints(strategy: Strategy, tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def local_sum(tensor: Tensor, is_main: bool) -> int:
-    """The sum of a tensor's bits, read as integers, modulo 2^64; of a sharded one this rank's share."""
+    """Return the sum of a tensor's bits, read as integers, modulo 2^64; of a sharded tensor, this rank's share."""
     if isinstance(tensor, DTensor):
         place = tensor.device_mesh.get_coordinate()
         assert place is not None
         if any(p.is_replicate() and at for p, at in zip(tensor.placements, place, strict=True)):
-            return 0  # the first of the replicas speaks for them
+            return 0  # the first replica counts for all of them
         tensor = tensor.to_local()
     elif not is_main:
         return 0
@@ -63,7 +64,7 @@ def local_sum(tensor: Tensor, is_main: bool) -> int:
 
 
 def described(frozen: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
-    """Fingerprints as if their tensors were stored."""
+    """Return what would be stored of the tensors of these fingerprints."""
     return {
         name: Stored(tuple(entry["shape"]), getattr(torch, entry["dtype"].removeprefix("torch.")))
         for name, entry in frozen.items()
@@ -71,11 +72,11 @@ def described(frozen: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
 
 
 def check_frozen(path: Path, strategy: Strategy, model: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-    """Refuse a module whose frozen weights are others than those the checkpoint was trained over. Where another
-    precision keeps them in another dtype, their values can't be compared. Collective.
+    """Refuse a module with other frozen weights than the run of the checkpoint had. Values can't be compared where
+    another precision keeps them in another dtype. Collective.
 
     Raises:
-        CheckpointError: names those that differ.
+        CheckpointError: the message names the weights that differ.
     """
     current = fingerprints(strategy, {name: model[name] for name in saved})
     other = [

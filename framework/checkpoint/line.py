@@ -1,9 +1,9 @@
-"""A run's own line: its id and the runs that it goes on from, which tell its checkpoints from those of other runs.
+"""The line of a run: its id and the runs that it goes on from, which tell its checkpoints from those of other runs.
 
-A run that is resumed from its newest checkpoint keeps its id. One that begins anew has a new id and no ancestors; one
-that goes back, or goes on from a checkpoint of elsewhere, has a new id and, as its ancestors, the run of that
-checkpoint up to there, and that run's ancestors. Each checkpoint has the line of its run in its state.json, and the run
-that works in a directory leaves its own in ``run.json`` there: the marker.
+A run that is resumed from its newest checkpoint keeps its id. A run that begins anew has a new id and no ancestors. A
+run that goes on from an older checkpoint, or from one of another directory, has a new id, and its ancestors are the run
+of that checkpoint, up to the update of the checkpoint, and the ancestors of that run. Each checkpoint has the line of
+its run in its state.json. The run that works in a directory leaves its line in ``run.json`` there: the marker.
 """
 
 import json
@@ -15,20 +15,29 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .directory import MANIFEST, PARTIAL, CheckpointError, flush, hash_file, published, read_json, write_text
+from .directory import (
+    MANIFEST,
+    PARTIAL,
+    CheckpointError,
+    flush,
+    hash_file,
+    published,
+    read_json,
+    write_text,
+)
 
 STATE = "state.json"
 MARKER = "run.json"
-BEFORE_IDS = ""  # the id of every run of a version that gave none
+BEFORE_IDS = ""  # the id of every run of a version that gave no ids
 
 
 @dataclass(frozen=True)
 class Line:
-    """A run and those it descends from.
+    """A run and the runs that it descends from.
 
     Attributes:
-        id: of the run, 16 hexadecimal digits; "" of one that was saved before runs had ids.
-        ancestors: (id, the last update that belongs to the line) of each run it descends from, the nearest last.
+        id: 16 hexadecimal digits; "" for a run that was saved before runs had ids.
+        ancestors: (id, the last update that belongs to the line) of each run that it descends from, the nearest last.
     """
 
     id: str
@@ -36,24 +45,24 @@ class Line:
 
     @classmethod
     def begin(cls) -> "Line":
-        """A new run's. Its id comes from the system: two runs of one seed have different ones."""
+        """Make the line of a new run. The id comes from the system, so that two runs of one seed have different ids."""
         return cls(secrets.token_hex(8))
 
     def branch(self, update: int) -> "Line":
-        """Of a new run that goes on from this one's checkpoint of an update."""
+        """Make the line of a new run that goes on from a checkpoint of this one."""
         return Line(Line.begin().id, (*self.ancestors, (self.id, update)))
 
     def holds(self, run: str, update: int) -> bool:
-        """Whether a run's checkpoint of an update belongs to this line."""
+        """Return whether the checkpoint that a run saved at an update belongs to this line."""
         return run == self.id or any(run == name and update <= until for name, until in self.ancestors)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return the line as JSON types."""
         return {"id": self.id, "ancestors": [{"id": name, "until": until} for name, until in self.ancestors]}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Line":
-        """What ``to_dict`` gave."""
+        """Make the line that ``to_dict`` returned."""
         return cls(str(saved["id"]), tuple((str(each["id"]), int(each["until"])) for each in saved["ancestors"]))
 
 
@@ -62,20 +71,20 @@ class Origin:
     """Where a checkpoint comes from.
 
     Attributes:
-        line: of the run that saved it.
-        update: that it was saved after.
+        line: the line of the run that saved it.
+        update: the update that it was saved after.
     """
 
     line: Line
     update: int
 
     def is_of(self, line: Line) -> bool:
-        """Whether it belongs to a line."""
+        """Return whether the checkpoint belongs to a line."""
         return line.holds(self.line.id, self.update)
 
 
 def origin_of(checkpoint: Path) -> Origin | None:
-    """Where a checkpoint comes from; None where its state.json isn't there as its manifest says: it may be anyone's."""
+    """Return where a checkpoint comes from, or None where its state.json isn't what its manifest says."""
     try:
         files = [(checkpoint / name).stat() for name in (MANIFEST, STATE)]
     except OSError:
@@ -83,7 +92,7 @@ def origin_of(checkpoint: Path) -> Origin | None:
     return _origin_of(checkpoint, tuple((file.st_ino, file.st_mtime_ns, file.st_size) for file in files))
 
 
-@lru_cache(maxsize=1024)  # rotation asks for the same ones after each save
+@lru_cache(maxsize=1024)  # rotation asks for the same checkpoints after each save
 def _origin_of(checkpoint: Path, stamps: tuple[tuple[int, ...], ...]) -> Origin | None:
     try:
         if hash_file(checkpoint / STATE) != read_json(checkpoint / MANIFEST)["files"][STATE]:
@@ -96,17 +105,17 @@ def _origin_of(checkpoint: Path, stamps: tuple[tuple[int, ...], ...]) -> Origin 
 
 
 def checkpoints_of(line: Line, output_dir: Path) -> list[Path]:
-    """The checkpoints in a directory that are known to belong to a line, oldest first."""
+    """List the checkpoints in a directory that are known to belong to a line, oldest first."""
     return [path for path in published(output_dir) if (origin := origin_of(path)) and origin.is_of(line)]
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a run leaves in its directory.
+    """What a run writes into its directory to say that the directory is its own.
 
     Attributes:
-        line: of the run.
-        resumed_from: the checkpoint that it began with, where that one has no name of a checkpoint in the directory.
+        line: the line of the run.
+        resumed_from: the checkpoint that the run began with, where it isn't in the directory under a checkpoint's name.
     """
 
     line: Line
@@ -114,10 +123,10 @@ class Marker:
 
 
 def read_marker(output_dir: Path) -> Marker | None:
-    """The marker of the last run that saved into a directory, or was about to.
+    """Read the marker of the last run that saved into a directory, or was about to.
 
     Raises:
-        CheckpointError: it can't be read.
+        CheckpointError: the marker can't be read.
     """
     path = output_dir / MARKER
     if not path.exists():
@@ -134,7 +143,7 @@ def read_marker(output_dir: Path) -> Marker | None:
 
 
 def write_marker(output_dir: Path, marker: Marker) -> None:
-    """Leave a marker, in one step, on the disk when this returns."""
+    """Write a marker in one step. It is on the disk when this returns."""
     path = output_dir / MARKER
     partial = path.with_name(path.name + PARTIAL)
     write_text(partial, json.dumps({**marker.line.to_dict(), "resumed_from": marker.resumed_from}) + "\n")
@@ -143,6 +152,6 @@ def write_marker(output_dir: Path, marker: Marker) -> None:
 
 
 def checkpoints_of_last_run(output_dir: Path) -> list[Path]:
-    """The checkpoints in a directory that belong to the line of the last run that saved there, oldest first."""
+    """List the checkpoints in a directory that belong to the line of the last run that saved there, oldest first."""
     marker = read_marker(output_dir)
     return checkpoints_of(marker.line, output_dir) if marker is not None else published(output_dir)

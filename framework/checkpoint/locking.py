@@ -1,10 +1,10 @@
-"""A lock on a run's directory, so that no two processes save into it, rotate it or tidy it at once.
+"""A lock on the directory of a run, so that no two processes save into it, rotate it or tidy it at once.
 
-It is a POSIX record lock, which the system releases however its process ends: one that was killed leaves nothing that
-would have to be recognized. It belongs to the process alone: flock, which the package filelock takes, is inherited by
-the forked children that load data, and those may outlive a killed run by some seconds, in which its restart would be
-refused. Record locks work over NFS, too. A process is never kept out by a record lock of its own, so that those this
-process holds are also kept in a table here.
+It is a POSIX record lock, which the system releases however the process ends, so that a killed process leaves nothing
+behind. A record lock belongs to one process alone. A lock by flock, which the package filelock takes, is inherited by
+forked children that load data; these may outlive a killed run by some seconds, in which its restart would be refused.
+Record locks work over NFS, too. A process isn't kept out by its own record lock, so the locks of this process are also
+kept in a table here.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from typing import Any
 from .directory import CheckpointError
 
 LOCK = "run.lock"
-PATIENCE = 5.0  # seconds: ranks whose launcher was killed take a moment to end, and its restart may be quick
+PATIENCE = 5.0  # seconds to wait: ranks whose launcher was killed take a moment to end, and a restart may be quicker
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
-# The real path of a locked directory to the process that locked it: this one, or one that has forked it.
+# The real path of a locked directory to the id of the process that locked it: this process, or its parent.
 held: dict[str, int] = {}
-without_locks: set[str] = set()  # real paths of directories of which it was said that they can't be locked
+without_locks: set[str] = set()  # real paths of directories that can't be locked, of which a warning was given
 
 
 class DirectoryLock:
     """Keeps other processes out of a directory while this one works there.
 
     Args:
-        directory: exists when the lock is taken.
+        directory: it must exist when the lock is taken.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,11 +42,11 @@ class DirectoryLock:
         self.owner: dict[str, Any] = {}
 
     def take(self) -> None:
-        """Lock the directory; wait a few seconds for a process that is about to end.
+        """Lock the directory. Wait a few seconds for a process that may be about to end.
 
         Raises:
             CheckpointError: another process works there; the message says which.
-            OSError: the lock's file can't be made.
+            OSError: the file of the lock can't be made.
         """
         place = os.path.realpath(self.directory)
         if held.get(place) == os.getpid():
@@ -63,7 +63,7 @@ class DirectoryLock:
         held[place] = os.getpid()
 
     def try_to_take(self) -> bool:
-        """Lock the directory if no one else has, and say whether that was so."""
+        """Lock the directory where no other process holds the lock, and return whether it is locked now."""
         place = os.path.realpath(self.directory)
         if held.get(place) == os.getpid() or not self._try_to_take():
             return False
@@ -72,38 +72,38 @@ class DirectoryLock:
         return True
 
     def name(self, run: str) -> None:
-        """Write down who holds the lock, for those who are refused.
+        """Write down who holds the lock, for the error of a process that is refused.
 
         Args:
-            run: id of the run; "" while it isn't known.
+            run: the id of the run; "" while it isn't known.
         """
         if self.descriptor is None:
             return
         since = self.owner.get("since", time.strftime("%Y-%m-%d %H:%M:%S"))
         self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": run, "since": since}
         text = (json.dumps(self.owner) + "\n").encode()
-        with contextlib.suppress(OSError):  # a full disk; the lock itself holds
+        with contextlib.suppress(OSError):  # the disk may be full; the lock holds all the same
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, text, 0)
 
     def release(self) -> None:
-        """Let others in; nothing where the lock isn't held."""
+        """Release the lock where it is held."""
         if not self.place:
             return
         if held.get(self.place) == os.getpid():
             del held[self.place]
         self.place = ""
         if self.descriptor is not None:
-            with contextlib.suppress(OSError):  # someone removed it, or the whole directory
+            with contextlib.suppress(OSError):  # somebody may have removed the file, or the directory
                 (self.directory / LOCK).unlink()
             os.close(self.descriptor)
             self.descriptor = None
 
     def _try_to_take(self) -> bool:
-        """Whether the lock is this process's now; on a filesystem without locks it always is."""
+        """Take the lock, and return whether this process holds it now. A filesystem without locks always grants it."""
         try:
             import fcntl
-        except ImportError:  # not a POSIX system
+        except ImportError:  # this isn't a POSIX system
             self._say_there_are_no_locks("this system has no POSIX locks")
             return True
         descriptor = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -118,7 +118,7 @@ class DirectoryLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             raise
-        if not is_at(descriptor, self.directory / LOCK):  # its last owner removed it meanwhile
+        if not is_at(descriptor, self.directory / LOCK):  # its last owner has removed the file meanwhile
             os.close(descriptor)
             return False
         self.descriptor = descriptor
@@ -149,7 +149,7 @@ class DirectoryLock:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still goes by that name."""
+    """Return whether an open file still has this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

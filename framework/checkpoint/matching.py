@@ -1,4 +1,4 @@
-"""Whether what a checkpoint holds fits the run that takes it: names, shapes, dtypes, parameter groups, options."""
+"""Checks that a checkpoint fits the run that loads it: names, shapes, dtypes, parameter groups, options."""
 
 import math
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from .directory import CheckpointError
 from .tensors import Stored
 from .trial_step import FreshEntry, FreshState, is_step_count
 
-# How an optimizer computes is this machine's affair, not the run's.
+# These options say how an optimizer computes, which depends on this machine and not on the run.
 IMPLEMENTATION_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
 def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
-    """Refuse a checkpoint whose names, shapes or kinds of numbers are not the model's.
+    """Refuse a checkpoint whose tensors differ from the model's in name, shape or kind of number.
 
     Raises:
-        CheckpointError: lists what is missing, unexpected, of another shape and of another kind.
+        CheckpointError: the message lists what is missing, unexpected, of another shape and of another kind.
     """
     missing = [name for name in model if name not in stored]
     unexpected = [name for name in stored if name not in model]
@@ -52,7 +52,7 @@ def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, St
 
 
 def same_kind(one: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a value can be read from one dtype into the other: another precision's floats, or the very same."""
+    """Return whether values of one dtype can be read into the other: both are floating point, or they are the same."""
     return one == other or (one.is_floating_point and other.is_floating_point)
 
 
@@ -60,7 +60,7 @@ def check_listed(folder: Path, listed: Mapping[str, Mapping[str, Any]], stored: 
     """Compare the tensors in a folder with those that state.json lists.
 
     Raises:
-        CheckpointError: names one that is missing, not listed, or of another form.
+        CheckpointError: the message names a tensor that is missing, not listed, or of another shape or dtype.
     """
     for name in {**listed, **stored}:
         if name not in stored:
@@ -79,7 +79,7 @@ def check_listed(folder: Path, listed: Mapping[str, Mapping[str, Any]], stored: 
 
 
 def parameter_groups(strategy: Strategy) -> list[dict[str, Any]]:
-    """The optimizer's groups: names of the parameters, and options as JSON types."""
+    """Return, for each group of the optimizer, the names of its parameters, and its options as JSON types."""
     assert strategy.optimizer is not None
     names = {id(parameter): name for name, parameter in strategy.stepped_parameters().items()}
     return [
@@ -92,16 +92,16 @@ def parameter_groups(strategy: Strategy) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """A number for a 0-dim tensor; anything else as it is."""
+    """Return a number for a 0-dim tensor, and anything else as it is."""
     return value.item() if isinstance(value, Tensor) else value
 
 
 def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved options for each of the optimizer's groups, found by parameter name: groups may be cut differently.
+    """Find the saved options for each group of the optimizer, by parameter name, since groups may be cut differently.
 
     Raises:
         CheckpointError: a parameter is in no saved group, one group mixes parameters with different saved options, the
-            options are another optimizer's, or one has another type than the optimizer's own.
+            options are those of another optimizer, or an option has another type than the optimizer's own.
     """
     by_name = {name: (number, group["options"]) for number, group in enumerate(saved) for name in group["names"]}
     matched = []
@@ -116,7 +116,7 @@ def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) ->
     for current in groups:
         options = [by_name[name] for name in current["names"]]
         number, first = options[0] if options else (0, {})
-        # Where each has some that the other lacks; a newer torch only adds some.
+        # Each side has options that the other lacks: another optimizer. A newer torch only adds options.
         saved_keys, keys = set(first), set(current["options"])
         if options and saved_keys - keys and keys - saved_keys:
             raise CheckpointError(
@@ -128,17 +128,17 @@ def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) ->
         for key, value in first.items():
             field = f"parameter_groups[{number}].options.{key}"
             check_like(path / "state.json", field, current["options"].get(key), value)
-        # JSON has no tuples; betas are one.
+        # JSON has no tuples, and betas are a tuple.
         matched.append({key: in_the_types_of(current["options"].get(key), value) for key, value in first.items()})
     return matched
 
 
 def check_like(file: Path, field: str, example: Any, value: Any) -> None:
-    """Refuse a value of another type than the run's own: a list for a number, text for a flag; an example of None says
-    nothing. Numbers that are computed with are finite, unless the example isn't.
+    """Refuse a value of another type than the run's own: a list for a number, text for a flag. Any value is like an
+    example of None. Numbers must be finite, unless the example isn't.
 
     Raises:
-        CheckpointError: names the field.
+        CheckpointError: the message names the field.
     """
 
     def refuse(why: str) -> None:
@@ -170,7 +170,7 @@ def check_like(file: Path, field: str, example: Any, value: Any) -> None:
 
 
 def in_the_types_of(example: Any, value: Any) -> Any:
-    """A value read from JSON, with the tuples, the mappings and the keys that aren't text as ``example`` has them: a
+    """Convert a value read from JSON into the types of ``example``: tuples, mappings, and keys that aren't text. A
     MultiStepLR looks for the update 10 among its milestones and would never find "10".
     """
     if isinstance(example, dict) and isinstance(value, dict):
@@ -187,7 +187,7 @@ def in_the_types_of(example: Any, value: Any) -> Any:
 
 
 def master_templates(strategy: Strategy, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Empty float32 tensors to read master weights into, by parameter name; none where the precision keeps none."""
+    """Make empty float32 tensors to read master weights into, by parameter name, where the precision keeps any."""
     assert strategy.optimizer is not None
     if not strategy.precision.master_weights:
         return {}
@@ -204,24 +204,24 @@ def optimizer_templates(
     stored_model: Mapping[str, Stored],
     fresh: Mapping[str, FreshState],
 ) -> dict[str, Tensor]:
-    """Empty tensors to read the optimizer's state into, sharded like the parameters they belong to.
+    """Make empty tensors to read the optimizer's state into, sharded like the parameters that they belong to.
 
-    Moments follow the dtype of what the optimizer steps on, where that isn't what it was when they were saved.
+    Moments get the dtype of what the optimizer steps on now, where that was another dtype when they were saved.
 
     Args:
         path: the checkpoint.
-        strategy: with its optimizer.
-        model: the model's tensors by name, as they are placed.
+        strategy: it holds the optimizer.
+        model: the tensors of the model by name, as they are placed.
         stored, stored_model: what the checkpoint holds of the optimizer and of the model.
-        fresh: the state that each parameter would have; without those that can't be known.
+        fresh: the state that each parameter would have, where that can be known.
 
     Raises:
-        CheckpointError: an entry belongs to no parameter, or has a shape or dtype that the optimizer's doesn't have.
+        CheckpointError: an entry belongs to no parameter, or has another shape or dtype than the optimizer's own.
     """
     assert strategy.optimizer is not None
     parameters = strategy.stepped_parameters()
     groups = {id(p): group for group in strategy.optimizer.param_groups for p in group["params"]}
-    # An optimizer that lays all parameters end to end (LBFGS) keeps that as the state of the first.
+    # An optimizer that lays all parameters end to end (LBFGS) keeps its state with the first parameter.
     together = sum(parameter.numel() for parameter in parameters.values())
     templates = {}
     for key, entry in stored.items():
@@ -230,7 +230,7 @@ def optimizer_templates(
             raise CheckpointError(f"{path} holds optimizer state for {name!r}, which the model doesn't have.")
         group = groups.get(id(parameters[name]))
         if group is None:
-            continue  # frozen since: its state isn't needed
+            continue  # the parameter was frozen since, and needs no state
         whole = model[name]
         stepped_on = torch.float32 if strategy.precision.master_weights else whole.dtype
         saved_with = stored_model[name].dtype if name in stored_model else stepped_on
@@ -261,17 +261,17 @@ def optimizer_templates(
 
 
 def check_entry(path: Path, key: str, entry: Stored, whole: tuple[int, ...], own: Any) -> torch.dtype:
-    """The dtype that a fresh optimizer has in the place of a stored entry.
+    """Return the dtype that a fresh optimizer has for a stored entry, and refuse an entry that doesn't fit.
 
     Args:
         path: the checkpoint.
         key: "<parameter>/<state key>".
         entry: what is stored.
-        whole: shape of the parameter.
-        own: what a fresh optimizer has there; None where it has nothing.
+        whole: the whole shape of the parameter.
+        own: the entry of a fresh optimizer; None where it has none.
 
     Raises:
-        CheckpointError: the entry's shape is another, or its kind of numbers.
+        CheckpointError: the entry has another shape, or another kind of numbers.
     """
     place = f"{path / 'optimizer'}: {key}"
     if not isinstance(own, FreshEntry):
@@ -287,16 +287,16 @@ def check_entry(path: Path, key: str, entry: Stored, whole: tuple[int, ...], own
 
 
 def check_entries(path: Path, keys: Mapping[str, Any], fresh: Mapping[str, FreshState], updates: int) -> None:
-    """Refuse a state with holes: an optimizer that finds some of its entries doesn't make the others.
+    """Refuse a state with missing entries: an optimizer that finds some of its entries doesn't make the others.
 
     Args:
         path: the checkpoint.
-        keys: "<parameter>/<state key>" of its tensors and numbers, with the numbers' values.
-        fresh: what each parameter would have.
-        updates: that the optimizer has made.
+        keys: "<parameter>/<state key>" of the saved tensors and numbers, with the values of the numbers.
+        fresh: the state that each parameter would have.
+        updates: how many updates the optimizer has made.
 
     Raises:
-        CheckpointError: names the entry.
+        CheckpointError: the message names the entry.
     """
     held: dict[str, dict[str, Any]] = {}
     for key, value in keys.items():
@@ -323,10 +323,10 @@ def check_entries(path: Path, keys: Mapping[str, Any], fresh: Mapping[str, Fresh
 
 
 def check_counters(path: Path, optimizer: Mapping[str, Tensor]) -> None:
-    """Refuse counters of steps that count nothing.
+    """Refuse counters of steps whose values can't be counts.
 
     Raises:
-        CheckpointError: names the entry.
+        CheckpointError: the message names the entry.
     """
     for key, tensor in optimizer.items():
         if key.endswith("/step") and tensor.numel() == 1 and not is_step_count(tensor.item()):

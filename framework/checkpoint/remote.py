@@ -1,4 +1,4 @@
-"""Copies of checkpoints at a URL: there whole or not at all, as local ones are."""
+"""Copies of checkpoints at a URL. A copy is whole or no checkpoint at all, as a local one is."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from .verifying import verify
 
 
 def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
-    """What fsspec makes of a URL: (filesystem, the path in it). Nothing is read yet.
+    """Open the filesystem of a URL with fsspec, and return it with the path in it. Nothing is read yet.
 
     Args:
         url: "s3://bucket/runs/7", "file:///mnt/runs", ...
-        **options: of the filesystem, such as ``endpoint_url``.
+        **options: options of the filesystem, such as ``endpoint_url``.
 
     Raises:
         ValueError: no filesystem goes by that name, or its package isn't installed.
@@ -38,23 +38,24 @@ def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
 
 
 def upload(checkpoint: Path, filesystem: Any, folder: str) -> None:
-    """Copy a published checkpoint to ``<folder>/<its name>``, the manifest last: a copy that has one is whole. What an
-    earlier copy left there and this one doesn't have is removed. Does nothing where the same is there already.
+    """Copy a published checkpoint to ``<folder>/<its name>``, the manifest last, so that a copy with a manifest is
+    whole. Files of an earlier copy that this checkpoint doesn't have are removed. A copy that is there already isn't
+    made again.
 
     Args:
-        checkpoint: is left as it is.
+        checkpoint: the checkpoint, which stays as it is.
         filesystem: see ``open_filesystem``.
-        folder: path in it.
+        folder: a path in the filesystem.
 
     Raises:
         CheckpointError: the checkpoint was replaced meanwhile, or the copy of a file came out shorter.
-        Exception: whatever the filesystem fails with.
+        Exception: the error of the filesystem.
     """
     target, manifest = f"{folder}/{checkpoint.name}", (checkpoint / MANIFEST).read_bytes()
     if filesystem.exists(f"{target}/{MANIFEST}"):
         if filesystem.cat_file(f"{target}/{MANIFEST}") == manifest:
             return
-        filesystem.rm_file(f"{target}/{MANIFEST}")  # before the first of its files is replaced
+        filesystem.rm_file(f"{target}/{MANIFEST}")  # the manifest goes before the first of its files is replaced
     files = check_manifest(json.loads(manifest), checkpoint / MANIFEST)["files"]
     if filesystem.exists(target):
         root = filesystem._strip_protocol(target).rstrip("/")
@@ -75,14 +76,14 @@ def upload(checkpoint: Path, filesystem: Any, folder: str) -> None:
 
 
 def download(url: str, output_dir: Path) -> Path:
-    """Bring a checkpoint from a URL into ``output_dir``, under its own name; one that is there already stays.
+    """Copy a checkpoint from a URL into ``output_dir``, under its own name, unless it is there already.
 
     Args:
-        url: ends in ``checkpoint-<update>``.
-        output_dir: made where it isn't there.
+        url: it ends in ``checkpoint-<update>``.
+        output_dir: the folder, which is made where it is missing.
 
     Returns:
-        Where it is now, whole.
+        The path of the copy, which is whole.
 
     Raises:
         CheckpointError: there is no whole checkpoint at the URL, or another one has its name in ``output_dir``.

@@ -1,12 +1,12 @@
-"""The directory that a run saves into: whose checkpoints are in it, and that no other process works there.
+"""The directory that a run saves into: which run its checkpoints belong to, and that one process alone works there.
 
-What happens, in this order::
+This happens, in this order::
 
     lock the directory            where the run will save; else at its first save
-    find                          tidy; which checkpoint to resume from, and so which line the run is of
+    find                          tidy up; find the checkpoint to resume from, which decides the line of the run
     claim                         where the run will save; else at its first save:
-        write the marker          from here on a run that is killed is known by it, and its next start finishes the rest
-        rename what was found damaged, and the checkpoints of other lines
+        write the marker          from here on, a run that is killed is recognized, and its next start finishes the rest
+        rename damaged checkpoints, and those of other lines
     train: save, rotate           along the run's own line
     unlock
 
@@ -40,7 +40,16 @@ from .directory import (
     tidy,
 )
 from .finding import candidates_in, check_is_whole, newest_whole
-from .line import BEFORE_IDS, MARKER, Line, Marker, checkpoints_of, origin_of, read_marker, write_marker
+from .line import (
+    BEFORE_IDS,
+    MARKER,
+    Line,
+    Marker,
+    checkpoints_of,
+    origin_of,
+    read_marker,
+    write_marker,
+)
 from .locking import DirectoryLock
 from .remote import download
 
@@ -50,16 +59,17 @@ RENAMED = re.compile(rf"checkpoint-(\d+)({re.escape(SET_ASIDE)}|{re.escape(DAMAG
 
 
 class RunDirectory:
-    """Where one run saves. Every rank makes one; what is done in the directory, the main process does.
+    """The directory that one run saves into. Every rank makes this object; the main process alone changes the
+    directory.
 
     Args:
         strategy: set up.
-        args: of the run.
+        args: the arguments of the run.
 
     Attributes:
         path: ``output_dir``.
-        line: of the run, once ``find`` was called.
-        is_at_work: whether a run is under way in it.
+        line: the line of the run, once ``find`` was called.
+        is_at_work: whether a run is under way in the directory.
     """
 
     def __init__(self, strategy: Strategy, args: FitArguments) -> None:
@@ -71,22 +81,27 @@ class RunDirectory:
         self.line = Line(BEFORE_IDS)
         self.resumed_from: str | None = None
         self.damaged: list[Path] = []
-        self.newest: Path | None = None  # of the line: what was resumed from, then what was published last
-        self.made: list[Path] = []  # directories, the innermost first
-        self.may_leave_nothing = False  # where no checkpoint is saved after all
+        self.newest: Path | None = (
+            None  # the newest checkpoint of the line: the one resumed from, later the one published last
+        )
+        self.made: list[Path] = []  # the directories that this run has made, the innermost first
+        self.may_leave_nothing = (
+            False  # whether directories that were made may be removed, where no checkpoint is saved
+        )
         self.is_locked = self.is_claimed = self.is_at_work = False
 
     @contextmanager
     def at_work(self, wanted: bool | str | Path | None) -> Iterator[Path | None]:
-        """Entered around a run; gives the checkpoint that it resumes from. Collective.
+        """Entered around a run; yields the checkpoint that the run resumes from. Collective.
 
         Args:
-            wanted: True takes the newest whole checkpoint of the line of the directory's last run; a path takes that
-                one, and a URL too, which is first copied into the directory; None and False take none.
+            wanted: True takes the newest whole checkpoint of the line of the directory's last run. A path takes the
+                checkpoint there, and so does a URL, from which it is first copied into the directory. None and False
+                take none.
 
         Raises:
-            CheckpointError: the checkpoint asked for is damaged, or all there are; another process works in the
-                directory; there are others' checkpoints, and they are not to be set aside.
+            CheckpointError: the checkpoint that was asked for is damaged, or all are; another process works in the
+                directory; or it holds checkpoints of other runs, which are not to be set aside.
         """
         if self.saves:
             self.take_lock()
@@ -103,19 +118,19 @@ class RunDirectory:
 
     @contextmanager
     def saving(self, update: int) -> Iterator[Path]:
-        """Entered around a save; gives the checkpoint's name. Collective.
+        """Entered around a save; yields the path of the checkpoint. Collective.
 
         Args:
-            update: that the run stands at.
+            update: the last update of the run.
 
         Raises:
-            CheckpointError: as ``at_work``.
+            CheckpointError: see ``at_work``.
         """
         final = self.path / f"checkpoint-{update}"
         if not self.is_locked:
             self.take_lock()
         try:
-            if not self.is_claimed or not self.is_at_work:  # between two runs another one may have worked here
+            if not self.is_claimed or not self.is_at_work:  # another process may have worked here between two runs
                 self.on_main(self.claim)
                 self.check_ranks_share_it()
             self.on_main(lambda: self.make_way(final))
@@ -125,12 +140,12 @@ class RunDirectory:
                 self.release_lock()
 
     def checkpoints(self) -> list[Path]:
-        """Those of the run's line, oldest first. On the main process."""
+        """List the checkpoints of the run's line, oldest first. Call it on the main process."""
         return checkpoints_of(self.line, self.path)
 
     def rotate(self, limit: int | None, keep: Iterable[Path] = (), spare: Iterable[Path] = ()) -> list[Path]:
-        """Remove the oldest of the run's line beyond ``limit``, but for what ``directory.rotate`` is told to leave and
-        the newest whole one. On the main process.
+        """Remove the oldest checkpoints of the run's line beyond ``limit``, but not the newest whole one, nor those
+        that ``directory.rotate`` is told to leave. Call it on the main process.
         """
         if limit is None:
             return []
@@ -138,13 +153,13 @@ class RunDirectory:
         return self.plainly(lambda: rotate(self.checkpoints(), limit, [*keep, *newest], spare))
 
     def note_published(self, path: Path) -> None:
-        """A checkpoint of the run is there, whole: rotation leaves it until the next one is."""
+        """Note that a checkpoint of the run is published: rotation leaves it until the next one is published."""
         self.newest = path
 
-    # Which checkpoint.
+    # Finding the checkpoint to resume from.
 
     def find(self, wanted: bool | str | Path | None) -> Path | None:
-        """Which checkpoint the run resumes from, None for none; its line follows. Collective."""
+        """Find the checkpoint that the run resumes from, or None, and set the line of the run by it. Collective."""
         path: Path | None = None
         if wanted is True:
             candidates = self.on_main(self.look)
@@ -162,7 +177,7 @@ class RunDirectory:
         return path
 
     def look(self) -> list[Path]:
-        """Tidy the directory, if no other process works there, and list what the run may go on from."""
+        """Tidy the directory unless another process works there, and list the checkpoints to choose from."""
         if self.lock.place:
             tidy(self.path)
         elif leftovers(self.path, PARTIAL) or leftovers(self.path, REPLACED):
@@ -177,7 +192,9 @@ class RunDirectory:
         return candidates
 
     def tidy_if_free(self) -> None:
-        """Tidy for a run that saves nothing, and may not be able to: a kill may have left the newest without a name."""
+        """Tidy for a run that saves nothing, as far as it can: a kill may have left the newest checkpoint without its
+        name.
+        """
         try:
             if self.lock.try_to_take():
                 try:
@@ -188,11 +205,11 @@ class RunDirectory:
             return
 
     def line_from(self, path: Path | None, by_path: bool) -> tuple[Line, str | None]:
-        """The line of a run that resumes from a checkpoint, None for none, and what its marker says of that.
+        """Return the line of a run that resumes from a checkpoint, and what its marker says the run was resumed from.
 
         Args:
-            path: was found whole.
-            by_path: whether it was asked for; else it is the newest of the directory's own line.
+            path: the checkpoint, which is whole; None where the run begins anew.
+            by_path: whether the user named the checkpoint; else it is the newest of the directory's own line.
         """
         if path is None:
             return Line.begin(), None
@@ -205,7 +222,7 @@ class RunDirectory:
         except CheckpointError:
             if not by_path:
                 raise
-            marker = None  # it is replaced
+            marker = None  # the unreadable marker is replaced
         current = marker.line if marker is not None else origin.line
         if not by_path:
             goes_on = True
@@ -216,13 +233,13 @@ class RunDirectory:
             return current, marker.resumed_from if marker is not None else None
         return origin.line.branch(origin.update), None if is_here else os.path.abspath(path)
 
-    # Whose the directory is.
+    # Claiming the directory.
 
     def claim(self) -> None:
-        """Leave the marker, and rename what was found damaged and what belongs to other lines. On the main process.
+        """Write the marker, and rename damaged checkpoints and those of other lines. Call it on the main process.
 
         Raises:
-            CheckpointError: others' are there, and ``other_checkpoints`` is "refuse".
+            CheckpointError: there are checkpoints of other lines, and ``other_checkpoints`` is "refuse".
         """
         mine = set(self.checkpoints())
         others = [path for path in published(self.path) if path not in mine and path not in self.damaged]
@@ -252,15 +269,15 @@ class RunDirectory:
             )
 
     def is_marked(self, marker: Marker) -> bool:
-        """Whether the directory has this marker already."""
+        """Return whether the directory has this marker already."""
         try:
             return read_marker(self.path) == marker
         except CheckpointError:
             return False
 
     def make_way(self, final: Path) -> None:
-        """Set aside what isn't of this run and has the name that it is about to give a checkpoint: a file, a link that
-        leads astray, or what was copied there while the run was under way.
+        """Set aside what has the name of the checkpoint that is about to be written, and isn't a checkpoint of this
+        run: a file, a broken link, or what was copied there while the run was under way.
         """
         if not os.path.lexists(final):
             return
@@ -270,11 +287,11 @@ class RunDirectory:
             say(f"{final} is not of this run: renamed it to {aside.name}.", sys.stderr)
 
     def check_ranks_share_it(self) -> None:
-        """Have every rank look for the marker: a rank that doesn't see it would write its part of each checkpoint
-        elsewhere. Collective.
+        """Check that every rank sees the marker: a rank that doesn't would write its part of each checkpoint elsewhere.
+        Collective.
 
         Raises:
-            CheckpointError: on every rank; names the first that doesn't.
+            CheckpointError: on every rank; the message names the first rank that doesn't see it.
         """
         self.is_claimed = True
 
@@ -292,10 +309,10 @@ class RunDirectory:
 
         on_all_ranks(self.strategy, check, CheckpointError)
 
-    # On the main process, and under the lock.
+    # The lock, and what the main process does under it.
 
     def take_lock(self) -> None:
-        """Keep other processes out of the directory, which is made. Collective."""
+        """Make the directory where it is missing, and lock it. Collective."""
 
         def take() -> None:
             self.made += [path for path in (self.path, *self.path.parents) if not path.exists()]
@@ -311,8 +328,8 @@ class RunDirectory:
         self.is_locked = True
 
     def release_lock(self) -> None:
-        """Let others in. What was made for checkpoints goes where there is none: a run that fails at once leaves
-        nothing.
+        """Unlock the directory. Directories that were made for checkpoints are removed where there is no checkpoint, so
+        that a run that fails at once leaves nothing.
         """
         self.is_locked = False
         if not self.lock.place:
@@ -322,15 +339,15 @@ class RunDirectory:
             self.is_claimed = False
         self.lock.release()
         if self.newest is None:
-            with contextlib.suppress(OSError):  # something else is in there
+            with contextlib.suppress(OSError):  # the directory isn't empty
                 for path in self.made:
                     path.rmdir()
 
     def on_main(self, action: Callable[[], Result]) -> Result:
-        """What only the main process does; its result on every rank. Collective.
+        """Do something on the main process alone, and return its result on every rank. Collective.
 
         Raises:
-            CheckpointError: on every rank, where it fails.
+            CheckpointError: on every rank, where the action fails.
         """
         is_main = self.strategy.is_main
         results = on_all_ranks(self.strategy, lambda: self.plainly(action) if is_main else None, CheckpointError)
@@ -338,7 +355,7 @@ class RunDirectory:
         return result  # type: ignore[return-value]
 
     def plainly(self, action: Callable[[], Result]) -> Result:
-        """Do something with files; a failure names the file.
+        """Do something with files, and turn a failure of the system into an error that names the file.
 
         Raises:
             CheckpointError: the system refused.
@@ -350,18 +367,18 @@ class RunDirectory:
 
 
 def renamed_checkpoints(output_dir: Path) -> list[Path]:
-    """What was set aside, or renamed as damaged, in a directory, oldest first."""
+    """List the checkpoints in a directory that were set aside, or renamed as damaged, oldest first."""
     found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
     matched = [(RENAMED.match(path.name), path) for path in found if path.is_dir()]
     return [path for _, path in sorted((int(match.group(1)), path) for match, path in matched if match)]
 
 
 def listed(paths: Iterable[Path]) -> str:
-    """The names of checkpoints, the last ten of them."""
+    """Write the names of checkpoints in a row, the last ten where there are more."""
     names = [path.name for path in paths]
     return (f"{len(names) - 10} more and " if len(names) > 10 else "") + ", ".join(names[-10:])
 
 
 def resuming_from(checkpoint: Path) -> str:
-    """The argument that goes on from a checkpoint."""
+    """Write the argument that resumes from a checkpoint, for a message."""
     return f"resume_from_checkpoint={str(checkpoint)!r}"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from ..arguments import FitArguments
-from ..best import best_checkpoint
 from ..callbacks import Callbacks
+from ..measures.best import best_checkpoint
 from .directory import CheckpointError
 from .run_directory import RunDirectory
 
@@ -91,6 +91,11 @@ class Saver:
     def has_failed(self) -> bool:
         """Whether writing in the background has failed, which ``finish`` then raises."""
         return self.writer is not None and self.writer.has_failed()
+
+    def raise_failure(self) -> None:
+        """Raise what writing in the background has failed with, where it has."""
+        if self.has_failed():
+            self.finish()
 
     def finish(self) -> None:
         """Wait until nothing is under way, and raise what the write failed with."""

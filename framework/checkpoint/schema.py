@@ -1,6 +1,6 @@
-"""What state.json and manifest.json hold, field by field: read once, checked, and every fault named.
+"""The schema of state.json and manifest.json: their fields are read once and checked, and errors name the field.
 
-Format 2 lists each tensor of the checkpoint in state.json, and describes the data; format 1 did neither.
+Format 2 lists each tensor of the checkpoint in state.json, and describes the data. Format 1 did neither.
 """
 
 import json
@@ -31,21 +31,21 @@ class Listed(Struct):
 
 
 class Manifest(Struct):
-    """manifest.json."""
+    """The content of manifest.json."""
 
     format: int
     files: dict[str, Listed]
 
 
 class TensorEntry(Struct):
-    """A tensor, by its whole shape."""
+    """A tensor, with its whole shape."""
 
     shape: list[Count]
     dtype: str
 
 
 class FrozenEntry(TensorEntry):
-    """A tensor that the checkpoint leaves out, with a sum over its bits."""
+    """A tensor that the checkpoint leaves out, with the sum over its bits."""
 
     sum: int
 
@@ -58,14 +58,14 @@ class Group(Struct):
 
 
 class Averages(Struct):
-    """Means that no log has taken yet."""
+    """Running means that aren't logged yet."""
 
     settled: dict[str, list[float]]
     counts_settled: Annotated[list[Count], Meta(min_length=2, max_length=2)]
 
 
 class DataOfFormat1(Struct, kw_only=True):
-    """Where the data stands."""
+    """The position in the data."""
 
     epoch: Count
     position: Count
@@ -74,7 +74,7 @@ class DataOfFormat1(Struct, kw_only=True):
 
 
 class Data(DataOfFormat1, kw_only=True):
-    """And what gives it its order."""
+    """The position in the data, and what the order of samples follows from."""
 
     kind: str
     seed: Count
@@ -86,26 +86,26 @@ class Data(DataOfFormat1, kw_only=True):
 
 
 class Ancestor(Struct):
-    """A run that this one went on from, and the update up to which it did."""
+    """A run that this one goes on from, and its last update that belongs to the line."""
 
     id: str
     until: Count
 
 
 class Run(Struct):
-    """The line that a checkpoint belongs to."""
+    """The line of the run that saved the checkpoint."""
 
     id: str
     ancestors: list[Ancestor]
 
 
-# A field of TrainState that came later may be missing; these were there from the beginning.
+# Fields that TrainState got later may be missing. These were there from the beginning.
 PROGRESS = (
     "global_step", "max_steps", "epoch", "num_train_epochs", "learning_rate", "items_seen", "num_input_tokens_seen",
     "skipped_updates", "train_loss_sum", "train_loss_count", "best_metric", "best_global_step", "log_history",
 )  # fmt: skip
 COUNTS: Mapping[Any, Any] = {int: Count, int | None: Count | None}
-# A TrainState; its counts aren't negative.
+# The fields of a TrainState, whose counts aren't negative.
 Progress = msgspec.defstruct(
     "Progress",
     [
@@ -118,7 +118,7 @@ Progress = msgspec.defstruct(
 
 
 class StateOfFormat1(Struct, kw_only=True):
-    """state.json of format 1."""
+    """The content of state.json in format 1."""
 
     strategy: str
     precision: str
@@ -139,7 +139,7 @@ class StateOfFormat1(Struct, kw_only=True):
 
 
 class State(StateOfFormat1, kw_only=True):
-    """state.json of format 2."""
+    """The content of state.json in format 2."""
 
     torch: str
     data: Data
@@ -152,19 +152,20 @@ SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: State}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at ``path``.
+    """Read the manifest of the checkpoint at ``path``.
 
     Raises:
-        CheckpointError: it can't be read, is of a format that this version doesn't know, or names files outside.
+        CheckpointError: the manifest can't be read, has a format that this version doesn't know, or names files outside
+            of the checkpoint.
     """
     return check_manifest(read_json(path / MANIFEST), path / MANIFEST)
 
 
 def check_manifest(content: Any, name: Path | str) -> dict[str, Any]:
-    """A manifest's content, if it is one.
+    """Check the content of a manifest, and return it.
 
     Raises:
-        CheckpointError: names the field.
+        CheckpointError: the message names the field that is wrong.
     """
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(content, dict) and type(found) is int and found not in READ_FORMATS:
@@ -181,17 +182,18 @@ def check_manifest(content: Any, name: Path | str) -> dict[str, Any]:
 
 
 def check_listing(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare the names in a checkpoint's directory with those that its manifest must have, and with those it has.
+    """Compare the files in the directory of a checkpoint with those that its manifest lists, and with those it must
+    list.
 
     Raises:
-        CheckpointError: a file isn't listed, or one that must be there isn't.
+        CheckpointError: a file isn't listed, or a file that must be there is missing.
     """
     listed = manifest["files"]
     unlisted = [
         name
         for file in sorted(path.rglob("*"))
         for name in [file.relative_to(path).as_posix()]
-        # Nothing reads hidden files, which systems leave behind (.DS_Store, .nfs0123).
+        # Hidden files, which systems leave behind (.DS_Store, .nfs0123), are never read.
         if name != MANIFEST
         and name not in listed
         and not (file.is_dir() and not file.is_symlink())
@@ -214,17 +216,17 @@ def check_listing(path: Path, manifest: Mapping[str, Any]) -> None:
             "ranks saved."
         )
     for folder, key in (("model", "model"), ("optimizer", "optimizer"), ("callbacks", "callback_tensors")):
-        # Format 1 doesn't say which tensors there are; a model has some.
+        # Format 1 doesn't list the tensors, but every model has some.
         wanted = state.get(key, folder == "model")
         if wanted and not any(name.startswith(f"{folder}/") and name.endswith(".safetensors") for name in listed):
             raise CheckpointError(f"{path / MANIFEST}: files lacks the shards of {folder}/, which state.json tells of.")
 
 
 def read_state(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON part of a checkpoint, checked.
+    """Read and check state.json, the JSON part of a checkpoint.
 
     Raises:
-        CheckpointError: names the file, the field, and what was found there.
+        CheckpointError: the message names the file, the field, and what was found there.
     """
     manifest = read_manifest(path) if manifest is None else manifest
     file = path / "state.json"
@@ -234,10 +236,10 @@ def read_state(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[st
 
 
 def check_numbers(state: Mapping[str, Any], file: Path) -> None:
-    """What types don't tell: numbers that fit together, and are finite where they are computed with.
+    """Check what types can't say: that numbers fit together, and are finite where they are computed with.
 
     Raises:
-        CheckpointError: names the field.
+        CheckpointError: the message names the field.
     """
 
     def require(holds: bool, field: str, why: str) -> None:
@@ -250,7 +252,7 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
     accumulation = state["arguments"].get("gradient_accumulation_steps")
     require(type(accumulation) is int and accumulation > 0, "arguments.gradient_accumulation_steps", "it is a count")
     for name, value in state["progress"].items():
-        # Metrics may be infinite, and a best one of NaN is no best one but was one.
+        # Metrics may be infinite. A best metric of NaN is possible: the first evaluation may have given it.
         finite = name == "best_metric" or not isinstance(value, float) or math.isfinite(value)
         require(finite, f"progress.{name}", "it isn't finite")
     require(state["progress"]["epoch"] >= 0.0, "progress.epoch", "it is negative")
@@ -265,16 +267,16 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The dtype of that name, "torch.float32" or "float32"."""
+    """Return the dtype named "torch.float32" or "float32", or None where there is none of that name."""
     found = getattr(torch, name.removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else None
 
 
 def converted(content: Any, schema: type[Struct], name: Path | str) -> Any:
-    """JSON types as a schema describes them, without what it doesn't know.
+    """Check JSON types against a schema, and return them without fields that the schema doesn't have.
 
     Raises:
-        CheckpointError: names the field, and what was found there.
+        CheckpointError: the message names the field, and what was found there.
     """
     try:
         return msgspec.to_builtins(msgspec.convert(content, schema))
@@ -292,7 +294,7 @@ NOTHING = object()
 
 
 def at(content: Any, field: str) -> Any:
-    """The value at a path such as "progress.log_history[0]"; NOTHING where the path leads nowhere, or anywhere."""
+    """Return the value at a path such as "progress.log_history[0]", or NOTHING where the path leads to no one value."""
     for part in re.findall(r"[^.\[\]]+|\[\d+\]|\[\.\.\.\]", field):
         try:
             content = content[int(part[1:-1])] if re.fullmatch(r"\[\d+\]", part) else content[part]
@@ -302,7 +304,7 @@ def at(content: Any, field: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, not too long for a message."""
+    """Write a value as JSON that isn't too long for a message."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):

@@ -19,25 +19,25 @@ from torch.distributed.checkpoint.api import CheckpointException
 from .directory import CheckpointError, flush
 from .dtypes import DTYPES
 
-SHARDING = "DCP_SHARDING_INFO"  # the entry of a file's header that says where its pieces lie in the whole tensors
-FILE_BYTES = 1 << 30  # safetensors builds a file's bytes in memory: this bounds what a save needs beyond the state
+SHARDING = "DCP_SHARDING_INFO"  # the entry in the header of a file that says where its pieces lie in the whole tensors
+FILE_BYTES = 1 << 30  # safetensors builds a file in memory, and this bounds the memory that a save takes
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Shape and dtype of a tensor in a directory."""
+    """The shape and dtype of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def save_tensors(directory: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
-    """Write tensors, sharded ones by the ranks that own the shards. Collective: every rank calls it.
+    """Write tensors; each rank writes the shards that it owns. Collective.
 
     Args:
-        directory: exists already.
+        directory: a folder that exists.
         tensors: name to tensor; the same names in the same order on every rank.
-        group: the ranks' group to use, in another thread than training's.
+        group: the process group to use, where this isn't called in the thread that trains.
     """
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     with _plainly(directory):
@@ -45,8 +45,8 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], group: Any = No
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous (a convolution's weights may be channels_last), and no two in
-    one place of memory (the tables of 8-bit optimizers are one for all parameters).
+    """Return the tensors as safetensors takes them: contiguous (the weights of a convolution may be channels_last), and
+    no two in the same memory (8-bit optimizers share one table among all parameters).
     """
     found, places = {}, set()
     for name, tensor in tensors.items():
@@ -60,12 +60,12 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_tensors(directory: Path, into: Mapping[str, Tensor], *, even_none: bool = False) -> None:
-    """Read tensors in place, each rank its shards, whatever the sharding was when they were written. Collective.
+    """Read tensors in place, however they were sharded when they were written; each rank reads its shards. Collective.
 
     Args:
-        directory: holds them.
-        into: name to tensor. With none, nothing is done.
-        even_none: this rank takes part although it reads none.
+        directory: the folder that holds the tensors.
+        into: name to tensor. Where it is empty, nothing is done.
+        even_none: take part in the collectives although ``into`` is empty on this rank.
     """
     if not (into or even_none):
         return
@@ -75,22 +75,22 @@ def load_tensors(directory: Path, into: Mapping[str, Tensor], *, even_none: bool
 
 @contextmanager
 def _plainly(directory: Path) -> Iterator[None]:
-    """Around a call of torch.distributed.checkpoint: its failure as one line, and no warnings."""
+    """Entered around a call of torch.distributed.checkpoint: a failure is said in one line, and warnings are hidden."""
     try:
         with warnings.catch_warnings():
-            # DCP says that it assumes one process; without a process group that is so.
+            # Without a process group there is one process, as DCP says that it assumes.
             warnings.filterwarnings("ignore", message=".*torch.distributed is.*unavailable or uninitialized.*")
             warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch 2.9 uses it itself
             yield
-    except CheckpointException as error:  # no Exception: it would pass every handler on the way out
+    except CheckpointException as error:  # it isn't an Exception, and no handler would catch it
         rank, (cause, _) = min(error.failures.items())
-        if not isinstance(cause, Exception):  # an interrupt, on whichever rank
+        if not isinstance(cause, Exception):  # some rank was interrupted
             raise cause from None
         raise CheckpointError(f"{directory}: rank {rank}: {type(cause).__name__}: {cause}") from cause
 
 
 def rank_files(directory: Path, rank: int) -> list[Path]:
-    """The files that a rank wrote with ``save_tensors``, flushed."""
+    """Flush the files that a rank wrote with ``save_tensors``, and return their paths."""
     files = sorted(directory.glob(f"shard-{rank + 1:05d}-*.safetensors"))
     for file in files:
         flush(file)
@@ -98,7 +98,7 @@ def rank_files(directory: Path, rank: int) -> list[Path]:
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """What a directory holds: name to whole shape and dtype. Reads headers only.
+    """Return what a directory holds: name to whole shape and dtype. Only the headers of files are read.
 
     Raises:
         CheckpointError: a file is no safetensors file, or the pieces of a tensor overlap, leave a hole (which would be
@@ -113,7 +113,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a tensor in a file: where it begins and ends in the whole."""
+    """A piece of a tensor in a file: where the piece begins and ends in the whole tensor."""
 
     file: Path
     begin: tuple[int, ...]
@@ -122,20 +122,20 @@ class Piece:
 
     @property
     def numel(self) -> int:
-        """Numbers in it."""
+        """The number of entries in the piece."""
         return math.prod(e - b for b, e in zip(self.begin, self.end, strict=True))
 
     def overlaps(self, other: "Piece") -> bool:
-        """Whether both hold the same number of the whole."""
+        """Return whether an entry of the whole tensor is in both pieces."""
         pairs = zip(self.begin, self.end, other.begin, other.end, strict=True)
         return all(max(b, begin) < min(e, end) for b, e, begin, end in pairs)
 
 
 def _pieces(file: Path) -> Iterator[tuple[str, Piece]]:
-    """What a file's header says that it holds.
+    """Read from the header of a file which pieces of tensors are in it.
 
     Raises:
-        CheckpointError: names the file, and the tensor.
+        CheckpointError: the message names the file, and the tensor.
     """
     try:
         with safe_open(file, framework="pt") as content:
@@ -162,10 +162,10 @@ def _pieces(file: Path) -> Iterator[tuple[str, Piece]]:
 
 
 def _joined(name: str, pieces: list[Piece]) -> Stored:
-    """A tensor from its pieces.
+    """Return the shape and dtype of the whole tensor that pieces make.
 
     Raises:
-        CheckpointError: they aren't one.
+        CheckpointError: the pieces don't make one tensor.
     """
     first = pieces[0]
     for piece in pieces:
@@ -173,7 +173,7 @@ def _joined(name: str, pieces: list[Piece]) -> Stored:
             raise CheckpointError(f"{piece.file} was altered: {name} isn't of one dtype and form with {first.file}.")
     shape = tuple(map(max, zip(*(piece.end for piece in pieces), strict=True)))
     filled = sorted((piece for piece in pieces if piece.numel), key=lambda piece: piece.begin)
-    # Along one dimension, as most are cut, an overlap is one of neighbours.
+    # Most tensors are cut along one dimension, where only neighbours can overlap.
     cut = [d for d in range(len(shape)) if len({(piece.begin[d], piece.end[d]) for piece in filled}) > 1]
     for number, piece in enumerate(filled):
         others = filled[number + 1 : number + 2] if len(cut) < 2 else filled[number + 1 :]
@@ -189,7 +189,7 @@ def _joined(name: str, pieces: list[Piece]) -> Stored:
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tensor name to file number, so that no file is much larger than FILE_BYTES."""
+    """Choose a file for each tensor, so that no file is much larger than FILE_BYTES: tensor name to file number."""
     file, size, files = 1, 0, {}
     for name, tensor in tensors.items():
         if size and size + tensor.nbytes > FILE_BYTES:

@@ -1,8 +1,9 @@
-"""The state that a fresh optimizer would have: what a checkpoint's is measured by, before it reaches a kernel.
+"""The state that a fresh optimizer would have, with which the state in a checkpoint is compared before it is used.
 
-An optimizer makes its state in a step, by rules of its own: factored moments, 8-bit ones with their scales, none for a
-small parameter. So it makes one: a copy of it steps on a tensor of zeros in the place of each kind of parameter. The
-run's optimizer and parameters aren't touched, and no more than one parameter's state is in memory.
+An optimizer makes its state in a step, by its own rules: factored moments, 8-bit moments with their scales, no moments
+for a small parameter. To find out, a copy of the optimizer makes a step on a tensor of zeros in the place of each kind
+of parameter. The optimizer and the parameters of the run aren't touched, and the state of no more than one parameter is
+in memory.
 """
 
 import copy
@@ -22,11 +23,11 @@ from ...strategies.base import Strategy
 
 @dataclass(frozen=True)
 class FreshEntry:
-    """An entry of a parameter's fresh state.
+    """An entry in the fresh state of a parameter.
 
     Attributes:
-        shape: None where it has as many numbers as the parameter, in its form.
-        dtype: of the tensor.
+        shape: the shape of the tensor; None where it is the shape of the parameter.
+        dtype: the dtype of the tensor.
     """
 
     shape: tuple[int, ...] | None
@@ -34,27 +35,27 @@ class FreshEntry:
 
 
 FreshState = dict[str, "FreshEntry | bool | int | float | None"]
-"""Key to the tensor's form, or to the number that isn't a tensor."""
+"""The key of a state entry to its tensor's shape and dtype, or to the number itself where it isn't a tensor."""
 
 
 class OptionsRefused(ValueError):
-    """The optimizer's own constructor, or its step, refuses options."""
+    """The constructor of the optimizer, or its step, refuses options."""
 
 
 def fresh_states(
     strategy: Strategy, options: list[dict[str, Any]]
 ) -> tuple[dict[str, FreshState], dict[str, Exception]]:
-    """The state that each parameter would have after one step. Collective where a step is.
+    """Find the state that each parameter would have after one step. Collective where a step of the optimizer is.
 
     Args:
-        strategy: whose optimizer it is.
-        options: of each of its groups, which are laid over the group's own.
+        strategy: it holds the optimizer.
+        options: for each group of the optimizer, the options that replace its own.
 
     Returns:
-        Parameter name to state, without those whose optimizer can't be tried; and for those, why.
+        Parameter name to state, for parameters whose optimizer can be tried; and for the others, why it can't.
 
     Raises:
-        OptionsRefused: names the option's group.
+        OptionsRefused: the message names the group of the options.
     """
     assert strategy.optimizer is not None
     names = {id(parameter): name for name, parameter in strategy.stepped_parameters().items()}
@@ -78,7 +79,7 @@ def fresh_states(
 
 
 def owners_of(strategy: Strategy) -> list[Optimizer]:
-    """The optimizer that steps each of the groups: one made of several has theirs."""
+    """Return, for each group, the optimizer that steps it, where an optimizer is made of several."""
     stepping = strategy.stepping_optimizer()
     return [part for part in getattr(stepping, "parts", [stepping]) for _ in part.param_groups]
 
@@ -91,18 +92,18 @@ def _tried(
     number: int,
     numbers: Mapping[str, Any],
 ) -> FreshState | Exception:
-    """The state of a stand-in after a step with the options; why not, where the optimizer can't even step with those
-    that it was made with.
+    """Return the state of a stand-in after a step with the options, or why the optimizer can't be tried, where it can't
+    even step with the options that it was made with.
 
     Args:
-        optimizer: is copied.
-        given: the options of the group, as it has them.
-        options: those to try.
-        stand_in: in the place of the parameter.
-        number: of the group.
-        numbers: that the optimizer's constructor left as the parameter's state (APOLLO's seed).
+        optimizer: the optimizer, of which a copy steps.
+        given: the options that the group has.
+        options: the options to try.
+        stand_in: a tensor in the place of the parameter.
+        number: the number of the group.
+        numbers: what the constructor of the optimizer left in the state of the parameter (APOLLO's seed).
     """
-    if hasattr(type(optimizer), "__del__"):  # a copy would take what the original holds outside of Python with it
+    if hasattr(type(optimizer), "__del__"):  # when a copy ends, it would free what the original holds outside of Python
         return TypeError(f"{type(optimizer).__name__} can't be copied")
     both = {**given, **options}
     for check in (_construct, _step):
@@ -112,7 +113,7 @@ def _tried(
             try:
                 check(optimizer, given, stand_in, numbers)
             except Exception:
-                if check is _construct:  # by a signature of its own: its step will tell
+                if check is _construct:  # the constructor has another signature; the step will tell
                     continue
                 return error
             raise OptionsRefused(f"parameter_groups[{number}].options can't work: {error}") from error
@@ -121,17 +122,17 @@ def _tried(
 
 
 def _construct(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]) -> None:
-    """Have the optimizer's constructor check the options that it takes."""
+    """Have the constructor of the optimizer check the options that it takes."""
     taken = inspect.signature(type(optimizer).__init__).parameters
     type(optimizer)([_leaf(stand_in)], **{name: value for name, value in options.items() if name in taken})
 
 
 def _step(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, numbers: Mapping[str, Any]) -> FreshState:
-    """What a step of a copy of the optimizer leaves as the stand-in's state."""
+    """Return what a step of a copy of the optimizer leaves as the state of the stand-in."""
     leaf = _leaf(stand_in)
     trial: Any = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
-    trial.__dict__.pop("step", None)  # a schedule has put its own around the original's
+    trial.__dict__.pop("step", None)  # a schedule has wrapped the step of the original
     group = {**copy.deepcopy(dict(options)), "params": [leaf]}
     if leaf.device.type == "cpu" and "capturable" in group:
         group["capturable"] = False
@@ -145,7 +146,7 @@ def _step(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, nu
     switches = hasattr(trial, "train") and hasattr(trial, "eval")
     if switches:
         trial.train()
-    leaf.backward(torch.zeros_like(leaf))  # an optimizer that updates in backward does so here
+    leaf.backward(torch.zeros_like(leaf))  # an optimizer that updates in backward makes its step here
     trial.step()
     if switches:
         trial.eval()
@@ -153,12 +154,12 @@ def _step(optimizer: Optimizer, options: Mapping[str, Any], stand_in: Tensor, nu
 
 
 def _leaf(stand_in: Tensor) -> torch.nn.Parameter:
-    """A parameter over the stand-in."""
+    """Make a parameter of the stand-in."""
     return torch.nn.Parameter(stand_in.detach())
 
 
 def _described(value: Any, leaf: Tensor) -> FreshEntry | Any:
-    """An entry by its form; a number as it is."""
+    """Return the shape and dtype of a tensor, and a number as it is."""
     if not isinstance(value, Tensor):
         return value
     follows = value.ndim > 0 and value.shape == leaf.shape
@@ -166,5 +167,5 @@ def _described(value: Any, leaf: Tensor) -> FreshEntry | Any:
 
 
 def is_step_count(value: float) -> bool:
-    """Whether a counter of steps can have that value."""
+    """Return whether a counter of steps can have this value."""
     return math.isfinite(value) and value >= 0 and value == int(value)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: each of its files compared with the manifest, before anything of it is used."""
+"""Comparison of a checkpoint with its manifest, before anything in the checkpoint is used."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
         part, parts: read only every ``parts``-th file, from ``part`` on, so that ranks share the work.
 
     Raises:
-        CheckpointError: what is missing, altered, not listed or not a checkpoint.
+        CheckpointError: the message says what is missing, altered or not listed, or that it isn't a checkpoint.
     """
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist.")

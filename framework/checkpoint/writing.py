@@ -1,4 +1,4 @@
-"""Writing a snapshot: on all ranks or on none, at once or in the background."""
+"""Writing of a snapshot: on all ranks or on none, at once or in the background."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,22 +18,22 @@ from .tensors import rank_files, save_tensors
 
 
 def write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any = None) -> None:
-    """Write a snapshot and publish it. Collective; when it returns, the checkpoint is there whole, and where it fails,
-    nothing is left of it.
+    """Write a snapshot and publish it. Collective. When this returns, the checkpoint is whole and in its place; where
+    it fails, nothing of the checkpoint is left.
 
     Args:
-        snapshot: this rank's.
-        final: the checkpoint's name.
+        snapshot: the snapshot of this rank.
+        final: the path of the checkpoint.
         strategy: its ranks write together.
-        group: the ranks' group to use, in another thread than training's.
+        group: the process group to use, where this isn't called in the thread that trains.
 
     Raises:
-        CheckpointError: on every rank, where one could not write.
+        CheckpointError: on every rank, where one rank could not write.
     """
     try:
         _write(snapshot, final, strategy, group)
     except BaseException:
-        # Each rank what it sees: where ranks don't share the directory, no other could.
+        # Each rank removes what it sees, since no other rank could where they don't share the directory.
         shutil.rmtree(directory.partial_path(final), ignore_errors=True)
         raise
 
@@ -53,8 +53,10 @@ def _write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any) -> N
 
     on_all_ranks(strategy, lambda: directory.begin(final) if strategy.is_main else None, CheckpointError, group)
     for folder, tensors in snapshot.folders().items():
-        if any(strategy.gather(bool(tensors), group)):  # a callback may be on one rank alone
-            save_tensors(partial / folder, tensors, group)  # collective itself: one rank's error is raised on all
+        if any(strategy.gather(bool(tensors), group)):  # a callback, and so its tensors, may be on one rank alone
+            save_tensors(
+                partial / folder, tensors, group
+            )  # this is collective, and raises the error of one rank on all
     parts = on_all_ranks(strategy, write_part, CheckpointError, group)
 
     def publish() -> None:
@@ -65,14 +67,14 @@ def _write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any) -> N
 
 
 def check_parts_are_here(partial: Path, parts: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
-    """Look for each file that a rank says it wrote, before a checkpoint is published that lacks some.
+    """Check that every file that a rank has written is here, before the checkpoint is published.
 
     Args:
-        partial: where rank 0 sees them.
-        parts: of each rank, names to sizes and hashes.
+        partial: the folder, as rank 0 sees it.
+        parts: for each rank, the names of its files to their sizes and hashes.
 
     Raises:
-        CheckpointError: names the rank whose file isn't there.
+        CheckpointError: the message names the rank whose file is missing.
     """
     for rank, part in enumerate(parts):
         for name, entry in part.items():
@@ -89,7 +91,7 @@ def check_parts_are_here(partial: Path, parts: Sequence[Mapping[str, Mapping[str
 
 
 def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory, sharded as they are; training may change the originals from here on."""
+    """Copy tensors to host memory, sharded as they are. Training may change the originals from here on."""
     staged = BlockingAsyncStager().stage(dict(tensors))
     return {name: t.clone() if tensors[name].device.type == "cpu" else t for name, t in staged.items()}
 
@@ -98,23 +100,23 @@ class BackgroundWriter:
     """Writes one snapshot at a time while training goes on.
 
     Args:
-        strategy: gives the thread a process group of its own; collectives of two threads in one group would mix.
+        strategy: it makes the thread's own process group, since the collectives of two threads in one group would mix.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.group = strategy.new_group()
-        # Python itself waits for its thread when the process ends.
+        # Python waits for the thread of an executor when the process ends.
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.under_way: Future[None] | None = None
 
     def start(self, snapshot: Snapshot, final: Path, then: Callable[[], None]) -> None:
-        """Copy the snapshot to the host and write it in the background; waits for the one before.
+        """Copy the snapshot to the host and write it in the background, after the snapshot before it is written.
 
         Args:
-            snapshot: is copied before this returns.
-            final: the checkpoint's name.
-            then: called in the background once it is published.
+            snapshot: the snapshot, which is copied before this returns.
+            final: the path of the checkpoint.
+            then: called in the background once the checkpoint is published.
         """
         self.finish()
         copied = Snapshot(
@@ -132,11 +134,13 @@ class BackgroundWriter:
         self.under_way = self.thread.submit(work)
 
     def has_failed(self) -> bool:
-        """Whether a write has failed, which ``finish`` then raises. It failed on all ranks; one may see it first."""
+        """Return whether a write has failed, whose error ``finish`` raises. It failed on all ranks; one may see it
+        first.
+        """
         return self.under_way is not None and self.under_way.done() and self.under_way.exception() is not None
 
     def finish(self) -> None:
-        """Wait until nothing is under way, and raise what the write failed with."""
+        """Wait for the write that is under way, and raise its error where it failed."""
         if self.under_way is not None:
             written, self.under_way = self.under_way, None
             written.result()
@@ -150,7 +154,7 @@ class BackgroundWriter:
         self.strategy.drop_group(self.group)
 
     def abandon(self) -> None:
-        """Training has failed, perhaps on this rank alone: the thread ends once what is under way has been written, or
-        has failed too. Nothing can be started any more.
+        """Have the thread end once the write that is under way has ended: training has failed, perhaps on this rank
+        alone. Nothing can be started after this.
         """
         self.thread.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""A dataset's fingerprint: its first and its last sample, so that a resume on another dataset is found out."""
+"""The fingerprint of a dataset, made of its first and its last sample, which tells a resume on another dataset."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,13 +13,15 @@ from .. import random_state
 
 
 def fingerprint(dataset: Any) -> str | None:
-    """A hash of the first and the last sample; None where they can't be read or hashed, or aren't the same when they
-    are read again. Random numbers of the global generators are not disturbed, nor do they matter.
+    """Hash the first and the last sample. The global random generators don't change, and don't change the hash.
 
     Args:
-        dataset: with ``__getitem__`` and ``__len__``.
+        dataset: it has ``__getitem__`` and ``__len__``.
+
+    Returns:
+        The hash; None where the samples can't be read or hashed, or aren't the same when they are read again.
     """
-    if isinstance(dataset, IterableDataset):  # it has a __getitem__, which raises
+    if isinstance(dataset, IterableDataset):  # its __getitem__ raises
         return None
     first, again = _read(dataset), _read(dataset)
     return first if first == again else None
@@ -31,16 +33,16 @@ def _read(dataset: Any) -> str | None:
         with random_state.OwnRandomState(0).entered():
             for index in (0, len(dataset) - 1):
                 _add(digest, dataset[index])
-    except Exception:  # it is the user's own, and no part of training
+    except Exception:  # any error of the user's dataset: a fingerprint is no part of training
         return None
     return digest.hexdigest()
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Hash a sample.
+    """Add a sample to a hash.
 
     Raises:
-        TypeError: it holds something whose content can't be told.
+        TypeError: the sample holds something whose content can't be hashed.
     """
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()

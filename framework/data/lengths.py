@@ -1,4 +1,4 @@
-"""Samples of about the same length together, so that less is padding: an order of our own for each epoch."""
+"""An order that puts samples of about the same length together, so that less of a batch is padding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 UPDATES_IN_GROUP = 50
-"""A group that is sorted holds as many updates' samples, or a quarter of the data, whichever is less."""
+"""A group that is sorted holds the samples of so many updates, or a quarter of the data, whichever is less."""
 
 
 class LengthGroups:
-    """Orders in which neighbours are of about the same length.
+    """Makes orders in which neighbours are of about the same length.
 
     Args:
-        data: map-style; see ``length_of``.
-        column: of the lengths; see FitArguments' ``length_column_name``.
-        update_samples: in an update over all ranks.
+        data: a map-style dataset; see ``length_of``.
+        column: the column of lengths; see ``length_column_name`` of FitArguments.
+        update_samples: samples in an update over all ranks.
 
     Raises:
-        ValueError: the data tells no lengths.
+        ValueError: the lengths of the data can't be told.
     """
 
     def __init__(self, data: Any, column: str, update_samples: int) -> None:
@@ -28,10 +28,10 @@ class LengthGroups:
         self.group_size = max(1, min(len(data) // (update_samples * 4), UPDATES_IN_GROUP)) * update_samples
         self._lengths: numpy.ndarray[Any, Any] | None = None
         if known_lengths(data, column) is None:
-            length_of(data[0], column)  # so that data without lengths is refused now
+            length_of(data[0], column)  # data without lengths is refused now, and not at the first epoch
 
     def lengths(self) -> "numpy.ndarray[Any, Any]":
-        """The length of each sample; read from the data when it is first asked for."""
+        """The length of each sample, read from the data when it is first asked for."""
         if self._lengths is None:
             known = known_lengths(self.data, self.column)
             if known is None:
@@ -40,12 +40,12 @@ class LengthGroups:
         return self._lengths
 
     def order(self, generator: torch.Generator, group_size: int) -> "numpy.ndarray[Any, Any]":
-        """The indices of an epoch: drawn at random, cut into groups, the longest of each group first; the longest of
-        all samples leads, so that a batch that is too large for the memory comes at once.
+        """Draw the indices of an epoch at random, and sort each group of them, the longest sample first. The longest of
+        all samples comes first, so that a batch that is too large for the memory comes at once.
 
         Args:
-            generator: of the draw.
-            group_size: samples that are sorted together.
+            generator: what draws.
+            group_size: how many samples are sorted together.
         """
         lengths = self.lengths()
         drawn = torch.randperm(len(lengths), generator=generator).numpy()
@@ -59,7 +59,7 @@ class LengthGroups:
 
 
 def known_lengths(data: Any, column: str) -> Sequence[int] | None:
-    """The lengths that the data has ready: an attribute of that name, or a column of a ``datasets.Dataset``."""
+    """Return the lengths that the data has ready: an attribute of that name, or a column of ``datasets.Dataset``."""
     known = getattr(data, column, None)
     if known is None and column in getattr(data, "column_names", ()):
         known = data[column]
@@ -67,10 +67,10 @@ def known_lengths(data: Any, column: str) -> Sequence[int] | None:
 
 
 def length_of(sample: Any, column: str) -> int:
-    """The length of a sample: its entry of that name, else the length of its "input_ids".
+    """Return the length of a sample: its entry of that name, else the length of its "input_ids".
 
     Raises:
-        ValueError: it has neither.
+        ValueError: the sample has neither.
     """
     if isinstance(sample, Mapping):
         if column in sample:

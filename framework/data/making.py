@@ -1,4 +1,4 @@
-"""The stream over what a user gave as data: a Dataset, an IterableDataset or a ready DataLoader."""
+"""Making of the stream over what a user gives as data: a Dataset, an IterableDataset or a ready DataLoader."""
 
 import dataclasses
 from typing import Any
@@ -22,18 +22,18 @@ from .stream import DataStream, LoaderOptions
 
 
 def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: bool) -> DataStream:
-    """The stream over a Dataset, an IterableDataset or a ready DataLoader.
+    """Make the stream over a Dataset, an IterableDataset or a ready DataLoader.
 
     Args:
         data: what the user gave. A DataLoader brings its own batch size, order, collation and workers.
-        args: batch sizes, workers, seed and shuffling for the others.
-        strategy: says which rank this is among the data-parallel ones, and how many devices it feeds; on GPUs, memory
-            is pinned.
-        training: shuffle and use the training batch size; else neither.
+        args: batch sizes, workers, seed and shuffling for datasets.
+        strategy: it says which rank this is among the data-parallel ones, and how many devices the rank feeds; on GPUs,
+            memory is pinned.
+        training: shuffle and use the training batch size; else do neither.
 
     Raises:
         ValueError: the data is empty, or has no lengths to group by.
-        TypeError: it is none of the three.
+        TypeError: the data is none of the three.
     """
     seed = args.seed if args.data_seed is None else args.data_seed
     rank, size = strategy.data_rank, strategy.data_size
@@ -60,7 +60,7 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
         if not has_plain_sampler(data):
             return LoaderStream(data, seed, rank, size)
         options = LoaderOptions(
-            # A batch size that is looked for was the loader's to begin with.
+            # Where auto_find_batch_size is at work, its first batch size was the loader's.
             batch_size=options.batch_size if training and args.auto_find_batch_size else data.batch_size or 1,
             shuffle=isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True,
             drop_last=data.drop_last,
@@ -76,7 +76,9 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
             },
         )
         data = data.dataset
-    if options.workers["pin_memory"] and torch.accelerator.is_available():  # torch's loader pins only then, too
+    if (
+        options.workers["pin_memory"] and torch.accelerator.is_available()
+    ):  # torch's loader pins under the same condition
         options = dataclasses.replace(options, collate_fn=CollatePinnable(options.collate_fn))
     kind = "train_data" if training else "eval_data"
     if isinstance(data, IterableDataset):
@@ -99,7 +101,7 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
 
 
 def has_plain_sampler(loader: DataLoader[Any]) -> bool:
-    """Whether a ready loader's order is one that we can make ourselves, and so jump in."""
+    """Return whether the order of a ready loader is one that a MapStream can make, and so jump in."""
     if loader.batch_size is None:
         return False
     if isinstance(loader.dataset, IterableDataset):
@@ -110,5 +112,5 @@ def has_plain_sampler(loader: DataLoader[Any]) -> bool:
         return (
             standard_batches and not sampler.replacement and sampler.generator is None and sampler._num_samples is None
         )
-    # A DistributedSampler has shared the samples among ranks already, which is done here.
+    # A DistributedSampler shares samples among ranks itself, which the stream does.
     return standard_batches and type(sampler) in (SequentialSampler, DistributedSampler)

@@ -1,4 +1,4 @@
-"""Batches of a map-style dataset, in an order of our own making: a resume jumps to its position."""
+"""The stream of a map-style dataset, which draws the order itself, so that a resume jumps to its position."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from .stream import DataStream, LoaderOptions, batch_seed, share
 
 
 class MapStream(DataStream):
-    """Batches of a map-style dataset. Resuming jumps to the position; nothing is read to get there.
+    """Batches of a map-style dataset. A resume jumps to its position, and reads nothing to get there.
 
     Args:
-        dataset: with ``__getitem__`` and ``__len__``.
+        dataset: it has ``__getitem__`` and ``__len__``.
         options, seed, rank, size: see DataStream.
-        groups: orders samples by length; None draws them one by one.
+        groups: what orders samples by length; None draws samples one by one.
     """
 
-    is_equal_on_ranks = True  # the datasets' lengths were compared when the Fit was made
+    is_equal_on_ranks = True  # the lengths of the ranks' datasets were compared when the Fit was made
 
     def __init__(
         self,
@@ -34,23 +34,23 @@ class MapStream(DataStream):
     ) -> None:
         super().__init__(options, seed, rank, size)
         self.groups = groups
-        self.group_size = 0  # of an epoch that goes on after a resume; 0 takes the groups' own
+        self.group_size = 0  # samples in a group of an epoch that is resumed; 0 takes the size of ``groups``
         self.dataset = dataset
         self.num_examples = len(dataset)  # type: ignore[arg-type]
         self.epoch_number = 0
-        # Workers have random states of their own that can't be saved: there, each batch seeds its randomness by its
-        # place in the run. In the training process the run's own random state, which is saved, goes on.
+        # The random states of workers can't be saved, so each batch seeds its randomness there by its place in the
+        # run. The training process goes on with the random state of the run, which is saved.
         self.seeds_batches = bool(options.workers.get("num_workers"))
         self.loader = DataLoader(
             SeededBatches(dataset) if self.seeds_batches else dataset,
             batch_sampler=_Requests(self),
             collate_fn=options.collate_fn,
-            generator=torch.Generator(),  # its draws for worker seeds would disturb the run's random state
+            generator=torch.Generator(),  # drawing seeds for workers would change the random state of the run
             **options.workers,
         )
 
     def order(self) -> Sequence[int]:
-        """The epoch's sample indices."""
+        """Return the sample indices of the epoch, in its order."""
         assert self.num_examples is not None
         if not self.options.shuffle:
             return range(self.num_examples)
@@ -61,7 +61,9 @@ class MapStream(DataStream):
         return torch.randperm(self.num_examples, generator=generator).numpy()  # type: ignore[return-value]
 
     def requests(self) -> Iterator[Any]:
-        """What the loader fetches: this rank's indices of each global micro-batch, with a seed where workers fetch."""
+        """Yield what the loader fetches: this rank's indices of each global micro-batch, with a seed where workers
+        fetch.
+        """
         assert self.num_examples is not None
         order, step, shuffled = self.order(), self.global_micro_batch, self.options.shuffle
         for start in range(self.position, self.num_examples - (step - 1 if self.options.drop_last else 0), step):
@@ -73,18 +75,18 @@ class MapStream(DataStream):
             yield (batch_seed(self.seed, self.epoch_number, start), indices) if self.seeds_batches else indices
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the size of groups, which decides the epoch's order."""
+        """Return the position, and the size of groups, which decides the order of the epoch."""
         if self.groups is None:
             return super().state_dict()
         return {**super().state_dict(), "group_size": self.group_size or self.groups.group_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next ``epoch`` begins at the saved position, in the saved order, whatever an update now holds."""
+        """Have the next ``epoch`` begin at the saved position, in the saved order, whatever an update holds now."""
         super().load_state_dict(state)
         self.group_size = state.get("group_size", 0)
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """This rank's micro-batches of one epoch."""
+        """Yield this rank's micro-batches of one epoch."""
         if self.begin() == 0:
             self.group_size = 0
         self.epoch_number = epoch
@@ -96,12 +98,12 @@ class MapStream(DataStream):
         for batch in batches:
             left = total - self.position
             self.position += min(step, left)
-            # Counted, not computed from indices: a rank is without samples only in a short last micro-batch.
+            # Samples are counted, not computed from indices: only in a short last micro-batch may a rank have none.
             yield batch if left >= step or rank * -(-left // self.size) < left else StandIn(batch)
 
 
 class _Requests:
-    """A batch sampler that asks the stream, so that one DataLoader (and its workers) serves all epochs."""
+    """A batch sampler that asks the stream, so that one DataLoader, with its workers, serves all epochs."""
 
     def __init__(self, stream: MapStream) -> None:
         self.stream = stream
@@ -114,13 +116,13 @@ class _Requests:
 
 
 class SeededBatches(Dataset):
-    """A dataset asked for (seed, indices): randomness inside ``__getitem__`` follows from the seed."""
+    """A dataset that is asked for (seed, indices): random numbers drawn in ``__getitem__`` follow from the seed."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
     def __getitems__(self, request: tuple[int, list[int]]) -> list[Any]:
-        """The samples of one batch."""
+        """Return the samples of one batch."""
         seed, indices = request
         random_state.seed_everything(seed)
         fetch_all = getattr(self.dataset, "__getitems__", None)

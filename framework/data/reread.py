@@ -1,4 +1,4 @@
-"""Streams whose order is their own affair, iterables and ready loaders: a resume reads over what was used."""
+"""Streams of iterables and ready loaders, which have an order of their own: a resume reads over what was used."""
 
 import copy
 import inspect
@@ -18,23 +18,23 @@ from .stream import DataStream, LoaderOptions, batch_seed
 
 
 class RereadStream(DataStream):
-    """A stream whose order is its own affair, perhaps drawn at random: every rank reads all of it under one random
-    state, which follows from seed and epoch, and resuming reads over what was used.
+    """A stream of data with an order of its own, which may be drawn at random: every rank reads all of it under one
+    random state, which follows from seed and epoch, and a resume reads over what was used.
     """
 
-    generators_at_start: list[str] | None = None  # their states when the current epoch began
+    generators_at_start: list[str] | None = None  # the states of ``generators`` when the current epoch began
     generators_to_restore: list[str] | None = None
 
     def generators(self) -> list[torch.Generator]:
-        """Generators of its own that the order may be drawn from; their states are saved."""
+        """Return the generators of the data that its order may be drawn from. Their states are saved."""
         return []
 
     def read(self, epoch: int, skip: int) -> Iterator[Any]:
-        """The batches from a position on."""
+        """Yield the batches from a position on."""
         raise NotImplementedError
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """This rank's micro-batches of one epoch."""
+        """Return an iterator over this rank's micro-batches of one epoch."""
         if self.generators_to_restore is not None:
             for generator, state in zip(self.generators(), self.generators_to_restore, strict=False):
                 generator.set_state(random_state.decode(state))
@@ -46,21 +46,21 @@ class RereadStream(DataStream):
         return drawn_within(own, batches)
 
     def generator_states(self) -> list[str]:
-        """The states of the stream's own generators, as JSON types."""
+        """Return the states of the data's generators, as JSON types."""
         return [random_state.encode(generator.get_state()) for generator in self.generators()]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the states in which the stream's own generators began the epoch (between two: begin)."""
+        """Return the position, and the states of the data's generators when the epoch began, or will begin."""
         start = self.generators_at_start if self.position else self.generator_states()
-        if self.generators_to_restore is not None:  # they don't stand there yet
+        if self.generators_to_restore is not None:  # the generators aren't in these states yet
             start = self.generators_to_restore
         return {**super().state_dict(), "generators": start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next ``epoch`` is the saved one, from its position.
+        """Have the next ``epoch`` be the saved one, from its position.
 
         Raises:
-            ValueError: a state of a generator is none.
+            ValueError: a saved state isn't that of a generator.
         """
         for text in state.get("generators") or []:
             if (problem := random_state.generator_problem(text)) is not None:
@@ -70,7 +70,7 @@ class RereadStream(DataStream):
 
 
 def drawn_within(own: random_state.OwnRandomState, batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches, each read under a random state of their own."""
+    """Yield the batches, and read each of them under a random state of the data's own."""
     while True:
         with own.entered():
             batch = next(batches, END)
@@ -83,11 +83,11 @@ END = object()
 
 
 class IterableStream(RereadStream):
-    """Batches of an iterable dataset. Every rank reads the whole sequence and keeps its slice; so does each of its
-    workers, unless the dataset shares its samples among them itself (see ``shares.py``).
+    """Batches of an iterable dataset. Every rank reads the whole sequence and keeps its slice, and so does each worker
+    of a rank, unless the dataset shares its samples among workers itself (see ``shares.py``).
     """
 
-    workers_at_start = 0  # of the saved epoch, where the dataset shared its samples among them itself
+    workers_at_start = 0  # workers of the saved epoch, where the dataset shared its samples among them
     sharing_workers = 0
 
     def __init__(self, dataset: IterableDataset, options: LoaderOptions, seed: int, rank: int, size: int) -> None:
@@ -97,11 +97,11 @@ class IterableStream(RereadStream):
             self.num_examples = len(dataset)
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """This rank's micro-batches of one epoch. Reading them draws random numbers in states of its own."""
+        """Return an iterator over this rank's micro-batches. The shares draw random numbers in states of their own."""
         return self.hand_out(self.read(epoch, self.begin()))
 
     def read(self, epoch: int, skip: int) -> Iterator[Share]:
-        """This rank's shares from a position on."""
+        """Return an iterator over this rank's shares from a position on."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         workers = dict(self.options.workers)
@@ -131,7 +131,7 @@ class IterableStream(RereadStream):
         return self.read_over(shares, skip)
 
     def read_over(self, shares: Iterator[Share], skip: int) -> Iterator[Share]:
-        """Leave out what was used, where only the workers know what that was."""
+        """Leave out the shares that were used, where only the workers can tell which they are, and return the rest."""
         if skip and self.workers_at_start not in (0, self.sharing_workers):
             raise ValueError(
                 f"{type(self.dataset).__name__} shares its samples among {self.sharing_workers} workers by itself, and "
@@ -142,7 +142,7 @@ class IterableStream(RereadStream):
         used = 0
         while used < skip and (chunk := next(shares, None)):
             used += chunk.size
-        if used > skip:  # another batch size or number of ranks than before
+        if used > skip:  # the batch size or the number of ranks is another than before
             warnings.warn(
                 f"resuming an iterable dataset with workers after {skip} samples, which is no whole number of its "
                 f"batches here: {used - skip} samples are left out",
@@ -152,7 +152,7 @@ class IterableStream(RereadStream):
         return shares
 
     def warn_unclear(self) -> None:
-        """Say, where the dataset's class is, that it can't be told whether it shares its samples."""
+        """Warn that it can't be told whether the dataset shares its samples among workers."""
         kind = type(self.dataset)
         warnings.warn_explicit(
             f"{kind.__name__} asks get_worker_info() for its worker's id, but not for the number of workers. It is "
@@ -165,23 +165,23 @@ class IterableStream(RereadStream):
         )
 
     def hand_out(self, shares: Iterator[Share]) -> Iterator[Any]:
-        """The batches, counted."""
+        """Yield the batches of shares, and count their samples."""
         for batch, _, size, is_mine, _ in shares:
             self.position += size
             yield batch if is_mine else StandIn(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and how many workers the dataset shared its samples among; 0 where we do."""
+        """Return the position, and how many workers the dataset shared its samples among; 0 where this stream does."""
         return {**super().state_dict(), "sharing_workers": self.sharing_workers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next ``epoch`` is the saved one, from its position."""
+        """Have the next ``epoch`` be the saved one, from its position."""
         super().load_state_dict(state)
         self.workers_at_start = state.get("sharing_workers", 0)
 
 
 class LoaderStream(RereadStream):
-    """A ready DataLoader with a sampler of its own, taken as it is: rank r of n uses batches r, r + n, r + 2n, ...
+    """Batches of a ready DataLoader with a sampler of its own: rank r of n uses batches r, r + n, r + 2n, ...
 
     A position counts batches here.
     """
@@ -190,7 +190,7 @@ class LoaderStream(RereadStream):
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
         super().__init__(LoaderOptions(batch_size, False, loader.drop_last, default_collate, {}), seed, rank, size)
         if loader.collate_fn is default_convert:
-            loader = copy.copy(loader)  # the user's keeps torch's
+            loader = copy.copy(loader)  # the user's loader keeps its own collation
             loader.collate_fn = convert
         self.loader, self.dataset = loader, loader.dataset
         if hasattr(loader.dataset, "__len__"):
@@ -200,14 +200,14 @@ class LoaderStream(RereadStream):
         return -(-len(self.loader) // self.size)
 
     def generators(self) -> list[torch.Generator]:
-        """Those of the loader and its samplers."""
+        """Return the generators of the loader and its samplers."""
         parts = (self.loader, self.loader.sampler, self.loader.batch_sampler)
         inner = getattr(self.loader.batch_sampler, "sampler", None)
         found = [getattr(part, "generator", None) for part in (*parts, inner)]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     def read(self, epoch: int, skip: int) -> Iterator[Any]:
-        """This rank's batches from a position on."""
+        """Yield this rank's batches from a position on."""
         parts: list[Any] = [self.loader.sampler, self.loader.batch_sampler, self.loader.dataset]
         for part in parts:
             if hasattr(part, "set_epoch"):
@@ -230,15 +230,15 @@ class LoaderStream(RereadStream):
             yield group[self.rank] if self.rank < len(group) else StandIn(group[0])
 
     def fraction(self) -> float:
-        """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""
+        """The part of the epoch that was handed out, from 0 to 1; 0 where its length is unknown."""
         return self.position / len(self.loader) if self.num_examples is not None else 0.0
 
     def capacity(self) -> int | None:
-        """The number of batches; None where unknown."""
+        """The number of batches in an epoch; None where it is unknown."""
         return len(self.loader) if self.num_examples is not None else None
 
     @property
     def samples(self) -> int:
-        """As many as whole batches hold; the last one may be short."""
+        """The samples that were handed out, as if every batch were whole; the last one may be short."""
         whole = self.position * self.options.batch_size
         return whole if self.num_examples is None else min(whole, self.num_examples)

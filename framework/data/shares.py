@@ -1,13 +1,13 @@
-"""An iterable dataset's samples, shared among ranks and worker processes: each sample comes once, in one order.
+"""The samples of an iterable dataset, shared among ranks and worker processes: each sample comes once, in one order.
 
-Every rank reads the whole sequence and keeps its slice of each global micro-batch. With worker processes, each of a
-rank's n workers does so too, and makes the batches of global micro-batches w, w + n, w + 2n, ...; torch's DataLoader
-takes a batch from each worker in turn, and so the order is that of no workers at all.
+Every rank reads the whole sequence and keeps its slice of each global micro-batch. With n worker processes, each worker
+of a rank does so too, and worker w makes the batches of global micro-batches w, w + n, w + 2n, ... torch's DataLoader
+takes a batch from each worker in turn, so that the order is the same as without workers.
 
-A dataset may instead share its samples among the workers by itself, with ``torch.utils.data.get_worker_info()``; torch
-asks for that, and it saves reading everything in every worker. Its share must not be shared once more. Whoever shares
-has to ask how many workers there are, and no later than for its first sample: what it asks is noted, since
-get_worker_info returns what a global variable of the worker process holds, and that is ours here.
+A dataset may instead share its samples among the workers itself, with ``torch.utils.data.get_worker_info()``, as torch
+documents it, which saves reading everything in every worker. Samples that are shared so must not be shared again. A
+dataset that shares has to ask how many workers there are, before its first sample. get_worker_info returns a global
+variable of the worker process, which is replaced here by one that notes what it is asked.
 """
 
 import itertools
@@ -22,17 +22,17 @@ from .collating import Collate
 from .stream import LoaderOptions, batch_seed, share
 
 DECLARED = "shares_among_workers"
-"""Attribute of a dataset that says whether it does (True, False), where that can't be found out."""
+"""The attribute by which a dataset may say whether it shares its samples among workers: True or False."""
 
 
 class Share(NamedTuple):
     """A rank's slice of a global micro-batch, on its way through the loader.
 
     Attributes:
-        batch: samples, or the batch that they were collated to; of one sample that doesn't count, where none is the
-            rank's.
-        seed: of what collation draws at random.
-        size: samples of the global micro-batch.
+        batch: samples, or the batch that they were collated into. Where the rank has no samples, one sample that
+            doesn't count.
+        seed: the seed of what collation draws at random.
+        size: samples in the global micro-batch.
         is_mine: whether the slice isn't empty.
         sharing: how the workers share, see Shares.
     """
@@ -47,16 +47,17 @@ class Share(NamedTuple):
 class Shares(IterableDataset):
     """Global micro-batches of an iterable dataset, cut to one rank's slice.
 
-    ``sharing`` is "ours", "dataset" (it shares its samples among the workers itself) or "unclear" (it asked for the
-    worker's id but not for the number of workers: it may share by it, or only seed by it; taken as "dataset").
+    ``sharing`` is "ours", "dataset" (the dataset shares its samples among the workers itself) or "unclear" (the dataset
+    asked for the id of the worker but not for the number of workers: it may share by the id, or only seed by it, and
+    is taken as "dataset").
 
     Args:
-        dataset: the user's.
-        options: batch size, drop_last.
-        seed, epoch: decide what is drawn at random; the same in all workers and ranks, as they are to find one order.
+        dataset: the user's dataset.
+        options: the batch size, and drop_last.
+        seed, epoch: they decide what is drawn at random, the same in all workers and ranks, which need one order.
         rank, size: this rank among the data-parallel ranks.
-        skip: samples over all ranks to leave out. One that shares them itself leaves out none: which of its own are
-            gone depends on the other workers.
+        skip: samples over all ranks to leave out. Where the dataset shares its samples, none are left out here, since
+            which samples of a worker were used depends on the other workers.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Shares(IterableDataset):
                 for _ in itertools.islice(samples, self.skip):
                     pass
                 return self.cut(samples, own, self.skip, index, workers)
-        # The order is settled. What is drawn from here on, to vary samples, is each worker's own.
+        # The order is settled. Random numbers drawn from here on, to vary samples, are each worker's own.
         own = random_state.OwnRandomState(batch_seed(self.seed, self.epoch, 1 + index))
         return (part._replace(sharing=sharing) for part in self.cut(samples, own, 0, 0, 1, of_worker=1 + index))
 
@@ -100,14 +101,14 @@ class Shares(IterableDataset):
         workers: int,
         of_worker: int = 0,
     ) -> Iterator[Share]:
-        """The slices of every global micro-batch from ``index`` on in steps of ``workers``.
+        """Yield this rank's slice of every global micro-batch from ``index`` on, in steps of ``workers``.
 
         Args:
-            samples: from ``position`` on.
-            own: the random state to read them in.
-            position: samples before them.
-            index, workers: this worker, and how many there are.
-            of_worker: tells batches at one position of several workers apart.
+            samples: the samples from ``position`` on.
+            own: the random state to read the samples in.
+            position: the number of samples before these.
+            index, workers: this worker, and the number of workers.
+            of_worker: a number that differs between workers whose batches have the same position.
         """
         step = self.batch_size * self.size
         for number in itertools.count():
@@ -123,10 +124,10 @@ class Shares(IterableDataset):
             self.check_asked_early()
 
     def check_asked_early(self) -> None:
-        """Refuse a dataset that began to share its samples when some were shared already.
+        """Refuse a dataset that begins to share its samples after this object has shared some.
 
         Raises:
-            RuntimeError: it asked for the number of workers after its first sample.
+            RuntimeError: the dataset asked for the number of workers after its first sample.
         """
         asking = get_worker_info()
         if isinstance(asking, AskedInfo) and asking.answered == "ours" and asking.sharing() != "ours":
@@ -138,15 +139,15 @@ class Shares(IterableDataset):
 
 
 class AskedInfo:
-    """What ``get_worker_info()`` returns inside of a worker: torch's WorkerInfo, and a note of what was asked.
+    """What ``get_worker_info()`` returns inside a worker: torch's WorkerInfo, and a note of what was asked.
 
     Args:
-        info: torch's.
+        info: torch's WorkerInfo.
     """
 
     def __init__(self, info: Any) -> None:
         self.info = info
-        self.dataset = info.dataset.dataset  # the user's, which an own worker_init_fn may cut
+        self.dataset = info.dataset.dataset  # the user's dataset, which a worker_init_fn may cut
         self.seed = info.seed
         self.asked: set[str] = set()
         self.answered = ""
@@ -159,12 +160,12 @@ class AskedInfo:
 
     @property
     def num_workers(self) -> int:
-        """How many there are."""
+        """The number of workers."""
         self.asked.add("num_workers")
         return self.info.num_workers
 
     def sharing(self) -> str:
-        """How the workers share, as far as what was asked tells; see Shares."""
+        """How the workers share, as far as what was asked tells it; see Shares."""
         declared = getattr(self.dataset, DECLARED, None)
         if declared is not None:
             answer = "dataset" if declared else "ours"
@@ -177,31 +178,31 @@ class AskedInfo:
 
 
 class BeginWorker:
-    """Prepares a worker process: what is asked about it is noted from here on.
+    """Prepares a worker process so that what the dataset asks about workers is noted.
 
     Args:
-        worker_init_fn: the user's, called next.
+        worker_init_fn: the user's function, which is called next.
     """
 
     def __init__(self, worker_init_fn: Any = None) -> None:
         self.worker_init_fn = worker_init_fn
 
     def __call__(self, worker_id: int) -> None:
-        """Called in the worker, before anything is read."""
+        """Prepare the worker; torch calls this there before anything is read."""
         torch_worker._worker_info = AskedInfo(get_worker_info())  # type: ignore[assignment]
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 
 
 class CollateShare:
-    """Collates the samples of a share. What that draws at random follows from the batch's place in the epoch: it is
-    drawn again after a resume, and doesn't disturb the order in which the dataset is read.
+    """Collates the samples of a share. Random numbers drawn for it follow from the place of the batch in the epoch:
+    they are the same after a resume, and don't change the order in which the dataset is read.
     """
 
     def __init__(self, collate_fn: Collate) -> None:
         self.collate_fn = collate_fn
 
     def __call__(self, item: Share) -> Share:
-        """The share with its batch."""
+        """Return the share with its samples collated into a batch."""
         with random_state.OwnRandomState(item.seed).entered():
             return item._replace(batch=self.collate_fn(item.batch))

@@ -10,7 +10,7 @@ class StandIn:
     evaluation. It counts no items, and nothing that is computed from it is kept.
 
     Args:
-        batch: of the same structure as the others', whatever it holds.
+        batch: a batch of the usual structure, whatever is in it.
     """
 
     batch: Any

@@ -1,4 +1,4 @@
-"""What every stream of batches promises: one global order, a slice of it for each rank, and a position in samples."""
+"""The base of streams of batches: one global order, a slice of it for each rank, and a position in samples."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from .fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are made: from FitArguments, or from a ready DataLoader, which brings its own.
+    """Options of how batches are made, from FitArguments or from a ready DataLoader.
 
     Args:
         batch_size: samples per micro-batch and rank.
-        shuffle: a new order each epoch.
+        shuffle: draw a new order each epoch.
         drop_last: leave out a short last global micro-batch.
-        collate_fn: list of samples to batch.
-        workers: options that torch's DataLoader is given as they are.
+        collate_fn: a function of a list of samples to a batch.
+        workers: options that are handed to torch's DataLoader as they are.
     """
 
     batch_size: int
@@ -29,22 +29,22 @@ class LoaderOptions:
 
 
 class DataStream:
-    """One epoch after another of this rank's micro-batches.
+    """This rank's micro-batches, epoch after epoch.
 
     Args:
         options: see LoaderOptions.
-        seed: decides the order.
+        seed: what decides the order.
         rank, size: this rank among the data-parallel ranks.
 
     Attributes:
-        num_examples: samples in an epoch, over all ranks; None where unknown.
+        num_examples: samples in an epoch, over all ranks; None where it is unknown.
         position: samples of the current epoch that were handed out, over all ranks.
-        dataset: the data, where a sample of any place can be asked for.
+        dataset: the data, where its samples can be read in any order; else None.
     """
 
     num_examples: int | None = None
     is_equal_on_ranks = False
-    """Whether every rank surely has equally many micro-batches."""
+    """Whether it is certain that every rank has equally many micro-batches."""
     dataset: Any = None
     fingerprint: str | None = None
     fingerprint_is_known = False
@@ -55,15 +55,15 @@ class DataStream:
         self.rank = rank
         self.size = size
         self.position = 0
-        self.start = 0  # where the next epoch() begins; set by a resume
+        self.start = 0  # the position where the next epoch() begins; a resume sets it
 
     @property
     def global_micro_batch(self) -> int:
-        """Samples in one micro-batch over all ranks."""
+        """The number of samples in one micro-batch over all ranks."""
         return self.options.batch_size * self.size
 
     def __len__(self) -> int:
-        """Micro-batches of a whole epoch on this rank.
+        """Return the number of micro-batches of a whole epoch on this rank.
 
         Raises:
             TypeError: the data has no length.
@@ -75,41 +75,44 @@ class DataStream:
         return -(-self.num_examples // self.global_micro_batch)
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """This rank's micro-batches of one epoch, from where a loaded state stood, else from the beginning.
+        """Return an iterator over this rank's micro-batches of one epoch, from a restored position or from the
+        beginning.
 
-        Whatever is read to get there is read before this returns, so that the caller can then restore random states.
+        What has to be read to get there is read before this returns, so that the caller can then restore random states.
         """
         raise NotImplementedError
 
     def fraction(self) -> float:
-        """How much of the epoch was handed out, from 0 to 1; 0 where its length is unknown."""
+        """The part of the epoch that was handed out, from 0 to 1; 0 where its length is unknown."""
         if self.num_examples is None:
             return 0.0
-        # Without the samples that drop_last leaves out, and without a short last micro-batch's empty places.
+        # The samples that drop_last leaves out don't count, nor do the empty places of a short last micro-batch.
         return min(1.0, self.position / min(self.num_examples, len(self) * self.global_micro_batch))
 
     def capacity(self) -> int | None:
-        """The furthest position in an epoch; None where unknown."""
+        """The last position in an epoch; None where it is unknown."""
         return self.num_examples
 
     @property
     def samples(self) -> int:
-        """Samples of the current epoch that were handed out, over all ranks."""
+        """The number of samples of the current epoch that were handed out, over all ranks."""
         return self.position
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, good for any batch size and number of ranks."""
+        """Return the position, which is valid for any batch size and number of ranks."""
         return {"position": self.position, "global_micro_batch": self.global_micro_batch}
 
     def describe(self, reads_samples: bool) -> dict[str, Any]:
-        """What the order of samples follows from, as JSON types, for a resume to compare.
+        """Return what the order of samples follows from, as JSON types, for a resume to compare.
 
         Args:
-            reads_samples: give the fingerprint, too, where the data can be read at any place and by this process; else
-                it is None. It is taken once.
+            reads_samples: include the fingerprint of the data, where this process can read samples in any order; else
+                the fingerprint is None. It is taken once.
         """
         if reads_samples and not self.fingerprint_is_known and self.dataset is not None:
-            by_workers = bool(self.options.workers.get("num_workers"))  # files opened here would be shared with them
+            by_workers = bool(
+                self.options.workers.get("num_workers")
+            )  # workers would share files that are opened in this process
             self.fingerprint = None if by_workers else fingerprint(self.dataset)
             self.fingerprint_is_known = True
         return {
@@ -123,7 +126,7 @@ class DataStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next ``epoch`` begins at the saved position."""
+        """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
 
     def rewind(self) -> None:
@@ -131,17 +134,19 @@ class DataStream:
         self.position = 0
 
     def begin(self) -> int:
-        """Take the starting position of an epoch, once."""
+        """Return the position where an epoch starts, and have the next one start at 0."""
         self.position, self.start = self.start, 0
         return self.position
 
 
 def share(samples: Sequence[Any], rank: int, size: int, batch_size: int) -> Sequence[Any]:
-    """A rank's slice of a global micro-batch: ``batch_size`` samples, or an even part of a short one (maybe none)."""
+    """Return a rank's slice of a global micro-batch: ``batch_size`` samples, or an even part of a short one (maybe
+    none).
+    """
     part = batch_size if len(samples) == batch_size * size else -(-len(samples) // size)
     return samples[rank * part : (rank + 1) * part]
 
 
 def batch_seed(seed: int, epoch: int, position: int) -> int:
-    """A seed for one batch's randomness; the same for any number of workers."""
+    """Return the seed for the random numbers of one batch; the same for any number of workers."""
     return int(numpy.random.SeedSequence((seed, epoch, position)).generate_state(1)[0])

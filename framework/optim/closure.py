@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...strategies.base import Strategy
-from ..arguments import FitArguments
+from ..fields.argument_fields import ArgumentFields
 
 
 class Closure:
@@ -53,7 +53,7 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is closure.empty
 
 
-def check_closure(optimizer: Optimizer, strategy: Strategy, args: FitArguments) -> None:
+def check_closure(optimizer: Optimizer, strategy: Strategy, args: ArgumentFields) -> None:
     """Refuse an optimizer that needs a closure where the closure's loss wouldn't be that of the gradients.
 
     Raises:

@@ -32,11 +32,11 @@ from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from ..callbacks import Callbacks
 from ..data import has_plain_sampler
-from ..in_step import OtherRankError
-from ..memory import MemoryByStage
+from ..measures.memory import MemoryByStage
 from ..module import TrainModule
 from ..printing import say
 from ..state import Control, TrainOutput
+from .in_step import OtherRankError
 from .out_of_memory import is_out_of_memory
 from .plan import Plan
 

@@ -3,7 +3,7 @@
 from ...strategies.base import RunDescription
 from ..arguments import FitArguments
 from ..module import TrainModule
-from ..schedulers import warmup_updates
+from ..optim.schedulers import warmup_updates
 
 
 def describe_run(module: TrainModule, args: FitArguments) -> RunDescription:

@@ -1,8 +1,8 @@
 """One message an update between the ranks' hosts: items, what callbacks ask for, and what failed."""
 
 from ...strategies.base import Strategy
-from ..in_step import InStep
 from ..state import Control
+from .in_step import InStep
 
 
 class UpdateExchange:

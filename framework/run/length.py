@@ -8,15 +8,15 @@ from ..arguments import FitArguments
 
 
 class RunLength(NamedTuple):
-    """The length of a run, in every unit.
+    """The length of a run in every unit.
 
     Attributes:
-        num_train_epochs: passes over the data, the last one perhaps not to its end; sys.maxsize where they can't be
+        num_train_epochs: passes over the data, of which the last one may end early; sys.maxsize where passes can't be
             counted.
         num_update_steps_per_epoch: updates in a pass; all of them where the data has no length.
         num_examples: samples in a pass.
         num_train_samples: samples in the run.
-        epoch_based: whether the epochs set the length, not max_steps.
+        epoch_based: whether ``num_train_epochs`` sets the length, and not ``max_steps``.
         len_dataloader: micro-batches in a pass; None where the data has no length.
         max_steps: updates in the run.
     """
@@ -31,11 +31,11 @@ class RunLength(NamedTuple):
 
 
 def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int) -> RunLength:
-    """The length of a run.
+    """Compute the length of a run.
 
     Args:
-        args: max_steps, or else num_train_epochs.
-        dataloader: its length, if it has one, is in micro-batches.
+        args: ``max_steps`` sets the length, or else ``num_train_epochs``.
+        dataloader: its length, where it has one, is in micro-batches.
         total_train_batch_size: samples in an update.
 
     Raises:
@@ -65,16 +65,16 @@ def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int)
 def length_of_resumed(
     args: FitArguments, length: RunLength, total_train_batch_size: int, done: tuple[int, int, float]
 ) -> tuple[int, int]:
-    """The length of a run that goes on with another global batch than it began with.
+    """Compute the length of a run that goes on with another global batch than it began with.
 
-    Epochs set the length: what is left of them takes as many updates as it takes now. ``max_steps`` sets it: it stays,
-    and the epochs are those that the updates left go through.
+    Where epochs set the length, the rest of them is counted in updates of the new size. Where ``max_steps`` sets it,
+    ``max_steps`` stays, and the passes are counted that the updates left will make.
 
     Args:
-        args: as given, with ``max_steps`` unresolved.
-        length: of a run that begins with the new global batch.
-        total_train_batch_size: samples in an update.
-        done: (updates, whole passes over the data, fraction of the next one).
+        args: as the user gave them, with ``max_steps`` unresolved.
+        length: the length of a run that begins with the new global batch.
+        total_train_batch_size: samples in an update, with the new global batch.
+        done: (updates, whole passes over the data, fraction of the pass under way) that the run has made.
 
     Returns:
         (num_train_epochs, max_steps)
@@ -83,11 +83,11 @@ def length_of_resumed(
     if length.len_dataloader is None:
         return length.num_train_epochs, length.max_steps
     per_pass, accumulation = length.num_update_steps_per_epoch, args.gradient_accumulation_steps
-    # A short last micro-batch counts as what it holds; one that is dropped doesn't count.
+    # A short last micro-batch counts by the samples in it, and one that is dropped doesn't count.
     micro_batches = min(length.num_examples * accumulation / total_train_batch_size, length.len_dataloader)
 
     def updates_in(part: float) -> int:
-        """Of a part of a pass, up to its end; rounding must not make an update of nothing."""
+        """Count the updates in a part of a pass that reaches its end; rounding must not make an update of nothing."""
         return math.ceil(part * micro_batches / accumulation - 1e-9)
 
     rest_of_pass = updates_in(1.0 - fraction)

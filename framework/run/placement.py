@@ -10,11 +10,11 @@ from ...strategies.base import Strategy
 from .. import random_state
 from ..arguments import FitArguments
 from ..combinations import check_optimizer
-from ..configured import configured_optimizer
 from ..module import TrainModule
 from ..optim.closure import Closure, needs_closure
-from ..optimizer_mode import OptimizerMode
-from ..preparation import prepare_module
+from ..optim.mode import OptimizerMode
+from ..switches.preparation import prepare_module
+from .configured import configured_optimizer
 from .description import describe_run
 
 MADE_IN_PLACING = (

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import cadence
 from ..arguments import FitArguments
 from ..data import DataStream
+from ..fields import cadence
 from .length import RunLength, length_of_resumed, run_length
 
 

@@ -20,28 +20,26 @@ class RescueWarning(UserWarning):
 
 
 class Rescue:
-    """Knows whether a run stands between two updates and, where it is asked to, saves it there.
+    """Knows whether a run stands between two updates, and saves it there.
 
     Weights, moments and counters are those of the last update until the next one begins to compute. Only the data and
     the random numbers have gone on when reading the next micro-batches fails; so where they stood is noted before.
 
     Args:
-        is_on: whether a state is to be saved.
-        begins_again: whether a run that is out of memory begins again, and needn't be saved.
         strategy: of the run.
         stream: the run's data.
+        begins_again: whether a run that is out of memory begins again, and needn't be saved.
     """
 
-    def __init__(self, is_on: bool, begins_again: bool, strategy: Strategy, stream: DataStream) -> None:
-        self.is_on, self.begins_again, self.strategy, self.stream = is_on, begins_again, strategy, stream
+    def __init__(self, strategy: Strategy, stream: DataStream, begins_again: bool) -> None:
+        self.strategy, self.stream, self.begins_again = strategy, stream, begins_again
         self.is_whole = False  # and other than at the beginning of this run
         self.saved_step = -1
         self.standing: tuple[dict[str, Any], dict[str, Any]] | None = None  # data and random state, since moved on
 
     def note_position(self) -> None:
         """Note where the data and the random numbers stand, before the next are read."""
-        if self.is_on:
-            self.standing = self.stream.state_dict(), {**random_state.capture(), **self.strategy.random_state()}
+        self.standing = self.stream.state_dict(), {**random_state.capture(), **self.strategy.random_state()}
 
     def begin_update(self) -> None:
         """Note that there is no whole state from here on."""
@@ -66,7 +64,7 @@ class Rescue:
         """
         from ..checkpoint import CheckpointError
 
-        if not self.is_on or not isinstance(error, Exception) or isinstance(error, CheckpointError):
+        if not isinstance(error, Exception) or isinstance(error, CheckpointError):
             return  # what can't be written needn't be tried again
         if self.begins_again and is_out_of_memory(error):
             return

@@ -10,16 +10,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ...strategies.base import Strategy
 from .. import checkpoint, random_state
-from ..averages import Averages
 from ..callbacks import Callbacks
-from ..configured import configured_scheduler
 from ..data import DataStream
-from ..in_step import InStep
-from ..memory import MemoryByStage
+from ..measures.averages import Averages
+from ..measures.memory import MemoryByStage
 from ..module import TrainModule
-from ..schedulers import waits_for_metric
+from ..optim.schedulers import waits_for_metric
 from ..state import Control, TrainState
+from .configured import configured_scheduler
 from .exchange import UpdateExchange
+from .in_step import InStep
 from .placement import Placement
 from .plan import Plan
 from .rescue import Rescue
@@ -41,7 +41,7 @@ class Run:
         placement: the module where it is trained; None before ``begin``.
         averages: what the updates since the last log noted.
         exchange: the ranks' message of an update.
-        rescue: what is saved where an exception ends the run.
+        rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
         results: the numbers at the run's end.
         epoch_index: whole passes over the data done.
@@ -62,7 +62,8 @@ class Run:
         self.placement: Placement | None = None
         self.averages = Averages(strategy)
         self.exchange = UpdateExchange(strategy, control, InStep(strategy, "train_data"))
-        self.rescue = Rescue(self.args.save_on_exception, self.args.auto_find_batch_size, strategy, stream)
+        saves = self.args.save_on_exception
+        self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
         self.totals: Totals | None = None
         self.results: dict[str, float] = {}
         self.epoch_index = 0
@@ -141,6 +142,15 @@ class Run:
 
     # What happens in it.
 
+    def check_callbacks(self) -> None:
+        """Refuse a callback's state that no checkpoint can hold, when training begins and not at the first save.
+
+        Raises:
+            TypeError: names the callback, and the entry.
+        """
+        if self.callbacks.stateful():
+            checkpoint.check_states(self.callbacks.state_dict())
+
     def begin_epoch(self, epoch: int) -> None:
         """Count the micro-batches of an epoch anew."""
         self.epoch_index = epoch
@@ -151,15 +161,21 @@ class Run:
         self.epoch_index += 1
         self._earlier_samples += self.stream.samples
         self.stream.rewind()
-        self.rescue.note_position()
+        if self.rescue is not None:
+            self.rescue.note_position()
 
     def clip(self, parameters: list[Any]) -> None:
         """Scale the gradients down to ``max_grad_norm``, and keep their norm, on the device."""
         limit = self.args.max_grad_norm
         self.grad_norm = self.strategy.clip_grad_norm(parameters, limit) if limit else None
 
-    def note_step(self) -> None:
-        """Note that the optimizer has stepped: the schedule is to follow, once it is known whether it really did."""
+    def step(self) -> None:
+        """Step the optimizer. The schedule is to follow, once it is known whether the step wasn't skipped."""
+        self.settle_schedule()  # of the update before, where loss scaling has only now told whether it stepped
+        optimizer = self.strategy.optimizer
+        assert optimizer is not None
+        self.state.begin_step(optimizer.param_groups[0]["lr"])
+        self.strategy.step()
         self._schedule_is_due = True
 
     def settle_known_schedule(self) -> None:
@@ -171,16 +187,19 @@ class Run:
         """Move the schedule for the last update, or count it as skipped, once it is known which."""
         if self._schedule_is_due:
             self._schedule_is_due = False
+            scheduler = self._scheduler
+            assert scheduler is not None
             if self.strategy.step_was_skipped():
                 self.state.skip_update()
-            elif not waits_for_metric(self.scheduler):
-                self.scheduler.step()
+            elif not waits_for_metric(scheduler):
+                scheduler.step()
 
     def end_update(self, loss: Tensor) -> None:
         """Count an update, whose loss over this rank is a 0-dim tensor on the device."""
         self.averages.end_update(loss)
         self.state.end_update(self.epoch_index + self.stream.fraction())
-        self.rescue.end_update()
+        if self.rescue is not None:
+            self.rescue.end_update()
 
     def begin_training(self) -> None:
         """Begin to measure: everything is placed and restored."""

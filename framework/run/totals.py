@@ -7,8 +7,8 @@ from typing import Any
 
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
-from ..averages import Averages, mean_of_finite
-from ..flops import device_name, peak_flops
+from ..measures.averages import Averages, mean_of_finite
+from ..measures.flops import device_name, peak_flops
 from ..state import TrainState
 
 

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from .. import checkpoint
 from ..arguments import FitArguments
 from ..callbacks import Callback
-from ..in_step import OtherRankError
 from ..module import TrainModule
 from ..printing import say
 from ..run.batch_size import forget_frames
+from ..run.in_step import OtherRankError
 from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
 from .reporting import draw, print_table, progress_line, write_hparams
@@ -31,9 +31,16 @@ Result = TypeVar("Result")
 
 
 class MainProcessError(RuntimeError):
-    """What failed on the main process, on the other ranks."""
+    """What failed on the main process, on the other ranks.
 
-    is_caught = False  # whether the search goes on after it
+    Args:
+        said: what it failed with.
+        is_caught: whether the search goes on after it.
+    """
+
+    def __init__(self, said: str, is_caught: bool) -> None:
+        super().__init__(said)
+        self.is_caught = is_caught
 
 
 class Report(Callback):
@@ -269,9 +276,7 @@ class Search:
         if error is not None:
             raise error
         if failure is not None:
-            elsewhere = MainProcessError(failure)
-            elsewhere.is_caught = is_caught
-            raise elsewhere
+            raise MainProcessError(failure, is_caught)
         return result
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -71,7 +70,6 @@ class DeepSpeed(ProcessGroupStrategy):
     options: DeepSpeedOptions
     engine: Any = None
     zero_state: ZeroState | None = None
-    gradient_order: GradientOrder | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -130,8 +128,7 @@ class DeepSpeed(ProcessGroupStrategy):
         if self.stage:
             self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
         if self.stage and self.world_size > 1:
-            store = dist.distributed_c10d._get_default_store()
-            self.gradient_order = GradientOrder(self.engine.optimizer, self.stage, store, self.rank)
+            GradientOrder(self.engine.optimizer, self.stage, module.parameters())
         base = self.engine.optimizer.optimizer if self.stage else self.optimizer
         self.optimizer = EngineOptimizer(base, groups, self.step_engine)
 
@@ -171,8 +168,6 @@ class DeepSpeed(ProcessGroupStrategy):
     def step_engine(self) -> None:
         """One step of the engine, with the norm of this update, and clipping only where this update asked for it."""
         self.engine.step()
-        if self.gradient_order is not None:
-            self.gradient_order.agree()
         if self.stage:
             zero = self.engine.optimizer
             vars(zero).pop("_get_norm_groups", None)
@@ -243,7 +238,7 @@ class DeepSpeed(ProcessGroupStrategy):
         """Take the engine's hooks off, and forget it."""
         if self.engine is not None:
             destroy(self.engine)
-            self.engine = self.zero_state = self.gradient_order = None
+            self.engine = self.zero_state = None
 
     def tear_down(self) -> None:
         """Let go of the engine and leave the process group."""

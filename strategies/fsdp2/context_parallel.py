@@ -15,7 +15,15 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..batches import LABELS, field_names, is_by_position, map_batch, refilled, tensors_of, with_fields
+from ..batches import (
+    LABELS,
+    field_names,
+    is_by_position,
+    map_batch,
+    refilled,
+    tensors_of,
+    with_fields,
+)
 
 POSITIONS = ("positions", "position_ids")
 """What forward may call the places of its tokens in the whole sequence."""

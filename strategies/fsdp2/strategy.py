@@ -21,7 +21,15 @@ from ...precision.quantized import check_storage
 from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
 from ..gradient_norm import clip_by_norm
 from ..materialize import materialize
-from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR, split_world, submesh, whole_of
+from ..mesh import (
+    CONTEXT,
+    REPLICATE,
+    SHARD,
+    TENSOR,
+    split_world,
+    submesh,
+    whole_of,
+)
 from ..plans.cut_features import CutFeatures
 from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
 from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
@@ -29,6 +37,7 @@ from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import whole_parameters
 from .gathering import gather_by_parameter
+from .used_parameters import UsedParameters
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel
@@ -45,6 +54,9 @@ class FSDP2Options(ProcessGroupOptions):
         tensor_parallel: ranks that hold each layer together, by the module's ``tensor_parallel_plan()``.
         loss_parallel: with tensor_parallel, keep the logits sharded by class up to the loss.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        find_unused_parameters: some ranks' backward doesn't reach some parameters in some updates: they take part with
+            a gradient of 0 there, and weight decay moves them (torch 2.13). Without it such an update is refused. Every
+            rank must call the same blocks of ``shard_units()`` all the same.
         context_parallel: ranks that share each sample and hold a part of its sequence, for sequences too long for one.
             They shard the model too. Attention must be ``F.scaled_dot_product_attention(..., is_causal=True)``, without
             mask or dropout; whatever else mixes positions sees a rank's part alone. A part is two pieces of the
@@ -58,6 +70,7 @@ class FSDP2Options(ProcessGroupOptions):
     tensor_parallel: int = 1
     loss_parallel: bool = False
     cpu_offload: bool = False
+    find_unused_parameters: bool = False
     context_parallel: int = 1
 
     def __post_init__(self) -> None:
@@ -194,6 +207,22 @@ class FSDP2(ProcessGroupStrategy):
         # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
         fully_shard(module, mp_policy=policy, **{**common, "reshard_after_forward": False})
         gather_by_parameter(module, kept)
+        self.sum_alike(module)
+
+    def sum_alike(self, module: nn.Module) -> None:
+        """Have every rank sum gradients of the same parameters, or stop where they don't."""
+        if self.options.find_unused_parameters:
+            if not hasattr(module, "set_reduce_scatter_unused_params"):
+                raise ValueError(
+                    f"FSDP2(find_unused_parameters=True) needs torch 2.13, and this is torch {torch.__version__}. Use "
+                    "strategy='fsdp1', or DDP(find_unused_parameters=True)."
+                )
+            sharded: Any = module
+            sharded.set_reduce_scatter_unused_params(True)
+            return
+        names = {(id(m), key): f"{p}.{key}".lstrip(".") for p, m in module.named_modules() for key in m._parameters}
+        for unit in (m for m in module.modules() if isinstance(m, FSDPModule)):
+            UsedParameters(unit, names, self.all_say)
 
     def release(self, module: nn.Module) -> None:
         """Let go; and have torch forget that these layers are sharded, or it refuses to shard them again."""

@@ -19,7 +19,15 @@ from ..devices import move_to
 from ..materialize import materialize
 from ..plans.plan import tie, tied_parameters
 from .client import check_mesh, check_package, compilations, on_host, start
-from .sharding import AXES, DATA, FSDP, Partition, by_samples, mark, partitions
+from .sharding import (
+    AXES,
+    DATA,
+    FSDP,
+    Partition,
+    by_samples,
+    mark,
+    partitions,
+)
 
 WARM_UP = 3  # training programs that may be compiled: without optimizer state, with it, and one to spare
 

@@ -8,7 +8,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import FitArguments, TrainModule
 from stratagem.framework.combinations import check_combination
-from stratagem.framework.optimizers import LOW_RANK, make_optimizer
+from stratagem.framework.optim.optimizers import LOW_RANK, make_optimizer
 from torch.optim import Optimizer
 from training import Tagger, make_strategy, token_rows, train
 

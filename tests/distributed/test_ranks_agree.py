@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import Ranks
 from stratagem import Callback
-from stratagem.framework.ranks_agree import RanksAgree
+from stratagem.framework.switches.ranks_agree import RanksAgree
 from stratagem.strategies.duplicates import ENTRIES, fingerprints
 from torch import nn
 from torch.distributed.tensor import DTensor

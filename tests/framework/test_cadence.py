@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback, FitArguments, TrainModule
-from stratagem.framework.cadence import in_updates
+from stratagem.framework.fields.cadence import in_updates
 from tiny import Dropping, MakeFit, Regressor, StopAt, parameters_of, regression_rows
 from torch import Tensor
 

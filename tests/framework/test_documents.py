@@ -45,7 +45,7 @@ def test_the_page_of_precisions_is_current() -> None:
 
 
 def test_the_order_of_events_is_the_loops() -> None:
-    order = inspect.cleandoc(loop.run.__doc__ or "").split("::\n\n")[1].split("\n\nNothing in here")[0]
+    order = inspect.cleandoc(loop.train.__doc__ or "").split("::\n\n")[1].split("\n\nNothing in here")[0]
     assert LOOP.split("```\n")[1] == inspect.cleandoc("\n" + order) + "\n"
 
 

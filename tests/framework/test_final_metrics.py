@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback
-from stratagem.framework import flops
+from stratagem.framework.measures import flops
 from stratagem.framework.module import IGNORED_LABEL
 from tiny import (
     CLASSES,

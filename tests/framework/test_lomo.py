@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from stratagem import Callback, FitArguments, TrainModule
-from stratagem.framework.lomo import AdaLomo, Lomo, check_update_in_backward
+from stratagem.framework.optim.lomo import AdaLomo, Lomo, check_update_in_backward
 from stratagem.precision import get_precision
 from stratagem.strategies import get_strategy
 from tiny import MakeFit, Regressor, collate, logs_of, parameters_of, regression_rows

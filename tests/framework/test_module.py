@@ -9,11 +9,11 @@ import attrs
 import pytest
 import torch
 from stratagem import FitArguments, TrainModule
-from stratagem.framework.averages import Averages, mean_of_finite
+from stratagem.framework.measures.averages import Averages, mean_of_finite
 from stratagem.framework.module import forward_call
 from stratagem.framework.objective import Objective
-from stratagem.framework.optimizers import decay_groups
-from stratagem.framework.schedulers import make_scheduler
+from stratagem.framework.optim.optimizers import decay_groups
+from stratagem.framework.optim.schedulers import make_scheduler
 from stratagem.strategies import Strategy
 from stratagem.strategies.batches import Pinnable, map_batch
 from stratagem.strategies.devices import move_to

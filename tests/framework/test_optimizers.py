@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import FitArguments, TrainModule
-from stratagem.framework.optimizers import LOW_RANK, OPTIMIZERS, PAGED, make_optimizer, undecayed_names
+from stratagem.framework.optim.optimizers import LOW_RANK, OPTIMIZERS, PAGED, make_optimizer, undecayed_names
 from tiny import CLASSES, MakeFit, logs_of, parameters_of, token_rows
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ import schedulefree
 import torch
 from safetensors.torch import load_file
 from stratagem import Callback, Fit, FitArguments
-from stratagem.framework.optimizers import make_optimizer
+from stratagem.framework.optim.optimizers import make_optimizer
 from tiny import MakeFit, Regressor, collate, parameters_of, regression_rows
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from stratagem import FitArguments
-from stratagem.framework.schedulers import SCHEDULERS, SHAPES
+from stratagem.framework.optim.schedulers import SCHEDULERS, SHAPES
 from tiny import MakeFit, Regressor, logs_of, regression_rows
 
 WARMUP, TOTAL = 4, 12  # 8 updates after warm-up

@@ -15,9 +15,9 @@ import pytest
 import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework.arguments_table import training_arguments_table
-from stratagem.framework.foreign_arguments import FOREIGN
-from stratagem.framework.greedy import GreedyLR
-from stratagem.framework.schedulers import SCHEDULERS, make_scheduler
+from stratagem.framework.fields.foreign_arguments import FOREIGN
+from stratagem.framework.optim.greedy import GreedyLR
+from stratagem.framework.optim.schedulers import SCHEDULERS, make_scheduler
 from tiny import MakeFit, Regressor, parameters_of, regression_rows
 from torch import Tensor, nn
 
@@ -533,7 +533,7 @@ def test_what_is_refused(arguments: dict[str, Any], says: str) -> None:
 
 
 def test_optimizers_of_transformers_are_ours_or_refused_by_name() -> None:
-    from stratagem.framework.optimizers import OPTIMIZERS, REFUSED
+    from stratagem.framework.optim.optimizers import OPTIMIZERS, REFUSED
     from transformers.training_args import OptimizerNames
 
     for name in OptimizerNames:

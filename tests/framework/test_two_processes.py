@@ -71,12 +71,12 @@ def test_a_second_fit_of_the_same_process_is_refused_while_the_first_trains(make
 
     class Nested(Callback):
         def on_step_end(self, *_: Any, **context: Any) -> None:
-            other = make_fit(Dropping(), regression_rows(22), max_steps=2, save_strategy="steps", save_steps=2)
             link = tmp_path / "link"
             if not link.exists():
                 link.symlink_to(tmp_path / "output")
             for directory in (tmp_path / "output", link):
-                other.args = other.args.replace(output_dir=str(directory))
+                saves = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(directory)}
+                other = make_fit(Dropping(), regression_rows(22), max_steps=2, **saves)
                 with pytest.raises(CheckpointError, match="in use by another Fit of this process"):
                     other.train()
                 refused.append(directory)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stratagem.framework.flops import device_name, peak_flops
+from stratagem.framework.measures.flops import device_name, peak_flops
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and this machine has none"),

@@ -1,0 +1,224 @@
+"""The fields of FitArguments and their documentation, without the rules, which are written against these fields."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .argument_types import Options
+
+Arguments = TypeVar("Arguments", bound="ArgumentFields")
+
+
+@dataclass(frozen=True)
+class ArgumentFields:
+    """Options of a training run.
+
+    The names are those of transformers' TrainingArguments wherever the same thing exists there, and its
+    HfArgumentParser makes a command line of them. "Update" means one optimizer step; "step" in a name means update too.
+
+    Args:
+        output_dir: where checkpoints and logs go; made when something is first written. "~" is your home.
+        run_name: what the run is called in its logs and on the display; None leaves it without a name.
+        max_steps: updates to train for; -1 trains for ``num_train_epochs``. Overrides the epochs.
+        num_train_epochs: passes over the training data; may be a fraction.
+        per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
+        per_device_eval_batch_size: the same in evaluation and prediction.
+        gradient_accumulation_steps: micro-batches per update.
+        auto_find_batch_size: where a run is out of memory, begin it again with half of ``per_device_train_batch_size``
+            (or less) and more ``gradient_accumulation_steps``, so that an update's samples stay the same; see
+            ``framework/run/batch_size.py``. Takes host memory for a copy of the module.
+        learning_rate: the schedule's peak.
+        weight_decay: decay of weights; norms and biases are never decayed.
+        adam_beta1, adam_beta2, adam_epsilon: AdamW's constants (Loshchilov and Hutter, 2019).
+        optim: the optimizer: adamw, adam, sgd, adafactor, rmsprop, adagrad, muon, lomo, adalomo; from packages of their
+            own: lion, stable_adamw, grokadamw, schedule_free_adamw, _radam and _sgd (which want a constant schedule),
+            adamw_8bit and others of bitsandbytes, galore_adamw, apollo_adamw; or a class or function of parameters, lr
+            and options, itself or as "package.module.name".
+        optim_args: the optimizer's own options, by name; also as JSON, or as "name=value,name=value".
+        optim_target_modules: the linear layers whose gradients GaLore and APOLLO project: parts of their names, one
+            regular expression of the whole name, or "all-linear".
+        lr_scheduler_type: shape of the schedule: linear, cosine, cosine_with_restarts, cosine_with_min_lr,
+            cosine_warmup_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay,
+            reduce_lr_on_plateau or greedy.
+        lr_scheduler_kwargs: the schedule's own options, by name.
+        warmup_steps: updates over which the learning rate rises from 0 to its peak; below 1, a fraction of the run,
+            rounded up to whole updates.
+        warmup_ratio: the same, as a fraction of the run alone.
+        max_grad_norm: gradients are scaled down to this 2-norm; 0 or None switches clipping off (and the norm's log).
+        logging_strategy: "no", "steps" or "epoch".
+        logging_steps: updates between logs; below 1, a fraction of the run, rounded up to whole updates.
+        logging_first_step: also log after the first update.
+        eval_strategy: "no", "steps" or "epoch".
+        eval_steps: updates between evaluations, or a fraction of the run; None means ``logging_steps``.
+        eval_delay: updates, or epochs with eval_strategy="epoch", before which nothing is evaluated.
+        eval_accumulation_steps: batches of predictions that stay on the device before they are moved to the host
+            together; None moves each at once.
+        eval_on_start: evaluate before the first update.
+        metric_for_best_model: the evaluation's metric that tells which checkpoint is best, and that a
+            reduce_lr_on_plateau schedule waits for, with or without "eval_"; None means "loss".
+        greater_is_better: whether more of it is better; None means yes, unless its name ends in "loss".
+        load_best_model_at_end: end with the weights of the best checkpoint. Rotation keeps that one.
+        save_strategy: "no", "steps", "epoch", or "best" after each evaluation that is the best so far.
+        save_steps: updates between checkpoints, or a fraction of the run.
+        save_total_limit: checkpoints of the run kept; None keeps all. The newest whole one and that of the best
+            evaluation always stay.
+        other_checkpoints: what becomes of checkpoints in ``output_dir`` that the run doesn't go on from: "set_aside"
+            renames them to ``checkpoint-<update>.set-aside``, "refuse" ends the run before it begins.
+        save_only_trainable: checkpoints and exports hold trainable parameters and buffers, without the frozen ones (the
+            base model under a peft model's adapters); those a resumed run takes from the module as you built it.
+        async_save: write checkpoints in the background; training stops only for the copy to host memory. A write that
+            fails ends training after the next update.
+        save_on_exception: where a callback, the data or an evaluation raises between two updates, save the run as it
+            stands as a checkpoint before the exception goes on. They write together: all ranks have to fail for it.
+        seed: of the model's randomness and the order of the data.
+        data_seed: of the order of the data alone; None means ``seed``.
+        shuffle: draw a new order of the training data each epoch.
+        full_determinism: compute the same bits in every run on the same machine: torch's deterministic algorithms, from
+            the beginning of training to its end. Some are slower, by a tenth up to several times, and an operation that
+            has none ends training with torch's error.
+        train_sampling_strategy: "random"; "sequential", which is shuffle=False; or "group_by_length", which puts
+            samples of about the same length together, in an order that is new each epoch.
+        length_column_name: where "group_by_length" finds lengths: an attribute or a column of the data, or an entry of
+            each sample; where there is none, the length of a sample's "input_ids" is taken.
+        dataloader_num_workers: worker processes that load data; 0 loads in the training process.
+        dataloader_pin_memory: load into page-locked memory, for faster copies to a GPU.
+        dataloader_drop_last: leave out the last micro-batch of an epoch where it is short.
+        dataloader_prefetch_factor: micro-batches each worker loads ahead; None means 2.
+        dataloader_persistent_workers: keep worker processes, and the dataset copies in them, between epochs.
+        label_smoothing_factor: replaces the module's loss by cross entropy against the batch's "labels", which give
+            this much of their weight to all classes alike (Szegedy et al., 2016).
+        pad_index: fills up the outputs and labels of shorter batches, where those of an evaluation or prediction are
+            joined and differ in length; False where they are bools.
+        past_index: this entry of the outputs is handed to the next batch as ``mems``; -1 hands on nothing.
+        neftune_noise_alpha: noise on input embeddings in training, see NEFTune; the paper uses 5 to 15.
+        gradient_checkpointing: recompute blocks in backward instead of keeping what they computed.
+        gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint.
+        torch_compile: compile the blocks (``shard_units()``, else the whole module); the first log says how long the
+            first update took, compilation included.
+        torch_compile_backend: what compiles: one of torch._dynamo.list_backends(); None means "inductor".
+        torch_compile_mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
+        tf32: in training, multiply float32 matrices in TF32 (10 bits of mantissa) on NVIDIA GPUs since Ampere; False
+            forbids it, None leaves torch's setting.
+        torch_empty_cache_steps: updates between emptyings of the accelerator's cache; None never does.
+        include_num_input_tokens_seen: count input tokens: "no", "all", or "non_padding" (by the attention mask, else
+            the module's ``pad_token_id``).
+        include_tokens_per_second: log tokens per second; counts them as "all" where they aren't counted otherwise.
+        logging_nan_inf_filter: leave losses that aren't finite out of logged means, and log how many they were.
+        ignore_data_skip: a resumed run begins its epoch anew instead of where it stood.
+        resume_with: whose options of the optimizer (learning rate, weight decay, betas, ...) a resumed run goes on with
+            where its own are others: the "checkpoint"'s, or those of the run's "arguments"; moments, counters and the
+            data's position are the checkpoint's either way.
+        debug: "underflow_overflow" ends training at the first layer that computes an inf or NaN; "ranks_agree" compares
+            what several ranks hold alike at each log, and not after the first update alone.
+        progress: show a progress display on the main process.
+
+    Raises:
+        ValueError: a value is out of its range, or two contradict each other; all of them are listed.
+
+    Example:
+        >>> FitArguments(max_steps=100, learning_rate=3e-4).replace(seed=1).seed
+        1
+    """
+
+    output_dir: str = "output"
+    run_name: str | None = None
+
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    auto_find_batch_size: bool = False
+
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    optim: str = "adamw"
+    optim_args: Options = field(default_factory=Options)
+    optim_target_modules: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser reads the second type)
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: Options = field(default_factory=Options)
+    warmup_steps: float = 0
+    warmup_ratio: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    logging_strategy: str = "steps"
+    logging_steps: float = 500
+    logging_first_step: bool = False
+    eval_strategy: str = "no"
+    eval_steps: float | None = None
+    eval_delay: float = 0
+    eval_accumulation_steps: int | None = None
+    eval_on_start: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    load_best_model_at_end: bool = False
+    save_strategy: str = "steps"
+    save_steps: float = 500
+    save_total_limit: int | None = None
+    other_checkpoints: str = "set_aside"
+    save_only_trainable: bool = False
+    async_save: bool = False
+    save_on_exception: bool = False
+
+    seed: int = 42
+    data_seed: int | None = None
+    shuffle: bool = True
+    full_determinism: bool = False
+    train_sampling_strategy: str = "random"
+    length_column_name: str = "length"
+    dataloader_num_workers: int = 0
+    dataloader_pin_memory: bool = True
+    dataloader_drop_last: bool = False
+    dataloader_prefetch_factor: int | None = None
+    dataloader_persistent_workers: bool = False
+
+    label_smoothing_factor: float = 0.0
+    pad_index: int = -100
+    past_index: int = -1
+    neftune_noise_alpha: float | None = None
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_kwargs: Options = field(default_factory=Options)
+    torch_compile: bool = False
+    torch_compile_backend: str | None = None
+    torch_compile_mode: str = "default"
+    tf32: bool | None = None
+    torch_empty_cache_steps: int | None = None
+    include_num_input_tokens_seen: str = "no"
+    include_tokens_per_second: bool = False
+    logging_nan_inf_filter: bool = True
+    ignore_data_skip: bool = False
+    resume_with: str = "checkpoint"
+    debug: str = ""
+
+    progress: bool = True
+
+    @property
+    def best_metric(self) -> str:
+        """The full name of the metric that tells which evaluation is best, as "eval_loss"."""
+        name = self.metric_for_best_model or "loss"
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a higher value of ``best_metric`` is better."""
+        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+
+    @property
+    def eval_every(self) -> float | None:
+        """Updates between evaluations, or a fraction of the run; None where they don't go by updates."""
+        return (self.eval_steps or self.logging_steps) if self.eval_strategy == "steps" else None
+
+    def replace(self: Arguments, **changes: Any) -> Arguments:
+        """Return a copy with some fields changed.
+
+        Raises:
+            TypeError: a name isn't that of a field; the message says what to write instead, or suggests a name.
+        """
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,97 @@
+"""The ranges of the arguments that are numbers or words, and the arguments that have no effect without another."""
+
+from typing import Any
+
+from .argument_fields import ArgumentFields
+
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AT_LEAST_ONE_OR_NONE = (
+    "save_total_limit",
+    "dataloader_prefetch_factor",
+    "torch_empty_cache_steps",
+    "eval_accumulation_steps",
+)
+NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "eval_delay",
+    "dataloader_num_workers",
+    "seed",
+)
+BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+ONE_OF = {
+    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "debug": ("", "underflow_overflow", "ranks_agree"),
+    "other_checkpoints": ("set_aside", "refuse"),
+    "resume_with": ("checkpoint", "arguments"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+}
+WITHOUT_EFFECT: tuple[tuple[str, Any, str], ...] = (  # (argument, its value that asks for nothing, what it needs)
+    ("gradient_checkpointing_kwargs", {}, "gradient_checkpointing"),
+    ("torch_compile_mode", "default", "torch_compile"),
+    ("torch_compile_backend", None, "torch_compile"),
+)
+NEED_WORKERS: tuple[tuple[str, Any], ...] = (
+    ("dataloader_prefetch_factor", None),
+    ("dataloader_persistent_workers", False),
+)
+
+
+def problems(args: ArgumentFields) -> list[tuple[str, str]]:
+    """Return (field, why it can't work and what to write instead) for every field whose value is out of its range."""
+    found: list[tuple[str, str]] = []
+
+    def require(name: str, holds: bool, why: str) -> None:
+        if not holds:
+            found.append((name, why))
+
+    unknown_home = args.output_dir.startswith("~")
+    require("output_dir", not unknown_home, "this user's home isn't known; write the path, or './~...' for a name")
+    require("max_steps", args.max_steps == -1 or args.max_steps > 0, "give a number of updates, or -1 for epochs")
+    require("num_train_epochs", args.num_train_epochs > 0, "must be above 0")
+    for name in AT_LEAST_ONE:
+        require(name, getattr(args, name) >= 1, "must be at least 1")
+    for name in AT_LEAST_ONE_OR_NONE:
+        value = getattr(args, name)
+        require(name, value is None or value >= 1, "must be at least 1, or None")
+    for name in NOT_NEGATIVE:
+        value = getattr(args, name)
+        require(name, value is None or value >= 0, "must not be negative")
+    for name in BELOW_ONE:
+        require(name, 0 <= getattr(args, name) < 1, "must be in [0, 1)")
+    for name, known in ONE_OF.items():
+        require(name, getattr(args, name) in known, f"must be one of {', '.join(map(repr, known))}")
+    require("past_index", args.past_index >= -1, "is the place of an output, or -1 for none")
+    require("neftune_noise_alpha", args.neftune_noise_alpha is None or args.neftune_noise_alpha > 0, "must be above 0")
+    for name, nothing, needed in WITHOUT_EFFECT:
+        require(name, getattr(args, name) == nothing or getattr(args, needed), f"has no effect without {needed}=True")
+    for name, nothing in NEED_WORKERS:
+        has_effect = getattr(args, name) == nothing or args.dataloader_num_workers > 0
+        require(name, has_effect, "has no effect without workers; set dataloader_num_workers")
+    require(
+        "torch_compile_mode",
+        args.torch_compile_mode == "default" or args.torch_compile_backend in (None, "inductor"),
+        f"is a mode of the backend 'inductor', and torch_compile_backend={args.torch_compile_backend!r}; leave one of "
+        "them out",
+    )
+    if args.torch_compile and args.torch_compile_backend is not None:
+        from torch._dynamo import list_backends  # importing it takes two seconds
+
+        backends = list_backends(exclude_tags=())
+        is_there = args.torch_compile_backend in backends
+        require("torch_compile_backend", is_there, f"must be one of {', '.join(backends)}")
+    groups = args.train_sampling_strategy == "group_by_length"
+    require(
+        "train_sampling_strategy",
+        args.shuffle or not groups,
+        "draws a new order of groups each epoch, and shuffle=False asks for none; leave one of them out",
+    )
+    require(
+        "length_column_name",
+        groups or args.length_column_name == "length",
+        "has no effect without train_sampling_strategy='group_by_length'",
+    )
+    return found

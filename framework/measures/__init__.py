@@ -1,0 +1,1 @@
+"""What a run measures: evaluation and metrics, means of losses, tokens, memory, the best so far."""

@@ -1,0 +1,225 @@
+"""Evaluation and prediction: one pass over data in evaluation mode, one exchange among ranks, one report."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
+from ..data.stand_in import StandIn
+from ..module import TrainModule
+from ..objective import Count, Objective, labels_of
+from .memory import MemoryByStage
+from .metrics import merge_states, numbers_of, states_on_host
+from .outputs import KeptOutputs, concatenate, in_order_of_data
+
+
+class FindLoss(Protocol):
+    """How the loss of a batch is found: ``Fit.find_loss``."""
+
+    def __call__(
+        self, model: nn.Module, inputs: Any, count: Count, *, wants_outputs: bool
+    ) -> tuple[Tensor, Any, Mapping[str, Tensor], bool]:
+        """Return (loss, outputs, extras, whether the loss is divided by a count already) of a batch on the device."""
+
+
+class Results(NamedTuple):
+    """What an evaluation or prediction found, over all ranks.
+
+    Attributes:
+        metrics: numbers by name.
+        predictions, labels: whole and on the host, of a prediction; None of an evaluation.
+    """
+
+    metrics: dict[str, float]
+    predictions: Any
+    labels: Any
+
+
+@dataclass
+class Totals:
+    """What one rank adds up during a pass.
+
+    Attributes:
+        metrics: the module's torchmetrics metrics, by name.
+        outputs: outputs and labels, where they are kept.
+        sums: on the device: the number of items, the loss and other values, each times the items of its batch.
+    """
+
+    metrics: dict[str, Any]
+    outputs: KeptOutputs | None
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor], count: Count, device: torch.device) -> None:
+        """Add a batch's means, weighed by its number of items."""
+        if not values:
+            return
+        self.sums["items"] = self.sums.get("items", 0.0) + torch.as_tensor(count, device=device).double()
+        for name, value in values.items():
+            # The mean over no items is NaN, and its share is nothing.
+            share = torch.nan_to_num(value) * 0.0 if isinstance(count, int) and count == 0 else value * count
+            self.sums[name] = self.sums.get(name, 0.0) + share.double()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluates a placed module, or predicts with it.
+
+    The loss is the mean over all items of the data. Sums stay on the device; they are added up over ranks and read
+    once, at the end.
+
+    Args:
+        strategy: it has placed the module.
+        module: the user's, for its metrics.
+        objective: calls the model and counts items.
+        args: says how many outputs stay on the device together, and what fills up shorter ones.
+        memory: told of the stage.
+        find_loss: finds the loss of a batch, and what forward returned.
+        loss_name: what ``find_loss`` calls, in errors: "Fit.compute_loss".
+        compute_metrics: (predictions, labels) of all data to numbers by name; None computes none.
+        preprocess_logits: (outputs, labels) of a batch to what is kept of the outputs; None keeps them as they are.
+        after_batch: called after each batch.
+    """
+
+    strategy: Strategy
+    module: TrainModule
+    objective: Objective
+    args: FitArguments
+    memory: MemoryByStage
+    find_loss: FindLoss
+    loss_name: str
+    compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None
+    preprocess_logits: Callable[[Any, Any], Any] | None = None
+    after_batch: Callable[[], None] = lambda: None
+
+    @torch.no_grad()
+    def run(
+        self, batches: Iterator[Any], prefix: str, ignore_keys: Iterable[str] = (), *, predict: bool = False
+    ) -> Results:
+        """Go over the data once. Collective.
+
+        Args:
+            batches: this rank's micro-batches; every rank has equally many.
+            prefix: of the metrics' names: "eval" gives "eval_loss".
+            ignore_keys: entries of a mapping output that are left out of predictions; where none are given, those of
+                the module's ``config.keys_to_ignore_at_inference`` (the cache of a transformers model).
+            predict: hand out the outputs; the loss is then computed only where a batch has labels.
+
+        Raises:
+            TypeError: outputs are needed, and an overridden compute_loss returns none.
+            ValueError: a metric computes more than one number, or outputs of batches can't be joined.
+        """
+        totals = self._begin_totals(ignore_keys, predict)
+        self.strategy.settle_buffers()
+        with self.memory.during("predict" if predict else "eval"), self.objective.without_past(), self._evaluating():
+            self._pass_over(batches, totals, predict)
+        reports = self._exchange(totals)
+        metrics = self._join_metrics(reports, totals.metrics, prefix)
+        if totals.outputs is None:
+            return Results(metrics, None, None)
+        predictions, labels = self._join_outputs([report["outputs"] for report in reports])
+        if self.compute_metrics is not None and isinstance(labels, Tensor):
+            own = self.compute_metrics(predictions, labels)
+            metrics |= {f"{prefix}_{name}": float(number) for name, number in own.items()}
+        return Results(metrics, predictions, labels) if predict else Results(metrics, None, None)
+
+    def _begin_totals(self, ignore_keys: Iterable[str], predict: bool) -> Totals:
+        """Make what the pass adds up in; metrics are made anew for each pass."""
+        metrics = {} if predict else dict(self.module.metrics())
+        for metric in metrics.values():
+            metric.to(self.strategy.device)
+        if not predict and self.compute_metrics is None:
+            return Totals(metrics, None)
+        config = getattr(self.module, "config", None)
+        ignored = {*ignore_keys} or {*getattr(config, "keys_to_ignore_at_inference", ())}
+        together = self.args.eval_accumulation_steps or 1
+        return Totals(metrics, KeptOutputs(ignored, together, self.preprocess_logits))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put the model into evaluation mode, and afterwards back into the mode in which it was."""
+        model = self.strategy.model
+        was_training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+    def _pass_over(self, batches: Iterator[Any], totals: Totals, predict: bool) -> None:
+        """Run the model on every batch, and add up what it finds. Nothing waits for the device in here, but for outputs
+        that move to the host.
+        """
+        strategy, objective, model = self.strategy, self.objective, self.strategy.model
+        for batch in batches:
+            count = objective.count(batch)
+            is_mine = not isinstance(batch, StandIn)
+            inputs = strategy.to_device(batch if is_mine else batch.batch)
+            values: dict[str, Tensor] = {}
+            if not predict or labels_of(inputs) is not None:
+                loss, outputs, extras, _ = self.find_loss(model, inputs, count, wants_outputs=True)
+                values = {"loss": strategy.local_loss(loss), **extras}
+                if outputs is None and (totals.metrics or totals.outputs is not None):
+                    raise missing_outputs(self.loss_name)
+            else:
+                with strategy.forward_context():
+                    outputs = objective.forward(model, inputs)
+            if is_mine:
+                totals.add(values, count, strategy.device)
+                for metric in totals.metrics.values():
+                    metric.update(*self.module.metric_inputs(outputs, inputs))
+                if totals.outputs is not None:
+                    totals.outputs.add(outputs, labels_of(inputs))
+            strategy.execute()
+            self.after_batch()
+
+    def _exchange(self, totals: Totals) -> list[dict[str, Any]]:
+        """Gather what every rank has added up, on the host, in one message. The tensor-parallel ranks of a sample have
+        all counted it, and the first of them speaks for them.
+        """
+        sums = totals.sums
+        report = {
+            "sums": dict(zip(sums, self.strategy.read(list(sums.values())), strict=True)) if sums else {},
+            "metrics": {name: states_on_host(metric) for name, metric in totals.metrics.items()},
+            "outputs": [] if totals.outputs is None else totals.outputs.on_host(),
+        }
+        return self.strategy.gather(report)[:: self.strategy.tensor_parallel_size]
+
+    def _join_metrics(
+        self, reports: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], prefix: str
+    ) -> dict[str, float]:
+        """Return means over the items of all ranks, and what the torchmetrics metrics compute of all ranks' states."""
+        sums: dict[str, float] = {}
+        for report in reports:
+            for name, value in report["sums"].items():
+                sums[name] = sums.get(name, 0.0) + value
+        items = sums.pop("items", 0.0)
+        found = {f"{prefix}_{name}": value / items if items else math.nan for name, value in sums.items()}
+        for name, metric in metrics.items():
+            if len(reports) > 1:
+                merge_states(metric, [report["metrics"][name] for report in reports])
+            found |= numbers_of(f"{prefix}_{name}", metric.compute())
+        return found
+
+    def _join_outputs(self, ranks: Sequence[list[Any]]) -> tuple[Any, Any]:
+        """Return (predictions, labels) of all ranks in the order of the data; labels None where no batch had any."""
+        sharing = self.strategy.context_parallel_size
+        groups = [ranks[first : first + sharing] for first in range(0, len(ranks), sharing)]
+        joined = [[self.strategy.join_outputs(batch) for batch in zip(*group, strict=True)] for group in groups]
+        predictions, labels = concatenate(in_order_of_data(joined), self.args.pad_index)
+        if isinstance(labels, list) and all(label is None for label in labels):
+            labels = None
+        return predictions, labels
+
+
+def missing_outputs(loss_name: str) -> TypeError:
+    """Make the error for an overridden compute_loss that returns no outputs where they are needed."""
+    return TypeError(
+        f"{loss_name} returned a loss alone, and metrics and predictions are made of the "
+        "outputs. Have it return (loss, outputs) where return_outputs=True."
+    )

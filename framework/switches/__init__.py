@@ -1,0 +1,1 @@
+"""What one argument switches on: changes to the module's blocks, callbacks, and settings of torch."""

@@ -1,0 +1,72 @@
+"""Settings of torch that hold for the whole process: set for a run, and restored after it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+"""The environment variable that makes cuBLAS deterministic. It is read once in a process, so it stays set."""
+
+
+@contextmanager
+def of_run(full_determinism: bool, tf32: bool | None, device: torch.device) -> Iterator[None]:
+    """Entered around a run, with the settings that its arguments ask for.
+
+    Args:
+        full_determinism: see FitArguments.
+        tf32: see FitArguments.
+        device: the device of the run.
+    """
+    with contextlib.ExitStack() as settings:
+        if full_determinism:
+            settings.enter_context(deterministic())
+        if tf32 is not None and device.type == "cuda":
+            settings.enter_context(float32_products("tf32" if tf32 else "ieee"))
+        yield
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Entered where torch must compute the same bits every time, or raise."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    os.environ.setdefault(*WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+@contextmanager
+def float32_products(kind: str) -> Iterator[None]:
+    """Entered where CUDA multiplies float32 matrices, and convolves, in "tf32" or "ieee"."""
+    cudnn: Any = torch.backends.cudnn
+    owners: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
+    before = [owner.fp32_precision for owner in owners]
+    for owner in owners:
+        owner.fp32_precision = kind
+    try:
+        yield
+    finally:
+        for owner, kept in zip(owners, before, strict=True):
+            owner.fp32_precision = kept
+
+
+def check_tf32(device: torch.device) -> None:
+    """Refuse TF32 on a device that has none.
+
+    Raises:
+        ValueError: the message says which devices have it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
+        raise ValueError(
+            f"tf32=True: NVIDIA GPUs since Ampere (A100, RTX 30) multiply in TF32, and this run is on {device.type!r}. "
+            "Leave it out, or write precision='bf16-mixed'."
+        )
