@@ -9,7 +9,7 @@ Chosen = TypeVar("Chosen")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The half sentence that ends an unknown-name error: the nearest name, then all of them.
+    """Write the half sentence that ends an unknown-name error: the nearest name, then all of them.
 
     Example:
         >>> did_you_mean("learning_rte", ["learning_rate", "seed"])
@@ -29,7 +29,7 @@ def resolve(
     aliases: Mapping[str, str],
     package: str,
 ) -> Chosen:
-    """An instance of ``base`` from a name in ``table``, or ``choice`` itself where it is one already.
+    """Make an instance of ``base`` from a name in ``table``; return ``choice`` itself where it is one already.
 
     Args:
         kind: what is being chosen, for the messages ("precision").

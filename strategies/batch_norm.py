@@ -36,7 +36,7 @@ def synchronize(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def separate(module: nn.Module) -> None:
-    """Undo ``synchronize``."""
+    """Have every BatchNorm compute its statistics by itself again, as before ``synchronize``."""
     for layer in module.modules():
         if GROUPS.pop(layer, None) is not None:
             layer.__dict__.pop("forward", None)
@@ -115,5 +115,5 @@ class JointNorm(torch.autograd.Function):
 
 
 def along(vector: Tensor, x: Tensor) -> Tensor:
-    """One number for each channel, in the shape in which it meets ``x``."""
+    """Reshape one number for each channel so that it broadcasts against ``x``."""
     return vector.view(1, -1, *([1] * (x.ndim - 2)))
