@@ -187,7 +187,7 @@ class XLASPMD(Strategy):
             mark(value, self.mesh, self.partitions[name] if follows else (None,) * value.ndim)
 
     def factor(self, value: float) -> float | Tensor:
-        """Make a tensor of a number: a plain one is a part of the program, and two that are equal make another program."""
+        """Make a tensor of a number: plain ones are a part of the program, and two that are equal make it another."""
         return torch.tensor([value]).to(self.device)[0]  # made without a dimension, it would be such a number
 
     def execute(self) -> None:
