@@ -18,7 +18,7 @@ REPLACED = "_replaced"
 def qualifying(
     module: nn.Module, precision: str, skip: Sequence[str], multiple: int, shapes: ShapesOnRank
 ) -> dict[str, nn.Linear]:
-    """The nn.Linear layers to compute in another format, by name.
+    """Find the nn.Linear layers to compute in another format, by name.
 
     Args:
         module: of the user.

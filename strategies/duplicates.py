@@ -42,7 +42,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
-    """64 bits for each tensor, of this rank's numbers in it and their order. Waits for the device, once."""
+    """Compute 64 bits for each tensor, from this rank's numbers in it and their order. Waits for the device, once."""
     sums = [fingerprint(local_part(tensor)) for tensor in tensors]
     devices = {total.device for total in sums}
     return torch.stack([total.to("cpu") for total in sums] if len(devices) > 1 else sums).tolist() if sums else []
@@ -63,7 +63,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's numbers."""
+    """Return this rank's numbers of a tensor that may be spread over ranks."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

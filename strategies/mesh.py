@@ -59,7 +59,7 @@ def clear_tensor_caches() -> None:
 
 
 def forget_meshes() -> None:
-    """Have ``mesh_for`` and ``submesh`` make every mesh anew: the world whose groups theirs are is left."""
+    """Have ``mesh_for`` and ``submesh`` make every mesh anew, as the process group of theirs is left."""
     mesh_for.cache_clear()
     submesh.cache_clear()
 
@@ -82,7 +82,7 @@ def forget_groups() -> None:
 
 
 def split_world(world_size: int, strategy: str, **degrees: int) -> int:
-    """How often the given degrees fit into the world.
+    """Divide the number of ranks by the product of some degrees.
 
     Raises:
         ValueError: they don't; the message names the world sizes and degrees that work.
@@ -104,7 +104,7 @@ def split_world(world_size: int, strategy: str, **degrees: int) -> int:
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over a mesh, gathered. Collective over that mesh."""
+    """Gather a tensor that may be spread over a mesh. Collective over that mesh."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -87,7 +87,7 @@ class Filling:
 
 
 def read(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """A config as a mapping of its own, from a file or a mapping.
+    """Read a config from a file or a mapping, into a mapping of its own.
 
     Raises:
         ValueError: there is no such file, or it holds no JSON mapping.
@@ -142,7 +142,7 @@ def fill(
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
 ) -> dict[str, Any]:
-    """The config complete, without an "auto", in agreement with the run.
+    """Complete the config: no "auto" is left in it, and nothing that disagrees with the run.
 
     Args:
         config: as ``read`` gave it; is left as it is.
@@ -195,7 +195,7 @@ def fill(
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each key that would have no effect, or one that we can't stand for."""
+    """Yield a line for each key that would have no effect, or an effect that is untested here."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for key in config:
@@ -244,7 +244,7 @@ def precision_problems(config: Mapping[str, Any], stage: int, computes_in_bf16: 
 
 
 def fillings(run: RunDescription, world_size: int) -> dict[str, Filling]:
-    """Dotted path in a config to what the run says about it."""
+    """Map each dotted path in a config to what the run says about it."""
     total = run.micro_batch_size * run.gradient_accumulation_steps * world_size
     product = (
         f"per_device_train_batch_size={run.micro_batch_size} x gradient_accumulation_steps="

@@ -20,7 +20,7 @@ ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """In here the variables are set that the package looks for; a process that stands alone has none of them."""
+    """Set, in here, the environment variables that DeepSpeed looks for; a process of its own has none of them."""
     os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 reads it again and again
     wanted = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if not torch.accelerator.is_available():
@@ -35,7 +35,7 @@ def environment() -> Iterator[None]:
 
 
 def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any]) -> Any:
-    """An engine around the module and its optimizer.
+    """Make an engine around the module and its optimizer.
 
     Args:
         module, optimizer: whole; the engine cuts them.

@@ -217,7 +217,8 @@ class ContextParallel:
         )
         with sdpa_kernel(KERNELS):
             output = attention_of_one(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-        return output.to_local()  # type: ignore[attr-defined]
+        assert isinstance(output, DTensor)
+        return output.to_local()
 
     def check_attention(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool

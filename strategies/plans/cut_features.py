@@ -153,7 +153,7 @@ class CutFeatures:
 
 
 def check(new: set[str], trespass: str, cut: set[str], whole: set[str], watched: bool) -> None:
-    """Refuse what can't be summed.
+    """Refuse parameters whose gradients can't be summed.
 
     Args:
         new: parameters that have their first gradient.
@@ -215,7 +215,7 @@ class Walk:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """In here every forward is seen."""
+        """Hook the layers of the plan, in here, so that every forward is seen."""
         layers = dict(self.module.named_modules())
         handles = [
             handle
@@ -266,12 +266,12 @@ class Walk:
             self.names.setdefault(id(parameter), (parameter, name))
 
     def take(self, name: str, kind: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A layer of the plan is given its inputs."""
+        """Walk back from the inputs that a layer of the plan is given."""
         for leaf in tree_leaves(inputs):
             self.back_from(leaf, kind, name)
 
     def give(self, name: str, kind: str, layer: nn.Module, inputs: Any, outputs: Any) -> None:
-        """A layer of the plan has given its outputs."""
+        """Note the outputs of a layer of the plan, where a later walk stops."""
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 self.given[get_gradient_edge(leaf).node] = name, kind
