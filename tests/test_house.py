@@ -135,6 +135,10 @@ class File:
         return ast.parse(self.text)
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    @cached_property
     def room(self) -> str:
         """The room that a file of framework/ is in: "fit", "run/"."""
         _, first, *below = Path(self.path).with_suffix("").parts
@@ -144,16 +148,16 @@ class File:
     def imports(self) -> dict[str, tuple[int, ...]]:
         """Every file of the package that this one imports, with the lines."""
         found: dict[str, list[int]] = defaultdict(list)
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             for name in self._imported(node):
                 found[name].append(node.lineno)  # type: ignore[attr-defined]
         return {name: tuple(lines) for name, lines in sorted(found.items())}
 
     def _imported(self, node: ast.AST) -> Iterator[str]:
-        package = ("stratagem", *Path(self.path).parts[:-1])
         if isinstance(node, ast.Import):
             modules = [(tuple(alias.name.split(".")), ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            package = ("stratagem", *Path(self.path).parts[:-1])
             above = package[: len(package) - node.level + 1] if node.level else ()
             module = (*above, *(node.module.split(".") if node.module else ()))
             modules = [(module, (alias.name,)) for alias in node.names]
@@ -232,7 +236,7 @@ def writes(house: dict[str, File]) -> Iterator[Violation]:
     """Attributes that are set, or deleted, on another object than self and cls."""
     for path, file in house.items():
         found: dict[str, list[int]] = defaultdict(list)
-        for node in ast.walk(file.tree):
+        for node in file.nodes:
             target = _written(node)
             if target and not any(fnmatchcase(target, pattern) for pattern in WRITTEN):
                 found[target].append(node.lineno)  # type: ignore[attr-defined]
@@ -259,7 +263,7 @@ def long_ones(house: dict[str, File]) -> Iterator[Violation]:
         length = len(file.text.splitlines())
         if length > FILE_LENGTH:
             yield Violation("length", path, f"over {FILE_LENGTH} lines", (), f"{length} lines: it wants a second room")
-        for node in ast.walk(file.tree):
+        for node in file.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 # A docstring is the page about the function, not a part of what the reader holds in mind.
                 documented = ast.get_docstring(node, clean=False) is not None
