@@ -13,7 +13,7 @@ block. On a GPU, float32 products are TF32. A format that the machine can't comp
   median over rounds; "of by hand" is the tokens/s over those of the hand-written loop in the same round, compiled where
   this one is, with its quartiles.
 * **MFU** (Chowdhery et al., 2022): the FLOP/s of 6 for each parameter and token, as in Fit's own "mfu", over the dense
-  bfloat16 peak of the device, whatever the format; "-" where framework/journal.py doesn't know it.
+  bfloat16 peak of the device, whatever the format; "-" where framework/measures/flops.py doesn't know it.
 * **Loss**: mean of the last turn's updates, which says that all do the same.
 """
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checkpoint
 from .fields import cadence
 from .measures import best
 from .objective import Count
@@ -60,7 +59,7 @@ def train(steps: Steps, run: Run) -> None:
     model.train()
     placement.mode.train()
     emit("on_train_begin")
-    checkpoint.check_states(run.callbacks.state_dict())
+    run.check_callbacks()
     if args.eval_on_start and state.global_step == 0:
         steps.evaluate_in_training()
     for epoch in range(run.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
@@ -115,7 +114,7 @@ def train(steps: Steps, run: Run) -> None:
         end_epoch(steps, run)
         if control.should_training_stop:
             break
-    steps.end_training()
+    end_training(steps, run)
     emit("on_train_end")
 
 
@@ -138,6 +137,17 @@ def compute_update(steps: Steps, run: Run, micro_batches: list[Any], num_items: 
     return total
 
 
+def end_training(steps: Steps, run: Run) -> None:
+    """Settle the schedule, set the weights to use, wait until every checkpoint is on the disk, and log the totals."""
+    placement = steps.placement
+    run.settle_schedule()
+    run.strategy.settle_buffers()
+    placement.mode.eval()
+    steps.saver.close()
+    flops_per_token = steps.module.flops_per_token(placement.parameter_count)
+    steps.log(run.finish(flops_per_token, steps.memory))
+
+
 # Acting on flags: what the arguments make due and callbacks ask for is done.
 
 
@@ -145,7 +155,7 @@ def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
     cadence.after_update(run.args, run.state, run.control)
     if run.strategy.world_size == 1:
-        steps.check_writing()
+        steps.saver.raise_failure()
         steps.emit("on_step_end")
     else:
         due = run.control.flags()

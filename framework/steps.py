@@ -38,12 +38,8 @@ class Steps:
     Attributes:
         strategy: set up.
         plan: the arguments of the run, and its length.
-        train_data, eval_data: as they were given to Fit.
         source: where the module comes from.
-        callbacks, loggers: of the Fit.
-        state: progress.
-        control: the flags that callbacks set.
-        memory: what each stage takes.
+        state, control: progress, and the flags that callbacks set.
     """
 
     strategy: Strategy
@@ -369,37 +365,21 @@ class Steps:
         run.settle_schedule()
         with self.placement.mode.evaluating():
             # The best evaluation is that of now: what is written in the background is published later.
-            path = saver.save(partial(self._take_snapshot, saver), self.state.global_step, best.best_update(self.state))
+            path = saver.save(
+                partial(checkpoint.take, run, saver.directory.line),
+                self.state.global_step,
+                best.best_update(self.state),
+            )
         if run.rescue is not None:
             run.rescue.note_saved(self.state.global_step)
         self.emit("on_save", path=path)
         return path
-
-    def _take_snapshot(self, saver: "checkpoint.Saver") -> Any:
-        return checkpoint.take(self.run, saver.directory.line)
 
     def rotate_checkpoints(self) -> None:
         """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best one, the newest
         and those that a callback still needs. Collective.
         """
         self.saver.rotate(best.best_update(self.state))
-
-    def check_writing(self) -> None:
-        """Raise what a checkpoint in the background couldn't be written for."""
-        if self._saver is not None and self._saver.has_failed():
-            self._saver.finish()
-
-    def end_training(self) -> None:
-        """After the last update: settle the schedule, set the weights to use, wait until every checkpoint is on the
-        disk, and log the run's totals.
-        """
-        run, placement = self.run, self.placement
-        run.settle_schedule()
-        self.strategy.settle_buffers()
-        placement.mode.eval()
-        self.saver.close()
-        flops = self.module.flops_per_token(placement.parameter_count)
-        self.log(run.finish(flops, self.memory))
 
     def export(self, path: str | Path) -> Path:
         """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones

@@ -92,6 +92,11 @@ class Saver:
         """Whether writing in the background has failed, which ``finish`` then raises."""
         return self.writer is not None and self.writer.has_failed()
 
+    def raise_failure(self) -> None:
+        """Raise what writing in the background has failed with, where it has."""
+        if self.has_failed():
+            self.finish()
+
     def finish(self) -> None:
         """Wait until nothing is under way, and raise what the write failed with."""
         if self.writer is not None:

@@ -142,6 +142,17 @@ class Run:
 
     # What happens in it.
 
+    def check_callbacks(self) -> None:
+        """Refuse a callback's state that no checkpoint can hold, when training begins and not at the first save.
+
+        Raises:
+            TypeError: names the callback, and the entry.
+        """
+        if self.callbacks.stateful():
+            from ..checkpoint.callback_states import apart
+
+            apart(self.callbacks.state_dict())
+
     def begin_epoch(self, epoch: int) -> None:
         """Count the micro-batches of an epoch anew."""
         self.epoch_index = epoch

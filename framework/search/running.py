@@ -31,9 +31,16 @@ Result = TypeVar("Result")
 
 
 class MainProcessError(RuntimeError):
-    """What failed on the main process, on the other ranks."""
+    """What failed on the main process, on the other ranks.
 
-    is_caught = False  # whether the search goes on after it
+    Args:
+        said: what it failed with.
+        is_caught: whether the search goes on after it.
+    """
+
+    def __init__(self, said: str, is_caught: bool) -> None:
+        super().__init__(said)
+        self.is_caught = is_caught
 
 
 class Report(Callback):
@@ -269,9 +276,7 @@ class Search:
         if error is not None:
             raise error
         if failure is not None:
-            elsewhere = MainProcessError(failure)
-            elsewhere.is_caught = is_caught
-            raise elsewhere
+            raise MainProcessError(failure, is_caught)
         return result
 
 

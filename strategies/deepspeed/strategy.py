@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,11 +18,11 @@ from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast
 from ..sparse_gradients import check_dense
 from .checks import (
     NO_NESTED_TENSORS,
-    check_optimizer,
     check_package,
     check_parameters,
     check_precision,
     met_nested,
+    optimizer_problem,
 )
 from .config import fill, given_stage, read
 from .engine import destroy, destroy_all, environment, forget_groups, initialize
@@ -71,7 +70,6 @@ class DeepSpeed(ProcessGroupStrategy):
     options: DeepSpeedOptions
     engine: Any = None
     zero_state: ZeroState | None = None
-    gradient_order: GradientOrder | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -103,6 +101,10 @@ class DeepSpeed(ProcessGroupStrategy):
                 offload_parameters=options.offload_parameters,
             )
 
+    def optimizer_problem(self, optimizer: Optimizer) -> str | None:
+        """What of an optimizer the engine doesn't hand on."""
+        return optimizer_problem(optimizer)
+
     def configuration(self) -> Mapping[str, Any]:
         """The config, filled in."""
         return self.filled
@@ -119,7 +121,6 @@ class DeepSpeed(ProcessGroupStrategy):
             return
         check_parameters(module, self.stage)
         check_dense(module, self.name)
-        check_optimizer(self.optimizer)
         assert self.filled, "expect() comes before place()"
         groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
         self.engine = initialize(module, self.optimizer, self.filled)
@@ -127,8 +128,7 @@ class DeepSpeed(ProcessGroupStrategy):
         if self.stage:
             self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
         if self.stage and self.world_size > 1:
-            store = dist.distributed_c10d._get_default_store()
-            self.gradient_order = GradientOrder(self.engine.optimizer, self.stage, store, self.rank)
+            GradientOrder(self.engine.optimizer, self.stage, module.parameters())
         base = self.engine.optimizer.optimizer if self.stage else self.optimizer
         self.optimizer = EngineOptimizer(base, groups, self.step_engine)
 
@@ -168,8 +168,6 @@ class DeepSpeed(ProcessGroupStrategy):
     def step_engine(self) -> None:
         """One step of the engine, with the norm of this update, and clipping only where this update asked for it."""
         self.engine.step()
-        if self.gradient_order is not None:
-            self.gradient_order.agree()
         if self.stage:
             zero = self.engine.optimizer
             vars(zero).pop("_get_norm_groups", None)
@@ -240,7 +238,7 @@ class DeepSpeed(ProcessGroupStrategy):
         """Take the engine's hooks off, and forget it."""
         if self.engine is not None:
             destroy(self.engine)
-            self.engine = self.zero_state = self.gradient_order = None
+            self.engine = self.zero_state = None
 
     def tear_down(self) -> None:
         """Let go of the engine and leave the process group."""

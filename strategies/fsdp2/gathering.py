@@ -7,6 +7,7 @@ they are laid side by side. The names with an underscore are torch's own, of 2.9
 """
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -53,9 +54,14 @@ def is_kept(parameter: FSDPParam, kept: set[Slot]) -> bool:
 
 
 def groups_of(unit: nn.Module) -> list[list[FSDPParam]]:
-    """The parameters that a unit gathers together: torch 2.9 knows one group of them, later ones may know several."""
+    """The parameters that a unit gathers together."""
+    return [group.fsdp_params for group in parameter_groups(unit)]
+
+
+def parameter_groups(unit: nn.Module) -> list[Any]:
+    """torch's own groups of a unit: 2.9 knows one of them, later ones may know several."""
     state = fully_shard.state(unit)  # type: ignore[attr-defined]
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-    return [group.fsdp_params for group in groups]
+    return list(groups)

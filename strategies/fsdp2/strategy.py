@@ -37,6 +37,7 @@ from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import whole_parameters
 from .gathering import gather_by_parameter
+from .used_parameters import UsedParameters
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel
@@ -53,6 +54,9 @@ class FSDP2Options(ProcessGroupOptions):
         tensor_parallel: ranks that hold each layer together, by the module's ``tensor_parallel_plan()``.
         loss_parallel: with tensor_parallel, keep the logits sharded by class up to the loss.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        find_unused_parameters: some ranks' backward doesn't reach some parameters in some updates: they take part with
+            a gradient of 0 there, and weight decay moves them (torch 2.13). Without it such an update is refused. Every
+            rank must call the same blocks of ``shard_units()`` all the same.
         context_parallel: ranks that share each sample and hold a part of its sequence, for sequences too long for one.
             They shard the model too. Attention must be ``F.scaled_dot_product_attention(..., is_causal=True)``, without
             mask or dropout; whatever else mixes positions sees a rank's part alone. A part is two pieces of the
@@ -66,7 +70,12 @@ class FSDP2Options(ProcessGroupOptions):
     tensor_parallel: int = 1
     loss_parallel: bool = False
     cpu_offload: bool = False
+    find_unused_parameters: bool = False
     context_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.loss_parallel and self.tensor_parallel == 1:
+            raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
 
 
 class FSDP2(ProcessGroupStrategy):
@@ -139,8 +148,6 @@ class FSDP2(ProcessGroupStrategy):
     ) -> None:
         """Shard the module in place; the optimizer is made over the shards."""
         options = self.options
-        if options.loss_parallel and options.tensor_parallel == 1:
-            raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
         if options.context_parallel > 1:
             from .context_parallel import ContextParallel
 
@@ -200,6 +207,22 @@ class FSDP2(ProcessGroupStrategy):
         # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
         fully_shard(module, mp_policy=policy, **{**common, "reshard_after_forward": False})
         gather_by_parameter(module, kept)
+        self.sum_alike(module)
+
+    def sum_alike(self, module: nn.Module) -> None:
+        """Have every rank sum gradients of the same parameters, or stop where they don't."""
+        if self.options.find_unused_parameters:
+            if not hasattr(module, "set_reduce_scatter_unused_params"):
+                raise ValueError(
+                    f"FSDP2(find_unused_parameters=True) needs torch 2.13, and this is torch {torch.__version__}. Use "
+                    "strategy='fsdp1', or DDP(find_unused_parameters=True)."
+                )
+            sharded: Any = module
+            sharded.set_reduce_scatter_unused_params(True)
+            return
+        names = {(id(m), key): f"{p}.{key}".lstrip(".") for p, m in module.named_modules() for key in m._parameters}
+        for unit in (m for m in module.modules() if isinstance(m, FSDPModule)):
+            UsedParameters(unit, names, self.all_say)
 
     def release(self, module: nn.Module) -> None:
         """Let go; and have torch forget that these layers are sharded, or it refuses to shard them again."""

@@ -1,14 +1,16 @@
 """Models whose backward makes gradients in another order, or others, on each rank, or gradients that share memory."""
 
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import RankFailure, Ranks
 from stratagem import TrainModule
 from torch import Tensor, nn
-from training import train
+from training import make_fit, train
 
 pytestmark = pytest.mark.slow
 SAMPLES, WIDTH = 7, 6  # at the end of an epoch one rank has two rows, and the other has one
@@ -96,6 +98,36 @@ class Routed(Regression):
         return self.head(torch.tanh(out))
 
 
+class RoutedWithin(Routed):
+    """The same, with both layers in one unit."""
+
+    def shard_units(self) -> list[nn.Module]:
+        return []
+
+
+class Idle(Regression):
+    """Six layers, and one that is registered last and never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+        self.unused = nn.Linear(WIDTH, WIDTH)
+        self.held: list[int] = []
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = self.layers[0](x)
+        out.register_hook(lambda _: self.held.append(sum(p.grad is not None for p in self.parameters())))
+        return self.layers[1:](out)
+
+
+def gradients_held(stage: int) -> list[int]:
+    """How many whole gradients there are when each backward reaches the first layer."""
+    options = {"stage": stage, "config": {"zero_optimization": SMALL_BUCKETS}}
+    fit = make_fit(Idle(), rows(), strategy="deepspeed", options=options, per_device_train_batch_size=2, **RUN)
+    fit.train()
+    return fit.module.held  # type: ignore[return-value]
+
+
 def rows() -> list[dict[str, Tensor]]:
     """Vectors, half of them with a first element above 0."""
     draw = torch.Generator().manual_seed(3)
@@ -150,3 +182,52 @@ def test_zero_2_fills_buckets_alike(two_ranks: Ranks, module: type[TrainModule],
 @pytest.mark.parametrize("options", [{"stage": "auto", "reduce_scatter": False}, SMALL_BUCKETS], ids=str)
 def test_zero_3_fills_buckets_alike(two_ranks: Ranks, options: dict[str, object]) -> None:
     check(two_ranks, Swapping, "deepspeed", options={"stage": 3, "config": {"zero_optimization": options}})
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_do_not_wait_for_one_that_never_comes(two_ranks: Ranks, stage: int) -> None:
+    first, *others = two_ranks.run(gradients_held, stage=stage)[0]
+    assert len(others) == RUN["max_steps"] - 1
+    most = {2: 6, 3: 4}[stage]  # of ten: what a bucket holds, and at stage 2 the rank's own share
+    assert max(others) <= most
+    assert stage == 2 or first <= most
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("fsdp1", {}), ("fsdp2", {"find_unused_parameters": True})], ids=["fsdp1", "fsdp2"]
+)
+def test_fsdp_sums_a_gradient_that_one_rank_has(
+    two_ranks: Ranks, strategy: str, options: dict[str, object], accumulation: int
+) -> None:
+    check(two_ranks, RoutedWithin, strategy, options=options, gradient_accumulation_steps=accumulation)
+
+
+class EitherWay(RoutedWithin):
+    """Each batch goes one of two ways: the matrices are equally large, so that torch finds nothing amiss."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.ways[int(x[0, 0] > 0)](x)))
+
+
+def train_with_patience(limit: float, **arguments: Any) -> None:
+    """A run whose ranks wait only so many seconds for one another to find the same change."""
+    from stratagem.strategies import used_parameters
+
+    used_parameters.SECONDS = limit
+    train(**arguments)
+
+
+@pytest.mark.parametrize("module", [EitherWay, RoutedWithin])
+def test_fsdp2_names_what_one_rank_does_not_reach(module: type[TrainModule]) -> None:
+    ranks, began = Ranks(2), time.monotonic()
+    says = r"did not reach ways\.[01]\.weight, ways\.[01]\.bias.*find_unused_parameters=True"
+    given = {"strategy": "fsdp2", "per_device_train_batch_size": 2, **RUN}
+    with pytest.raises(RankFailure, match=says):  # the ranks end when one of them has failed
+        ranks.run(train_with_patience, limit=2.0, seconds=60.0, module=module, data=rows(), **given)
+    assert time.monotonic() - began < 40
+
+
+def test_fsdp2_leaves_alone_what_no_rank_reaches(two_ranks: Ranks) -> None:
+    check(two_ranks, Idle, "fsdp2")

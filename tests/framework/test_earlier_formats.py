@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import format_1
+import earlier_formats
+import pytest
 
 
-def test_a_checkpoint_of_format_1_continues_as_the_version_that_wrote_it_did(tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(format_1.DATA / "single" / "checkpoint-7", tmp_path / "checkpoint-7")
-    found = format_1.train(str(tmp_path / "output"), "single", str(checkpoint))
-    expected = json.loads((format_1.DATA / "single" / "continuation.json").read_text())
-    format_1.assert_continues(found, expected)
+@pytest.mark.parametrize("written_as", earlier_formats.FORMATS)
+def test_a_checkpoint_continues_as_the_version_that_wrote_it_did(tmp_path: Path, written_as: str) -> None:
+    kept = earlier_formats.DATA / written_as / "single"
+    checkpoint = shutil.copytree(kept / "checkpoint-7", tmp_path / "checkpoint-7")
+    found = earlier_formats.train(str(tmp_path / "output"), "single", str(checkpoint))
+    earlier_formats.assert_continues(found, json.loads((kept / "continuation.json").read_text()))

@@ -276,7 +276,7 @@ FAMILIES: dict[str, Family] = {
         refused={"ddp": "find_unused_parameters=True"},
         by_nature={"ranks": "which way a micro-batch goes follows from a rank's part of it"},
         left_out={
-            "fsdp2": "ranks that go different ways reduce gradients of different layers, and wait for one another",
+            "fsdp2": "refused, but by the rank that misses a layer alone: the other one waits until it has ended",
             "ZeRO 3": "ranks that go different ways gather different layers, and wait for one another",
         },
     ),

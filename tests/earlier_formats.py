@@ -1,6 +1,7 @@
-"""The run whose checkpoints of format 1 lie in tests/data/format-1, and its continuation.
+"""The run whose checkpoints lie in tests/data/format-1 and format-2, and its continuation.
 
-``python tests/format_1.py`` wrote them with a version that wrote format 1; a later version would write another.
+``python tests/earlier_formats.py format-2`` writes them, with the version that is there: those in the repository were
+written by a version that knew no other format, and by the last one before the framework's core was rebuilt.
 """
 
 import json
@@ -14,7 +15,8 @@ import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from torch import Tensor, nn
 
-DATA = Path(__file__).parent / "data" / "format-1"
+DATA = Path(__file__).parent / "data"
+FORMATS = ("format-1", "format-2")
 SAVED_AT, LENGTH = 7, 16  # 7 updates of 8 samples of 43: in the middle of the second epoch
 
 
@@ -135,9 +137,9 @@ def assert_equal(found: Any, expected: Any, tolerance: float, at: str = "") -> N
         assert abs(found - expected) <= tolerance * max(1.0, abs(expected)), (at, found, expected)
 
 
-def make(strategy: str, run: Any) -> None:
+def make(kept: Path, strategy: str, run: Any) -> None:
     """Write a checkpoint of the run and what comes after it, from the run that wasn't interrupted."""
-    place = DATA / strategy
+    place = kept / strategy
     shutil.rmtree(place, ignore_errors=True)
     with tempfile.TemporaryDirectory() as directory:
         expected = run(output_dir=directory, strategy=strategy, save_strategy="steps", save_steps=SAVED_AT)
@@ -148,10 +150,11 @@ def make(strategy: str, run: Any) -> None:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "distributed")]
-    import format_1
+    import earlier_formats
     from ranks import Ranks
 
-    make("single", format_1.train)
+    kept = DATA / sys.argv[1]
+    make(kept, "single", earlier_formats.train)
     two = Ranks(2)
-    make("ddp", lambda **options: two.run(format_1.train, **options)[0])
+    make(kept, "ddp", lambda **options: two.run(earlier_formats.train, **options)[0])
     two.end()
