@@ -61,8 +61,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "hub_revision": UPLOADS,
     "use_cpu": "A machine without accelerator trains on its CPU. To hide a GPU, run with CUDA_VISIBLE_DEVICES=''.",
     "accelerator_config": "There is no accelerate underneath. Ranks share each batch of a Dataset, by strategy=.",
-    "parallelism_config": "Write strategy=FSDP2(tensor_parallel=..., context_parallel=...), from "
-    "stratagem.strategies.",
+    "parallelism_config": "Write strategy=FSDP2(tensor_parallel=..., context_parallel=...), from stratagem.strategies.",
     "dataloader_multiprocessing_context": LOADER,
     "dataloader_in_order": LOADER,
     "remove_unused_columns": f"{COLUMNS}: leave it out.",
