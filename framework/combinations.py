@@ -1,4 +1,24 @@
-"""What can't work together: arguments with a strategy, a module or data; all of it found before anything is started."""
+"""What can't work together, and every place where it is refused.
+
+There are five places. Each one comes as early as what it looks at is known, and names what to write instead:
+
+1. **The constructors** of FitArguments (``arguments.py``), of a strategy's ``Options`` and of a precision: values that
+   contradict one another within one object.
+2. **Strategy.check_precision**: a precision under a strategy. It asks the table ``strategies/matrix.py``, the precision
+   (``Precision.refused_parameters``), and in a strategy's own file what that strategy's options need. ``Fit`` calls it
+   before ranks are started, and ``Strategy.set_up`` again.
+3. **check_combination**: arguments with the strategy (``Strategy.refused_arguments``), the precision
+   (``Precision.refused_arguments``), the module and the data. For a Fit, and for each trial of a search.
+4. **check_optimizer_by_name**: the optimizer that ``optim`` names, with the strategy as it is set up, before the module
+   is placed.
+5. **check_optimizer**: the optimizer that was made, by a module of the user's perhaps, with the table UNSUITED and the
+   strategy (``Strategy.optimizer_problem``).
+
+A new combination that can't work becomes an entry in one of the tables named here, or a line in one of these functions.
+Something else are a device that can't compute a precision (``Precision.set_up``), layers that a strategy can't place
+(``Strategy.check_module`` and ``place``), and a package's own configuration (``Strategy.expect``): one thing each, and
+no combination of two choices.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -78,17 +98,22 @@ def check_combination(
     module: TrainModule,
     eval_data: Any,
     compute_loss_func: Callable[..., Any] | None,
+    precision: Precision | None = None,
 ) -> None:
     """Refuse arguments that can't work with what else Fit was given, all of them in one error.
+
+    Args:
+        args, strategy, module, eval_data, compute_loss_func: as Fit was given them; the strategy may not be set up yet.
+        precision: None leaves out what a precision refuses.
 
     Raises:
         ValueError: a line for each, with what to write instead.
     """
-    found: list[tuple[str, str]] = []
+    found: list[str] = []
 
-    def refuse(name: str, applies: bool, why: str) -> None:
+    def refuse(name: str, applies: bool, why: str, where: str = "") -> None:
         if applies:
-            found.append((name, why))
+            found.append(f"{name}={getattr(args, name)!r}{where}: {why}")
 
     nothing = "needs something to evaluate on, but eval_data is None. Pass eval_data=, or leave the argument out"
     refuse("eval_strategy", args.eval_strategy != "no" and eval_data is None, nothing)
@@ -114,8 +139,11 @@ def check_combination(
         args.label_smoothing_factor > 0 and strategy.splits_classes,
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
-    for argument, reason in strategy.refusals.items():
+    for argument, reason in strategy.refused_arguments.items():
         refuse(argument, bool(getattr(args, argument)), reason)
+    if precision is not None:
+        for argument, reason in precision.refused_arguments.items():
+            refuse(argument, bool(getattr(args, argument)), reason, f" in precision={precision.name!r}")
     taken = inspect.signature(module.forward).parameters
     refuse(
         "past_index",
@@ -127,19 +155,7 @@ def check_combination(
         why = unsuited(CLASSES.get(args.optim, ""), bool(args.optim_args.get("fused")), strategy)
         refuse("optim", why is not None, f"doesn't work under strategy={strategy.name!r}: {why}")
     if found:
-        lines = [f"{name}={getattr(args, name)!r}: {why}" for name, why in found]
-        raise ValueError("These arguments can't work together:\n  " + "\n  ".join(lines))
-
-
-def check_precision(args: FitArguments, precision: Precision) -> None:
-    """Refuse arguments that a number format can't do (``Precision.refusals``).
-
-    Raises:
-        ValueError: names the argument, and what to write instead.
-    """
-    for argument in ("gradient_checkpointing", "torch_compile"):
-        if getattr(args, argument) and argument in precision.refusals:
-            raise ValueError(f"{argument}=True in precision={precision.name!r}: {precision.refusals[argument]}")
+        raise ValueError("These arguments can't work together:\n  " + "\n  ".join(found))
 
 
 def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:
@@ -169,6 +185,9 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments
     Raises:
         ValueError: says why, and what works.
     """
+    problem = strategy.optimizer_problem(optimizer)
+    if problem is not None:
+        raise ValueError(f"{type(optimizer).__name__} doesn't work under strategy={strategy.name!r}: {problem}.")
     for part in getattr(optimizer, "parts", [optimizer]):
         name = type(part).__name__
         why = unsuited(name, any(group.get("fused") for group in part.param_groups), strategy)

@@ -1,4 +1,4 @@
-"""The console command ``stratagem``; each of its tasks is a subcommand."""
+"""The console command ``stratagem``, with a subcommand for each task."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: of the command line; None takes this process's.
+        arguments: the words of the command line; None takes those of this process.
 
     Returns:
         The exit status.
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The subcommand ``stratagem parity``."""
+    """Add the subcommand ``stratagem parity``."""
     known = ", ".join([*STRATEGIES, *parity_ranks.COMBINATIONS])
     parser = commands.add_parser(
         "parity",
@@ -125,7 +125,7 @@ def run_parity(options: argparse.Namespace) -> int:
             options.timeout,
             lambda case: status.update(f"training under {case.name} on {case.ranks} rank(s)"),
         )
-    # What isn't a terminal has no width; the rows are easier read unbroken.
+    # A file or a pipe has no width, and rows are easier to read unbroken.
     Console(width=None if sys.stdout.isatty() else 140).print(parity_table(recipe, rows))
     for row in rows:
         if row.failure is not None:
@@ -134,9 +134,9 @@ def run_parity(options: argparse.Namespace) -> int:
 
 
 def parity_table(recipe: parity.Recipe, rows: Sequence[parity_ranks.Row]) -> Table:
-    """The rows as people read them."""
+    """Make the table of the rows, with their titles and marks."""
     table = Table(
-        # As Text: in a string rich takes ":model:" for an emoji, and "[...]" for a style.
+        # Cells are Text, since rich takes ":model:" in a string for an emoji, and "[...]" for a style.
         title=Text(f"{recipe.module}: {recipe.updates} updates of {recipe.batch_size} samples in {recipe.precision}"),
         caption="Largest relative differences to the first row: loss of all updates, gradients of the first one.",
     )
@@ -157,7 +157,7 @@ def parity_table(recipe: parity.Recipe, rows: Sequence[parity_ranks.Row]) -> Tab
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """Reads a number above 0 from the command line, as argparse's ``type``."""
+    """Make a function that reads a number above 0 from the command line, as the ``type`` of argparse."""
 
     def read(text: str) -> float:
         value = kind(text)
@@ -165,7 +165,7 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
             raise ValueError
         return value
 
-    read.__name__ = f"positive {kind.__name__}"  # argparse's message shows it
+    read.__name__ = f"positive {kind.__name__}"  # the message of argparse shows this name
     return read
 
 

@@ -16,7 +16,7 @@ from . import checkpoint, overriding
 from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
-from .combinations import check_optimizer_by_name, check_precision
+from .combinations import check_optimizer_by_name
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
@@ -101,14 +101,13 @@ class Fit(Runs):
         self.own_callbacks, self._trial_callbacks = list(callbacks), ()
         self.own_args, self.own_trial = own, None
         self.plan = Plan.of(own)
-        self._check_together(own, self.module)
+        self._check_together(own, self.module, number_format)
         self._check_overriding(own)
         start_ranks(self.strategy, devices, max_restarts)
         given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
         self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
-        check_precision(own, number_format)
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
         self.state, self.control = TrainState(), Control()

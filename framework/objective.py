@@ -19,7 +19,7 @@ from ..strategies.batches import is_by_position, labels_in
 from .data.stand_in import StandIn
 from .module import TrainModule, forward_call
 
-Count = int | Tensor  # a Tensor where the batch itself already lives on an accelerator
+Count = int | Tensor  # a Tensor where the batch was on an accelerator from the start
 
 
 NO_EXTRAS: Mapping[str, Tensor] = {}
@@ -35,9 +35,9 @@ class Objective:
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
 
     Attributes:
-        past: what the next batch is handed.
+        past: what the next batch is given as ``mems``.
         noted: what ``note`` returns; None before the first loss.
-        takes_num_items: whether the loss divides by the global count itself.
+        takes_num_items: whether the loss function itself divides by the global count of items.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class Objective:
         self.noted: tuple[Mapping[str, Tensor], bool] | None = None
         self._was_checked = False
         self.call = forward_call(module)
-        # The model's outputs for a batch on the device. No method of our own around it: a user's trace stays short.
+        # (model, batch on the device) to outputs. A method around it would make the user's traceback longer.
         self.forward = self.call if past_index < 0 else self.forward_with_past
         self.compute_loss_func = compute_loss_func
         self.name = "compute_loss_func" if compute_loss_func else f"{type(module).__name__}.loss"
         loss = compute_loss_func or module.loss
-        # Only an explicit parameter: **kwargs may be passed on to something that ignores the count.
+        # Only an explicit parameter counts: **kwargs may be handed to something that ignores the count.
         replaced = label_smoothing > 0 and compute_loss_func is None
         self.takes_num_items = not replaced and "num_items_in_batch" in inspect.signature(loss).parameters
 
     def count(self, batch: Any) -> Count:
-        """Items in a batch as the data gave it."""
+        """Count the items in a batch as the data gave it."""
         if isinstance(batch, StandIn):
             return 0
         return self.module.count_items(batch)
 
     def forward_with_past(self, model: nn.Module, batch: Any) -> Any:
-        """The model's outputs for a batch that is handed what the batch before left."""
+        """Compute the model's outputs for a batch that is given an output of the batch before."""
         if self.past is not None:
             if not isinstance(batch, Mapping):
                 raise ValueError(
@@ -83,14 +83,14 @@ class Objective:
         if not isinstance(entries, tuple | list) or self.past_index >= len(entries):
             found = f"{len(entries)} entries" if isinstance(entries, tuple | list) else f"a {type(outputs).__name__}"
             raise ValueError(f"past_index={self.past_index} names an entry of the outputs, but forward gave {found}.")
-        # Cut from the graph: the next update's backward must not reach into this one's.
+        # It is detached, since the backward of the next update must not reach into the graph of this one.
         self.past = tree_map(
             lambda value: value.detach() if isinstance(value, Tensor) else value, entries[self.past_index]
         )
         return outputs
 
     def loss(self, outputs: Any, batch: Any, num_items: Count | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of forward's outputs.
+        """Compute the loss of the outputs of forward.
 
         Args:
             outputs: what forward returned.
@@ -131,8 +131,9 @@ class Objective:
         return loss["loss"], extras
 
     def note(self) -> tuple[Mapping[str, Tensor], bool]:
-        """What Fit.compute_loss can't return beside a loss, as its signature is transformers': the extras of the last
-        ``loss``, and whether that is divided by the items of the whole update. Whoever calls compute_loss asks next.
+        """Return (extras, is_share) of the last ``loss``: its extras, and whether it is divided by the items of the
+        whole update. Whoever calls compute_loss calls this next, since compute_loss, whose signature is that of
+        transformers, can return the loss and the outputs alone.
         """
         noted = self.noted
         assert noted is not None
@@ -143,7 +144,7 @@ class Objective:
         self.past = None
 
     def forget_note(self) -> None:
-        """Before a compute_loss that may find its loss without this object."""
+        """Forget the last note, before a compute_loss that may find its loss without this object."""
         self.noted = None
 
     def share(self, loss: Tensor, count: Count, num_items: Count, is_share: bool, strategy: Strategy) -> Tensor:
@@ -173,8 +174,8 @@ class Objective:
 
     @contextmanager
     def without_past(self) -> Iterator[None]:
-        """Entered around an evaluation: its first batch is handed nothing, and the next batch of training what the last
-        one of training left.
+        """Entered around an evaluation: its first batch is given no ``mems``, and the next batch of training those of
+        the last one of training.
         """
         past, self.past = self.past, None
         try:
@@ -186,8 +187,8 @@ class Objective:
         """Refuse a loss that can't be trained on.
 
         Raises:
-            TypeError: not a tensor.
-            ValueError: not a scalar, or cut off from the parameters.
+            TypeError: the loss isn't a tensor.
+            ValueError: the loss isn't a scalar, or no gradient leads from it to the parameters.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"{self.name} must return a 0-dim tensor. Received: {type(loss).__name__}")
@@ -204,13 +205,15 @@ class Objective:
 
 
 def smoothed_loss(outputs: Any, labels: Tensor, smoothing: float, causal: bool) -> Tensor:
-    """Mean over labels other than -100 of (1 - smoothing)·(-log p[label]) + smoothing·mean over classes of -log p.
+    """Compute the mean over labels other than -100 of (1 - smoothing)·(-log p[label]) + smoothing·(mean of -log p over
+    classes).
 
     Args:
-        outputs: logits of shape (..., classes), a mapping that holds them as "logits", or a tuple they come first in.
-        labels: of shape (...).
-        smoothing: weight that is spread over all classes (Szegedy et al., 2016).
-        causal: position i predicts label i + 1.
+        outputs: logits of shape (..., classes), a mapping that holds them as "logits", or a tuple whose first entry
+            they are.
+        labels: targets of shape (...).
+        smoothing: the weight that is spread over all classes (Szegedy et al., 2016).
+        causal: whether position i predicts label i + 1.
     """
     if isinstance(outputs, Mapping):
         if "logits" not in outputs:
@@ -227,7 +230,9 @@ def smoothed_loss(outputs: Any, labels: Tensor, smoothing: float, causal: bool) 
 
 
 def labels_of(batch: Any) -> Any:
-    """The batch's targets: its "labels" (an entry or an attribute), else the last entry of a tuple, else None."""
+    """Return the targets of a batch: its "labels" (an entry or an attribute), else the last entry of a tuple, else
+    None.
+    """
     labels = labels_in(batch)
     if labels is None and is_by_position(batch) and len(batch) > 1:
         return batch[-1]
@@ -235,20 +240,20 @@ def labels_of(batch: Any) -> Any:
 
 
 def without_loss(loss: Tensor, outputs: Any) -> Tensor:
-    """A scalar that leads backward to every parameter past the loss: the gradient of a mean over nothing is 0/0, which
-    no weight of 0 makes finite again.
+    """Make a scalar whose backward reaches every parameter but not the loss, for a batch without items: the gradient of
+    a mean over nothing is 0/0, which a weight of 0 doesn't make finite.
 
     Args:
-        loss: over no items; returned where the outputs hold nothing to go back from.
+        loss: the loss over no items, which is returned where no output carries a gradient.
         outputs: what forward returned.
     """
     parts = list(differentiable(outputs))
-    is_scalar = isinstance(loss, Tensor) and loss.ndim == 0  # else the check of the first loss has something to say
+    is_scalar = isinstance(loss, Tensor) and loss.ndim == 0  # else ``check`` refuses the loss
     return torch.stack([part.float().sum() for part in parts]).sum() if parts and is_scalar else loss
 
 
 def differentiable(outputs: Any) -> Iterator[Tensor]:
-    """The tensors in a forward's outputs that carry a gradient, but for scalars: those are losses."""
+    """Yield the tensors in the outputs of forward that carry a gradient, but not scalars, which are losses."""
     if isinstance(outputs, Tensor):
         if outputs.ndim and outputs.requires_grad and outputs.is_floating_point():
             yield outputs
@@ -264,17 +269,18 @@ def weigh(
     ranks: int,
     factor: Callable[[float], float | Tensor] = float,
 ) -> Tensor:
-    """The micro-batch's share of the update's loss, times the number of ranks that gradients are averaged over.
+    """Compute a micro-batch's share of the loss of the update, times the number of ranks that gradients are averaged
+    over.
 
     Args:
-        loss: mean over ``count`` items.
+        loss: the mean over ``count`` items.
         count: items in this micro-batch on this rank.
         num_items: items in the update over all ranks; a tensor where ranks were summed.
-        ranks: that gradients are averaged over.
-        factor: the strategy's.
+        ranks: the number of ranks that gradients are averaged over.
+        factor: ``Strategy.factor``.
     """
     if isinstance(count, int):
-        if count == 0:  # the mean over nothing is NaN; its share is nothing
+        if count == 0:  # the mean over no items is NaN, and its share is nothing
             return torch.nan_to_num(loss) * 0.0
         if isinstance(num_items, int):
             return loss if count == num_items and ranks == 1 else loss * factor(count * ranks / num_items)

@@ -1,8 +1,8 @@
-"""Which methods of Fit a subclass may replace, and what is said of the others: docs/overriding.md is the page about it.
+"""Checks of what subclasses override: methods of Fit, and names of other trainers. See docs/overriding.md.
 
-A method that is never called is worse than an error: its author believes in it. So a Fit refuses the names by which
-transformers' Trainer calls its own steps, warns of methods of its own that it doesn't promise to call, and of
-Lightning's names on a module, each with the name that does the same here.
+A method that is never called is worse than an error, since its author relies on it. So a Fit refuses the names of steps
+of transformers' Trainer, warns of overrides of its own methods that it doesn't promise to call, and warns of names of
+Lightning on a module; each message has the name that does the same here.
 """
 
 import copy
@@ -19,7 +19,7 @@ OVERRIDABLE = (
     "get_train_dataloader", "get_eval_dataloader", "evaluate", "predict", "log", "save_checkpoint", "export",
     "save_pretrained", "hyperparameter_search",
 )  # fmt: skip
-"""Methods of Fit that it calls by name, wherever it needs what they do."""
+"""Methods of Fit that a subclass may override: Fit calls them wherever it needs what they do."""
 
 OF_TRANSFORMERS = {
     "prediction_step": "compute_loss, which evaluate and predict call for each batch, with return_outputs=True",
@@ -43,7 +43,7 @@ OF_TRANSFORMERS = {
     "floating_point_ops": "TrainModule.flops_per_token(self, parameter_count)",
     "autocast_smart_context_manager": "compute_loss_context_manager(self)",
 }
-"""Names of transformers' Trainer that nothing here calls, and what is called instead."""
+"""Names of transformers' Trainer that nothing here calls, to what is called instead."""
 
 OF_LIGHTNING = {
     "training_step": "forward and loss(self, outputs, batch); for the rest of a step, Fit.training_step",
@@ -68,20 +68,21 @@ OF_LIGHTNING = {
     "on_validation_epoch_end": "a Callback's on_evaluate",
     "on_before_optimizer_step": "a Callback's on_pre_optimizer_step",
 }
-"""Names of a LightningModule that nothing here calls on a TrainModule, and what is called instead."""
+"""Names of a LightningModule that nothing here calls on a TrainModule, to what is called instead."""
 
 COUNT = "num_items_in_batch"
 
 
 def check_fit(fit: type, base: type) -> None:
-    """Refuse or warn of what a subclass of Fit defines in vain.
+    """Refuse, or warn of, what a subclass of Fit defines and nothing calls.
 
     Args:
         fit: the class of the object.
         base: Fit.
 
     Raises:
-        TypeError: a name of transformers' Trainer that is never called, or a compute_loss that can't be called.
+        TypeError: the class has a name of transformers' Trainer that is never called, or a compute_loss that can't be
+            called.
     """
     if fit is base:
         return
@@ -107,7 +108,7 @@ def check_fit(fit: type, base: type) -> None:
 
 
 def check_module(module: type, base: type) -> None:
-    """Warn of Lightning's names on a TrainModule.
+    """Warn of names of Lightning on a TrainModule.
 
     Args:
         module: the class of the user's module.
@@ -121,36 +122,36 @@ def check_module(module: type, base: type) -> None:
 
 
 def own_classes(kind: type, base: type) -> list[type]:
-    """The classes that an object of ``kind`` finds its methods in before it finds those of ``base``."""
+    """Return the classes in which an object of ``kind`` finds its methods before those of ``base``."""
     order = kind.__mro__
     return list(order[: order.index(base)])
 
 
-# compute_loss.
+# An overridden compute_loss.
 
 
 def is_overridden(fit: type, base: type, name: str) -> bool:
-    """Whether a subclass has a method of its own by a name of Fit's."""
+    """Return whether a subclass overrides a method of Fit."""
     return getattr(fit, name) is not getattr(base, name)
 
 
 def reads_count(fit: type, base: type) -> bool:
-    """Whether an overridden compute_loss reads ``num_items_in_batch``. One that doesn't ask Fit's own method for the
-    loss, and reads the count, divides by it.
+    """Return whether an overridden compute_loss reads ``num_items_in_batch``. An override that reads the count, and
+    gets no loss from Fit's own method, divides by it.
     """
     methods = [vars(kind).get("compute_loss") for kind in own_classes(fit, base)]
     return any(reads(getattr(inspect.unwrap(method), "__code__", None)) for method in methods if callable(method))
 
 
 def asks_base(fit: type, base: type) -> bool:
-    """Whether an overridden compute_loss may call Fit's own method."""
+    """Return whether an overridden compute_loss may call Fit's own method."""
     methods = [vars(kind).get("compute_loss") for kind in own_classes(fit, base)]
     codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods if callable(method)]
     return any(code is None or {"super", "compute_loss", "objective"} & set(code.co_names) for code in codes)
 
 
 def reads(code: types.CodeType | None) -> bool:
-    """Whether a function's code uses a variable, a key or a keyword argument by the name of the count."""
+    """Return whether a function's code has a variable, a key or a keyword argument named ``num_items_in_batch``."""
     if code is None:
         return False
     import dis
@@ -164,12 +165,13 @@ def reads(code: types.CodeType | None) -> bool:
 
 
 def own_inputs(inputs: Any) -> Any:
-    """A mapping batch as a copy that an override may take entries out of, as ``inputs.pop("labels")`` does."""
+    """Copy a mapping batch, so that an override may remove entries, as ``inputs.pop("labels")`` does."""
     return copy.copy(inputs) if isinstance(inputs, Mapping) else inputs
 
 
 def loss_and_outputs(found: Any) -> tuple[Any, Any, Mapping[str, Tensor]]:
-    """What an overridden compute_loss returned: a loss, or (loss, outputs); a mapping as a loss has extras.
+    """Read what an overridden compute_loss returned: a loss, or (loss, outputs). A mapping in the place of the loss
+    holds extras too.
 
     Returns:
         (loss, outputs, extras); outputs is None where there are none.
@@ -183,12 +185,12 @@ def loss_and_outputs(found: Any) -> tuple[Any, Any, Mapping[str, Tensor]]:
 
 
 def warn_options_without_effect(fit: type, base: type, options: Mapping[str, Any]) -> None:
-    """Warn of options that only Fit's own compute_loss knows, where an override never asks it.
+    """Warn of options that only Fit's own compute_loss knows, where an override never calls it.
 
     Args:
         fit: the class of the object.
         base: Fit.
-        options: by name; those that are set have a value that is true.
+        options: the name of an option to its value, which is true where the option is set.
     """
     given = [name for name, value in options.items() if value]
     if given and is_overridden(fit, base, "compute_loss") and not asks_base(fit, base):

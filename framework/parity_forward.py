@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..precision.complex_numbers import as_real
 from ..strategies.base import Strategy
 from ..strategies.batches import tensors_of
 
@@ -132,7 +133,7 @@ def moments(tensor: Tensor | None) -> Tensor:
         values = tensor.detach()
         if values.is_nested:
             values = values.values()
-        values = torch.view_as_real(values) if values.is_complex() else values
+        values = as_real(values)
         rows = values.shape[0] if values.ndim and 0 < values.shape[0] <= MOST_ROWS else 1
         values = values.double().reshape(rows, -1)
         count = torch.full((rows,), float(values.shape[1]), dtype=torch.float64, device=values.device)

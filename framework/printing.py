@@ -1,4 +1,4 @@
-"""Printing that ends no run: nobody may read it any more (``| head -1``, a lost terminal), or the disk be full."""
+"""Printing that doesn't end a run where it fails: at a closed pipe, a lost terminal or a full disk."""
 
 import os
 import sys
@@ -7,19 +7,19 @@ from contextlib import suppress
 from typing import TextIO
 
 FAILURES = (OSError, ValueError)
-"""What writing raises to a stream that is broken, or closed."""
+"""The errors of writing to a stream that is broken or closed."""
 
 
 class OutputWarning(UserWarning):
-    """What this process prints can't be written. It goes on without."""
+    """What this process prints can't be written. The process goes on."""
 
 
 def say(line: str, stream: TextIO | None = None) -> bool:
-    """Print a line at once; whether that could be done.
+    """Print a line at once, and return whether that succeeded.
 
     Args:
-        line: without its end.
-        stream: None means ``sys.stdout`` as it is now.
+        line: the line, without a line break at its end.
+        stream: where to print; None means ``sys.stdout`` as it is now.
     """
     try:
         print(line, file=stream, flush=True)
@@ -30,10 +30,10 @@ def say(line: str, stream: TextIO | None = None) -> bool:
 
 
 def give_up(stream: TextIO, error: Exception) -> None:
-    """Have what a broken stream is given written nowhere from here on. It holds the line that couldn't be written, on
-    which the user's next print would fail too, and the process when Python flushes it at the end (status 120).
+    """Redirect a broken stream to nowhere from here on. The stream still holds the line that couldn't be written, with
+    which the user's next print would fail too, and Python's flush at the end of the process (status 120).
     """
-    with suppress(*FAILURES):  # it is closed, or no file of the system's
+    with suppress(*FAILURES):  # the stream may be closed, or no file of the system
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

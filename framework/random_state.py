@@ -1,4 +1,4 @@
-"""The random state of a rank, as JSON: Python's, numpy's, torch's on the host and on its accelerator."""
+"""The random state of a rank as JSON: the generators of Python, numpy, and torch on the host and its accelerator."""
 
 import base64
 import random
@@ -18,7 +18,7 @@ def seed_everything(seed: int) -> None:
 
 
 def capture() -> dict[str, Any]:
-    """The state of every generator of this process, as JSON types."""
+    """Return the state of every generator of this process, as JSON types."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -43,8 +43,8 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def problem(state: Any) -> str | None:
-    """Why ``restore`` can't take a state that was read from a file, or None where it can. numpy, for one, would read
-    beyond its words at a position that isn't among them.
+    """Return why ``restore`` can't take a state that was read from a file, or None where it can. Unchecked, numpy would
+    read beyond its memory at a position that isn't in it.
     """
     try:
         version, words, gauss = state["python"]
@@ -68,7 +68,7 @@ def problem(state: Any) -> str | None:
 
 
 def generator_problem(text: str) -> str | None:
-    """Why a generator of torch's on the host can't take an encoded state, or None where it can."""
+    """Return why a generator of torch on the host can't take an encoded state, or None where it can."""
     try:
         torch.Generator().set_state(decode(text))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -77,7 +77,7 @@ def generator_problem(text: str) -> str | None:
 
 
 def cuda_problem(text: Any) -> str | None:
-    """Why CUDA's generator can't take an encoded state, or None where it can, or isn't there."""
+    """Return why the generator of CUDA can't take an encoded state, or None where it can, or where there is no CUDA."""
     if text is None or not torch.cuda.is_available():
         return None
     try:
@@ -88,11 +88,11 @@ def cuda_problem(text: Any) -> str | None:
 
 
 class OwnRandomState:
-    """Random numbers for one purpose: what is drawn from Python's, numpy's and torch's global generators inside
-    ``entered`` follows from the seed alone, and nothing outside is disturbed by it.
+    """Random numbers for one purpose: what is drawn from the global generators of Python, numpy and torch inside
+    ``entered`` follows from the seed alone, and changes nothing outside.
 
     Args:
-        seed: of all three.
+        seed: the seed of all three generators.
 
     Example:
         >>> own = OwnRandomState(seed=0)
@@ -107,7 +107,7 @@ class OwnRandomState:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The global generators go on where they were left in here; outside, where they were left outside."""
+        """Entered with this object's states in the global generators; afterwards, the states outside are restored."""
         self._swap()
         try:
             yield
@@ -117,17 +117,17 @@ class OwnRandomState:
     def _swap(self) -> None:
         outside = random.getstate(), numpy.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
         random.setstate(self.python)
-        # The object itself: copying its state takes a hundred times as long.
+        # The generator object itself is exchanged, since copying its state takes a hundred times as long.
         numpy.random.set_bit_generator(self.numpy)  # type: ignore[attr-defined]
         torch.set_rng_state(self.torch)
         self.python, self.numpy, self.torch = outside
 
 
 def encode(state: torch.Tensor) -> str:
-    """Bytes of a uint8 tensor as text."""
+    """Encode the bytes of a uint8 tensor as text."""
     return base64.b64encode(state.numpy().tobytes()).decode("ascii")
 
 
 def decode(text: str) -> torch.Tensor:
-    """The uint8 tensor that ``encode`` was given."""
+    """Decode the uint8 tensor that ``encode`` was given."""
     return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)

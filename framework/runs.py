@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..precision.base import Precision
 from . import checkpoint, loop
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
@@ -228,7 +229,7 @@ class Runs(Steps):
         args, module = arguments_and_module(trial, self.own_args, self.source)
         check_ranks_agree(self.strategy, {"argument of the trial": args.to_dict()})
         if module is not None:
-            self._check_together(args, module)
+            self._check_together(args, module, self.strategy.precision)
             if self.placed:
                 self.take_apart()
             self.begin_afresh(args, module)
@@ -251,7 +252,7 @@ class Runs(Steps):
         Raises:
             ValueError: they can't work with the module, the data or the strategy, or come too late.
         """
-        self._check_together(args, self.module)
+        self._check_together(args, self.module, self.strategy.precision)
         check_optimizer_by_name(args, self.strategy)
         if args.auto_find_batch_size and not self.own_args.auto_find_batch_size:
             raise ValueError(
@@ -292,5 +293,5 @@ class Runs(Steps):
         first = [*callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
         self.callbacks = Callbacks(first, last=[*shown, *compared])
 
-    def _check_together(self, args: FitArguments, module: TrainModule) -> None:
-        check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func)
+    def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:
+        check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func, precision)

@@ -1,4 +1,4 @@
-"""Where a run stands: plain objects that can be printed, and that a checkpoint stores as JSON."""
+"""The state of a run in plain objects, which can be printed, and which a checkpoint stores as JSON."""
 
 import dataclasses
 import math
@@ -14,17 +14,17 @@ class TrainState:
     Attributes:
         global_step: updates done.
         max_steps: updates in the whole run.
-        epoch: passes over the data done, with the fraction of the current one.
-        num_train_epochs: passes the run will take.
-        learning_rate: the one used in the last update.
-        items_seen: items (labels, else samples) that gradients were made of, over all ranks since the start.
-        num_input_tokens_seen: input tokens over all ranks since the start, as far as they are counted.
+        epoch: passes over the data done, with the fraction of the current pass.
+        num_train_epochs: passes that the run will make.
+        learning_rate: the learning rate of the last update.
+        items_seen: items (labels, else samples) that were trained on, over all ranks since the start.
+        num_input_tokens_seen: input tokens over all ranks since the start, where they are counted.
         skipped_updates: updates that loss scaling skipped.
-        train_loss_sum, train_loss_count: the finite losses of updates that were logged, and how many they are.
+        train_loss_sum, train_loss_count: the sum and the number of the finite losses that were logged, one an update.
         train_batch_size: samples per micro-batch and rank, where ``auto_find_batch_size`` found that no more fit into
-            memory; None where they are as many as were asked for.
+            memory; else None.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
-        best_global_step: the update it was reached at.
+        best_global_step: the update of the evaluation with ``best_metric``.
         log_history: every log of the run.
     """
 
@@ -44,11 +44,11 @@ class TrainState:
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return dataclasses.asdict(self)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over the fields of ``to_dict``."""
+        """Set the fields to what ``to_dict`` returned."""
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -122,8 +122,8 @@ class Control:
     ``on_log``, ``on_evaluate``, ``on_save`` and ``on_epoch_end`` are agreed at once.
 
     Attributes:
-        should_log, should_evaluate, should_save: at the end of this update or epoch; cleared when it is done, and when
-            the next update begins.
+        should_log, should_evaluate, should_save: do so at the end of this update or epoch; cleared once it is done, and
+            when the next update begins.
         should_epoch_stop: leave the epoch after this update; cleared when the next epoch begins.
         should_training_stop: leave training after this update; cleared when training begins.
     """
@@ -135,7 +135,7 @@ class Control:
     should_training_stop: bool = False
 
     def flags(self) -> list[int]:
-        """The flags as numbers, in the order of the fields."""
+        """Return the flags as numbers, in the order of the fields."""
         return [int(getattr(self, flag)) for flag in FLAGS]
 
     def set(self, flags: list[int]) -> None:

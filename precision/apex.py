@@ -32,6 +32,7 @@ class Apex(Precision):
     compute_dtype = torch.float16
     reduce_dtype = torch.float32
     scales_loss = True
+    computes_by_itself = True
 
     level: ClassVar[str]
 

@@ -26,8 +26,12 @@ class Precision:
         reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
         scales_loss: whether a step may be skipped because gradients overflowed.
         master_weights: whether an optimizer steps on float32 copies of the parameters, which its state holds.
-        refusals: what this instance's options can't do, beyond strategies/matrix.py: a word of ``Strategy.traits``, or
-            the argument "gradient_checkpointing" or "torch_compile", to why not and what to write instead.
+        computes_by_itself: whether the format has layers, weights or steps of its own, so that a strategy whose engine
+            has those can't do its part.
+        refused_arguments: arguments of a run ("gradient_checkpointing", "torch_compile") that this instance's options
+            don't work with: why not, and what to write instead.
+        refused_parameters: kinds of placed parameters (``Strategy.parameter_kinds``) that this instance's options don't
+            work with: why not, and what to write instead. A format as a whole is refused in strategies/matrix.py.
     """
 
     name: ClassVar[str]
@@ -36,7 +40,9 @@ class Precision:
     reduce_dtype: torch.dtype | None = None
     scales_loss: ClassVar[bool] = False
     master_weights: bool = False
-    refusals: Mapping[str, str] = {}
+    computes_by_itself: ClassVar[bool] = False
+    refused_arguments: Mapping[str, str] = {}
+    refused_parameters: Mapping[str, str] = {}
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
         """Called once by the strategy, after the process group exists and before the module is placed.
@@ -72,32 +78,13 @@ class Precision:
         """Entered around forward and loss."""
         return nullcontext()
 
-    def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:
-        """Called once the optimizer is made (None where nothing is trained), before the module is wrapped."""
-
-    def begin_micro_batch(self, last: bool) -> None:
-        """Called before each micro-batch by strategies whose parameters are whole; after the last one's backward the
-        gradients are those of the update.
-        """
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of the loss, scaled, to those of the update."""
         self.scale(loss).backward()
 
-    def masters(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
-        """What the optimizer steps for each of the module's parameters, by name: those, or copies of them."""
-        return parameters
-
-    def clipped(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters whose gradients are clipped, given the module's trainable ones."""
-        return parameters
-
     def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint holds and is read into, by name, given the module's parameters and buffers."""
         return state
-
-    def take_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """``saved_weights`` were read into; where they are copies, the module's own follow them."""
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss that backward is called on."""
@@ -128,6 +115,27 @@ class Precision:
     def log_values(self) -> dict[str, float]:
         """Extra numbers for a log line (the loss scale). May wait for the device: it is called only when logging."""
         return {}
+
+    # For one precision: what apex.amp asks for, and every other format leaves as it is.
+
+    def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:
+        """Called once the optimizer is made (None where nothing is trained), before the module is wrapped."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Called before each micro-batch by strategies whose parameters are whole; after the last one's backward the
+        gradients are those of the update.
+        """
+
+    def masters(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """What the optimizer steps for each of the module's parameters, by name: those, or copies of them."""
+        return parameters
+
+    def clipped(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The parameters whose gradients are clipped, given the module's trainable ones."""
+        return parameters
+
+    def take_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """``saved_weights`` were read into; where they are copies, the module's own follow them."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -42,6 +42,7 @@ class FP8(BF16Mixed):
     """
 
     name = "fp8"
+    computes_by_itself = True
 
     def __init__(
         self,
@@ -71,8 +72,8 @@ class FP8(BF16Mixed):
         self.all_gather, self.pad = all_gather, pad
 
     @property
-    def refusals(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Nothing without all_gather."""
+    def refused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
+        """What FSDP2 alone can gather in float8; nothing without ``all_gather``."""
         if not self.all_gather:
             return {}
         gathers = "FP8(all_gather=True) is about how FSDP2 gathers its shards; "

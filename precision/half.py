@@ -25,6 +25,7 @@ class TrueHalf(Precision):
     compute_dtype: torch.dtype
     reduce_dtype: torch.dtype
     master_weights = True
+    computes_by_itself = True
     # The default dtype stays the user's: under another, torch.arange(n) in a forward would count wrong beyond 256.
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:

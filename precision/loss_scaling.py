@@ -22,6 +22,7 @@ class LossScaling(Precision):
     """
 
     scales_loss = True
+    computes_by_itself = True
 
     def __init__(self, initial_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
         if initial_scale <= 0:

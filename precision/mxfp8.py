@@ -34,6 +34,7 @@ class MXFP8(BF16Mixed):
     """
 
     name = "mxfp8"
+    computes_by_itself = True
 
     def __init__(self, emulate: bool = False, skip: Sequence[str] = HEADS) -> None:
         if isinstance(skip, str):

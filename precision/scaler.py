@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .base import MaxReduce
+from .complex_numbers import as_real
 
 
 class RankAwareGradScaler(GradScaler):
@@ -47,8 +48,7 @@ class RankAwareGradScaler(GradScaler):
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                 if local.is_sparse:
                     local = local._values()
-                if local.is_complex():
-                    local = torch.view_as_real(local)
+                local = as_real(local)
                 if local.dtype == torch.float16 and not allow_fp16:
                     raise ValueError(
                         "Loss scaling needs float32 gradients, but found float16 ones: the module's parameters were "

@@ -41,7 +41,8 @@ class TransformerEngine(BF16Mixed):
     """
 
     name = "fp8-te"
-    refusals = {
+    computes_by_itself = True
+    refused_arguments = {
         "gradient_checkpointing": "backward would compute blocks again outside of Transformer Engine's autocast, in "
         "other numbers. Leave it out, or use precision='fp8'.",
     }

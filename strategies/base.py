@@ -108,8 +108,6 @@ class Strategy(Ranks, PlacedModule):
     parameter_form: ClassVar[str] = "whole"
     """What the optimizer is given: "whole" parameters, "dtensor" for shards that know their whole, or "flat" for pieces
     that know nothing of rows and columns."""
-    runs_copies: ClassVar[bool] = False
-    """Whether forward runs on copies of the module, made anew each time."""
     gradients_are_final_in_backward: ClassVar[bool] = False
     """Whether what backward accumulates in a parameter is the gradient of the whole update, or its last part: then an
     optimizer may consume it there and then (LOMO)."""
@@ -120,13 +118,16 @@ class Strategy(Ranks, PlacedModule):
         "from a rank's own random numbers, or a gradient that isn't averaged over the ranks."
     )
     """The likely cause, where ranks hold other numbers of what they hold alike."""
-    refusals: ClassVar[Mapping[str, str]] = {}
+    refused_arguments: ClassVar[Mapping[str, str]] = {}
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
+    device: torch.device = torch.device("cpu")
+
+    # For one strategy: DP, then XLASPMD.
+    runs_copies: ClassVar[bool] = False
+    """Whether forward runs on copies of the module, made anew each time."""
     recompute: Callable[..., Any] = staticmethod(checkpoint)
     """Called as torch.utils.checkpoint.checkpoint: computes a block's activations anew in backward."""
     recompute_options: ClassVar[Mapping[str, Any]] = {"use_reentrant": False}
-
-    device: torch.device = torch.device("cpu")
 
     def __init__(self, **options: Any) -> None:
         known = [field.name for field in dataclasses.fields(self.Options)]
@@ -161,6 +162,9 @@ class Strategy(Ranks, PlacedModule):
             ValueError: says why, and what works.
         """
         check_cell(precision.name, self.placement)
+        refused = precision.refused_parameters
+        for kind in sorted(self.parameter_kinds() & refused.keys()):
+            raise ValueError(f"precision={precision.name!r} under strategy={self.name!r}: {refused[kind]}")
 
     def check_module(self, module: nn.Module) -> None:
         """Refuse a module that can't be placed here, as far as its layers tell before it is built and placed.
@@ -177,8 +181,6 @@ class Strategy(Ranks, PlacedModule):
         """
         self.precision = precision
         self.check_precision(precision)
-        for trait in sorted(self.traits() & precision.refusals.keys()):
-            raise ValueError(f"precision={precision.name!r} under strategy={self.name!r}: {precision.refusals[trait]}")
         self.device = self.choose_device()
         precision.set_up(self.device, self.max_over_ranks)
 
@@ -186,9 +188,9 @@ class Strategy(Ranks, PlacedModule):
         """This rank's device."""
         return default_device()
 
-    def traits(self) -> frozenset[str]:
-        """What an option of a number format may not get along with (``Precision.refusals``): ``parameter_form``, and
-        "tensor_parallel".
+    def parameter_kinds(self) -> frozenset[str]:
+        """What the placed parameters are, for ``Precision.refused_parameters``: the word of ``parameter_form``, and
+        "tensor_parallel" where layers are cut.
         """
         return frozenset((self.parameter_form, *(("tensor_parallel",) if self.tensor_parallel_size > 1 else ())))
 
@@ -209,17 +211,6 @@ class Strategy(Ranks, PlacedModule):
         self.precision.convert_module(module)
         self.precision.replace_layers(module, self.shapes_on_rank(module))
         return [layer for layer in module.modules() if has_meta(layer)]
-
-    def expect(self, run: RunDescription) -> None:
-        """Told before ``place`` what will be trained, where something is.
-
-        Raises:
-            ValueError: the strategy was configured for another run.
-        """
-
-    def configuration(self) -> Mapping[str, Any]:
-        """What a package of its own runs by, for the log; JSON types. Complete after ``expect``."""
-        return {}
 
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
@@ -264,10 +255,6 @@ class Strategy(Ranks, PlacedModule):
         """Entered around forward and loss."""
         return self.precision.forward_context()
 
-    def factor(self, value: float) -> float | Tensor:
-        """A number that a loss is multiplied by, and that is another one in the next micro-batch."""
-        return value
-
     def local_loss(self, loss: Tensor) -> Tensor:
         """The loss as a plain 0-dim tensor on this rank, where the strategy's forward leaves it spread or repeated."""
         return loss
@@ -302,9 +289,6 @@ class Strategy(Ranks, PlacedModule):
         self.precision.step(self.optimizer)
         self.weights_have_changed()
 
-    def execute(self) -> None:
-        """Have the device begin on what it was given so far, where a strategy gathers that first."""
-
     def step_was_skipped(self) -> bool:
         """Whether the last ``step`` left the parameters alone. Waits at most for that step, never for later work."""
         return self.precision.step_was_skipped()
@@ -317,9 +301,7 @@ class Strategy(Ranks, PlacedModule):
         Args:
             module: the user's, perhaps placed only in part.
         """
-        self.__dict__.pop("module", None)
-        self.__dict__.pop("model", None)
-        self.optimizer = None
+        self.forget_module()
 
     def begin_again(self) -> None:
         """Meet the other ranks again and set up anew; ``place`` may follow. Collective, and the waiting ranks are woken
@@ -330,7 +312,37 @@ class Strategy(Ranks, PlacedModule):
         """
         self.set_up(self.precision)
 
-    # Random numbers of devices that torch's own functions for them don't reach.
+    def tear_down(self) -> None:
+        """Leave the process group. The strategy can be set up again."""
+
+    # For one strategy: DeepSpeed's engine runs by a configuration of its own. FSDP2 asks whether blocks are compiled.
+
+    def expect(self, run: RunDescription) -> None:
+        """Told before ``place`` what will be trained, where something is.
+
+        Raises:
+            ValueError: the strategy was configured for another run.
+        """
+
+    def configuration(self) -> Mapping[str, Any]:
+        """What a package of its own runs by, for the log; JSON types. Complete after ``expect``."""
+        return {}
+
+    def optimizer_problem(self, optimizer: Optimizer) -> str | None:
+        """Why the optimizer can't step the parameters as they are placed here, and what to use instead; None where it
+        can.
+        """
+        return None
+
+    # For one strategy. XLASPMD gathers what a device is to do before the device begins, and its devices draw their own
+    # random numbers.
+
+    def factor(self, value: float) -> float | Tensor:
+        """A number that a loss is multiplied by, and that is another one in the next micro-batch."""
+        return value
+
+    def execute(self) -> None:
+        """Have the device begin on what it was given so far, where a strategy gathers that first."""
 
     def seed(self, seed: int) -> None:
         """Seed the device's generators."""
@@ -341,9 +353,6 @@ class Strategy(Ranks, PlacedModule):
 
     def restore_random_state(self, state: Mapping[str, Any]) -> None:
         """Set them to a state that holds what ``random_state`` gave, unless it was saved on other devices."""
-
-    def tear_down(self) -> None:
-        """Leave the process group. The strategy can be set up again."""
 
     def __repr__(self) -> str:
         given = (

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..precision.complex_numbers import as_real
+
 BROADCAST_BYTES = 2**28  # at most this many are copied side by side
 Name = tuple[str, str]  # of a layer, and of its buffer
 Shapes = dict[Name, tuple[tuple[int, ...], str]]  # buffer to (shape, dtype)
@@ -133,4 +135,4 @@ def sendable(buffer: Tensor | None) -> Tensor:
     assert buffer is not None
     local = buffer.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
-    return torch.view_as_real(local) if local.is_complex() else local
+    return as_real(local)

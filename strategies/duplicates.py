@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision.complex_numbers import as_real
+
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 ENTRIES = 2**20  # that are looked at side by side
 FACTORS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB  # odd, and without a pattern
@@ -34,8 +36,7 @@ def part_of(tensor: Any, world_size: int) -> Part | None:
 
 def bits(tensor: Tensor) -> Tensor:
     """The numbers of a plain tensor, end to end, with their bits read as integers."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    flat = as_real(tensor.detach().contiguous()).reshape(-1)
     return flat.view(INTEGERS[flat.element_size()])
 
 

@@ -10,7 +10,7 @@ A cell that a row names is refused when Fit is constructed; its text says why, a
 * A new strategy: an entry in ``PLACEMENTS``, and a cell in each row that can't work there.
 * A precision or a strategy of a user's own is in no row or column, and is let through.
 * What depends on more than the two is refused where that is known: a device in ``Precision.set_up``, an option of the
-  format or an argument of the run in ``Precision.refusals``.
+  format by ``Precision.refused_parameters`` and ``Precision.refused_arguments``.
 
 ``python -m stratagem.strategies.matrix_page > docs/precision.md`` writes the page.
 """

@@ -27,9 +27,33 @@ class PlacedModule:
 
     world_size: int = 1
     precision: Precision
-    module: nn.Module
-    model: nn.Module
     optimizer: Optimizer | None = None
+    _module: nn.Module | None = None
+    _model: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's module, where ``place`` has put it."""
+        assert self._module is not None, "no module is placed"
+        return self._module
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self._module = module
+
+    @property
+    def model(self) -> nn.Module:
+        """What the loop calls: the module, or a wrapper around it."""
+        assert self._model is not None, "no module is placed"
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._model = model
+
+    def forget_module(self) -> None:
+        """Hold on to the module, to what was wrapped around it and to its optimizer no longer."""
+        self._module = self._model = self.optimizer = None
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """The placed parameters under the names that the user's module gives them; tied ones once, or by each name."""

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..precision.complex_numbers import as_real
+
 Kept = Callable[[nn.Parameter], bool]
 
 
@@ -49,7 +51,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradient = parameter.grad
-        numbers = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        numbers = as_real(gradient)
         by_kind[numbers.dtype, numbers.device].append(numbers)
     for gradients in by_kind.values():
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

@@ -1,4 +1,4 @@
-"""A directory that ``from_pretrained`` loads, written by the model's own ``save_pretrained`` from placed weights."""
+"""Saving of placed weights by the model's own ``save_pretrained``, into a directory that ``from_pretrained`` loads."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
     """Have the module write its configuration and weights. Collective; rank 0 holds the weights and writes.
 
     Args:
-        strategy: holds the placed module, which has a ``save_pretrained`` (transformers' and peft's models do).
-        directory: is made.
+        strategy: it holds the placed module, which has a ``save_pretrained`` (models of transformers and peft do).
+        directory: the folder to write, which is made.
         only_trainable: gather no frozen weights for a peft model, which writes its adapters alone anyway. Any other
-            model needs all its weights in the directory, and gets them.
-        **options: of the module's ``save_pretrained``.
+            model needs all its weights in the directory, and writes them.
+        **options: options of the module's ``save_pretrained``.
 
     Raises:
         ValueError: the module has no such method, or quantized weights to write.
-        RuntimeError: on every rank, where the first could not write.
+        RuntimeError: on every rank, where rank 0 could not write.
     """
     save = getattr(strategy.module, "save_pretrained", None)
     if save is None:
@@ -36,7 +36,7 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
     weights = checkpoint.whole_weights(strategy, only_trainable and adapters, adapters=adapters)
 
     def write() -> None:
-        # peft looks for its adapters by the names of layers, and reads soft prompts from the module itself.
+        # peft finds its adapters by the names of layers, and reads soft prompts from the module itself.
         with strategy.unwrapped(), whole_parameters(strategy.module, weights):
             save(directory, state_dict=weights, **options)
 
@@ -45,7 +45,7 @@ def save_pretrained(strategy: Strategy, directory: Path, only_trainable: bool, *
 
 @contextmanager
 def whole_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """In here, the parameters that ``weights`` names are those, instead of this rank's shards."""
+    """Entered with whole weights in the place of this rank's shards: parameters by name are those of ``weights``."""
     shards = []
     for name, whole in weights.items():
         prefix, _, last = name.rpartition(".")

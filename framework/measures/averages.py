@@ -1,4 +1,4 @@
-"""Means of what the loss returns, kept on the device between logs and read once at each."""
+"""Running values of the loss and what it returns beside, kept on the device between logs and read once at each log."""
 
 import math
 from collections.abc import Iterator
@@ -12,37 +12,39 @@ from ...strategies.base import Strategy
 
 
 class Averages:
-    """Per-update values by name ("loss" and what a mapping loss adds), each a sum of this rank's weighted shares.
+    """A value for each update, by name ("loss" and what a mapping loss adds): the sum of this rank's weighted shares.
 
-    Adding keeps a reference to a 0-dim tensor and nothing else: no kernel, no wait. ``settle`` stacks them, sums over
-    ranks in one collective and reads them in one transfer.
+    Adding a value keeps a reference to a 0-dim tensor, without a kernel or a wait. ``settle`` stacks the values, sums
+    them over ranks in one collective, and reads them in one transfer.
 
     Args:
-        strategy: reads the values, and sums them over ranks.
+        strategy: it reads the values, and sums them over ranks.
     """
 
-    FOLD = 1024  # references before they are stacked into one tensor, to bound memory in runs that log rarely
+    # So many references are stacked into one tensor, to bound memory in runs that log rarely.
+    FOLD = 1024
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self.shares: dict[str, Tensor] = {}  # of the update that is under way
+        self.shares: dict[str, Tensor] = {}  # values of the update under way, over its micro-batches so far
         self.pending: dict[str, list[Tensor]] = {}
         self.settled: dict[str, list[float]] = {}
-        self.items: int | Tensor = 0  # this rank's, since the last settle
+        self.items: int | Tensor = 0  # items on this rank since the last settle
         self.tokens = 0
         self.counts_settled = [0, 0]
         self.expected: int | Tensor | None = None  # items of the update under way, over all ranks, where that is known
-        self.counted: int | Tensor | None = None  # else, those of its micro-batches on this rank
-        self.updates_pending = 0  # that were made since the last settle
-        self.uncertain: dict[str, list[tuple[int, Tensor]]] = {}  # by place of a pending value, its items
+        self.counted: int | Tensor | None = None  # else, the items of its micro-batches on this rank
+        self.updates_pending = 0  # updates since the last settle
+        self.uncertain: dict[str, list[tuple[int, Tensor]]] = {}  # (place of a pending value, its items)
 
     def add(self, name: str, value: Tensor, items: Tensor | None = None) -> None:
-        """Note one update's value, a 0-dim tensor.
+        """Note a value of an update.
 
         Args:
-            name: of the value.
-            value: this rank's share.
-            items: over all ranks that it is of, where the host doesn't know whether there are any.
+            name: the name of the value.
+            value: this rank's share, a 0-dim tensor.
+            items: the items, over all ranks, that the value is a mean over, where the host doesn't know whether there
+                are any.
         """
         values = self.pending.get(name)
         if values is None:
@@ -55,16 +57,18 @@ class Averages:
             self.pending[name] = [torch.cat([value.reshape(-1) for value in values])]
 
     def add_share(self, name: str, share: Tensor) -> None:
-        """Note a micro-batch's share of a value of the update that is under way."""
+        """Add a micro-batch's share to a value of the update under way."""
         so_far = self.shares.get(name)
         self.shares[name] = share if so_far is None else so_far + share
 
     def expect(self, items: int | Tensor) -> None:
-        """Told before an update of how many items over all ranks it is; a tensor stays on the device."""
+        """Note, before an update, how many items over all ranks it has. A tensor stays on the device."""
         self.expected = items
 
     def end_update(self, loss: Tensor) -> None:
-        """Note the update's loss, and what its micro-batches shared in; nothing where it is a mean over no items."""
+        """Note the loss of the update under way, and the values of ``add_share``. An update without items has no
+        values.
+        """
         alone = self.strategy.world_size == 1
         items = self.counted if self.expected is None and alone else self.expected
         shares, self.shares = self.shares, {}
@@ -78,7 +82,7 @@ class Averages:
             self.add(name, value, uncertain)
 
     def count(self, items: int | Tensor, tokens: int) -> None:
-        """Note how many items and input tokens a micro-batch held; a tensor stays on the device."""
+        """Count the items and input tokens of a micro-batch. A tensor stays on the device."""
         self.items = self.items + items
         if self.expected is None:
             self.counted = items if self.counted is None else self.counted + items
@@ -86,7 +90,7 @@ class Averages:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is noted in here of micro-batches is forgotten, for those that are computed once more."""
+        """Entered around micro-batches that are computed once more: what is noted of them inside is forgotten."""
         before = self.shares, self.items, self.tokens
         self.shares = {}
         try:
@@ -95,10 +99,10 @@ class Averages:
             self.shares, self.items, self.tokens = before
 
     def settle(self) -> None:
-        """Sum what is pending over ranks and bring it to the host. The one place that waits for the device."""
+        """Sum pending values over ranks and read them to the host. Nothing else in here waits for the device."""
         if not self.updates_pending:
             return
-        self.settled.setdefault("loss", [])  # empty where no update had one
+        self.settled.setdefault("loss", [])  # stays empty where no update had items
         names = list(self.pending)
         rows = [value for name in names for value in self.pending[name]]
         uncertain = [count.reshape(-1) for name in names for _, count in self.uncertain.get(name, ())]
@@ -118,8 +122,8 @@ class Averages:
         self.uncertain.clear()
 
     def take(self) -> tuple[dict[str, list[float]], int, int]:
-        """Every update's values since the last ``take``, the items and the tokens since then, over all ranks; starts
-        anew.
+        """Return the values of every update since the last ``take``, and the items and tokens since then, over all
+        ranks. The next ``take`` begins here.
         """
         self.settle()
         taken = self.settled, *self.counts_settled
@@ -127,12 +131,14 @@ class Averages:
         return taken  # type: ignore[return-value]
 
     def state_dict(self) -> dict[str, Any]:
-        """The values not yet taken, over all ranks: the same on each, and so good for any number of ranks later."""
+        """Return the values that aren't taken yet, over all ranks, so that they are valid for any number of ranks
+        later.
+        """
         self.settle()
         return {"settled": self.settled, "counts_settled": self.counts_settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.pending.clear()
         self.uncertain.clear()
         self.items = self.tokens = self.updates_pending = 0
@@ -141,6 +147,6 @@ class Averages:
 
 
 def mean_of_finite(values: list[float]) -> float:
-    """The mean of the finite values; NaN where none is. Exactly rounded, so the order of values has no say."""
+    """Return the mean of the finite values; NaN where none is finite. It is exactly rounded, whatever their order."""
     finite = [value for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else math.nan

@@ -1,4 +1,4 @@
-"""Which evaluation was best, and the checkpoint that belongs to it."""
+"""The best evaluation of a run, and the checkpoint that belongs to it."""
 
 import math
 import warnings
@@ -11,10 +11,10 @@ from ..state import TrainState
 
 
 def chosen_metric(args: FitArguments, metrics: Mapping[str, float]) -> float:
-    """The metric that ``metric_for_best_model`` names.
+    """Return the value of the metric that ``metric_for_best_model`` names.
 
     Raises:
-        ValueError: the evaluation didn't produce it; the message lists those it did.
+        ValueError: the evaluation didn't produce that metric; the message lists those that it produced.
     """
     if args.best_metric not in metrics:
         raise ValueError(
@@ -25,17 +25,17 @@ def chosen_metric(args: FitArguments, metrics: Mapping[str, float]) -> float:
 
 
 def is_better(args: FitArguments, value: float, than: float | None, by: float = 0.0) -> bool:
-    """Whether a metric is better than another by more than ``by``; NaN is better than nothing and no number."""
+    """Return whether a value is better than another by more than ``by``. Any value is better than None or NaN."""
     if than is None or math.isnan(than):
         return True
     return value > than + by if args.more_is_better else value < than - by
 
 
 def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str, float]) -> bool:
-    """Remember an evaluation that is the best so far; without a choice of metric, by a loss if there is one.
+    """Note an evaluation in the state where it is the best so far. Where no metric was chosen, the loss decides.
 
     Returns:
-        Whether it is the best so far.
+        Whether the evaluation is the best so far.
     """
     needs_best = args.metric_for_best_model is not None or args.load_best_model_at_end or args.save_strategy == BEST
     if args.best_metric not in metrics and not needs_best:
@@ -48,24 +48,24 @@ def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str,
 
 
 def best_update(state: TrainState) -> int | None:
-    """The update of the best evaluation so far; None before the first."""
+    """Return the update of the best evaluation so far; None before the first evaluation."""
     return state.best_global_step if state.best_metric is not None else None
 
 
 def best_checkpoint(args: FitArguments, update: int | None) -> Path | None:
-    """The checkpoint that was saved with the best evaluation, where one was.
+    """Return the checkpoint of the best evaluation, or None where there is none.
 
     Args:
-        args: of the run.
-        update: see ``best_update``; of the moment that is meant, which with ``async_save`` may be one that is past.
+        args: the arguments of the run.
+        update: what ``best_update`` returned, which with ``async_save`` may have been earlier.
     """
     path = Path(args.output_dir) / f"checkpoint-{update}"
     return path if update is not None and path.is_dir() else None
 
 
 def checkpoint_to_load(args: FitArguments, state: TrainState) -> Path | None:
-    """The checkpoint whose weights a run with ``load_best_model_at_end`` is to end with; None leaves them as they are,
-    with a warning where they aren't the best.
+    """Return the checkpoint whose weights a run with ``load_best_model_at_end`` ends with. None leaves the weights as
+    they are, with a warning where they aren't the best.
     """
     update = best_update(state)
     path = best_checkpoint(args, update)

@@ -1,4 +1,4 @@
-"""How many input tokens a batch holds, counted on the host before the batch moves."""
+"""Counting of input tokens, on the host, before a batch moves to the device."""
 
 import warnings
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ class TokenCounter:
     """Counts the tokens of a batch's main input.
 
     Args:
-        module: names its main input as ``main_input_name`` (default "input_ids"), and may have a ``pad_token_id`` (or a
-            ``config`` with one).
+        module: it names its main input as ``main_input_name`` (default "input_ids"), and may have a ``pad_token_id``
+            (or a ``config`` with one).
         args: ``include_num_input_tokens_seen`` says which tokens count; with "no", ``include_tokens_per_second`` counts
             all.
-        warns: say where padding can't be told; one process does.
+        warns: warn where padding can't be told; one process does.
     """
 
     def __init__(self, module: nn.Module, args: FitArguments, warns: bool = True) -> None:
@@ -31,7 +31,7 @@ class TokenCounter:
         self.pad_token_id = getattr(module, "pad_token_id", getattr(config, "pad_token_id", None))
 
     def __call__(self, batch: Any) -> int:
-        """The tokens of a batch; 0 where none are counted, and for a stand-in.
+        """Count the tokens of a batch: 0 where tokens aren't counted, and for a stand-in.
 
         Raises:
             ValueError: the batch has no main input.

@@ -1,4 +1,4 @@
-"""What a module's ``configure_optimizer`` and ``configure_scheduler`` return, checked where a run begins."""
+"""Checks of what a module's ``configure_optimizer`` and ``configure_scheduler`` return, where a run begins."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from ..optim.schedulers import waits_for_metric
 
 
 def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:
-    """The optimizer that the module makes.
+    """Have the module make its optimizer, and check it.
 
     Raises:
-        TypeError: it returned something else; the message says what to return.
-        ValueError: it steps tensors that aren't the module's.
+        TypeError: the method returned something else; the message says what to return.
+        ValueError: the optimizer steps tensors that aren't parameters of the module.
     """
     optimizer: Any = module.configure_optimizer(args)
     if isinstance(optimizer, Optimizer):
@@ -50,17 +50,17 @@ def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:
 def configured_scheduler(
     module: TrainModule, optimizer: Optimizer, args: FitArguments, has_evaluations: bool
 ) -> LRScheduler:
-    """The schedule that the module makes.
+    """Have the module make its schedule, and check it.
 
     Args:
         module: its ``configure_scheduler`` is called.
-        optimizer: of the run.
-        args: of the run.
+        optimizer: the optimizer of the run.
+        args: the arguments of the run.
         has_evaluations: whether the run evaluates.
 
     Raises:
-        TypeError: it returned something else; the message says what to return.
-        ValueError: it waits for a metric, and nothing is evaluated.
+        TypeError: the method returned something else; the message says what to return.
+        ValueError: the schedule waits for a metric, and nothing is evaluated.
     """
     scheduler: Any = module.configure_scheduler(optimizer, args)
     verbs = ("step", "state_dict", "load_state_dict")
@@ -79,7 +79,7 @@ def configured_scheduler(
 
 
 def described(value: Any) -> str:
-    """A value in an error message, by its type and what is in it."""
+    """Describe a value for an error message, by its type and what is in it."""
     if value is None:
         return "None"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Whether the ranks read their data in step: what ends it on one of them, or fails there, is known on all."""
+"""The check that ranks read their data in step: all ranks learn where the data ends, or fails, on one of them."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ AHEAD = 8  # micro-batches of an evaluation that are read before they are comput
 
 
 class OtherRankError(RuntimeError):
-    """What another rank failed with, on this one: that rank decides what becomes of the run."""
+    """The error of another rank, raised on this one. The rank that failed decides what becomes of the run."""
 
 
 class InStep:
-    """Compares how many micro-batches the ranks have read, by a few numbers that are summed over all.
+    """Compares how many micro-batches the ranks have read, by a few numbers that are summed over all ranks.
 
     Args:
-        strategy: of the ranks.
-        name: of the data, in errors.
+        strategy: it exchanges the numbers.
+        name: what errors call the data.
     """
 
     NUMBERS = 5
@@ -27,20 +27,20 @@ class InStep:
     def __init__(self, strategy: Strategy, name: str) -> None:
         self.strategy = strategy
         self.name = name
-        self.read = 0  # micro-batches of this epoch, on this rank
+        self.read = 0  # the micro-batches of this epoch that this rank has read
 
     def begin_epoch(self) -> None:
-        """Count anew."""
+        """Count from 0 again."""
         self.read = 0
 
     def numbers(self, batches: int, samples: int, error: Exception | None) -> list[int]:
-        """What this rank puts into a message: the ranks' numbers are equal where the sum of their squares, times their
-        number, is the square of their sum.
+        """Return the numbers that this rank adds to the sums. The ranks' values are equal where the sum of their
+        squares, times the number of ranks, is the square of their sum.
 
         Args:
-            batches: read for this message.
-            samples: that they hold over all ranks, as this rank sees it.
-            error: what reading failed with.
+            batches: micro-batches that were read for this message.
+            samples: samples in them over all ranks, as this rank counts them.
+            error: the error of reading, where there was one.
         """
         self.read += batches
         return [int(error is not None), batches, batches * batches, samples, samples * samples]
@@ -49,12 +49,12 @@ class InStep:
         """Raise on every rank where reading failed on one, or the numbers differ.
 
         Args:
-            sums: of ``numbers`` over all ranks.
-            samples, error: this rank's, as it gave them.
+            sums: the sums of ``numbers`` over all ranks.
+            samples, error: what this rank gave to ``numbers``.
 
         Raises:
-            ValueError: the ranks' data isn't equally long; says how much each has.
-            OtherRankError: what reading failed with on another rank; there, that error itself.
+            ValueError: the data of the ranks isn't equally long; the message says how much each has.
+            OtherRankError: reading failed on another rank. That rank raises the error itself.
         """
         failures, *pairs = sums
         world = self.strategy.world_size

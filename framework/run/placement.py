@@ -57,7 +57,7 @@ class Placement:
             prepare_module(module, args, strategy)
 
         def configure_optimizer(whole: nn.Module) -> Optimizer:  # called when the parameters are final
-            optimizer = configured_optimizer(module, args)
+            optimizer = check_optimizer(configured_optimizer(module, args), strategy, args)
             self._first_state = copied(optimizer.state)
             return optimizer
 
@@ -68,7 +68,6 @@ class Placement:
         self.mode = OptimizerMode(strategy.optimizer, strategy.weights_have_changed)
         self.closure: Closure | None = None
         if trains:
-            check_optimizer(self.optimizer, strategy, args)
             if needs_closure(self.optimizer):
                 self.closure = Closure(self.optimizer)
             self._first_options = options_by_parameter(self.optimizer, strategy)

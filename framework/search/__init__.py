@@ -1,4 +1,4 @@
-"""Hyperparameter search with Optuna: one run a trial, each from a fresh start, on one rank or many.
+"""Hyperparameter search with Optuna: each trial is a run from a fresh start, on one rank or many.
 
-``Fit.hyperparameter_search`` is the door. Optuna is imported where a search or a trial of its own asks for it.
+``Fit.hyperparameter_search`` begins a search. Optuna is imported where a search, or a trial of Optuna's, needs it.
 """

@@ -1,7 +1,7 @@
-"""Locks on files, which the system releases when a process ends, however it ends: the living are told from the dead.
+"""Locks on files, which the system releases however a process ends, so that dead processes can be told.
 
-They are POSIX record locks: of the process that takes them (children that load data don't inherit them), and good over
-NFS too.
+They are POSIX record locks, which belong to one process (children that load data don't inherit them), and which work
+over NFS too.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from typing import IO
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """In here no other process is inside the same lock."""
+    """Entered under a lock on a file: no other process is inside the same lock meanwhile."""
     import fcntl
 
     with path.open("a") as file:
@@ -21,10 +21,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Claim:
-    """Says that this process works on something, as long as it lives.
+    """A claim of this process on something, which lasts as long as the process lives.
 
     Args:
-        path: of the file, which is made.
+        path: the file of the claim, which is made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,13 +36,13 @@ class Claim:
         fcntl.lockf(self.file, fcntl.LOCK_EX)
 
     def release(self) -> None:
-        """Take the claim back."""
+        """Release the claim."""
         self.path.unlink(missing_ok=True)
         self.file.close()
 
 
 def is_claimed(path: Path) -> bool:
-    """Whether another process that claimed something is alive."""
+    """Return whether another process has a claim on this file, and is alive."""
     import fcntl
 
     with suppress(FileNotFoundError), path.open("r+") as file:

@@ -1,4 +1,4 @@
-"""What a search is asked for, checked together before anything is begun."""
+"""The options of a search, checked together before anything begins."""
 
 import math
 import sys
@@ -22,13 +22,14 @@ Space = Callable[[Any], Mapping[str, Any]] | Mapping[str, Any]
 
 
 def import_optuna() -> ModuleType:
-    """Optuna, the package.
+    """Import the package Optuna.
 
     Raises:
-        ImportError: it isn't installed; the message says what to install.
+        ImportError: Optuna isn't installed; the message says what to install.
     """
-    # Optional imports of Optuna's that fail are kept with their tracebacks, whose frames lead back to whoever imported
-    # it first: that caller's Fit, with its module, data and process groups, would never go. A thread has no callers.
+    # Optuna keeps its failed optional imports with their tracebacks, whose frames lead to the callers of the first
+    # import: a Fit among these, with its module, data and process groups, would never be freed. So a thread, which has
+    # no callers, imports it.
     if "optuna" not in sys.modules and find_spec("optuna") is not None:
         importing = Thread(target=import_module, args=("optuna",), name="import optuna")
         importing.start()
@@ -45,7 +46,7 @@ class SearchOptions:
     """The arguments of ``Fit.hyperparameter_search``, where they are explained.
 
     Raises:
-        ValueError, TypeError: one can't work, or two contradict each other; all of them are listed.
+        ValueError, TypeError: an option can't work, or two contradict each other; all of them are listed.
     """
 
     space: Space
@@ -140,18 +141,26 @@ class SearchOptions:
 
     @property
     def metrics(self) -> list[str]:
-        """The objectives' names as an evaluation gives them, "eval_loss"."""
+        """The names of the objectives in the metrics of an evaluation, as "eval_loss"."""
         names = "loss" if self.objective is None else self.objective
         listed = [names] if isinstance(names, str) else list(names)
         return [name if name.startswith("eval_") else f"eval_{name}" for name in listed]
 
     @property
     def directions(self) -> list[str]:
-        """Of each objective."""
+        """The direction of each objective."""
         return [self.direction] if isinstance(self.direction, str) else list(self.direction)
 
     def value(self, index: int, history: Sequence[float]) -> float:
-        """A run's value of an objective, from those of its evaluations in order; NaN where none of them is a number."""
+        """Return the value of an objective for a run.
+
+        Args:
+            index: the place of the objective.
+            history: its values in the evaluations of the run, in order.
+
+        Returns:
+            The best or the last value, as ``take`` says; NaN where no value is a number.
+        """
         if self.take == "last":
             return history[-1] if history else math.nan
         numbers = [value for value in history if not math.isnan(value)]

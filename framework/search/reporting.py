@@ -1,4 +1,4 @@
-"""What a search shows: a line for each trial, TensorBoard's HParams, a table at the end, and Optuna's pictures."""
+"""Reports of a search: a line for each trial, TensorBoard's HParams, a table at the end, and Optuna's pictures."""
 
 import sys
 from pathlib import Path
@@ -10,19 +10,19 @@ from .results import SearchOutput, TrialResult
 
 
 def values(trial: TrialResult, objectives: tuple[str, ...]) -> str:
-    """The objectives of a trial, or why it has none."""
+    """Write the values of the objectives of a trial, or why it has none."""
     if trial.values:
         return ", ".join(f"{name} {value:.6g}" for name, value in zip(objectives, trial.values, strict=False))
     return trial.error or ""
 
 
 def shown(given: dict[str, Any]) -> str:
-    """Parameters on one line."""
+    """Write parameters on one line."""
     return ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in given.items())
 
 
 def progress_line(trial: TrialResult, output: SearchOutput, options: SearchOptions) -> str:
-    """A trial that is over, and the best so far."""
+    """Write the line about a trial that is over, with the best trial so far."""
     finished = sum(each.state in ("complete", "pruned", "failed") for each in output.trials)
     of = "" if options.n_trials is None else f"/{options.n_trials}"
     parts = [
@@ -40,7 +40,7 @@ def progress_line(trial: TrialResult, output: SearchOutput, options: SearchOptio
 
 
 def print_table(output: SearchOutput) -> None:
-    """All trials, the best first."""
+    """Print a table of all trials, the best first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -66,7 +66,7 @@ def print_table(output: SearchOutput) -> None:
 
 
 def write_hparams(trial: TrialResult, objectives: tuple[str, ...]) -> None:
-    """A trial's parameters and objectives, beside its curves: TensorBoard's HParams page compares the trials."""
+    """Write the parameters and objectives of a trial beside its curves, for the HParams page of TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     assert trial.directory is not None
@@ -77,7 +77,7 @@ def write_hparams(trial: TrialResult, objectives: tuple[str, ...]) -> None:
 
 
 def draw(study: Any, output: SearchOutput, directory: Path) -> list[Path]:
-    """Optuna's pictures of the objectives' history and of the parameters' importance, as PNG files in a directory.
+    """Draw the history of the objectives and the importance of the parameters with Optuna, as PNG files in a directory.
 
     A picture that would show nothing (the importance of parameters in fewer than two completed trials) isn't drawn.
     """
@@ -89,9 +89,11 @@ def draw(study: Any, output: SearchOutput, directory: Path) -> list[Path]:
     drawn = []
     completed = [trial for trial in output.trials if trial.state == "complete"]
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # its matplotlib side is one
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # all of Optuna's matplotlib functions give this warning
         before = matplotlib.get_backend()
-        matplotlib.use("Agg")  # no window, and no display needed
+        matplotlib.use("Agg")  # this backend opens no window, and needs no display
         from matplotlib import pyplot
 
         for index, name in enumerate(output.objectives):

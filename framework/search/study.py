@@ -1,10 +1,9 @@
-"""The study, on the main process: opened or begun, asked for trials, told how they went; and dead processes' trials.
+"""The study of a search, on the main process: it proposes trials, and is told how they went.
 
-Everything that must not happen twice at once (opening a study, finding trials of the dead, counting, asking) happens
-under a lock in the study's directory, which the processes of one study share. A process holds a claim on each trial it
-works on; a trial that is running and that nobody claims was left by a process that died. It is run again, in its
-directory and with its seed, from its newest checkpoint: as a new trial with the same parameters, for Optuna takes no
-trial back.
+What must not happen in two processes at once (opening a study, finding trials of dead processes, counting, proposing)
+happens under a lock in the directory of the study, which its processes share. A process holds a claim on the trial that
+it works on. A running trial without a claim was left by a process that died. It is run again, in its directory and with
+its seed, from its newest checkpoint: as a new trial with the same parameters, since Optuna can't restart a trial.
 """
 
 import time
@@ -22,19 +21,25 @@ from .options import SearchOptions, import_optuna
 from .results import SearchOutput, TrialResult
 from .space import sampled
 
-ARGUMENTS, ORIGIN, RETRY_OF, ERROR, SECONDS = "arguments", "origin", "retry_of", "error", "seconds"  # a trial's own
-DIRECTORY, METRICS = "directory", "metrics"  # the study's
-LOCK, CLAIM = "lock", "claim"  # files
+ARGUMENTS, ORIGIN, RETRY_OF, ERROR, SECONDS = (
+    "arguments",
+    "origin",
+    "retry_of",
+    "error",
+    "seconds",
+)  # attributes of a trial
+DIRECTORY, METRICS = "directory", "metrics"  # attributes of the study
+LOCK, CLAIM = "lock", "claim"  # files in the directories
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a trial is to run, as every rank is told.
+    """What a trial will run, as every rank is told.
 
     Attributes:
-        number: of the trial.
-        args: of its run.
+        number: the number of the trial.
+        args: the arguments of its run.
         given: the fields that the trial set, its seed included.
     """
 
@@ -44,11 +49,11 @@ class Proposal:
 
 
 class Study:
-    """Optuna's study and what surrounds it.
+    """Optuna's study with its directory, its locks and the trial that this process works on.
 
     Args:
-        options: of the search.
-        args: of the Fit, without any trial's.
+        options: the options of the search.
+        args: the arguments of the Fit, without those of a trial.
 
     Raises:
         ValueError: the storage holds a study of that name with other objectives, directions or in another directory.
@@ -80,7 +85,7 @@ class Study:
             self.optuna.logging.set_verbosity(verbosity)
 
     def _choose_directory(self) -> Path:
-        """Of the study; one in memory ends with its process, and never writes among an earlier one's runs."""
+        """Choose the directory of the study. A study in memory, which ends with its process, gets a new one."""
         base = Path(self.args.output_dir) / self.options.study_name
         found, count = base, 1
         while not self.is_shared and found.exists():
@@ -106,12 +111,12 @@ class Study:
                 f"storage={url!r} is no URL. Write 'sqlite:///{url}' for a database in that file, or 'journal://{url}' "
                 "for Optuna's journal file, which suits network file systems better."
             )
-        # Processes that share a study wait for one another's writes instead of failing.
+        # Processes that share a study wait for the writes of the others instead of failing.
         waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         return self.optuna.storages.RDBStorage(url, engine_kwargs=waits)
 
     def _check_is_the_same(self) -> None:
-        """Compare a study that was there with what is asked for, and write down what a new one is."""
+        """Compare a study that exists with this search, and write down what a new study is for."""
         found = [direction.name.lower() for direction in self.study.directions]
         metrics = self.study.user_attrs.get(METRICS, self.options.metrics)
         if found != self.options.directions or metrics != self.options.metrics:
@@ -130,13 +135,16 @@ class Study:
         self.study.set_user_attr(DIRECTORY, now)
         self.study.set_user_attr(METRICS, self.options.metrics)
 
-    # Asking.
+    # Proposing trials.
 
     def propose(self) -> Proposal | None:
-        """The next trial; None where the search is over. ``self.trial`` is Optuna's.
+        """Ask Optuna for the next trial, which is ``self.trial``.
+
+        Returns:
+            What the trial will run; None where the search is over.
 
         Raises:
-            Exception: what the space raised; the trial is told as failed.
+            Exception: the error of the search space; the trial has failed.
         """
         while True:
             with self._lock():
@@ -144,8 +152,8 @@ class Study:
                     self._retry_trials_of_the_dead()
                 if self._is_over():
                     return None
-                # A sampler made for each trial: one that goes on from its seed would begin again when the search does,
-                # and propose what was tried already; and so would another process.
+                # Each trial has a sampler with a seed of its own. One sampler for the search would begin again with the
+                # search, and in each process, and propose what was tried already.
                 if self.options.sampler is None or isinstance(self.options.sampler, str):
                     self.study.sampler = make_sampler(
                         self.options.sampler or "tpe", self._seed(self._next_number(), "sampler")
@@ -193,13 +201,13 @@ class Study:
         return min(waiting, default=len(trials))
 
     def _seed(self, number: int, purpose: str) -> int:
-        """A number that no other trial, and no other purpose, has."""
+        """Return a seed that no other trial, and no other purpose, has."""
         words = [self.args.seed, number, *purpose.encode()]
         return int(numpy.random.SeedSequence(words).generate_state(1)[0]) >> 1
 
     def _retry_trials_of_the_dead(self) -> None:
-        """Each of them waits to be run again, once, and has failed; in this order, so that a death in between loses
-        none and the next search doesn't repeat it.
+        """Have each trial of a dead process wait to be run again, once, then have it failed. In this order, a process
+        that dies in between loses no trial, and the next search doesn't repeat one.
         """
         states = self.optuna.trial.TrialState
         trials = self.study.get_trials(deepcopy=False)
@@ -221,13 +229,13 @@ class Study:
             self.study.tell(trial.number, state=states.FAIL)
 
     def run_directory(self, origin: int) -> Path:
-        """Of the run of a trial, and of those that ran it again."""
+        """Return the directory of the run of a trial, and of the trials that ran it again."""
         return self.directory / f"trial-{origin:05d}"
 
-    # Telling.
+    # Telling how a trial went.
 
     def tell(self, values: list[float], pruned: bool) -> None:
-        """How the trial went. One whose objectives aren't numbers has failed."""
+        """Tell Optuna the values of the trial. A trial whose values aren't numbers has failed."""
         states = self.optuna.trial.TrialState
         if not pruned and any(value != value for value in values):
             self.tell_failure(f"{', '.join(self.options.metrics)} = {', '.join(map(str, values))}")
@@ -240,15 +248,15 @@ class Study:
         self.release()
 
     def tell_failure(self, why: str | BaseException) -> None:
-        """The trial failed."""
+        """Tell Optuna that the trial failed, and why."""
         said = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
-        self.trial.set_user_attr(ERROR, said[:2000])  # a database may take no more
+        self.trial.set_user_attr(ERROR, said[:2000])  # a database may take no longer text
         self.trial.set_user_attr(SECONDS, time.monotonic() - self.asked_at)
         self.study.tell(self.trial, state=self.optuna.trial.TrialState.FAIL)
         self.release()
 
     def release(self) -> None:
-        """This process works on no trial any more."""
+        """Release the claim on the trial: this process no longer works on it."""
         if self.claim is not None:
             self.claim.release()
             self.claim = None
@@ -256,7 +264,7 @@ class Study:
     # Results.
 
     def result(self, trial: Any) -> TrialResult:
-        """A trial as the user is given it."""
+        """Make a TrialResult of a trial of Optuna's."""
         attributes = trial.user_attrs
         return TrialResult(
             number=trial.number,
@@ -271,7 +279,7 @@ class Study:
         )
 
     def output(self) -> SearchOutput:
-        """The results as they stand, without those trials that were run again."""
+        """Return the results so far, without the trials that were run again."""
         trials = self.study.get_trials(deepcopy=False)
         retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
         completed = any(trial.state == self.optuna.trial.TrialState.COMPLETE for trial in trials)
@@ -287,7 +295,7 @@ class Study:
 
 
 def make_sampler(name: str, seed: int) -> Any:
-    """A sampler of Optuna's by its word, with a seed of its own."""
+    """Make a sampler of Optuna's by its name."""
     optuna = import_optuna()
     classes = {
         "tpe": optuna.samplers.TPESampler,
@@ -298,7 +306,7 @@ def make_sampler(name: str, seed: int) -> Any:
 
 
 def make_pruner(choice: Any) -> Any:
-    """A pruner of Optuna's by its word; None prunes nothing."""
+    """Make a pruner of Optuna's by its name; None makes one that prunes nothing."""
     optuna = import_optuna()
     classes = {
         "median": optuna.pruners.MedianPruner,

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks keep their inputs only and compute the rest again in backward."""
+"""Activation checkpointing: blocks keep only their inputs, and compute the rest again in backward."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,19 +11,21 @@ from ...strategies.base import Strategy
 from ..module import TrainModule
 from .forwards import Forward, wrap_forward
 
-MODELS_FUNCTION = "_gradient_checkpointing_func"  # where a model of transformers keeps torch's
+MODELS_FUNCTION = (
+    "_gradient_checkpointing_func"  # the attribute in which layers of transformers keep the function that recomputes
+)
 
 
 def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any], strategy: Strategy) -> None:
-    """Have a module's blocks recomputed in backward (Chen et al., 2016); its parameters keep their names.
+    """Have the blocks of a module recomputed in backward (Chen et al., 2016). Parameters keep their names.
 
-    A model with a method of its own for it (as transformers' have, under a new name since version 5) is asked to; else
-    each of ``shard_units()`` is recomputed as a whole, in training only.
+    Where the model has a method of its own for this, it is called (models of transformers have one, under a new name
+    since version 5). Else each of ``shard_units()`` is recomputed as a whole, in training only.
 
     Args:
-        module: before the strategy places it.
-        options: of torch.utils.checkpoint.checkpoint; ``use_reentrant`` is False unless given.
-        strategy: brings the function that recomputes; a model of transformers is handed it.
+        module: not placed yet.
+        options: options of torch.utils.checkpoint.checkpoint; ``use_reentrant`` is False unless it is given.
+        strategy: it has the function that recomputes, which a model of transformers is given.
 
     Raises:
         ValueError: the module has no blocks to recompute.
@@ -48,7 +50,7 @@ def enable_gradient_checkpointing(module: TrainModule, options: Mapping[str, Any
 
 
 def recomputed(forward: Forward, recompute: Callable[..., Any], options: Mapping[str, Any]) -> Forward:
-    """A block's forward, checkpointed while the block is in training."""
+    """Wrap the forward of a block so that it is recomputed while the block is in training."""
 
     def call(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not unit.training:

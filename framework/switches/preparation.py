@@ -1,4 +1,4 @@
-"""What arguments add to a run before it begins: changes to the module's blocks, and callbacks."""
+"""Preparation of a run, as its arguments ask: changes to the blocks of the module, and callbacks."""
 
 from functools import partial
 
@@ -14,12 +14,12 @@ from .gradient_checkpointing import enable_gradient_checkpointing
 
 
 def prepare_module(module: TrainModule, args: FitArguments, strategy: Strategy) -> None:
-    """Activation checkpointing, then compilation, as the arguments ask for; parameters keep their names.
+    """Switch on activation checkpointing, then compilation, as the arguments ask. Parameters keep their names.
 
     Args:
-        module: all its layers are there; it is not yet sharded or wrapped.
-        args: of the run.
-        strategy: says how blocks are recomputed.
+        module: it has all its layers, and isn't sharded or wrapped yet.
+        args: the arguments of the run.
+        strategy: it says how blocks are recomputed.
 
     Raises:
         ValueError: an argument has no effect on this module.
@@ -33,19 +33,19 @@ def prepare_module(module: TrainModule, args: FitArguments, strategy: Strategy) 
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(module, args.gradient_checkpointing_kwargs, strategy)
     if args.torch_compile:
-        # Block by block: every block is the same code, so it is compiled once, and sharding can work between blocks.
+        # Blocks are compiled one by one: their common code is compiled once, and sharding can work between blocks.
         for part in module.shard_units() or [module]:
-            # Not part.compile(): that passes over classes of torch's own, such as nn.Sequential, without a word.
+            # part.compile() won't do: it silently does nothing for torch's own classes, such as nn.Sequential.
             wrap_forward(part, partial(torch.compile, **compile_options(args)))
 
 
 def compile_options(args: FitArguments) -> dict[str, str]:
-    """What torch.compile is asked for."""
+    """Return the options of torch.compile."""
     return {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
 
 
 def callbacks_of(args: FitArguments) -> list[Callback]:
-    """The callbacks that arguments stand for."""
+    """Make the callbacks that the arguments ask for."""
     found: list[Callback] = []
     if args.neftune_noise_alpha is not None:
         from .neftune import NEFTune

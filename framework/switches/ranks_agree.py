@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...precision.complex_numbers import as_real
 from ...strategies.base import Strategy
 from ...strategies.duplicates import Part, fingerprints, local_part
 from ..arguments import FitArguments
@@ -150,7 +151,7 @@ def differing(everyones: Sequence[Mapping[Held, Print]]) -> dict[Held, tuple[int
 def sample(tensor: Tensor) -> tuple[list[float], float]:
     """Return some of a tensor's numbers, evenly spread, and the spacing of its dtype at 1 (0 for integers)."""
     flat = local_part(tensor).detach().reshape(-1)
-    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    flat = as_real(flat).reshape(-1)
     few = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", torch.float64)
     return few.tolist(), torch.finfo(flat.dtype).eps if flat.is_floating_point() else 0.0
 

@@ -1,4 +1,4 @@
-"""Settings of torch's that hold for the whole process: made for a run, and given back after it."""
+"""Settings of torch that hold for the whole process: set for a run, and restored after it."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-"""What cuBLAS needs to be deterministic; it is read once in a process, so it isn't taken back."""
+"""The environment variable that makes cuBLAS deterministic. It is read once in a process, so it stays set."""
 
 
 @contextmanager
 def of_run(full_determinism: bool, tf32: bool | None, device: torch.device) -> Iterator[None]:
-    """In here a run has what its arguments ask for.
+    """Entered around a run, with the settings that its arguments ask for.
 
     Args:
         full_determinism: see FitArguments.
         tf32: see FitArguments.
-        device: where the run is.
+        device: the device of the run.
     """
     with contextlib.ExitStack() as settings:
         if full_determinism:
@@ -31,7 +31,7 @@ def of_run(full_determinism: bool, tf32: bool | None, device: torch.device) -> I
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """In here torch computes the same bits every time, or raises."""
+    """Entered where torch must compute the same bits every time, or raise."""
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     os.environ.setdefault(*WORKSPACE)
@@ -46,7 +46,7 @@ def deterministic() -> Iterator[None]:
 
 @contextmanager
 def float32_products(kind: str) -> Iterator[None]:
-    """In here CUDA multiplies float32 matrices, and convolves, in "tf32" or "ieee"."""
+    """Entered where CUDA multiplies float32 matrices, and convolves, in "tf32" or "ieee"."""
     cudnn: Any = torch.backends.cudnn
     owners: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
     before = [owner.fp32_precision for owner in owners]
@@ -63,7 +63,7 @@ def check_tf32(device: torch.device) -> None:
     """Refuse TF32 on a device that has none.
 
     Raises:
-        ValueError: says what has it.
+        ValueError: the message says which devices have it.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
         raise ValueError(

@@ -9,12 +9,6 @@ from torch.optim import Optimizer
 
 from ...precision.base import Precision
 
-# What the engine does itself, so that no number format can do it its own way.
-VERBS_OF_ENGINE = (
-    *("backward", "begin_micro_batch", "clipped", "initialize", "masters", "replace_layers", "saved_weights"),
-    *("scale", "step", "take_weights", "unscale", "weights_have_changed"),
-)
-
 NO_NESTED_TENSORS = (
     "Stage 3 of strategy='deepspeed' puts its own linear layers in the place of torch's, and their backward can't take "
     "nested tensors. Pass strategy=DeepSpeed(config={'zero_optimization': {'stage': 3, 'memory_efficient_linear': "
@@ -49,7 +43,7 @@ def check_precision(precision: Precision) -> None:
             f"precision={precision.name!r} keeps parameters in {precision.parameter_dtype}, and strategy='deepspeed' "
             f"steps float32 master weights. {works}."
         )
-    if any(getattr(type(precision), verb) is not getattr(Precision, verb) for verb in VERBS_OF_ENGINE):
+    if precision.computes_by_itself:
         raise ValueError(
             f"precision={precision.name!r} has layers, weights or steps of its own, and under strategy='deepspeed' the "
             f"engine has those. {works}."
@@ -83,20 +77,14 @@ def check_parameters(module: nn.Module, stage: int) -> None:
         )
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that doesn't work on flat shards without knowing the parameters in them.
-
-    Raises:
-        ValueError: says why, and what works.
-    """
-    name = type(optimizer).__name__
-    why = None
+def optimizer_problem(optimizer: Optimizer) -> str | None:
+    """Why an optimizer doesn't work on flat shards without knowing the parameters in them; None where it does."""
+    works = "Use optim='adamw', or 'sgd'"
     if hasattr(optimizer, "train") or hasattr(optimizer, "parts") or hasattr(optimizer, "updates_in_backward"):
-        why = "the engine steps flat shards, and hands on neither its switches nor its parts"
-    elif isinstance(optimizer, torch.optim.Adagrad):
-        why = "the engine replaces it by one of its own making, without its groups"
-    if why is not None:
-        raise ValueError(f"{name} doesn't work under strategy='deepspeed': {why}. Use optim='adamw', or 'sgd'.")
+        return f"the engine steps flat shards, and hands on neither its switches nor its parts. {works}"
+    if isinstance(optimizer, torch.optim.Adagrad):
+        return f"the engine replaces it by one of its own making, without its groups. {works}"
+    return None
 
 
 def met_nested(error: BaseException) -> bool:

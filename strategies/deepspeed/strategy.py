@@ -18,11 +18,11 @@ from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast
 from ..sparse_gradients import check_dense
 from .checks import (
     NO_NESTED_TENSORS,
-    check_optimizer,
     check_package,
     check_parameters,
     check_precision,
     met_nested,
+    optimizer_problem,
 )
 from .config import fill, given_stage, read
 from .engine import destroy, destroy_all, environment, forget_groups, initialize
@@ -101,6 +101,10 @@ class DeepSpeed(ProcessGroupStrategy):
                 offload_parameters=options.offload_parameters,
             )
 
+    def optimizer_problem(self, optimizer: Optimizer) -> str | None:
+        """What of an optimizer the engine doesn't hand on."""
+        return optimizer_problem(optimizer)
+
     def configuration(self) -> Mapping[str, Any]:
         """The config, filled in."""
         return self.filled
@@ -117,7 +121,6 @@ class DeepSpeed(ProcessGroupStrategy):
             return
         check_parameters(module, self.stage)
         check_dense(module, self.name)
-        check_optimizer(self.optimizer)
         assert self.filled, "expect() comes before place()"
         groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
         self.engine = initialize(module, self.optimizer, self.filled)

@@ -126,7 +126,7 @@ class FSDP1(ProcessGroupStrategy):
         """Let go; and take away the hooks of a forward that no backward followed, which keep flat shards and groups
         alive through autograd, where Python's garbage collector doesn't look.
         """
-        for unit in FullyShardedDataParallel.fsdp_modules(self.model) if "model" in self.__dict__ else ():
+        for unit in FullyShardedDataParallel.fsdp_modules(self._model) if self._model is not None else ():
             if unit._handle and hasattr(unit._handle.flat_param, "_post_backward_hook_state"):
                 unit._handle.flat_param._post_backward_hook_state[-1].remove()
         super().release(module)

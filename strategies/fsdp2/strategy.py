@@ -73,6 +73,10 @@ class FSDP2Options(ProcessGroupOptions):
     find_unused_parameters: bool = False
     context_parallel: int = 1
 
+    def __post_init__(self) -> None:
+        if self.loss_parallel and self.tensor_parallel == 1:
+            raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
+
 
 class FSDP2(ProcessGroupStrategy):
     """``strategy="fsdp2"`` (or "fsdp"): every rank keeps a shard of parameters, gradients and optimizer state.
@@ -144,8 +148,6 @@ class FSDP2(ProcessGroupStrategy):
     ) -> None:
         """Shard the module in place; the optimizer is made over the shards."""
         options = self.options
-        if options.loss_parallel and options.tensor_parallel == 1:
-            raise ValueError("FSDP2(loss_parallel=True) has no effect without tensor_parallel=2 or more.")
         if options.context_parallel > 1:
             from .context_parallel import ContextParallel
 
@@ -215,7 +217,8 @@ class FSDP2(ProcessGroupStrategy):
                     f"FSDP2(find_unused_parameters=True) needs torch 2.13, and this is torch {torch.__version__}. Use "
                     "strategy='fsdp1', or DDP(find_unused_parameters=True)."
                 )
-            module.set_reduce_scatter_unused_params(True)
+            sharded: Any = module
+            sharded.set_reduce_scatter_unused_params(True)
             return
         names = {(id(m), key): f"{p}.{key}".lstrip(".") for p, m in module.named_modules() for key in m._parameters}
         for unit in (m for m in module.modules() if isinstance(m, FSDPModule)):

@@ -74,7 +74,7 @@ class XLASPMD(Strategy):
     parameter_form = "lazy"
     takes_closure = False
     recompute_options: ClassVar[Mapping[str, Any]] = {}
-    refusals: ClassVar[Mapping[str, str]] = {
+    refused_arguments: ClassVar[Mapping[str, str]] = {
         "torch_compile": "has no effect under strategy='xla', which compiles whole updates. Leave it out",
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",

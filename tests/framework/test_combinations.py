@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from stratagem import FitArguments, TrainModule
-from stratagem.framework.combinations import UNSUITED, check_optimizer
+from stratagem.framework.combinations import UNSUITED, check_combination, check_optimizer
+from stratagem.precision import Full
+from stratagem.strategies import Single
 from stratagem.strategies.dp import DP
 from stratagem.strategies.fsdp1 import FSDP1
 from stratagem.strategies.fsdp2 import FSDP2
@@ -80,6 +82,30 @@ def test_an_optimizer_of_the_modules_own_is_looked_at_too(make: Any, strategy: A
     with pytest.raises(ValueError, match=says):
         check_optimizer(optimizer, strategy, FitArguments())
     assert check_optimizer(optimizer, DP(), FitArguments()) is optimizer
+
+
+def test_a_strategy_says_which_optimizers_it_cant_step() -> None:
+    class Picky(Single):
+        def optimizer_problem(self, optimizer: torch.optim.Optimizer) -> str | None:
+            return "its engine knows Adam alone. Use optim='adam'" if isinstance(optimizer, torch.optim.SGD) else None
+
+    strategy, parameters = Picky(), [nn.Parameter(torch.ones(2, 2))]
+    strategy.set_up(Full())
+    with pytest.raises(ValueError, match=r"^SGD doesn't work under strategy='single': its engine.*optim='adam'\.$"):
+        check_optimizer(torch.optim.SGD(parameters), strategy, FitArguments())
+    adam = torch.optim.Adam(parameters)
+    assert check_optimizer(adam, strategy, FitArguments()) is adam
+
+
+def test_a_precision_says_which_arguments_it_cant_do() -> None:
+    class Rough(Full):
+        refused_arguments = {"torch_compile": "would round twice. Leave it out."}
+
+    compiled = FitArguments(torch_compile=True, eval_strategy="epoch")
+    with pytest.raises(ValueError) as refusal:
+        check_combination(compiled, Single(), Plain(), None, None, Rough())
+    assert "\n  torch_compile=True in precision='32-true': would round twice. Leave it out." in str(refusal.value)
+    assert "\n  eval_strategy='epoch': needs something to evaluate on" in str(refusal.value)
 
 
 def test_refusals_are_about_forms_that_there_are() -> None:

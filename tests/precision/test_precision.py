@@ -288,3 +288,17 @@ def test_the_cast_keeps_ties_and_the_parameters_themselves() -> None:
     assert module.third.weight is module.second.weight
     assert module.second.weight.dtype == torch.float32
     assert module.norm.num_batches_tracked.dtype == torch.int64
+
+
+# What an engine with steps of its own (DeepSpeed's) does in a format's place.
+VERBS_OF_ENGINES = (
+    *("backward", "begin_micro_batch", "clipped", "initialize", "masters", "replace_layers", "saved_weights"),
+    *("scale", "step", "take_weights", "unscale", "weights_have_changed"),
+)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_format_says_whether_it_computes_by_itself(name: str) -> None:
+    kind = class_of(name)
+    does = any(getattr(kind, verb) is not getattr(Precision, verb) for verb in VERBS_OF_ENGINES)
+    assert kind.computes_by_itself == does

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from stratagem.precision import Full
-from stratagem.strategies import STRATEGIES, Single, get_strategy
+from stratagem.strategies import FSDP2, STRATEGIES, Single, TensorParallel, get_strategy
 from stratagem.strategies.base import Strategy, default_device
 from stratagem.strategies.matrix import MATRIX
 from tiny import Dropping, MakeFit, Regressor, parameters_of, regression_rows
@@ -112,3 +112,21 @@ def test_a_strategy_by_name_or_instance_is_the_same_run(make_fit: MakeFit) -> No
         ends.append(parameters_of(module))
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], rtol=0, atol=0)
+
+
+def test_what_was_released_is_held_no_longer(placed: Single) -> None:
+    module = placed.module
+    placed.release(module)
+    assert placed.optimizer is None
+    for name in ("module", "model"):
+        with pytest.raises(AssertionError, match="no module is placed"):
+            getattr(placed, name)
+    placed.place(module, None)
+    assert placed.model is placed.module is module
+
+
+def test_loss_parallelism_without_cut_logits_is_refused_where_it_is_written() -> None:
+    with pytest.raises(ValueError, match=r"loss_parallel=True.*no effect without tensor_parallel=2"):
+        FSDP2(loss_parallel=True)
+    assert FSDP2(loss_parallel=True, tensor_parallel=2).splits_classes
+    assert TensorParallel(loss_parallel=True).splits_classes  # over all ranks, however many there are
