@@ -19,6 +19,10 @@ def arguments_table() -> str:
     head = [
         "# Arguments",
         "",
+        "```python",
+        "from stratagem import Fit, FitArguments",
+        "```",
+        "",
         "Every field of `FitArguments`; each is also a keyword argument of `Fit`. Made from its docstring by",
         "`python -m stratagem.framework.arguments_table > docs/arguments.md`.",
         "",

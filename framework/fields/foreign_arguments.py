@@ -7,8 +7,8 @@ from ...precision.names import did_you_mean
 PRECISION = "Write precision='bf16-mixed', '16-mixed', 'bf16-true', ...: how numbers are kept is one word of Fit's."
 EVALUATES_SO = "evaluation runs in the run's own precision. Write precision='bf16-true' to have weights in 16 bits"
 STRATEGY = "Where the model runs is one word of Fit's: strategy='single', 'ddp', 'fsdp2', 'tp', 'deepspeed', ..."
-DDP = "It is an option of the strategy: strategy=DDP(...), from stratagem.strategies.ddp."
-UPLOADS = "Checkpoints are uploaded by a callback: stratagem.framework.uploading.Upload(url)."
+DDP = "It is an option of the strategy: strategy=DDP(...), from stratagem.strategies."
+UPLOADS = "Checkpoints are uploaded by a callback: stratagem.Upload(url)."
 LOGGERS = "Where logs go is Fit's loggers=['jsonl', 'tensorboard'], or Logger instances of your own."
 CALLED = "What is done is what you call: fit.train(), fit.evaluate(), fit.predict(data)."
 COLUMNS = "A batch goes to forward by the names of its parameters, and what forward doesn't take stays out of it"
@@ -61,8 +61,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "hub_revision": UPLOADS,
     "use_cpu": "A machine without accelerator trains on its CPU. To hide a GPU, run with CUDA_VISIBLE_DEVICES=''.",
     "accelerator_config": "There is no accelerate underneath. Ranks share each batch of a Dataset, by strategy=.",
-    "parallelism_config": "Write strategy=FSDP2(tensor_parallel=..., context_parallel=...), from "
-    "stratagem.strategies.fsdp2.",
+    "parallelism_config": "Write strategy=FSDP2(tensor_parallel=..., context_parallel=...), from stratagem.strategies.",
     "dataloader_multiprocessing_context": LOADER,
     "dataloader_in_order": LOADER,
     "remove_unused_columns": f"{COLUMNS}: leave it out.",
@@ -75,8 +74,8 @@ TRANSFORMERS: Mapping[str, str] = {
     "ddp_timeout": "Have torchrun's environment set it: TORCH_DISTRIBUTED's timeouts, or init_process_group(timeout=) "
     "before Fit.",
     "fsdp": "Write strategy='fsdp2'.",
-    "fsdp_config": "Write strategy=FSDP2(...), from stratagem.strategies.fsdp2.",
-    "deepspeed": "Write strategy='deepspeed', or DeepSpeed(config=...) from stratagem.strategies.deepspeed.",
+    "fsdp_config": "Write strategy=FSDP2(...), from stratagem.strategies.",
+    "deepspeed": "Write strategy='deepspeed', or DeepSpeed(config=...) from stratagem.strategies.",
     "skip_memory_metrics": "The peak of device memory is measured without a cost and is in the last log: leave it out.",
     "do_train": CALLED,
     "do_eval": CALLED,

@@ -55,8 +55,8 @@ class FSDP2Options(ProcessGroupOptions):
         loss_parallel: with tensor_parallel, keep the logits sharded by class up to the loss.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
         find_unused_parameters: some ranks' backward doesn't reach some parameters in some updates: they take part with
-            a gradient of 0 there, and weight decay moves them (torch 2.13). Without it such an update is refused. Every
-            rank must call the same blocks of ``shard_units()`` all the same.
+            a gradient of 0 there; where no rank reaches one, momentum and weight decay move it (torch 2.13). Without it
+            such an update is refused. Every rank must call the same blocks of ``shard_units()`` all the same.
         context_parallel: ranks that share each sample and hold a part of its sequence, for sequences too long for one.
             They shard the model too. Attention must be ``F.scaled_dot_product_attention(..., is_causal=True)``, without
             mask or dropout; whatever else mixes positions sees a rank's part alone. A part is two pieces of the

@@ -15,6 +15,18 @@ for folder in (Path(__file__).parent.parent, Path(__file__).parent):
 
 from ranks import Ranks  # noqa: E402 (found by the path above)
 
+HERE = Path(__file__).parent
+LONG_IMPORTS = "deepspeed"  # on each rank
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what has more ranks than a small machine has cores, and what a rank imports for seconds."""
+    for item in items:
+        parameters = item.callspec.params if HERE in item.path.parents and hasattr(item, "callspec") else {}
+        if parameters.get("world", 2) > 2 or str(parameters.get("strategy", "")).startswith(LONG_IMPORTS):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[dict[int, Ranks]]:

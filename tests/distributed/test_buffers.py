@@ -103,7 +103,7 @@ def train_and_resume(directory: str, module: type[TrainModule], **arguments: Any
 
 
 @everywhere
-@pytest.mark.parametrize("module", [Normed, Anew])
+@pytest.mark.parametrize("module", [pytest.param(Normed, marks=pytest.mark.slow), Anew])
 def test_what_is_evaluated_is_what_is_exported_and_resumed(
     ranks: dict[int, Ranks], tmp_path: Path, strategy: str, options: dict[str, Any], module: type[TrainModule]
 ) -> None:

@@ -218,7 +218,9 @@ WORLDS: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("placement", WORLDS)
+@pytest.mark.parametrize(
+    "placement", [pytest.param(name, marks=() if name == "tp-2" else pytest.mark.slow) for name in WORLDS]
+)
 def test_gradients_of_parameters_on_cut_features_are_sums(
     ranks: dict[int, Ranks], tmp_path: Path, placement: str
 ) -> None:

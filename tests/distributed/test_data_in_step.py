@@ -70,6 +70,7 @@ def test_last_micro_batches_of_other_sizes_are_found(ranks: dict[int, Ranks]) ->
         assert "hold, over all ranks, 4 samples as rank 0 sees it, 3 samples as rank 1 sees it" in said
 
 
+@pytest.mark.slow
 def test_the_one_rank_of_four_that_runs_out_is_named(ranks: dict[int, Ranks]) -> None:
     # With the counts 1, 2, 2, 3 in a sum, some ranks would take themselves for the average.
     for said in ranks[4].run(train_on, counts=[16, 24, 24, 32], strategy="ddp", accumulation=4):
@@ -141,6 +142,7 @@ def search_over(directory: str, fails_on: int) -> list[Any]:
     return [(trial.state, trial.error) for trial in found.trials]
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_after_data_that_failed_on_one_rank(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     for states in ranks[2].run(search_over, directory=str(tmp_path), fails_on=1, seconds=120):
         assert states == [("failed", "OSError: [Errno 5] the disk is gone: 'rows.bin'"), ("complete", None)]

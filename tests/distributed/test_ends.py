@@ -65,7 +65,7 @@ def whole_run(strategy: str, directory: str | None) -> dict[str, Any]:
     return curves(fit)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_an_exception_on_all_ranks_is_saved_on_all(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
     for found in ranks[2].run(failing_run, strategy=strategy, directory=str(tmp_path), on=[0, 1]):
         assert found == ["checkpoint-3"]
@@ -76,7 +76,7 @@ def test_an_exception_on_all_ranks_is_saved_on_all(ranks: dict[int, Ranks], tmp_
         assert found["loss"][-3] == pytest.approx(sum(expected[rank]["loss"][2:4]) / 2)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_forward_that_fails_in_an_evaluation(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
     for found in ranks[2].run(failing_evaluation, strategy=strategy, directory=str(tmp_path)):
         assert found == ["checkpoint-3"]

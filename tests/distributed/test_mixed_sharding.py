@@ -107,9 +107,9 @@ def test_without_a_product_nothing_is_in_16_bits(ranks: dict[int, Ranks], strate
         assert result["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", SHARDED)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_kind_of_layer_computes_as_a_replica_does(
     ranks: dict[int, Ranks], strategy: str, precision: str, accumulation: int
 ) -> None:

@@ -206,7 +206,14 @@ def test_parameters_without_dimensions_train_as_on_one_device(
 
 
 @pytest.mark.parametrize(("world", "strategy", "options"), [*TWO, (2, "ddp", {})], ids=str)
-@pytest.mark.parametrize("module", [LateScalars, Complexes, Integers, OnlyScalars, OddNames])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (LateScalars, Integers, OnlyScalars)),
+        Complexes,
+        OddNames,
+    ],
+)
 def test_what_cannot_be_cut_is_kept_whole(
     ranks: dict[int, Ranks],
     tmp_path: Path,
@@ -225,7 +232,7 @@ def test_what_cannot_be_cut_is_kept_whole(
 
 
 @pytest.mark.parametrize(("strategy", "options"), [("fsdp1", {}), ("fsdp2", {}), ("deepspeed", {"stage": 3})], ids=str)
-@pytest.mark.parametrize("module", [Scalars, Complexes, OddNames])
+@pytest.mark.parametrize("module", [Scalars, *(pytest.param(m, marks=pytest.mark.slow) for m in (Complexes, OddNames))])
 def test_checkpoints_hold_what_is_kept_whole(
     ranks: dict[int, Ranks], tmp_path: Path, strategy: str, options: dict[str, Any], module: type[TrainModule]
 ) -> None:
