@@ -32,7 +32,7 @@ def store_of_attempt(store: dist.Store, rank: int) -> dist.Store:
     return dist.PrefixStore(f"attempt-{store.add(f'attempts/{rank}', 1)}", store)
 
 
-def tell(store: dist.Store, reason: str | None) -> str | None:
+def settle_failure(store: dist.Store, reason: str | None) -> str | None:
     """Give a failure, and learn what the first failure of the attempt was.
 
     Args:
@@ -46,7 +46,7 @@ def tell(store: dist.Store, reason: str | None) -> str | None:
     return verdict.removeprefix(AGAIN) if verdict.startswith(AGAIN) else None
 
 
-def hear(store: dist.Store, seconds: float = 60.0) -> str | None:
+def wait_for_failure(store: dist.Store, seconds: float = 60.0) -> str | None:
     """Learn what the first failure of the attempt was from the rank that gives it.
 
     Args:
@@ -56,10 +56,10 @@ def hear(store: dist.Store, seconds: float = 60.0) -> str | None:
     deadline = time.monotonic() + seconds
     while not store.check([VERDICT]) and time.monotonic() < deadline:
         time.sleep(SECONDS)
-    return tell(store, None)
+    return settle_failure(store, None)
 
 
-def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+def wait_for_all(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
     """Return once every rank has left the process group and come here.
 
     Args:
@@ -79,7 +79,7 @@ def gather(store: dist.Store, rank: int, world_size: int, timeout: float) -> Non
             time.sleep(SECONDS)
 
 
-def all_say(store: dist.Store, rank: int, world_size: int, said: str, seconds: float) -> bool:
+def compare_words(store: dist.Store, rank: int, world_size: int, said: str, seconds: float) -> bool:
     """Whether every rank comes here in time and says the same; all that come get one answer.
 
     Args:
@@ -98,7 +98,7 @@ def all_say(store: dist.Store, rank: int, world_size: int, said: str, seconds: f
     return here.compare_set(VERDICT, "", "yes" if agrees else "no").decode() == "yes"
 
 
-def let_go(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:
+def drop_groups(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:
     """Take process groups that were left out of whatever still holds them: a strategy, a mesh's description or a DDP
     module of another Fit in this process. They are of no use to it any more, and gloo closes a group's connections, by
     which the waiting ranks are woken, only when the last reference to it goes.

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 from ..precision.base import Precision
 from ..precision.quantized import scales
-from . import meeting
 from .base import Strategy
 from .batch_norm import separate, synchronize
 from .buffers import ChangingBuffers
+from .meeting import (
+    abort_when_told,
+    compare_words,
+    drop_groups,
+    settle_failure,
+    store_of_attempt,
+    wait_for_all,
+    wait_for_failure,
+)
 from .mesh import (
     CONTEXT,
     REPLICATE,
@@ -188,16 +196,16 @@ class ProcessGroupStrategy(Strategy):
 
     def attempt(self) -> AbstractContextManager[Any]:
         """Make a context in which, over NCCL, a thread looks whether another rank has failed."""
-        self.attempt_store = meeting.store_of_attempt(dist.distributed_c10d._get_default_store(), self.rank)
-        return meeting.abort_when_told(self.attempt_store) if "nccl" in backend() else nullcontext()
+        self.attempt_store = store_of_attempt(dist.distributed_c10d._get_default_store(), self.rank)
+        return abort_when_told(self.attempt_store) if "nccl" in backend() else nullcontext()
 
     def tell_failure(self, reason: str | None) -> str | None:
         """Write the failure into the store, which a rank can use while others wait in a collective."""
-        return meeting.tell(self.attempt_store, reason)
+        return settle_failure(self.attempt_store, reason)
 
     def hear_failure(self) -> str | None:
         """Wait until the store holds what another rank has told."""
-        return meeting.hear(self.attempt_store)
+        return wait_for_failure(self.attempt_store)
 
     def begin_again(self) -> None:
         """Leave the process group, wait until all others have, and join another one."""
@@ -206,21 +214,21 @@ class ProcessGroupStrategy(Strategy):
         del self.mesh, self.gradient_group
         forget_groups()
         leave(waits_for_work=False)
-        meeting.let_go(groups)
+        drop_groups(groups)
         if any(group() is not None for group in groups):
             warnings.warn(
                 "Something outside of stratagem still refers to a process group, so that its connections stay open: "
                 f"ranks that wait for this one may not notice before their timeout of {timeout:.0f} s.",
                 stacklevel=2,
             )
-        meeting.gather(store, rank, world_size, timeout)
+        wait_for_all(store, rank, world_size, timeout)
         join_by(dist.PrefixStore("again", store), rank, world_size, timeout)
         super().begin_again()
 
     def all_say(self, what: str, seconds: float) -> bool:
         """Compare the ranks' words in the store, which a rank can use while others wait in a collective."""
         store = dist.distributed_c10d._get_default_store()
-        return meeting.all_say(store, self.rank, self.world_size, what, seconds)
+        return compare_words(store, self.rank, self.world_size, what, seconds)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All-gather a sharded tensor."""
