@@ -1,38 +1,45 @@
 # `make train` trains the main example, `make test` runs every check; each sets up what it needs, once.
+# `make help` lists all targets.
 # Python 3.10 or newer is all that a machine must have. Another one than python3: make train PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 TYPED := precision strategies framework examples benchmarks
 
-.PHONY: train test test-xla test-zoo bench-gpu lint venv clean
+.PHONY: help train test fast test-xla test-zoo bench-gpu lint venv clean
 
-train: venv  ## ARGS="--steps 100" passes options on; ARGS=--help lists them
+help:  ## lists the targets
+	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: venv  ## trains the main example; ARGS="--steps 100" passes options on, ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
 
-test: lint  ## ARGS="-m 'not slow'" passes options on to pytest
+test: lint  ## runs every check but those of XLA and the zoo; ARGS="-k resume" passes options on to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-test-zoo: venv .venv/.zoo-installed  ## other people's models; ARGS="--write-results" renews docs/models.md's figures
+fast: lint  ## lint, and the tests that take less than a few seconds each
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-zoo: venv .venv/.zoo-installed  ## tries other people's models; ARGS="--write-results" renews docs/models.md's figures
 	$(BIN)/python -m pytest tests/zoo $(ARGS)
 
-bench-gpu: venv  ## on a machine with a GPU; ARGS=--help lists the options
+bench-gpu: venv  ## measures tokens/s and MFU, on a machine with a GPU; ARGS=--help lists the options
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # torch_xla fits one torch alone, which is older: an environment of its own, made without accelerators in mind. In it
 # the tests of one device run, too, so that the oldest torch that pyproject.toml allows is one that was tried.
-test-xla: venv .venv-xla/.installed
+test-xla: venv .venv-xla/.installed  ## runs the tests of XLA, and those of one device under the oldest torch
 	.venv-xla/bin/python -m pytest tests/xla $(ARGS)
 	.venv-xla/bin/python -m pytest tests/framework tests/precision tests/strategies -m "not slow" $(ARGS)
 
 # The repository's root is the package, whatever a clone's directory is called, and mypy names modules by directory:
 # it is shown the root through a link that has the package's name.
-lint: venv
+lint: venv  ## ruff, ruff format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	MYPYPATH=.venv/typed $(BIN)/mypy -m stratagem $(TYPED:%=-p stratagem.%)
 
-venv: .venv/.installed
+venv: .venv/.installed  ## sets up .venv, once
 
 # DeepSpeed's set-up imports torch, so it is built when that is there, and not in isolation; nothing is compiled.
 # The stamp is made last, so a set-up that was cut off is done again.
@@ -54,6 +61,6 @@ venv: .venv/.installed
 	tests/xla/make_environment.sh $(PYTHON) .venv-xla
 	touch $@
 
-clean:  ## keeps output/, which holds your runs
+clean:  ## removes all that was set up and cached; keeps output/, which holds your runs
 	rm -rf .venv .venv-xla build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -65,9 +65,10 @@ class Fit(Runs):
         TypeError, ValueError: an argument can't work; the message says why and what to write instead.
 
     Example:
-        >>> fit = Fit(Regressor(), train_data=dataset, strategy="single", precision="bf16-mixed", max_steps=1000)
+        >>> options = FitArguments(max_steps=100, learning_rate=0.01, progress=False)
+        >>> fit = Fit(Regressor(), train_data=dataset, strategy="single", precision="bf16-mixed", args=options)
         >>> fit.train(resume_from_checkpoint=True)
-        TrainOutput(global_step=1000, training_loss=0.0123, metrics={...})
+        TrainOutput(global_step=100, training_loss=..., metrics={...})
     """
 
     def __init__(
@@ -216,10 +217,10 @@ class Fit(Runs):
             ValueError, TypeError: the search can't work; the message says why and what to write instead.
 
         Example:
-            >>> fit.hyperparameter_search(
+            >>> found = fit.hyperparameter_search(
             ...     lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)},
             ...     n_trials=12, pruner="median", storage="sqlite:///search.db")
-            >>> fit.train()
+            >>> best = fit.train()  # with the best trial's arguments
         """
         from .search.running import Search
 

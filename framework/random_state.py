@@ -97,7 +97,7 @@ class OwnRandomState:
     Example:
         >>> own = OwnRandomState(seed=0)
         >>> with own.entered():
-        ...     sample = next(samples)
+        ...     sample = random.random()  # the same number each time, whatever was drawn outside
     """
 
     def __init__(self, seed: int) -> None:

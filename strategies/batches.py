@@ -29,7 +29,8 @@ def map_batch(function: Callable[[Any], Any], batch: Any) -> Any:
         batch: see above; what is neither a tensor nor a container stays as it is.
 
     Example:
-        >>> map_batch(torch.Tensor.pin_memory, {"image": images, "boxes": [first, second]})
+        >>> map_batch(torch.Tensor.double, {"image": torch.zeros(1), "boxes": [torch.ones(2), torch.ones(3)]})
+        {'image': tensor([0.], dtype=torch.float64), 'boxes': [tensor([1., 1.], dtype=torch.float64), ...]}
     """
     if isinstance(batch, Tensor):
         return function(batch)

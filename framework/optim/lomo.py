@@ -86,7 +86,7 @@ class Lomo(UpdatesInBackward):
     Example:
         >>> optimizer = Lomo(model.parameters(), lr=0.01)
         >>> optimizer.train()
-        >>> loss.backward()  # the parameters have moved, and hold no gradients
+        >>> model(x).square().mean().backward()  # the parameters have moved, and hold no gradients
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The ranks of parity runs: torch's elastic launcher starts one strategy after another.
 
 ``compare_strategies`` runs all strategies, and the command ``stratagem parity`` prints its rows. One rank of one
-strategy is ``python -m stratagem.framework.parity_ranks <run.json>``.
+strategy is ``python -m stratagem.framework.parity.ranks <run.json>``.
 """
 
 import dataclasses
@@ -22,18 +22,12 @@ from typing import Any
 
 import torch
 
-from ..precision.names import did_you_mean
-from ..strategies.base import Strategy
-from ..strategies.registry import ALIASES, STRATEGIES, get_strategy
-from .parity import (
-    Difference,
-    Recipe,
-    Recording,
-    compare,
-    default_tolerance,
-    record,
-)
-from .parity_forward import FailedInLayer
+from ...precision.names import did_you_mean
+from ...strategies.base import Strategy
+from ...strategies.registry import ALIASES, STRATEGIES, get_strategy
+from .comparing import Difference, compare, default_tolerance
+from .forward import FailedInLayer
+from .recording import Recipe, Recording, record
 
 COMBINATIONS: Mapping[str, tuple[str, Mapping[str, Any], int]] = {
     "fsdp2xtp": ("fsdp2", {"tensor_parallel": 2}, 2),
@@ -189,7 +183,7 @@ def launch(
     if torch.accelerator.device_count() < most_ranks:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    command += ["-m", "stratagem.framework.parity_ranks", str(directory / "run.json")]
+    command += ["-m", "stratagem.framework.parity.ranks", str(directory / "run.json")]
     log = directory / "log.txt"
     with log.open("w") as printed:
         process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)

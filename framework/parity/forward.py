@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..precision.complex_numbers import as_real
-from ..strategies.base import Strategy
-from ..strategies.batches import tensors_of
+from ...precision.complex_numbers import as_real
+from ...strategies.base import Strategy
+from ...strategies.batches import tensors_of
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 """What strategies add to the names of layers."""
