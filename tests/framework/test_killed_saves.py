@@ -25,7 +25,8 @@ def run_program(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [7, 1])
 def test_killed_before_each_file_operation_of_a_save_and_its_rotation(tmp_path: Path, stride: int) -> None:
     result = run_program("sweep", tmp_path, 2, stride)
     lefts = [kill["left"] for kill in result["kills"]]
@@ -40,7 +41,8 @@ def test_killed_before_each_file_operation_of_a_save_and_its_rotation(tmp_path: 
         assert (4 in kill["left"]) == (index > published), kill
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [7, 1])
 def test_killed_while_the_only_checkpoint_is_saved_again(tmp_path: Path, stride: int) -> None:
     result = run_program("sweep", tmp_path, 4, stride)
     # It is there, or is given back its name when the run is resumed; never a fresh start.
