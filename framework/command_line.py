@@ -12,7 +12,8 @@ from rich.text import Text
 from ..precision.registry import ALIASES as PRECISION_ALIASES
 from ..precision.registry import PRECISIONS
 from ..strategies.registry import STRATEGIES
-from . import parity, parity_ranks
+from .parity import comparing, ranks
+from .parity.recording import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand ``stratagem parity``."""
-    known = ", ".join([*STRATEGIES, *parity_ranks.COMBINATIONS])
+    known = ", ".join([*STRATEGIES, *ranks.COMBINATIONS])
     parser = commands.add_parser(
         "parity",
         help="train a module a few updates under several strategies and show how far they come apart",
@@ -51,7 +52,7 @@ def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             "rank. Example: stratagem parity examples/gpt.py:build --strategies single,ddp,fsdp2 --ranks 2"
         ),
     )
-    defaults = parity.Recipe("")
+    defaults = Recipe("")
     parser.add_argument("module", help="path/to/file.py:function or package.module:function; returns a TrainModule")
     parser.add_argument(
         "--strategies",
@@ -75,8 +76,8 @@ def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--tolerance",
         type=positive(float),
         help=(
-            f"relative difference that is allowed (default: {parity.TOLERANCE:g}, and "
-            f"{parity.REORDERED_TOLERANCE:g} for strategies that cut layers; more in 16-bit formats)"
+            f"relative difference that is allowed (default: {comparing.TOLERANCE:g}, and "
+            f"{comparing.REORDERED_TOLERANCE:g} for strategies that cut layers; more in 16-bit formats)"
         ),
     )
     parser.add_argument(
@@ -105,10 +106,10 @@ def run_parity(options: argparse.Namespace) -> int:
         0 where every strategy ran within its tolerance, else 1.
     """
     try:
-        cases = [parity_ranks.Case.named(name.strip(), options.ranks) for name in options.strategies.split(",")]
+        cases = [ranks.Case.named(name.strip(), options.ranks) for name in options.strategies.split(",")]
     except ValueError as error:
         options.parser.error(str(error))
-    recipe = parity.Recipe(
+    recipe = Recipe(
         options.module,
         options.data,
         options.precision,
@@ -118,7 +119,7 @@ def run_parity(options: argparse.Namespace) -> int:
         options.seed,
     )
     with Console(stderr=True).status("") as status:
-        rows = parity_ranks.compare_strategies(
+        rows = ranks.compare_strategies(
             recipe,
             cases,
             options.tolerance,
@@ -133,7 +134,7 @@ def run_parity(options: argparse.Namespace) -> int:
     return 0 if len(rows) == len(cases) and all(row.is_right for row in rows) else 1
 
 
-def parity_table(recipe: parity.Recipe, rows: Sequence[parity_ranks.Row]) -> Table:
+def parity_table(recipe: Recipe, rows: Sequence[ranks.Row]) -> Table:
     """Make the table of the rows, with their titles and marks."""
     table = Table(
         # Cells are Text, since rich takes ":model:" in a string for an emoji, and "[...]" for a style.

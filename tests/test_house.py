@@ -1,7 +1,6 @@
 """The rules of the house: which file may import which, who may write where, and how long a file and a function may be.
 
-``python tests/test_house.py`` lists all that breaks a rule, with lines, and what in EXCEPTIONS is out of date;
-``python tests/test_house.py --rewrite`` makes EXCEPTIONS what it finds. The list of exceptions may only shrink.
+``python tests/test_house.py`` lists all that breaks a rule, with lines. There are no exceptions.
 Imports inside functions and under TYPE_CHECKING count. Names in strings (a registry's "file:Class") don't: they cost no
 import, and are how a registry knows a class without its file.
 """
@@ -41,9 +40,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("command_line",),
 )
 
-# Files that still lie at framework's top, and the folder that they belong to: the order counts them as being there.
-MOVES: dict[str, str] = dict.fromkeys(("parity", "parity_forward", "parity_ranks"), "parity/")
-
 # What framework takes from the other two: what all strategies and all precisions have in common.
 BASES: dict[str, str] = {
     "strategies/base.py": "what every strategy is",
@@ -81,6 +77,7 @@ WRITTEN: dict[str, str] = {
     "setattr(part, name)": "a copy of a torchmetrics metric gets the merged states",
     "part._*": "the same copy forgets what it computed, as torchmetrics does after a sync",
     "part.sync_on_compute": "the same copy is merged already",
+    "setattr(changed, name)": "a copy of a user's batch gets its tensors of another device",
     "part.state": "the parts of an optimizer in parts share its state",
     "layer.support_avx512bf16_for_cpu": "bitsandbytes asks its layer which product the CPU has",
     "optimizer.step": "apex.amp finds its own step on the optimizer",
@@ -105,15 +102,6 @@ WRITTEN: dict[str, str] = {
     "self.zero.*": "the same optimizer, told that its state was read",
     "setattr(groups, name)": "DeepSpeed's process groups are globals of its module",
 }
-
-# rule: file: what. Today's violations; where one is gone, its entry goes.
-EXCEPTIONS = """
-room: framework/parity.py: belongs in framework/parity/
-room: framework/parity_forward.py: belongs in framework/parity/
-room: framework/parity_ranks.py: belongs in framework/parity/
-write: framework/parity.py: self.watch.is_noting
-write: strategies/batches.py: setattr(changed, name)
-""".strip().splitlines()
 
 
 @dataclass(frozen=True)
@@ -153,7 +141,7 @@ class File:
     def room(self) -> str:
         """The room that a file of framework/ is in: "fit", "run/"."""
         _, first, *below = Path(self.path).with_suffix("").parts
-        return f"{first}/" if below else MOVES.get(first, first)
+        return f"{first}/" if below else first
 
     @cached_property
     def imports(self) -> dict[str, tuple[int, ...]]:
@@ -221,9 +209,7 @@ def wrong_ways(house: dict[str, File]) -> Iterator[Violation]:
     for path, file in house.items():
         folder = path.partition("/")[0]
         if folder == "framework" and file.room not in floor:
-            yield Violation("room", path, "has no place in FLOORS", why="name its room there, or in MOVES")
-        if folder == "framework" and file.room.endswith("/") and not path.startswith(f"framework/{file.room}"):
-            yield Violation("room", path, f"belongs in framework/{file.room}", why="git mv it, and take it from MOVES")
+            yield Violation("room", path, "has no place in FLOORS", why="name its room there")
         for target, lines in file.imports.items():
             where = target.partition("/")[0]
             why = ""
@@ -301,15 +287,9 @@ def report(found: Iterable[Violation]) -> str:
     )
 
 
-def test_no_rule_is_broken_but_by_the_exceptions() -> None:
-    new = [each for each in violations() if str(each) not in EXCEPTIONS]
-    assert not new, f"{len(new)} new violations of the house's rules:\n{report(new)}"
-
-
-def test_the_list_of_exceptions_only_shrinks() -> None:
-    known = set(map(str, violations()))
-    gone = [line for line in EXCEPTIONS if line not in known]
-    assert not gone, f"mended, so take them from EXCEPTIONS (--rewrite does it):\n{chr(10).join(gone)}"
+def test_no_rule_is_broken() -> None:
+    found = violations()
+    assert not found, f"{len(found)} violations of the house's rules:\n{report(found)}"
 
 
 def test_every_rule_finds_what_it_is_for(tmp_path: Path) -> None:
@@ -329,7 +309,7 @@ def test_every_rule_finds_what_it_is_for(tmp_path: Path) -> None:
         "framework/data/__init__.py": "from .stream import Stream\n",
         "framework/data/stream.py": "from ..loop import run\n",
         "framework/unheard.py": "def f():\n" + "    pass\n" * 90 + "\n" * 320,
-        "framework/parity.py": "def f(self, p):\n    self.x = 1\n    p.grad = None\n",
+        "framework/wrapping.py": "def f(self, p):\n    self.x = 1\n    p.grad = None\n",
     }
     for path, text in house.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +325,6 @@ def test_every_rule_finds_what_it_is_for(tmp_path: Path) -> None:
         "import: strategies/base.py: framework/state.py",
         "length: framework/unheard.py: f is over 80 lines",
         "length: framework/unheard.py: over 400 lines",
-        "room: framework/parity.py: belongs in framework/parity/",
         "room: framework/unheard.py: has no place in FLOORS",
         "write: framework/state.py: fit.args",
         "write: framework/state.py: fit.args.a",
@@ -354,23 +333,7 @@ def test_every_rule_finds_what_it_is_for(tmp_path: Path) -> None:
     ]
 
 
-def main(arguments: list[str]) -> int:
-    """List all that breaks a rule; with --rewrite, make EXCEPTIONS of it."""
-    found = violations()
-    known = set(map(str, found))
-    if arguments == ["--rewrite"]:
-        here = Path(__file__)
-        before, _, rest = here.read_text(encoding="utf-8").partition('EXCEPTIONS = """\n')
-        after = rest[rest.index('""".strip()') :]
-        lines = "".join(f"{line}\n" for line in sorted(known))
-        here.write_text(f'{before}EXCEPTIONS = """\n{lines}{after}', encoding="utf-8")
-        return 0
-    new = [each for each in found if str(each) not in EXCEPTIONS]
-    print(report(found))
-    print("\n".join(f"out of date in EXCEPTIONS: {line}" for line in EXCEPTIONS if line not in known))
-    print(f"{len(found)} violations, {len(new)} of them not in EXCEPTIONS:\n{report(new)}")
-    return bool(new)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    broken = violations()
+    print(report(broken))
+    sys.exit(bool(broken))

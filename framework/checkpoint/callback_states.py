@@ -19,6 +19,15 @@ MARK = "$tensor"
 """The key of the mapping that stands for a tensor in JSON: {"$tensor": name, "device": "cpu", "sharded": false}."""
 
 
+def check_states(states: Mapping[str, Any]) -> None:
+    """Refuse states of callbacks that no checkpoint can hold, when training begins and not at the first save.
+
+    Raises:
+        TypeError: the message names the callback, and the entry of its state.
+    """
+    apart(states)
+
+
 def apart(states: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Separate the states of callbacks from their tensors, which are named "<callback>/<key>/<key>...".
 

@@ -149,9 +149,7 @@ class Run:
             TypeError: names the callback, and the entry.
         """
         if self.callbacks.stateful():
-            from ..checkpoint.callback_states import apart
-
-            apart(self.callbacks.state_dict())
+            checkpoint.check_states(self.callbacks.state_dict())
 
     def begin_epoch(self, epoch: int) -> None:
         """Count the micro-batches of an epoch anew."""

@@ -17,8 +17,8 @@ import torch
 from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import Callback, TrainModule
-from stratagem.framework.parity import Recipe
-from stratagem.framework.parity_ranks import Case, compare_strategies
+from stratagem.framework.parity.ranks import Case, compare_strategies
+from stratagem.framework.parity.recording import Recipe
 from stratagem.precision.fp8 import FP8
 from stratagem.strategies.deepspeed import DeepSpeed
 from test_batch_size import Hungry, HungryInBackward

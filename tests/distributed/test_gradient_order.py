@@ -213,7 +213,7 @@ class EitherWay(RoutedWithin):
 
 def train_with_patience(limit: float, **arguments: Any) -> None:
     """A run whose ranks wait only so many seconds for one another to find the same change."""
-    from stratagem.strategies import used_parameters
+    from stratagem.strategies.fsdp2 import used_parameters
 
     used_parameters.SECONDS = limit
     train(**arguments)

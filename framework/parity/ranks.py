@@ -1,7 +1,7 @@
-"""The ranks of a parity run: each strategy on its own, started one after another by torch's elastic launcher.
+"""The ranks of parity runs: torch's elastic launcher starts one strategy after another.
 
-``compare_strategies`` does the whole; the command ``stratagem parity`` prints its rows. One rank of one strategy is
-``python -m stratagem.framework.parity_ranks <run.json>``.
+``compare_strategies`` runs all strategies, and the command ``stratagem parity`` prints its rows. One rank of one
+strategy is ``python -m stratagem.framework.parity.ranks <run.json>``.
 """
 
 import dataclasses
@@ -22,24 +22,18 @@ from typing import Any
 
 import torch
 
-from ..precision.names import did_you_mean
-from ..strategies.base import Strategy
-from ..strategies.registry import ALIASES, STRATEGIES, get_strategy
-from .parity import (
-    Difference,
-    Recipe,
-    Recording,
-    compare,
-    default_tolerance,
-    record,
-)
-from .parity_forward import FailedInLayer
+from ...precision.names import did_you_mean
+from ...strategies.base import Strategy
+from ...strategies.registry import ALIASES, STRATEGIES, get_strategy
+from .comparing import Difference, compare, default_tolerance
+from .forward import FailedInLayer
+from .recording import Recipe, Recording, record
 
 COMBINATIONS: Mapping[str, tuple[str, Mapping[str, Any], int]] = {
     "fsdp2xtp": ("fsdp2", {"tensor_parallel": 2}, 2),
     "fsdp2xcp": ("fsdp2", {"context_parallel": 2}, 2),
 }
-"""Strategies with options that deserve a row of their own: name to (strategy, options, factor on the ranks)."""
+"""Names for strategies with options: name to (strategy, options, factor on the number of ranks)."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,10 @@ class Case:
     """A strategy and the ranks it runs on.
 
     Args:
-        name: as the user wrote it, and as the table shows it.
-        strategy: name in the registry.
-        options: of the strategy.
-        ranks: processes.
+        name: the name that the user wrote, and that the table shows.
+        strategy: the name in the registry.
+        options: options of the strategy.
+        ranks: the number of processes.
     """
 
     name: str
@@ -60,14 +54,14 @@ class Case:
 
     @classmethod
     def named(cls, name: str, ranks: int) -> "Case":
-        """The case for a strategy's name or a combination ("fsdp2xtp").
+        """Make the case for the name of a strategy or a combination ("fsdp2xtp").
 
         Args:
-            name: known to the strategies' registry, or in COMBINATIONS.
-            ranks: for strategies that use several; combinations multiply it.
+            name: a name in the registry of strategies, or in COMBINATIONS.
+            ranks: the number of ranks of strategies that use several; combinations multiply it.
 
         Raises:
-            ValueError: neither knows the name.
+            ValueError: there is no such name.
         """
         if name not in (*STRATEGIES, *ALIASES, *COMBINATIONS):
             raise ValueError(f"Unknown strategy {name!r}. {did_you_mean(name, [*STRATEGIES, *ALIASES, *COMBINATIONS])}")
@@ -75,7 +69,7 @@ class Case:
         return cls(name, strategy, options, ranks * factor if get_strategy(strategy).needs_ranks else 1)
 
     def make(self) -> Strategy:
-        """The strategy, with its options."""
+        """Make the strategy, with its options."""
         strategy = get_strategy(self.strategy)
         return type(strategy)(**self.options) if self.options else strategy
 
@@ -84,8 +78,8 @@ class RunFailed(Exception):
     """A run ended without a recording.
 
     Args:
-        error: the last line of the first failing rank's error.
-        report: its traceback, or what the launcher printed.
+        error: the last line of the error of the rank that failed first.
+        report: the traceback of that rank, or what the launcher printed.
     """
 
     def __init__(self, error: str, report: str) -> None:
@@ -99,9 +93,10 @@ class Row:
 
     Attributes:
         case: the strategy.
-        difference: to the reference, which is the first row; None for itself, and where a run failed.
-        failure: why there is no difference.
-        seconds: that the run took, with the start of its ranks.
+        difference: the difference to the reference, which is the first row; None for the reference itself, and where
+            the run failed.
+        failure: why the run failed; None where it didn't.
+        seconds: how long the run took, with the start of its ranks.
     """
 
     case: Case
@@ -111,7 +106,7 @@ class Row:
 
     @property
     def is_right(self) -> bool:
-        """Whether it ran and differs by no more than is tolerated."""
+        """Whether the strategy ran and differs by no more than is tolerated."""
         return self.failure is None and (self.difference is None or self.difference.is_tolerated)
 
 
@@ -122,17 +117,18 @@ def compare_strategies(
     timeout: float = 1800.0,
     on_begin: Callable[[Case], None] = lambda case: None,
 ) -> list[Row]:
-    """Run one case after another, and compare each with the first, whose weights all of them begin with.
+    """Run one case after another, and compare each with the first. All begin with the weights of the first.
 
     Args:
         recipe: what is trained.
-        cases: the first is the reference.
-        tolerance: None takes 1e-6, or 1e-4 where layers are cut, times what the precision rounds more than float32.
+        cases: the first one is the reference.
+        tolerance: None means 1e-6, or 1e-4 where layers are cut, times how much coarser than float32 the precision
+            rounds.
         timeout: seconds for one case.
-        on_begin: told of each case before it runs.
+        on_begin: called with each case before it runs.
 
     Returns:
-        A row for each case; only the first where that one failed.
+        A row for each case; the first row alone where that one failed.
     """
     rows: list[Row] = []
     most = max(case.ranks for case in cases)
@@ -161,16 +157,16 @@ def compare_strategies(
 def launch(
     case: Case, recipe: Recipe, directory: Path, seed_checkpoint: Path | None, timeout: float, most_ranks: int
 ) -> Recording:
-    """Record a case on ranks of its own.
+    """Start the ranks of a case, and wait for its recording.
 
     Args:
-        case: the strategy.
+        case: the strategy and its ranks.
         recipe: what is trained.
-        directory: for everything that the run writes; made here.
+        directory: the folder for everything that the run writes, which is made here.
         seed_checkpoint: see ``record``.
-        timeout: seconds, after which the ranks are ended.
-        most_ranks: of any case that this one is compared with: all of them use as many threads, on the same kind of
-            device.
+        timeout: seconds after which the ranks are ended.
+        most_ranks: the largest number of ranks of a case. All cases use as many threads as that one can, and the same
+            kind of device.
 
     Raises:
         RunFailed: a rank failed, or they took too long.
@@ -187,7 +183,7 @@ def launch(
     if torch.accelerator.device_count() < most_ranks:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    command += ["-m", "stratagem.framework.parity_ranks", str(directory / "run.json")]
+    command += ["-m", "stratagem.framework.parity.ranks", str(directory / "run.json")]
     log = directory / "log.txt"
     with log.open("w") as printed:
         process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)
@@ -203,7 +199,7 @@ def launch(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher where it still runs; it ends its ranks first."""
+    """End the launcher where it is still running. It ends its ranks first."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -213,9 +209,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def failure_of(directory: Path, printed: str) -> RunFailed:
-    """The first failing rank's error, which the others' (a lost connection) only follow."""
+    """Return the error of the rank that failed first; errors of other ranks (a lost connection) follow from it."""
     failures = [json.loads(file.read_text()) for file in directory.glob("failure-*.json")]
-    if not failures:  # killed, or it died outside Python
+    if not failures:  # the ranks were killed, or died outside Python
         lines = [line for line in printed.splitlines() if line.strip()]
         return RunFailed(lines[-1] if lines else "the ranks ended without an error", printed)
     first = min(failures, key=lambda failure: failure["time"])
@@ -223,14 +219,14 @@ def failure_of(directory: Path, printed: str) -> RunFailed:
 
 
 def load_functions(target: str, *others: str) -> list[Callable[[], Any]]:
-    """The function that ``file.py:function`` or ``package.module:function`` means, and others of the same file.
+    """Load the function that ``file.py:function`` or ``package.module:function`` names, and others of the same file.
 
     Args:
         target: a file is run once, with its own folder first on the path, as if it were started.
-        others: names.
+        others: names of the other functions.
 
     Raises:
-        ValueError: not of that form, there is no such file, or it lacks one of the functions.
+        ValueError: the target has another form, there is no such file, or it lacks one of the functions.
     """
     place, _, name = target.rpartition(":")
     if not place or not name:
@@ -253,14 +249,14 @@ def load_functions(target: str, *others: str) -> list[Callable[[], Any]]:
 
 
 def short(error: BaseException) -> str:
-    """An error in a line: with the layer, where it comes from one."""
+    """Write an error in one line, with the layer where it comes from a layer."""
     if isinstance(error, FailedInLayer):
         return str(error)
     return traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
 
 
 def main() -> None:
-    """One rank of one run."""
+    """Run one rank of one case."""
     file = Path(sys.argv[1])
     try:
         run = json.loads(file.read_text())

@@ -1,10 +1,9 @@
-"""What goes into each layer and comes out of it, in the order of the calls, so that a wrong forward is named where it
-begins.
+"""Notes of the inputs and outputs of layers, in the order of the calls, to find the layer where a wrong forward begins.
 
-Ranks hold different samples, and parts of features or of sequences where layers are cut. Of each tensor a rank notes,
-for each entry of its first dimension, the sum, the sum of squares, and how many numbers they are of: these add up over
-parts, and stand one below another over samples, so that runs that are placed otherwise can be compared, by a few
-numbers a layer.
+Ranks hold different samples, and parts of features or of sequences where layers are cut. For each entry in the first
+dimension of a tensor, a rank notes the sum, the sum of squares, and the count of its numbers. These can be added up
+over parts, and concatenated over samples, so that runs under different strategies can be compared by a few numbers a
+layer.
 """
 
 import math
@@ -17,22 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..precision.complex_numbers import as_real
-from ..strategies.base import Strategy
-from ..strategies.batches import tensors_of
+from ...precision.complex_numbers import as_real
+from ...strategies.base import Strategy
+from ...strategies.batches import tensors_of
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-"""What strategies put into the names of layers."""
+"""What strategies add to the names of layers."""
 
-MOST_ROWS = 4096  # entries of a first dimension that are noted one by one, to bound what ranks send each other
+MOST_ROWS = 4096  # more entries than this are noted together, to bound what ranks send each other
 
 
 class FailedInLayer(Exception):
-    """An error from within a layer's forward.
+    """An error from within the forward of a layer.
 
     Args:
-        layer: its name.
-        error: what was raised there.
+        layer: the name of the layer.
+        error: the error that was raised there.
     """
 
     def __init__(self, layer: str, error: BaseException) -> None:
@@ -41,7 +40,7 @@ class FailedInLayer(Exception):
 
 
 class LayerWatch:
-    """Notes what the layers of a module are given and return, while ``is_noting``, and which of them are computing.
+    """Notes what the layers of a module are given and return, while ``is_noting``, and which layers are computing.
 
     Attributes:
         is_noting: whether tensors are noted.
@@ -55,7 +54,7 @@ class LayerWatch:
         self.inside: list[str] = []
 
     def watch(self, module: nn.Module) -> None:
-        """Hook into every layer. The hooks are the outermost: they see a layer as the layer that calls it does."""
+        """Register hooks on every layer. They are outermost, so that they see what the caller of a layer sees."""
         layers = {plain_name(name): layer for name, layer in module.named_modules()}
         for name, layer in layers.items():
             shown = name or "forward"
@@ -63,7 +62,7 @@ class LayerWatch:
             layer.register_forward_hook(self.after(shown))
 
     def before(self, name: str) -> Callable[..., None]:
-        """The hook that is called when a layer begins."""
+        """Make the hook that is called when a layer begins."""
 
         def hook(layer: nn.Module, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]) -> None:
             self.inside.append(name)
@@ -72,11 +71,11 @@ class LayerWatch:
         return hook
 
     def after(self, name: str) -> Callable[..., None]:
-        """The hook that is called when a layer has ended."""
+        """Make the hook that is called when a layer has ended."""
 
         def hook(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
             while self.inside and self.inside.pop() != name:
-                pass  # layers whose error their caller has caught
+                pass  # these layers raised an error that their caller has caught
             self.note(name, outputs)
 
         return hook
@@ -86,14 +85,18 @@ class LayerWatch:
         if self.is_noting:
             self.notes.append((event, moments(next(tensors_of(values), None))))
 
-    def begin(self) -> None:
-        """Before an update: nothing is noted and nothing under way."""
+    def begin(self, is_noting: bool) -> None:
+        """Begin an update: forget the notes of the last one, and note tensors where ``is_noting`` is true."""
+        self.is_noting = is_noting
         self.notes.clear()
         self.inside.clear()
 
     def gathered(self, strategy: Strategy) -> dict[str, Tensor]:
-        """The notes of all ranks, by place and event: (ranks that share samples, entries over all samples, 3).
-        Collective. Empty where ranks called other layers, or another number of times.
+        """Gather the notes of all ranks. Collective.
+
+        Returns:
+            "<place>:<event>" to a tensor of shape (ranks that share samples, entries over all samples, 3). Empty where
+            ranks have called other layers, or another number of times.
         """
         reports = strategy.gather(self.notes)
         sharing = max(1, len(reports) // strategy.data_size)
@@ -103,7 +106,9 @@ class LayerWatch:
         notes: dict[str, Tensor] = {}
         for place, event in enumerate(events[0]):
             parts = [report[place][1] for report in reports]
-            shares = [parts[start::sharing] for start in range(sharing)]  # each of one part of features, over samples
+            shares = [
+                parts[start::sharing] for start in range(sharing)
+            ]  # each has one part of the features, over all samples
             columns = [torch.cat(share) for share in shares]
             if len({len(column) for column in columns}) > 1:
                 columns = [column.sum(dim=0, keepdim=True) for column in columns]
@@ -112,15 +117,18 @@ class LayerWatch:
 
 
 def plain_name(name: str) -> str:
-    """A layer's name in the user's module."""
+    """Return the name that a layer has in the user's module."""
     for wrapper in WRAPPERS:
         name = f"{name}.".replace(wrapper, "").removesuffix(".")
     return name
 
 
 def moments(tensor: Tensor | None) -> Tensor:
-    """Sum, sum of squares and count of the numbers in each entry of the first dimension: (entries, 3), float64, on the
-    host. Without entries where there is nothing to see: no tensor, or one whose values ranks have yet to add up.
+    """Compute the sum, the sum of squares and the count of the numbers in each entry of the first dimension.
+
+    Returns:
+        A float64 tensor of shape (entries, 3) on the host. It has no entries where there is no tensor, or where ranks
+        have yet to add up its values.
     """
     if tensor is None:
         return torch.zeros(0, 3, dtype=torch.float64)
@@ -144,11 +152,11 @@ def moments(tensor: Tensor | None) -> Tensor:
 
 
 def first_difference(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], tolerance: float) -> str:
-    """Where two runs' forward passes part, in words; empty where they don't, or can't be compared.
+    """Say where the forward passes of two runs begin to differ; empty where they don't, or can't be compared.
 
     Args:
-        reference, other: as ``gathered`` gives them.
-        tolerance: relative difference that is none.
+        reference, other: what ``gathered`` returned in each run.
+        tolerance: the relative difference that is allowed.
     """
     if not reference or not other:
         return ""
@@ -169,10 +177,12 @@ def first_difference(reference: Mapping[str, Tensor], other: Mapping[str, Tensor
 
 
 def difference(expected: Tensor, found: Tensor) -> float:
-    """How far the moments of one tensor in two runs are apart, relative to its size; 0 where they can't be compared.
+    """Return how far the moments of one tensor differ in two runs, relative to its size; 0 where they can't be
+    compared.
 
     Args:
-        expected, found: (ranks that share samples, entries, 3). Each rank has the whole tensor, or all have parts.
+        expected, found: moments of shape (ranks that share samples, entries, 3). Each rank has the whole tensor, or all
+            have parts of it.
     """
     if not expected.shape[1] or not found.shape[1]:
         return 0.0
@@ -191,12 +201,12 @@ def difference(expected: Tensor, found: Tensor) -> float:
 
 
 def is_repeated(notes: Tensor) -> bool:
-    """Whether ranks that share samples have noted the same tensor each."""
+    """Return whether ranks that share samples have each noted the whole tensor."""
     return bool(torch.allclose(notes, notes[:1].expand_as(notes), rtol=1e-9, atol=0.0))
 
 
 def distance_of_moments(whole: Tensor, found: Tensor, size: float) -> float:
-    """The largest difference in an entry's norm, or in its sum as one of equal numbers would differ, over ``size``."""
+    """Return the largest difference of an entry, in norm or in sum / sqrt(count), relative to ``size``."""
     norms = (found[:, 1].sqrt() - whole[:, 1].sqrt()).abs()
     sums = (found[:, 0] - whole[:, 0]).abs() / whole[:, 2].clamp(min=1).sqrt()
     largest = torch.maximum(norms, sums).max().item()
@@ -213,10 +223,10 @@ DROPOUTS: tuple[Any, ...] = (
 
 
 class WithoutDropout(TorchFunctionMode):
-    """In here torch's dropout functions drop nothing, and attention drops no weights, whoever calls them."""
+    """Entered where torch's dropout functions must drop nothing, and attention no weights, whoever calls them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called in the place of each of torch's functions."""
+        """Call a function of torch, but without dropout. torch calls this in the place of each of its functions."""
         kwargs = kwargs or {}
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
