@@ -13,7 +13,7 @@ from .linear_layers import HEADS, put_in_place, qualifying, tied_weights
 from .mixed import BF16Mixed
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-MULTIPLE = 16  # of the sizes that the hardware multiplies (torch._scaled_mm)
+MULTIPLE = 16  # the hardware multiplies sizes that are multiples of it (torch._scaled_mm)
 
 
 class FP8(BF16Mixed):

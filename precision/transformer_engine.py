@@ -13,7 +13,7 @@ from .linear_layers import HEADS, put_in_place, qualifying, tied_weights
 from .mixed import BF16Mixed
 
 MULTIPLE = 16
-RECIPES = {  # to classes in transformer_engine.common.recipe
+RECIPES = {  # recipe to class in transformer_engine.common.recipe
     "current": "Float8CurrentScaling",
     "delayed": "DelayedScaling",
     "block": "Float8BlockScaling",
@@ -56,7 +56,7 @@ class TransformerEngine(BF16Mixed):
         try:
             self.te: Any = import_module("transformer_engine.pytorch")
             recipes: Any = import_module("transformer_engine.common.recipe")
-        except (ImportError, OSError, RuntimeError, AssertionError) as error:  # it looks for CUDA's libraries by itself
+        except (ImportError, OSError, RuntimeError, AssertionError) as error:  # its import looks for CUDA's libraries
             raise ValueError(
                 f"precision='fp8-te' needs NVIDIA's Transformer Engine, which can't be imported here ({error}). On a "
                 "machine with CUDA and an NVIDIA GPU of compute capability 8.9 or above, run: pip install "

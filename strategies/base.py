@@ -122,7 +122,7 @@ class Strategy(Ranks, PlacedModule):
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
     device: torch.device = torch.device("cpu")
 
-    # For one strategy: DP, then XLASPMD.
+    # For one strategy: DP runs copies of the module, and XLASPMD recomputes by a function of its own.
     runs_copies: ClassVar[bool] = False
     """Whether forward runs on copies of the module, made anew each time."""
     recompute: Callable[..., Any] = staticmethod(checkpoint)
@@ -368,6 +368,6 @@ def norms(gradients: list[Tensor]) -> list[Tensor]:
     dtype = None if gradients[0].dtype.itemsize > 2 else torch.float32
     try:
         return list(torch._foreach_norm(gradients, 2.0, dtype=dtype))
-    except NotImplementedError:  # of sparse ones, where what has the same index must be added up first
+    except NotImplementedError:  # a sparse gradient may hold an index twice, whose values must be summed first
         values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
         return list(torch._foreach_norm(values, 2.0, dtype=dtype))

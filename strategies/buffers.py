@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..precision.complex_numbers import as_real
 
-BROADCAST_BYTES = 2**28  # at most this many are copied side by side
+BROADCAST_BYTES = 2**28  # at most so many bytes go into one message
 Name = tuple[str, str]  # of a layer, and of its buffer
 Shapes = dict[Name, tuple[tuple[int, ...], str]]  # buffer to (shape, dtype)
 Gather = Callable[[Any], list[Any]]

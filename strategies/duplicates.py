@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..precision.complex_numbers import as_real
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
-ENTRIES = 2**20  # that are looked at side by side
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype for a number of bytes
+ENTRIES = 2**20  # so many entries are mixed at a time, to bound the memory
 FACTORS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB  # odd, and without a pattern
 
 Part = tuple[int, ...]
@@ -21,7 +21,7 @@ def part_of(tensor: Any, world_size: int) -> Part | None:
     """Which part of a tensor this rank holds: ranks with the same part hold the same numbers. None where no other rank
     holds them.
     """
-    from torch.distributed.tensor import DTensor  # not imported by runs on one device
+    from torch.distributed.tensor import DTensor  # runs on one device are spared this import
 
     if not isinstance(tensor, DTensor):
         return ()

@@ -13,9 +13,8 @@ from stratagem.precision import FP8, MXFP8, BF16True, FP16Mixed, LostUpdates
 ```
 
 `Fit(precision=...)` takes one of these words, or an instance with options (`FP16Mixed(growth_interval=500)`,
-`BF16True(master_weights=False)`): `from stratagem.precision import BF16True, FP16Mixed`. Changing it changes no line of
-a module and no checkpoint: any precision resumes from any other's. Made from `strategies/matrix.py` by
-`python -m stratagem.strategies.matrix_page > docs/precision.md`.
+`BF16True(master_weights=False)`). Changing it changes no line of a module and no checkpoint: any precision resumes from
+any other's. Made from `strategies/matrix.py` by `python -m stratagem.strategies.matrix_page > docs/precision.md`.
 
 {numbers}
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 REPLICATE, SHARD, CONTEXT, TENSOR = "replicate", "shard", "context", "tensor"
 
 CACHE = type(cache(lambda: None))
-LAST_SHAPE: list[tuple[tuple[str, int], ...]] = []  # of the mesh that was set up last in this process
+LAST_SHAPE: list[tuple[tuple[str, int], ...]] = []  # the shape of the mesh that was set up last in this process
 
 
 @cache
@@ -77,7 +77,7 @@ def forget_groups() -> None:
         if type(thing) is DeviceMesh:
             getattr(thing, "_pg_registry", {}).clear()
         elif type(thing) is FunctionType and any(type(v) is dist.ProcessGroup for v in thing.__defaults__ or ()):
-            # torch.distributed.nn's group=group.WORLD, which is None unless it is imported after the world was joined.
+            # torch.distributed.nn has group=group.WORLD: a group, where it is imported after the world was joined.
             thing.__defaults__ = tuple(None if type(v) is dist.ProcessGroup else v for v in thing.__defaults__ or ())
 
 

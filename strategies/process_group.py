@@ -286,7 +286,7 @@ def leave(waits_for_work: bool = True) -> None:
 
 def move_module(module: nn.Module, device: torch.device) -> None:
     """Move parameters and buffers that have memory to a device; late layers get theirs when they are filled."""
-    apply: Callable[..., nn.Module] = module._apply  # what nn.Module.to itself is made of
+    apply: Callable[..., nn.Module] = module._apply  # nn.Module.to itself is made of it
     apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 

@@ -73,7 +73,6 @@ WRITTEN: dict[str, str] = {
     "layer.p": "torch's dropout has its probability there",
     "layer.dropout": "torch's recurrent layers have their dropout there",
     "setattr(layer, MODELS_FUNCTION)": "transformers' layers look there for their checkpointing function",
-    "setattr(changed, name)": "a copy of a batch gets other values in its fields, whatever its class forbids its users",
     "setattr(new, name)": "a new linear layer takes over all that was set on the old one",
     "setattr(part, name)": "a copy of a torchmetrics metric gets the merged states",
     "part._*": "the same copy forgets what it computed, as torchmetrics does after a sync",

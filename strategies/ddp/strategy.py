@@ -66,7 +66,7 @@ class DDP(ProcessGroupStrategy):
     ) -> None:
         """Move and convert the module, make the optimizer, and wrap the module."""
         super().place(module, configure_optimizer, prepare)
-        broadcast_scales(module)  # the rest is DDP's own to broadcast
+        broadcast_scales(module)  # DDP itself broadcasts parameters and buffers
         if not any(p.requires_grad for p in module.parameters()):
             return  # nothing to average; DDP refuses such a module
         options = self.options

@@ -15,7 +15,7 @@ from ..base import RunDescription
 
 AUTO = "auto"
 DEFAULT_STAGE = 2
-NEVER = 2**31  # of steps_per_print
+NEVER = 2**31  # an interval for steps_per_print that no run reaches
 
 TAKEN = {
     "activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type", "data_types",
@@ -186,8 +186,8 @@ def fill(
         filled["torch_autocast"] |= {"dtype": "bfloat16", "lower_precision_safe_modules": []}
     filled["bf16"] = filled["fp16"] = {"enabled": False}
     filled.setdefault("steps_per_print", NEVER)
-    filled["zero_allow_untested_optimizer"] = True  # ours are tested
-    filled["zero_force_ds_cpu_optimizer"] = False  # which would be compiled
+    filled["zero_allow_untested_optimizer"] = True  # those that stratagem offers are tested
+    filled["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's optimizer for the host would be compiled
     problems += [f"{path}='auto': nothing in a run says what it should be; write a value" for path in autos(filled)]
     if problems:
         raise ValueError("The DeepSpeed config can't be used for this run:\n  " + "\n  ".join(problems))
@@ -207,7 +207,7 @@ def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
     known = {name for field_name, field in fields.items() for name in (field.alias or field_name, field_name)}
     for key, value in (config.get("zero_optimization") or {}).items():
         if key in ZERO_REFUSED:
-            if value not in (False, None, 1, -1):  # which switch it off
+            if value not in (False, None, 1, -1):  # these values switch the option off
                 yield f"zero_optimization.{key}: {ZERO_REFUSED[key]}"
         elif key not in known:
             yield f"zero_optimization.{key} is no such option. {did_you_mean(key, known - ZERO_REFUSED.keys())}"

@@ -106,7 +106,7 @@ class FSDP1(ProcessGroupStrategy):
             module,
             ignored_states=list(self.whole_parameters),
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
-            sharding_strategy=kept_to_backward,  # the loss may use the root's, whose backward follows at once
+            sharding_strategy=kept_to_backward,  # the loss may use the root's parameters
             auto_wrap_policy=CustomPolicy(wrapping),
             mixed_precision=policy_of[module],
             device_id=self.device,
@@ -205,7 +205,7 @@ class FSDP1(ProcessGroupStrategy):
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state, cut by parameter instead of by flat shard."""
         assert self.optimizer is not None
-        if not any(self.sum_on_host([len(self.optimizer.state)])):  # a rank may hold no share of what is trained
+        if not any(self.sum_on_host([len(self.optimizer.state)])):  # a rank may hold no trained share
             return {}
         return get_optimizer_state_dict(self.model, self.optimizer)["state"]  # type: ignore[return-value]
 
@@ -219,7 +219,7 @@ class FSDP1(ProcessGroupStrategy):
         if not state:
             return
         if hasattr(self.optimizer, "train"):
-            self.optimizer.train()  # torch makes the state to fill by a step, which a schedule-free one refuses else
+            self.optimizer.train()  # torch makes the state by a step, which schedule-free ones take in training only
         current = get_optimizer_state_dict(self.model, self.optimizer)
         flat: dict[int, dict[str, Any]] = {}
         hook = self.optimizer.register_load_state_dict_pre_hook(lambda _, given: flat.update(given["state"]))

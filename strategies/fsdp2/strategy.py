@@ -168,11 +168,11 @@ class FSDP2(ProcessGroupStrategy):
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
         self.whole_parameters = whole_parameters(module)
-        for parameter in self.whole_parameters:  # offloading is of shards alone
+        for parameter in self.whole_parameters:  # whole parameters aren't offloaded
             parameter.data = parameter.data.to(self.device)
         kept = set(map(id, self.whole_parameters))
         self.used_outside.watch({name: p for name, p in module.named_parameters() if id(p) not in kept})
-        if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
+        if options.loss_parallel:  # in evaluation metrics and predictions want all classes
             module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
@@ -185,7 +185,7 @@ class FSDP2(ProcessGroupStrategy):
         check_storage(module, self.name, flat=None, cast_to=compute if mixed else None)
         # One dimension shards; two replicate over the first and shard over the second.
         mesh = submesh(self.mesh, *((REPLICATE, SHARD) if options.replicas > 1 else (SHARD,)))
-        if options.context_parallel > 1:  # its ranks have gradients of their own, and shard the model like any other
+        if options.context_parallel > 1:  # context-parallel ranks shard the model, too
             mesh = submesh(self.mesh, SHARD, CONTEXT)._flatten("shards")
             if options.replicas > 1:
                 mesh = DeviceMesh._concatenate([submesh(self.mesh, REPLICATE), mesh])
@@ -264,7 +264,7 @@ class FSDP2(ProcessGroupStrategy):
     @contextmanager
     def own_operators(self) -> Iterator[None]:
         """Put loss parallelism's cross-entropy and context parallelism's attention in the place of torch's, in here."""
-        enters = self.options.loss_parallel and not self.is_loss_parallel  # torch's isn't to be entered twice
+        enters = self.options.loss_parallel and not self.is_loss_parallel  # torch's context can't be entered twice
         self.is_loss_parallel = self.is_loss_parallel or enters
         try:
             with (

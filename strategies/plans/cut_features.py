@@ -144,7 +144,7 @@ class CutFeatures:
         walk = self.walk
         self.walk = None
         seen = ("", set(), set()) if walk is None else (walk.trespass, walk.cut, walk.whole)
-        # Not only of the tensor-parallel ranks: those with other samples may have come other ways.
+        # All ranks are asked, not the tensor-parallel ones alone: other samples may take other ways through the module.
         trespasses, cuts, wholes, watched = zip(*self.gather((*seen, walk is not None)), strict=True)
         cut = set().union(*cuts)
         check(new, next(filter(None, trespasses), ""), cut, set().union(*wholes), all(watched))
@@ -245,11 +245,11 @@ class Walk:
             device = next((p.device for p in module.parameters() if p.device.type == "cuda"), None)
             with torch.random.fork_rng([device] if device else []), torch.compiler.set_stance("force_eager"):
                 with self.hooked():
-                    self.name_parameters("", module, None)  # we are in the module's own call already
+                    self.name_parameters("", module, None)  # the hooks of this call have run already
                     outputs = module.forward(*args, **kwargs)
                 for leaf in tree_leaves(outputs):
                     self.from_whole(leaf)
-            self.forget()  # the graph that follows has nothing in it to know layers by
+            self.forget()  # nothing in the compiled graph tells its layers
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
@@ -285,7 +285,7 @@ class Walk:
         if not isinstance(tensor, Tensor) or not tensor.requires_grad or kind == UNKNOWN:
             return
         if isinstance(tensor, DTensor) and kind == CUT:
-            return  # knows by itself how it is cut
+            return  # a DTensor knows by itself how it is cut
         visited, found = self.visited[kind], self.cut if kind == CUT else self.whole
         stack = [get_gradient_edge(tensor).node]
         while stack:

@@ -50,7 +50,8 @@ STYLES: Mapping[str, Callable[[], ParallelStyle] | None] = {
 
 USED_ON = {"used_on_cut": CUT, "used_on_whole": WHOLE}
 
-CUT_DIMENSION = {"colwise": 0, "rowwise": 1, "embedding": 0}  # of the weight, by the first part of a style's name
+# The dimension of the weight that a style cuts, by the first part of the style's name.
+CUT_DIMENSION = {"colwise": 0, "rowwise": 1, "embedding": 0}
 
 
 def apply_plan(module: nn.Module, mesh: DeviceMesh, gather: Gather, *, loss_parallel: bool = False) -> CutFeatures:
@@ -231,5 +232,5 @@ def groups_split_by_mesh(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         optimizer.param_groups = whole
-        for group, part in parts:  # some optimizers count their updates there, alike in all parts of a group
+        for group, part in parts:  # some optimizers count updates in a group, alike in all its parts
             group.update({name: value for name, value in part.items() if name != "params"})

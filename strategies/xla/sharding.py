@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..plans.plan import check_cut, cut_dimension, styles_by_layer
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")  # of a mesh, outermost first
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")  # the axes of a mesh, outermost first
 
 Partition = tuple[Any, ...]
 """For each dimension of a tensor the axis that cuts it, several of them, or None."""

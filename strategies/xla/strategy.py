@@ -79,7 +79,7 @@ class XLASPMD(Strategy):
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",
     }
-    reorders_sums = True  # the compiler's own kernels
+    reorders_sums = True  # the compiler has kernels of its own
 
     mesh: Any
     hooks: list[RemovableHandle]
@@ -115,7 +115,7 @@ class XLASPMD(Strategy):
         materialize(module, late, torch.device("cpu"))
         prepare(module)
         tied = tied_parameters(module)
-        module.to(self.device)  # makes new parameters
+        module.to(self.device)  # this makes new parameters, which unties them
         tie(tied)
         self.module = self.model = module
         self.partitions = partitions(module, self.mesh)
@@ -170,7 +170,7 @@ class XLASPMD(Strategy):
         groups = self.capturable_groups()
         learning_rates = [group["lr"] for group in groups]
         for group in groups:
-            group["capturable"] = True  # counts its steps on the device, instead of handing it other numbers each time
+            group["capturable"] = True  # steps are counted on the device; a count from the host would be a new program
             group["lr"] = self.factor(group["lr"])
         super().step()
         for group, learning_rate in zip(groups, learning_rates, strict=True):
@@ -188,7 +188,7 @@ class XLASPMD(Strategy):
 
     def factor(self, value: float) -> float | Tensor:
         """Make a tensor of a number: plain ones are a part of the program, and two that are equal make it another."""
-        return torch.tensor([value]).to(self.device)[0]  # made without a dimension, it would be such a number
+        return torch.tensor([value]).to(self.device)[0]  # else it would be taken for a plain number
 
     def execute(self) -> None:
         """Compile the program that was gathered, where it is new, and have the devices begin with it."""
