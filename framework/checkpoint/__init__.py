@@ -11,6 +11,7 @@ HOMES = {
     "Saver": "saver",
     "check_can_write": "directory",
     "export": "exporting",
+    "check_states": "callback_states",
     "checkpoints_of_last_run": "line",
     "load_weights": "contents",
     "published": "directory",

@@ -264,6 +264,7 @@ def fails(ranks: Ranks, match: str, **options: Any) -> None:
         assert re.search(match, said), said
 
 
+@pytest.mark.slow
 def test_zero_refuses_complex_parameters_by_name(ranks: dict[int, Ranks]) -> None:
     fails(ranks[2], r"can't train complex parameters.*spectral.*view_as_real", module=Complexes, strategy="deepspeed")
 
@@ -453,6 +454,7 @@ def test_nested_tensors_train_as_on_one_device(ranks: dict[int, Ranks], strategy
     assert_close(expected, seen[0])
 
 
+@pytest.mark.slow
 def test_stage_3_names_the_option_that_nested_tensors_need(ranks: dict[int, Ranks]) -> None:
     two: dict[str, Any] = {"module": Nested, "strategy": "deepspeed", "per_device_train_batch_size": BATCH // 2}
     message = r"Stage 3.*can't take nested tensors.*\{'stage': 3, 'memory_efficient_linear': False\}"

@@ -79,6 +79,7 @@ def test_a_failed_write_says_which_file_and_leaves_nothing(
     assert not (tmp_path / "output").exists()  # it was made for what was to be saved
 
 
+@pytest.mark.slow
 def test_saving_in_the_background_leaves_no_thread(make_fit: MakeFit) -> None:
     before = threading.active_count()
     kept = []

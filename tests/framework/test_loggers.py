@@ -386,6 +386,7 @@ def in_a_terminal(program: str) -> tuple[int, str]:
     return child.wait(), shown.decode()
 
 
+@pytest.mark.slow
 def test_in_a_terminal_there_is_a_bar() -> None:
     status, shown = in_a_terminal(PROGRAM.format(fail_at=-1))
     assert status == 0, shown
@@ -401,6 +402,7 @@ def test_in_a_terminal_there_is_a_bar() -> None:
     assert shown.rindex("\x1b[?25h") > shown.index("\x1b[?25l")  # the cursor is given back
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_terminal_gives_the_cursor_back_before_the_traceback() -> None:
     status, shown = in_a_terminal(PROGRAM.format(fail_at=6))
     assert status == 1
@@ -439,6 +441,7 @@ def check_quiet_end(program: "subprocess.Popen[str]") -> None:
     assert errors.splitlines()[-1] == "20 updates" and "Exception ignored" not in errors
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_doesnt_end_the_run() -> None:
     program = quiet_program(stdout=subprocess.PIPE)
     assert program.stdout is not None and program.stdout.readline().startswith("update 1/20")
@@ -447,11 +450,13 @@ def test_a_reader_that_leaves_doesnt_end_the_run() -> None:
     check_quiet_end(program)
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_the_progress_lines_doesnt_end_the_run() -> None:
     with open("/dev/full", "w") as full:
         check_quiet_end(quiet_program(stdout=full))
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_doesnt_end_the_run() -> None:
     controller, terminal = pty.openpty()
     program = quiet_program(stdout=terminal, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -170,6 +170,7 @@ def test_randomness_inside_the_dataset(make_fit: MakeFit, tmp_path: Path, worker
     check_resume(make_fit, tmp_path, stop, lambda: NoisyRows(22), dataloader_num_workers=workers)
 
 
+@pytest.mark.slow  # where the collector ends such workers, each is waited for up to five seconds, in the next test
 def test_workers_that_stay_between_epochs(make_fit: MakeFit, tmp_path: Path) -> None:
     options = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}
     check_resume(make_fit, tmp_path, 4, lambda: NoisyRows(22), **options)

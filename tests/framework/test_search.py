@@ -63,6 +63,7 @@ def fixed_grid(values: list[float]) -> Callable[[Any], dict[str, Any]]:
     return space
 
 
+@pytest.mark.slow
 def test_module_init_makes_a_module_for_each_trial(make_fit: MakeFit) -> None:
     made = []
 
@@ -242,6 +243,7 @@ def test_what_can_not_work_is_refused_together(fit: Fit, make_fit: MakeFit, monk
         unwatched.hyperparameter_search(space)
 
 
+@pytest.mark.slow
 def test_hparams_lines_table_and_pictures(
     make_fit: MakeFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +285,7 @@ def test_checkpoints_of_losing_trials_are_removed(make_fit: MakeFit) -> None:
         assert left == (["checkpoint-3", "checkpoint-6"] if trial.number == found.best.number else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["sqlite:///", "journal://"])
 def test_a_stored_search_goes_on_where_it_ended(make_fit: MakeFit, tmp_path: Path, scheme: str) -> None:
     url = f"{scheme}{tmp_path / 'study'}"

@@ -60,6 +60,7 @@ def test_another_name_is_an_attribute_error(package) -> None:  # type: ignore[no
         package.FSDP3  # noqa: B018
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_for_a_name_but_its_own_file() -> None:
     everything = {package.__name__: package.__all__ for package in (strategies, precision)}
     arguments = [sys.executable, "-c", PROGRAM, json.dumps(LIGHT), json.dumps(everything)]
