@@ -61,8 +61,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "hub_revision": UPLOADS,
     "use_cpu": "A machine without accelerator trains on its CPU. To hide a GPU, run with CUDA_VISIBLE_DEVICES=''.",
     "accelerator_config": "There is no accelerate underneath. Ranks share each batch of a Dataset, by strategy=.",
-    "parallelism_config": "Write strategy=FSDP2(tensor_parallel=..., context_parallel=...), from "
-    "stratagem.strategies.",
+    "parallelism_config": "Write strategy=FSDP2(tensor_parallel=..., context_parallel=...), from stratagem.strategies.",
     "dataloader_multiprocessing_context": LOADER,
     "dataloader_in_order": LOADER,
     "remove_unused_columns": f"{COLUMNS}: leave it out.",
@@ -105,7 +104,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "dispatch_batches": "Ranks share each batch of a Dataset; of a stream each reads its own part: leave it out.",
     "split_batches": "Batch sizes are per device: write per_device_train_batch_size.",
     "include_inputs_for_metrics": "Return what your metric needs from TrainModule.metric_inputs(outputs, batch).",
-    "logging_dir": "Write loggers=[TensorBoardLogger(directory)], from stratagem.framework.loggers.tensorboard.",
+    "logging_dir": "Write loggers=[stratagem.TensorBoardLogger(directory)].",
     "push_to_hub_model_id": UPLOADS,
     "push_to_hub_organization": UPLOADS,
     "push_to_hub_token": UPLOADS,
