@@ -1,4 +1,4 @@
-"""What the user writes: a module with forward and loss, and the questions it may answer about itself."""
+"""TrainModule: what the user writes, a module with forward and loss, and with methods that have defaults."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,12 @@ IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 
 class TrainModule(nn.Module):
-    """A module that says how it is trained. ``forward`` and ``loss`` are yours; the rest has defaults.
+    """A module that says how it is trained. ``forward`` and ``loss`` are yours; all other methods have defaults.
 
-    ``forward`` is given what it names: of a mapping batch the keys that are its parameters, of a tuple its entries by
-    position, anything else whole: a tensor, a list (of samples, as ``collate_fn=list`` makes it), a dataclass, a
-    library's object. Samples that are tuples make a batch that is a tuple, also by torch's ``default_collate``.
+    ``forward`` is given what it names: of a batch that is a mapping, the keys that are its parameters; of a tuple, the
+    entries by position; and anything else whole: a tensor, a list (of samples, as ``collate_fn=list`` makes it), a
+    dataclass, an object of a library. Samples that are tuples make a batch that is a tuple, also with torch's
+    ``default_collate``.
 
     Example:
         >>> class Regressor(TrainModule):
@@ -36,15 +37,15 @@ class TrainModule(nn.Module):
     """
 
     causal = False
-    """Whether position i of the logits predicts label i + 1, as in a causal language model given unshifted labels."""
+    """Whether position i of the logits predicts label i + 1, as in a causal language model with unshifted labels."""
 
     item_name = "samples"
     """What ``count_items`` counts, for the progress display: "tokens" for a language model."""
 
     def loss(self, outputs: Any, batch: Any) -> Tensor | Mapping[str, Tensor]:
-        """The mean loss over the batch's items.
+        """Compute the mean loss over the items of the batch.
 
-        The default finds it in the outputs, for models that compute their own: ``outputs["loss"]``, else a first
+        The default finds the loss in the outputs of models that compute their own: ``outputs["loss"]``, else a first
         entry that is a scalar.
 
         Args:
@@ -52,9 +53,9 @@ class TrainModule(nn.Module):
             batch: the whole batch, on the device.
 
         Returns:
-            A 0-dim tensor that carries a gradient, or a mapping that holds it as "loss"; its other entries (0-dim) are
-            averaged and logged beside it. A ``loss`` with a parameter named ``num_items_in_batch`` is given the number
-            of items in the whole update, over all ranks, and returns sum / num_items_in_batch.
+            A 0-dim tensor that carries a gradient, or a mapping that holds it as "loss", whose other entries (0-dim)
+            are averaged and logged beside it. A ``loss`` with a parameter named ``num_items_in_batch`` is given the
+            number of items in the whole update, over all ranks, and returns sum / num_items_in_batch.
         """
         if isinstance(outputs, Mapping) and "loss" in outputs:
             return outputs["loss"]
@@ -67,45 +68,50 @@ class TrainModule(nn.Module):
         )
 
     def count_items(self, batch: Any) -> int | Tensor:
-        """How many items the mean of ``loss`` is over: labels other than -100 where the batch has "labels" (an entry of
-        a mapping, an attribute of a dataclass or another object), else the size of its first dimension; of a list, the
-        number of samples in it. Called on the batch as the data gives it, before it moves to the device.
+        """Count the items that ``loss`` is a mean over.
+
+        The default counts labels other than -100 where the batch has "labels" (an entry of a mapping, an attribute of a
+        dataclass or another object), else the samples: the size of the first dimension, or the samples in a list. It is
+        called with the batch as the data gives it, before the batch moves to the device.
         """
         labels = labels_in(batch)
         if isinstance(labels, Tensor):
             if labels.is_floating_point() or labels.ndim == 0:
                 return len(labels) if labels.ndim else 1
-            if self.causal:  # the first label has no position that predicts it
+            if self.causal:  # no position predicts the first label
                 labels = labels[..., 1:]
             if labels.device.type == "cpu":
-                # numpy, since a torch count read on the host is a synchronisation wherever tensors live.
+                # numpy counts, since reading a count of torch's on the host would be a synchronisation wherever it is.
                 return int((labels.numpy() != IGNORED_LABEL).sum())
             return (labels != IGNORED_LABEL).sum()
         return first_dimension(batch)
 
     def configure_optimizer(self, args: FitArguments) -> Optimizer:
-        """The optimizer over this module's parameters, which are placed (and may be sharded) when this is called.
-        Default: the one that ``args.optim`` names, without decay on norms and biases.
+        """Make the optimizer over the parameters of this module, which are placed, and may be sharded, when this is
+        called. The default makes the one that ``args.optim`` names, without weight decay on norms and biases.
         """
         return make_optimizer(self, args)
 
     def configure_scheduler(self, optimizer: Optimizer, args: FitArguments) -> LRScheduler:
-        """The schedule, stepped once an update. ``args.max_steps`` is the length of the run, resolved from epochs."""
+        """Make the schedule, which is stepped once an update. ``args.max_steps`` is the number of updates in the run,
+        also where epochs set its length.
+        """
         return make_scheduler(optimizer, args, args.max_steps)
 
     def flops_per_token(self, parameter_count: int) -> float:
-        """Floating-point operations of forward and backward for one token (or item, where tokens aren't counted).
-        Default: 6 for each parameter (Kaplan et al., 2020).
+        """Return the floating-point operations of forward and backward for one token (or one item, where tokens aren't
+        counted). The default is 6 for each parameter (Kaplan et al., 2020).
         """
         return 6.0 * parameter_count
 
     def metrics(self) -> Mapping[str, Any]:
-        """torchmetrics metrics by name, made anew for each evaluation; they are updated with ``metric_inputs``."""
+        """Make torchmetrics metrics, by name, for one evaluation. They are updated with ``metric_inputs``."""
         return {}
 
     def metric_inputs(self, outputs: Any, batch: Any) -> tuple[Any, ...]:
-        """What a metric's ``update`` is given: predictions, then targets. Default: the outputs (their "logits" where
-        they are a mapping) and the batch's "labels" (the second entry of a tuple that has none by that name).
+        """Return what the ``update`` of a metric is given: predictions, then targets. The default is the outputs (their
+        "logits" where they are a mapping) and the "labels" of the batch (the second entry of a tuple of two without
+        them).
         """
         predictions = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
         labels = labels_in(batch)
@@ -119,16 +125,17 @@ class TrainModule(nn.Module):
         )
 
     def build(self) -> None:
-        """Create big layers here instead of in ``__init__``, and no rank ever holds all of them: their parameters get
-        memory after they are sharded, and values by ``init_weights``. Called once, before the module is placed.
+        """Create big layers, here and not in ``__init__`` where no rank should ever hold all of them: their parameters
+        get memory after they are sharded, and values by ``init_weights``. It is called once, before the module is
+        placed.
         """
 
     def init_weights(self, layer: nn.Module) -> None:
-        """Give the parameters of one layer that ``build`` made their initial values; the same random numbers are drawn
-        under every strategy. Default: the layer's own ``reset_parameters``.
+        """Give the parameters of one layer that ``build`` made their initial values. The same random numbers are drawn
+        under every strategy. The default calls the layer's own ``reset_parameters``.
 
         Args:
-            layer: holds parameters of its own, whole and uninitialised.
+            layer: it holds parameters of its own, whole and uninitialised.
         """
         reset = getattr(layer, "reset_parameters", None)
         if reset is None:
@@ -139,16 +146,18 @@ class TrainModule(nn.Module):
         reset()
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """The blocks that fully sharded strategies gather one at a time, and that activation checkpointing recomputes.
-        Default: the layers of the outermost lists whose layers are all of one class; where these are lists in their
-        turn, which have no forward that could gather anything, the layers inside them. A layer whose parameters are
-        used from outside of its forward must not be among them.
+        """Return the blocks that fully sharded strategies gather one at a time, and that activation checkpointing
+        recomputes.
+
+        The default returns the layers of the outermost lists whose layers are all of one class; where these layers are
+        lists again, which have no forward, the layers inside them. A layer whose parameters are used outside of its
+        forward must not be among the blocks.
         """
         return repeated_blocks(self)
 
     def tensor_parallel_plan(self) -> Mapping[str, Any]:
-        """How tensor parallelism cuts layers: patterns over names (``"blocks.*.up"``) to "colwise", "rowwise", ... (see
-        ``stratagem.strategies.plans.plan.STYLES``) or a torch ParallelStyle. The models of transformers that
+        """Return how tensor parallelism cuts layers: patterns over names (``"blocks.*.up"``) to "colwise", "rowwise",
+        ... (see ``stratagem.strategies.plans.plan.STYLES``) or a torch ParallelStyle. The models of transformers that
         docs/models.md lists need none.
         """
         return {}
@@ -158,13 +167,13 @@ class TrainModule(nn.Module):
         """Make a TrainModule of any module whose forward returns a loss, e.g. a transformers model given labels, or a
         peft model around one.
 
-        Parameters keep the names they have in ``model``, so checkpoints and exports do too.
+        Parameters keep the names that they have in ``model``, also in checkpoints and exports.
 
         Args:
             model: its forward returns the mean loss over the batch's items.
-            causal: whether that loss shifts the labels itself, see ``causal``; each row's first label then counts for
-                nothing. None finds out, where the model shifts in its ``loss_function`` as transformers' do; say True
-                for one that shifts within its forward.
+            causal: whether that loss shifts the labels itself, so that the first label of each row doesn't count; see
+                ``causal``. None finds out for models that shift in their ``loss_function``, as those of transformers
+                do; write True for a model that shifts within its forward.
 
         Example:
             ``Fit(TrainModule.wrap(model), train_data=dataset)``
@@ -173,8 +182,8 @@ class TrainModule(nn.Module):
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers of every ModuleList or Sequential, not inside another one found, that are two or more of one class;
-    for those without a forward the layers inside them.
+    """Find the layers of every outermost ModuleList or Sequential that has two or more, all of one class. In the place
+    of layers without a forward, the layers inside them are returned.
     """
     found: list[nn.Module] = []
     for child in module.children():
@@ -190,8 +199,8 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def called_layers(layer: nn.Module) -> list[nn.Module]:
-    """The layer itself; or where it has no forward, as a ModuleList hasn't, those with parameters inside it, without
-    single norms and projections where there are larger ones.
+    """Return the layer itself or, where it has no forward, as a ModuleList, the layers with parameters inside it,
+    without single norms and projections where there are larger ones.
     """
     if type(layer).forward is not nn.Module.forward or "forward" in vars(layer):
         return [layer]
@@ -201,10 +210,11 @@ def called_layers(layer: nn.Module) -> list[nn.Module]:
 
 
 def first_dimension(batch: Any) -> int:
-    """The number of samples in a batch: the first dimension of its first tensor; of a list, how many it holds.
+    """Return the number of samples in a batch: the first dimension of its first tensor, or the number of samples in a
+    list.
 
     Raises:
-        ValueError: there is none, or a list could hold samples as well as whole columns of them.
+        ValueError: there is no such tensor, or a list may hold samples as well as whole columns of them.
     """
     if isinstance(batch, list) and batch:
         return length_of_list(batch)
@@ -218,12 +228,12 @@ def first_dimension(batch: Any) -> int:
 
 
 def length_of_list(batch: list[Any]) -> int:
-    """The number of samples in a list: its entries, unless these are the columns of a batch, as in [x, y].
+    """Return the number of samples in a list: its entries, unless these are the columns of a batch, as in [x, y].
 
     Tensors of different kinds (numbers of dimensions, dtypes) that agree in their first dimension are columns.
 
     Raises:
-        ValueError: tensors of one kind that agree in the first dimension alone may be either.
+        ValueError: the tensors are of one kind and agree in the first dimension alone, so that they may be either.
     """
     if not all(isinstance(entry, Tensor) and entry.ndim for entry in batch) or len({e.shape[0] for e in batch}) > 1:
         return len(batch)
@@ -243,13 +253,11 @@ Call = Callable[[nn.Module, Any], Any]
 
 
 def forward_call(module: nn.Module) -> Call:
-    """How to call the model on a batch, decided once from the signature of the module's forward.
+    """Make the function that calls the model on a batch, from the signature of the module's forward.
 
     Returns:
-        A function (model, batch) -> outputs. ``model`` may be a wrapper around ``module``.
-
-    The function raises:
-        ValueError: the batch lacks what forward needs, or is a list that can be read in two ways.
+        A function (model, batch) -> outputs, where ``model`` may be a wrapper around ``module``. It raises a ValueError
+        where the batch lacks what forward needs, or is a list that can be read in two ways.
     """
     name = f"{type(module).__name__}.forward"
     parameters = list(inspect.signature(module.forward).parameters.values())
@@ -298,7 +306,7 @@ def forward_call(module: nn.Module) -> Call:
                 f"The batch is a list of {len(batch)}, and {name} could take it in two ways: whole as "
                 f"{names[0] if names else 'its first input'}, or entry by entry as {len(batch)} inputs. {ways}"
             )
-        # A longer one can only be whole, and so is whatever else the same collate_fn makes: the short last batch, too.
+        # A longer list can only be whole, and so is every other batch of the same collate_fn, also a short last one.
         lists_are_whole = len(batch) > positions
 
     return call

@@ -57,11 +57,11 @@ class Apex(Precision):
             )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Float32; apex.amp casts from there."""
+        """Cast the module to float32, from where apex.amp casts."""
         return cast_floating(module, torch.float32)
 
     def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:
-        """apex.amp changes the module's forward and the optimizer's methods, in place."""
+        """Have apex.amp change the module's forward and the optimizer's methods, in place."""
         self.optimizer = optimizer
         options = {"opt_level": self.level, "verbosity": 0}
         if optimizer is None:
@@ -76,7 +76,7 @@ class Apex(Precision):
                 optimizer._amp_lazy_init()  # type: ignore[attr-defined]  # else done in the first backward
 
     def begin_micro_batch(self, last: bool) -> None:
-        """Gradients stay scaled until the last backward."""
+        """Note whether this is the last backward of the update, after which gradients are unscaled."""
         self.last = last
 
     def backward(self, loss: Tensor) -> None:
@@ -94,7 +94,7 @@ class Apex(Precision):
         return {name: copies.get(id(parameter), parameter) for name, parameter in parameters.items()}
 
     def clipped(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """The masters, which hold the unscaled gradients."""
+        """Return the float32 master weights, which hold the unscaled gradients."""
         return list(self.amp.master_params(self.optimizer))
 
     def step_was_skipped(self) -> bool:
@@ -102,22 +102,23 @@ class Apex(Precision):
         return self.loss_scale() < self.scale_before
 
     def loss_scale(self) -> float:
-        """The current one."""
+        """Read the current loss scale."""
         return float(self.amp.state_dict()["loss_scaler0"]["loss_scale"])
 
     def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With O2 the masters, where apex.amp's own hook gives the float16 weights in float32."""
+        """Replace weights by O2's float32 masters; apex.amp's own hook gives the float16 weights in float32."""
         masters = self.masters(dict(module.named_parameters()))
         return {name: masters[name].detach() if name in masters else tensor for name, tensor in state.items()}
 
     def take_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """With O2, the masters were read into: the float16 weights follow."""
+        """Copy the master weights of O2, which a checkpoint was read into, to the float16 weights."""
         if self.level == "O2":
             module.load_state_dict(state, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scaler's."""
-        return self.amp.state_dict()
+        """Return the loss scaler's state."""
+        state: dict[str, Any] = self.amp.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the loss scaler; the state of a format without one leaves it as it is."""

@@ -45,7 +45,7 @@ class Precision:
     refused_parameters: Mapping[str, str] = {}
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
-        """Called once by the strategy, after the process group exists and before the module is placed.
+        """Prepare for a device. A strategy calls it once, when the process group exists and before a module is placed.
 
         Args:
             device: where the module will live.
@@ -56,7 +56,7 @@ class Precision:
         """
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """The module in the dtypes of this format; called before the strategy wraps it."""
+        """Cast the module to the dtypes of this format, before the strategy wraps it."""
         return module
 
     def replace_layers(self, module: nn.Module, shapes: ShapesOnRank) -> None:
@@ -72,10 +72,10 @@ class Precision:
         """
 
     def weights_have_changed(self, module: nn.Module) -> None:
-        """Called after every step, and where weights were loaded or swapped: what was computed from them is stale."""
+        """Renew what was computed from weights: they were stepped, loaded or swapped."""
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Entered around forward and loss."""
+        """Make a context for forward and loss."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -83,11 +83,11 @@ class Precision:
         self.scale(loss).backward()
 
     def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds and is read into, by name, given the module's parameters and buffers."""
+        """Return the tensors that a checkpoint holds and is read into, given the module's parameters and buffers."""
         return state
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss that backward is called on."""
+        """Return the loss that backward is called on: scaled, where the format scales."""
         return loss
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -106,20 +106,20 @@ class Precision:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; JSON types only."""
+        """Return what a resumed run needs, in JSON types only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
 
     def log_values(self) -> dict[str, float]:
-        """Extra numbers for a log line (the loss scale). May wait for the device: it is called only when logging."""
+        """Return further numbers for a log line (the loss scale). It may wait for the device: only logging calls it."""
         return {}
 
     # For one precision: what apex.amp asks for, and every other format leaves as it is.
 
     def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:
-        """Called once the optimizer is made (None where nothing is trained), before the module is wrapped."""
+        """Change the module and its optimizer (None where nothing is trained), before the module is wrapped."""
 
     def begin_micro_batch(self, last: bool) -> None:
         """Called before each micro-batch by strategies whose parameters are whole; after the last one's backward the
@@ -135,7 +135,7 @@ class Precision:
         return parameters
 
     def take_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """``saved_weights`` were read into; where they are copies, the module's own follow them."""
+        """Copy ``saved_weights``, which a checkpoint was read into, to the module's own where they are copies."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

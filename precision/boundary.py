@@ -26,7 +26,7 @@ def cast_at_the_border(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def remove_border(module: nn.Module) -> None:
-    """Undo ``cast_at_the_border``: another Fit may take the module in another precision."""
+    """Remove the hooks of ``cast_at_the_border``: another Fit may take the module in another precision."""
     for handle in BORDERS.pop(module, ()):
         handle.remove()
 

@@ -13,7 +13,7 @@ from .linear_layers import HEADS, put_in_place, qualifying, tied_weights
 from .mixed import BF16Mixed
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-MULTIPLE = 16  # of the sizes that the hardware multiplies (torch._scaled_mm)
+MULTIPLE = 16  # the hardware multiplies sizes that are multiples of it (torch._scaled_mm)
 
 
 class FP8(BF16Mixed):
@@ -94,7 +94,7 @@ class FP8(BF16Mixed):
             )
 
     def replace_layers(self, module: nn.Module, shapes: ShapesOnRank) -> None:
-        """torchao's Float8Linear in the place of every nn.Linear that qualifies."""
+        """Put torchao's Float8Linear in the place of every nn.Linear that qualifies."""
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         config = dataclasses.replace(
@@ -115,14 +115,14 @@ class FP8(BF16Mixed):
                 holder[0].register_forward_pre_hook(autocast_input)
 
     def weights_have_changed(self, module: nn.Module) -> None:
-        """One all-reduce for the scales of all weights; without it, each gather would need one of its own."""
+        """Compute the scales of all weights in one all-reduce; else each gather would need one of its own."""
         if self.all_gather:
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
             precompute_float8_dynamic_scale_for_fsdp(module)
 
     def saved_weights(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Plain shards, over the same memory, of those whose class says how they are gathered."""
+        """Replace shards whose class says how they are gathered by plain ones over the same memory."""
         if not self.all_gather:
             return state
         from torch.distributed.tensor import DTensor
@@ -145,7 +145,7 @@ class FP8(BF16Mixed):
 
 
 def autocast_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What Float8Linear does itself, but by CUDA's autocast only: the input in autocast's dtype."""
+    """Cast a layer's input to autocast's dtype on the CPU; Float8Linear does it for CUDA's autocast alone."""
     if not torch.is_autocast_enabled("cpu"):
         return inputs
     return (inputs[0].to(torch.get_autocast_dtype("cpu")), *inputs[1:])
@@ -165,7 +165,7 @@ def machine_lacks() -> str | None:
 
 
 def require_torchao(precision: str) -> None:
-    """Raise where torchao isn't installed."""
+    """Refuse to run without torchao."""
     if find_spec("torchao") is None:
         raise ValueError(
             f"precision={precision!r} comes from the package torchao, which isn't installed. "

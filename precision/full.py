@@ -33,6 +33,6 @@ def cast_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and not is_quantized(tensor) else tensor
 
-    remove_border(module)  # of an earlier run in another dtype
-    apply: Callable[..., nn.Module] = module._apply  # what nn.Module.to itself is made of; keeps ties and optimizers
+    remove_border(module)  # an earlier run in another dtype may have left one
+    apply: Callable[..., nn.Module] = module._apply  # nn.Module.to itself is made of it; ties and optimizers last
     return apply(cast)

@@ -29,7 +29,7 @@ class TrueHalf(Precision):
     # The default dtype stays the user's: under another, torch.arange(n) in a forward would count wrong beyond 256.
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
-        """Look for what float32 gradients of 16-bit parameters need."""
+        """Refuse a torch that can't keep float32 gradients beside 16-bit parameters."""
         super().set_up(device, max_over_ranks)
         if self.master_weights and not hasattr(torch.Tensor, "grad_dtype"):
             raise ValueError(
@@ -42,7 +42,7 @@ class TrueHalf(Precision):
         return cast_at_the_border(cast_floating(module, self.parameter_dtype), self.parameter_dtype)
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Gradients in float32, from here to the end of the update."""
+        """Widen the gradients to float32, from here to the end of the update."""
         if self.master_weights:
             widen_gradients(optimizer)
 
@@ -78,7 +78,7 @@ class BF16True(TrueHalf):
         self.master_weights = master_weights
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
-        """Say so where updates may be lost."""
+        """Warn where bfloat16 may round updates away."""
         super().set_up(device, max_over_ranks)
         if not self.master_weights:
             warnings.warn(

@@ -18,7 +18,7 @@ REPLACED = "_replaced"
 def qualifying(
     module: nn.Module, precision: str, skip: Sequence[str], multiple: int, shapes: ShapesOnRank
 ) -> dict[str, nn.Linear]:
-    """The nn.Linear layers to compute in another format, by name.
+    """Find the nn.Linear layers to compute in another format, by name.
 
     Args:
         module: of the user.
@@ -60,7 +60,7 @@ def put_in_place(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
         if name not in vars(new) or name == "training" or name.startswith(("_forward", "_backward")):
             setattr(new, name, value)
-    vars(new)[REPLACED] = old  # past nn.Module.__setattr__, which would make it a layer of the new one
+    vars(new)[REPLACED] = old  # nn.Module.__setattr__ would make the old layer a part of the new one
     exchange(module, old, new)
 
 

@@ -41,7 +41,7 @@ class LossScaling(Precision):
         )
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the current scale."""
+        """Multiply the loss by the current scale."""
         return self.scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -63,7 +63,7 @@ class LossScaling(Precision):
         return self.scaler.step_was_skipped()
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale and growth counter."""
+        """Return scale and growth counter."""
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def on_master_weights(optimizer: Optimizer) -> Iterator[None]:
         for parameter, master in masters.items():
             master.grad = None
             state[parameter] = {**state.pop(master, {}), MASTER_WEIGHT: master}
-    with torch.no_grad():  # also: to_local() outside would record itself for autograd
+    with torch.no_grad():  # without no_grad, to_local() would record itself for autograd
         pairs = [(local(parameter), local(master)) for parameter, master in masters.items()]
         if pairs:
             torch._foreach_copy_([to for to, _ in pairs], [from_ for _, from_ in pairs])
@@ -69,6 +69,6 @@ def on_master_weights(optimizer: Optimizer) -> Iterator[None]:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that is spread over ranks; any other as it is."""
-    from torch.distributed.tensor import DTensor  # its import costs as much as torch's own
+    from torch.distributed.tensor import DTensor  # importing DTensor costs as much as importing torch
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

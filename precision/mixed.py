@@ -27,7 +27,7 @@ class Mixed(Precision):
         return cast_floating(module, torch.float32)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """torch.autocast in the compute dtype on the run's device."""
+        """Make torch.autocast's context, in the compute dtype on the run's device."""
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
 

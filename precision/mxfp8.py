@@ -66,7 +66,7 @@ class MXFP8(BF16Mixed):
             )
 
     def replace_layers(self, module: nn.Module, shapes: ShapesOnRank) -> None:
-        """An MXFP8Linear in the place of every nn.Linear that qualifies; parameters stay what they are."""
+        """Put an MXFP8Linear in the place of every nn.Linear that qualifies; parameters stay what they are."""
         from torchao.prototype.moe_training.mxfp8_linear import _to_mxfp8_then_scaled_mm
         from torchao.prototype.mx_formats.config import ScaleCalculationMode
         from torchao.quantization.quantize_.common import KernelPreference
@@ -98,7 +98,7 @@ class MXFP8Linear(nn.Linear):
         self.product = product
 
     def forward(self, input: Tensor) -> Tensor:
-        """As nn.Linear."""
+        """Multiply as nn.Linear does, by the layer's product."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         output = self.product(input.to(dtype), self.weight.to(dtype))

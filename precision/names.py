@@ -3,11 +3,13 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
+
+Chosen = TypeVar("Chosen")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The half sentence that ends an unknown-name error: the nearest name, then all of them.
+    """Write the half sentence that ends an unknown-name error: the nearest name, then all of them.
 
     Example:
         >>> did_you_mean("learning_rte", ["learning_rate", "seed"])
@@ -22,12 +24,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def resolve(
     kind: str,
     choice: Any,
-    base: type,
+    base: type[Chosen],
     table: Mapping[str, tuple[str, Mapping[str, Any]]],
     aliases: Mapping[str, str],
     package: str,
-) -> Any:
-    """An instance of ``base`` from a name in ``table``, or ``choice`` itself where it is one already.
+) -> Chosen:
+    """Make an instance of ``base`` from a name in ``table``; return ``choice`` itself where it is one already.
 
     Args:
         kind: what is being chosen, for the messages ("precision").
@@ -59,7 +61,8 @@ def resolve(
         raise ValueError(f"Unknown {kind} {choice!r}. {did_you_mean(choice, [*table, *aliases])}")
     location, options = table[name]
     file, _, class_name = location.partition(":")
-    return getattr(import_module(f"{package}.{file}"), class_name)(**options)
+    made: Chosen = getattr(import_module(f"{package}.{file}"), class_name)(**options)
+    return made
 
 
 def files_of(table: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:

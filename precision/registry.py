@@ -33,9 +33,10 @@ ALIASES: Mapping[str, str] = {
 
 
 def class_of(name: str) -> type[Precision]:
-    """The class of a name in PRECISIONS, which can be asked where none can be made: some want a GPU, or a package."""
+    """Import the class of a name in PRECISIONS. It can be asked where none can be made for want of a GPU or package."""
     file, _, class_name = PRECISIONS[name][0].partition(":")
-    return getattr(import_module(f".{file}", __package__), class_name)
+    found: type[Precision] = getattr(import_module(f".{file}", __package__), class_name)
+    return found
 
 
 def get_precision(choice: "str | Precision") -> Precision:

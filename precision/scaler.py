@@ -37,7 +37,7 @@ class RankAwareGradScaler(GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         # Overrides torch.amp.GradScaler's private method (2.9 to 2.13); tests/precision pins its behaviour.
-        from torch.distributed.tensor import DTensor  # its import costs as much as torch's own
+        from torch.distributed.tensor import DTensor  # importing DTensor costs as much as importing torch
 
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for group in optimizer.param_groups:
@@ -82,7 +82,7 @@ class RankAwareGradScaler(GradScaler):
             return False
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._overflow.numpy())  # numpy: a host read, never a device synchronisation
+        return bool(self._overflow.numpy())  # by numpy, since that never waits for the device
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore scale and growth counter into the live tensors; an update that broke off half-way is forgotten."""

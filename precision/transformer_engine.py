@@ -13,7 +13,7 @@ from .linear_layers import HEADS, put_in_place, qualifying, tied_weights
 from .mixed import BF16Mixed
 
 MULTIPLE = 16
-RECIPES = {  # to classes in transformer_engine.common.recipe
+RECIPES = {  # recipe to class in transformer_engine.common.recipe
     "current": "Float8CurrentScaling",
     "delayed": "DelayedScaling",
     "block": "Float8BlockScaling",
@@ -56,7 +56,7 @@ class TransformerEngine(BF16Mixed):
         try:
             self.te: Any = import_module("transformer_engine.pytorch")
             recipes: Any = import_module("transformer_engine.common.recipe")
-        except (ImportError, OSError, RuntimeError, AssertionError) as error:  # it looks for CUDA's libraries by itself
+        except (ImportError, OSError, RuntimeError, AssertionError) as error:  # its import looks for CUDA's libraries
             raise ValueError(
                 f"precision='fp8-te' needs NVIDIA's Transformer Engine, which can't be imported here ({error}). On a "
                 "machine with CUDA and an NVIDIA GPU of compute capability 8.9 or above, run: pip install "
@@ -76,7 +76,7 @@ class TransformerEngine(BF16Mixed):
             )
 
     def replace_layers(self, module: nn.Module, shapes: ShapesOnRank) -> None:
-        """Transformer Engine's Linear, with the weights and biases of the nn.Linear that it stands for."""
+        """Put Transformer Engine's Linear, with the same weights and biases, in the place of each nn.Linear."""
         tied = tied_weights(module)
         for name, layer in qualifying(module, self.name, self.skip, MULTIPLE, shapes).items():
             if id(layer.weight) in tied:
@@ -89,10 +89,10 @@ class TransformerEngine(BF16Mixed):
             put_in_place(module, layer, self.linear(layer))
 
     def linear(self, layer: nn.Linear) -> nn.Module:
-        """A te.Linear that computes as ``layer`` does."""
+        """Make a te.Linear that computes as ``layer`` does."""
         # Its extra state, a pickle, would be one more name in checkpoints.
         plain = {"get_extra_state": nn.Module.get_extra_state, "set_extra_state": nn.Module.set_extra_state}
-        new = type("Linear", (self.te.Linear,), plain)(
+        new: nn.Module = type("Linear", (self.te.Linear,), plain)(
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
@@ -108,7 +108,7 @@ class TransformerEngine(BF16Mixed):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """Transformer Engine's autocast inside of torch's."""
+        """Enter Transformer Engine's autocast inside of torch's."""
         with super().forward_context(), self.te.autocast(enabled=True, recipe=self.scaling):
             yield
 

@@ -24,7 +24,7 @@ Prepare = Callable[[nn.Module], None]
 
 
 def nothing_to_prepare(module: nn.Module) -> None:
-    """Leaves the module as it is."""
+    """Leave the module as it is."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Strategy(Ranks, PlacedModule):
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
     device: torch.device = torch.device("cpu")
 
-    # For one strategy: DP, then XLASPMD.
+    # For one strategy: DP runs copies of the module, and XLASPMD recomputes by a function of its own.
     runs_copies: ClassVar[bool] = False
     """Whether forward runs on copies of the module, made anew each time."""
     recompute: Callable[..., Any] = staticmethod(checkpoint)
@@ -149,7 +149,7 @@ class Strategy(Ranks, PlacedModule):
 
     @property
     def placement(self) -> str:
-        """Its column in the table of precisions (strategies/matrix.py)."""
+        """The strategy's column in the table of precisions (strategies/matrix.py)."""
         return self.name
 
     # Set up and place.
@@ -185,7 +185,7 @@ class Strategy(Ranks, PlacedModule):
         precision.set_up(self.device, self.max_over_ranks)
 
     def choose_device(self) -> torch.device:
-        """This rank's device."""
+        """Return the device that this rank computes on."""
         return default_device()
 
     def parameter_kinds(self) -> frozenset[str]:
@@ -235,24 +235,24 @@ class Strategy(Ranks, PlacedModule):
     # One update.
 
     def split_batch(self, batch: Any) -> Any:
-        """This rank's part of a micro-batch whose sequences it shares with other ranks."""
+        """Return this rank's part of a micro-batch whose sequences it shares with other ranks."""
         return batch
 
     def to_device(self, batch: Any) -> Any:
-        """A micro-batch with its tensors where the module computes."""
+        """Return a micro-batch with its tensors on the device that the module computes on."""
         return batch if self.device.type == "cpu" else move_to(batch, self.device)
 
     def join_outputs(self, outputs: Sequence[Any]) -> Any:
-        """On the host: what forward gave the ranks that share a micro-batch, in their order, as one device gives it."""
+        """Join, on the host, what forward gave each rank that shares a micro-batch to what one device would give."""
         return outputs[0]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Entered around the forward and backward of one micro-batch; ``last`` is the one that reduces gradients."""
+        """Make a context for one micro-batch's forward and backward; the last one of an update reduces gradients."""
         self.precision.begin_micro_batch(last)
         return nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Entered around forward and loss."""
+        """Make a context for forward and loss."""
         return self.precision.forward_context()
 
     def local_loss(self, loss: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class Strategy(Ranks, PlacedModule):
         self.precision.backward(loss)
 
     def prepare_gradients(self) -> None:
-        """After the last backward of an update: gradients at their true size."""
+        """Bring the gradients to their true size, after the last backward of an update."""
         assert self.optimizer is not None
         self.precision.unscale(self.optimizer)
 
@@ -279,7 +279,7 @@ class Strategy(Ranks, PlacedModule):
         if not gradients:
             return torch.zeros(())
         with torch.no_grad():  # torch.nn.utils.clip_grad_norm_ to the bit, without its sorting by device and dtype
-            norm = torch.linalg.vector_norm(torch.stack(norms(gradients)))
+            norm: Tensor = torch.linalg.vector_norm(torch.stack(norms(gradients)))
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -296,7 +296,7 @@ class Strategy(Ranks, PlacedModule):
     # Beginning again after a failure that another attempt may not meet: between ``tell_failure`` and another run.
 
     def release(self, module: nn.Module) -> None:
-        """Let go of what ``place`` made and registered. The caller then puts the module back as it was before.
+        """Let go of what ``place`` made and registered. The caller then puts the module back as it was before that.
 
         Args:
             module: the user's, perhaps placed only in part.
@@ -318,14 +318,14 @@ class Strategy(Ranks, PlacedModule):
     # For one strategy: DeepSpeed's engine runs by a configuration of its own. FSDP2 asks whether blocks are compiled.
 
     def expect(self, run: RunDescription) -> None:
-        """Told before ``place`` what will be trained, where something is.
+        """Take note, before ``place``, of the run that will train the module; not of one that only evaluates.
 
         Raises:
             ValueError: the strategy was configured for another run.
         """
 
     def configuration(self) -> Mapping[str, Any]:
-        """What a package of its own runs by, for the log; JSON types. Complete after ``expect``."""
+        """Return the configuration of the package that does the work, for the log; JSON types. See ``expect``."""
         return {}
 
     def optimizer_problem(self, optimizer: Optimizer) -> str | None:
@@ -338,21 +338,21 @@ class Strategy(Ranks, PlacedModule):
     # random numbers.
 
     def factor(self, value: float) -> float | Tensor:
-        """A number that a loss is multiplied by, and that is another one in the next micro-batch."""
+        """Return a number that changes from micro-batch to micro-batch in the form in which the device takes it."""
         return value
 
     def execute(self) -> None:
-        """Have the device begin on what it was given so far, where a strategy gathers that first."""
+        """Have the device begin with what it was given so far, where operations are gathered before they run."""
 
     def seed(self, seed: int) -> None:
-        """Seed the device's generators."""
+        """Seed the device's random number generators, where torch's own functions don't reach them."""
 
     def random_state(self) -> dict[str, Any]:
-        """Their state, as JSON types."""
+        """Return the state of those generators, as JSON types."""
         return {}
 
     def restore_random_state(self, state: Mapping[str, Any]) -> None:
-        """Set them to a state that holds what ``random_state`` gave, unless it was saved on other devices."""
+        """Set those generators to a state that ``random_state`` gave, unless it was saved on other devices."""
 
     def __repr__(self) -> str:
         given = (
@@ -364,10 +364,10 @@ class Strategy(Ranks, PlacedModule):
 
 
 def norms(gradients: list[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, at least in float32: 16 bits would round their sum, and overflow at 65504."""
+    """Compute the 2-norm of each tensor, at least in float32: 16 bits would round the sum, and overflow at 65504."""
     dtype = None if gradients[0].dtype.itemsize > 2 else torch.float32
     try:
         return list(torch._foreach_norm(gradients, 2.0, dtype=dtype))
-    except NotImplementedError:  # of sparse ones, where what has the same index must be added up first
+    except NotImplementedError:  # a sparse gradient may hold an index twice, whose values must be summed first
         values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
         return list(torch._foreach_norm(values, 2.0, dtype=dtype))

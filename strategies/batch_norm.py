@@ -1,5 +1,6 @@
 """BatchNorm over the samples of all ranks, on any device (torch's SyncBatchNorm is for GPUs alone)."""
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,20 +36,21 @@ def synchronize(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def separate(module: nn.Module) -> None:
-    """Undo ``synchronize``."""
+    """Have every BatchNorm compute its statistics by itself again, as before ``synchronize``."""
     for layer in module.modules():
         if GROUPS.pop(layer, None) is not None:
             layer.__dict__.pop("forward", None)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def forward_jointly(layer: _BatchNorm, input: Tensor) -> Tensor:
     """A BatchNorm's forward. In training its statistics are over the group, and its running ones follow those."""
     group = GROUPS.get(layer)
     if group is None or not layer.training or not dist.is_initialized() or group.size() == 1:
         return type(layer).forward(layer, input)
     layer._check_input_dim(input)
-    output, mean, variance, count = JointNorm.apply(input, layer.weight, layer.bias, layer.eps, group)
+    normalize: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = JointNorm.apply
+    output, mean, variance, count = normalize(input, layer.weight, layer.bias, layer.eps, group)
     if layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None:
         with torch.no_grad():
             assert layer.num_batches_tracked is not None
@@ -113,5 +115,5 @@ class JointNorm(torch.autograd.Function):
 
 
 def along(vector: Tensor, x: Tensor) -> Tensor:
-    """One number for each channel, in the shape in which it meets ``x``."""
+    """Reshape one number for each channel so that it broadcasts against ``x``."""
     return vector.view(1, -1, *([1] * (x.ndim - 2)))

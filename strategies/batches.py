@@ -37,7 +37,7 @@ def map_batch(function: Callable[[Any], Any], batch: Any) -> Any:
     kind = type(batch)
     if kind is dict:
         return {key: map_batch(function, value) for key, value in batch.items()}
-    if isinstance(batch, dict | UserDict):  # whose own method ``to`` would leave nested tensors where they are
+    if isinstance(batch, dict | UserDict):  # a dict's own method ``to`` would leave nested tensors behind
         return refilled(batch, {key: map_batch(function, value) for key, value in batch.items()})
     if moves_itself(batch):
         return function(batch)

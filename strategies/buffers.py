@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..precision.complex_numbers import as_real
 
-BROADCAST_BYTES = 2**28  # at most this many are copied side by side
+BROADCAST_BYTES = 2**28  # at most so many bytes go into one message
 Name = tuple[str, str]  # of a layer, and of its buffer
 Shapes = dict[Name, tuple[tuple[int, ...], str]]  # buffer to (shape, dtype)
 Gather = Callable[[Any], list[Any]]
@@ -63,7 +63,7 @@ class ChangingBuffers:
         self.watched = [(name, buffers) for name, buffers in found if name not in self.changing]
 
     def begin_update(self) -> None:
-        """Note how the buffers are that nothing has changed yet."""
+        """Note the present versions of the buffers that nothing has changed so far."""
         self.seen = [(name, buffers[name[1]], version(buffers[name[1]])) for name, buffers in self.watched]
         if self.is_first:
             self.values = {name: buffer.detach().clone() for name, buffer, _ in self.seen if buffer is not None}
@@ -117,7 +117,7 @@ class ChangingBuffers:
 
     @torch.no_grad()
     def broadcast(self) -> None:
-        """Rank 0's, in one message for each dtype. Collective over all ranks where any buffer changes."""
+        """Broadcast rank 0's changing buffers, in one message for each dtype. Collective where any buffer changes."""
         if self.shared:
             tensors = [sendable(self.layers[layer]._buffers[key]) for layer, key in self.shared]
             world = dist.group.WORLD

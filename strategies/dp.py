@@ -21,7 +21,7 @@ class DP(Strategy):
     runs_copies = True
 
     def choose_device(self) -> torch.device:
-        """The first GPU, else the CPU."""
+        """Choose the first GPU, else the CPU."""
         device = super().choose_device()
         self.devices_per_rank = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
         return device
@@ -35,5 +35,5 @@ class DP(Strategy):
             self.model = nn.DataParallel(module)
 
     def local_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The mean over the devices' losses."""
+        """Average the devices' losses."""
         return loss.mean()

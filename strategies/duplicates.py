@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..precision.complex_numbers import as_real
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
-ENTRIES = 2**20  # that are looked at side by side
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype for a number of bytes
+ENTRIES = 2**20  # so many entries are mixed at a time, to bound the memory
 FACTORS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB  # odd, and without a pattern
 
 Part = tuple[int, ...]
@@ -21,7 +21,7 @@ def part_of(tensor: Any, world_size: int) -> Part | None:
     """Which part of a tensor this rank holds: ranks with the same part hold the same numbers. None where no other rank
     holds them.
     """
-    from torch.distributed.tensor import DTensor  # not imported by runs on one device
+    from torch.distributed.tensor import DTensor  # runs on one device are spared this import
 
     if not isinstance(tensor, DTensor):
         return ()
@@ -42,7 +42,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
-    """64 bits for each tensor, of this rank's numbers in it and their order. Waits for the device, once."""
+    """Compute 64 bits for each tensor, from this rank's numbers in it and their order. Waits for the device, once."""
     sums = [fingerprint(local_part(tensor)) for tensor in tensors]
     devices = {total.device for total in sums}
     return torch.stack([total.to("cpu") for total in sums] if len(devices) > 1 else sums).tolist() if sums else []
@@ -63,7 +63,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's numbers."""
+    """Return this rank's numbers of a tensor that may be spread over ranks."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .base import norms
 
 
-@torch.no_grad()  # also: to_local() outside would record itself for autograd
+@torch.no_grad()  # without no_grad, to_local() would record itself for autograd
 def clip_by_norm(
     parameters: Sequence[nn.Parameter],
     max_norm: float,
@@ -61,7 +61,7 @@ def clip_by_norm(
     if not squares:
         return torch.zeros(())
     norm = torch.stack(squares).sum().sqrt()
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # the formula of torch.nn.utils.clip_grad_norm_
     for gradients in filter(None, by_sharding.values()):
         torch._foreach_mul_(gradients, scale)
     return norm

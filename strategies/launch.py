@@ -14,7 +14,7 @@ import torch
 from .base import Strategy
 
 LAUNCHER = "STRATAGEM_LAUNCHER"  # environment variable: the process that started this rank
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
 def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int) -> None:
@@ -89,7 +89,7 @@ def launch(ranks: int, max_restarts: int) -> NoReturn:
         elastic_launch(config, entrypoint=sys.executable)(*sys.orig_argv[1:])
     except ChildFailedError as error:
         failed, failure = error.get_first_failure()
-        with suppress(OSError, ValueError):  # nobody may read it any more
+        with suppress(OSError, ValueError):  # stderr may be closed
             said = f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended."
             print(said, file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
@@ -125,5 +125,5 @@ def end_with(launcher: int) -> None:
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it went before the kernel was asked
+    if os.getppid() != launcher:  # the launcher had ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGTERM)

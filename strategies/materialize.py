@@ -87,7 +87,7 @@ def materialize(module: nn.Module, layers: list[nn.Module], device: torch.device
 
 
 def like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` cut as ``parameter`` is."""
+    """Cut a whole tensor as a parameter is cut."""
     if isinstance(parameter, DTensor):
         cut = distribute_tensor(whole.detach(), parameter.device_mesh, parameter.placements)
         local = parameter.to_local()

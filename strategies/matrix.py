@@ -32,7 +32,7 @@ PLACEMENTS: Mapping[str, str] = {
 
 
 def cells(why: str, *placements: str) -> Mapping[str, str]:
-    """One reason for several cells."""
+    """Give several cells one reason."""
     return dict.fromkeys(placements, why)
 
 

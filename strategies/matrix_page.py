@@ -62,7 +62,7 @@ any other's. Made from `strategies/matrix.py` by `python -m stratagem.strategies
 
 
 def page() -> str:
-    """docs/precision.md."""
+    """Write the text of docs/precision.md."""
     numbers = [
         "| `precision=` | also | parameters | products | reductions | updates | loss scale |",
         "| --- " * 7 + "|",

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 VERDICT = "verdict"
-AGAIN, ENDED = "again: ", "ended"  # what it begins with
-CAME = "came"  # /<rank>
-SECONDS = 0.02  # between two looks
+AGAIN, ENDED = "again: ", "ended"  # what a verdict begins with
+CAME = "came"  # the key of a rank that came is "came/<rank>"
+SECONDS = 0.02  # between two looks into the store
 
 
 def store_of_attempt(store: dist.Store, rank: int) -> dist.Store:
@@ -94,7 +94,7 @@ def all_say(store: dist.Store, rank: int, world_size: int, said: str, seconds: f
     while not (came := here.check(others)) and time.monotonic() < deadline:
         time.sleep(SECONDS)
     agrees = came and all(here.get(other).decode() == said for other in others)
-    # One that comes when another has given up must give up, too.
+    # A rank that comes when another one has given up must give up, too.
     return here.compare_set(VERDICT, "", "yes" if agrees else "no").decode() == "yes"
 
 
@@ -104,8 +104,8 @@ def let_go(groups: list[weakref.ref[dist.ProcessGroup]]) -> None:
     which the waiting ranks are woken, only when the last reference to it goes.
     """
     for thing in gc.get_objects():
-        if issubclass(type(thing), DistributedDataParallel):  # a subclass, too; some objects lie about their class
-            vars(thing).pop("reducer", None)  # holds the group where Python can't see it
+        if issubclass(type(thing), DistributedDataParallel):  # not isinstance: some objects lie about their class
+            vars(thing).pop("reducer", None)  # the reducer holds the group where Python can't see it
             vars(thing).pop("logger", None)
     for reference in groups:
         group = reference()

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 REPLICATE, SHARD, CONTEXT, TENSOR = "replicate", "shard", "context", "tensor"
 
 CACHE = type(cache(lambda: None))
-LAST_SHAPE: list[tuple[tuple[str, int], ...]] = []  # of the mesh that was set up last in this process
+LAST_SHAPE: list[tuple[tuple[str, int], ...]] = []  # the shape of the mesh that was set up last in this process
 
 
 @cache
@@ -59,7 +59,7 @@ def clear_tensor_caches() -> None:
 
 
 def forget_meshes() -> None:
-    """Have ``mesh_for`` and ``submesh`` make every mesh anew: the world whose groups theirs are is left."""
+    """Have ``mesh_for`` and ``submesh`` make every mesh anew, as the process group of theirs is left."""
     mesh_for.cache_clear()
     submesh.cache_clear()
 
@@ -77,12 +77,12 @@ def forget_groups() -> None:
         if type(thing) is DeviceMesh:
             getattr(thing, "_pg_registry", {}).clear()
         elif type(thing) is FunctionType and any(type(v) is dist.ProcessGroup for v in thing.__defaults__ or ()):
-            # torch.distributed.nn's group=group.WORLD, which is None unless it is imported after the world was joined.
+            # torch.distributed.nn has group=group.WORLD: a group, where it is imported after the world was joined.
             thing.__defaults__ = tuple(None if type(v) is dist.ProcessGroup else v for v in thing.__defaults__ or ())
 
 
 def split_world(world_size: int, strategy: str, **degrees: int) -> int:
-    """How often the given degrees fit into the world.
+    """Divide the number of ranks by the product of some degrees.
 
     Raises:
         ValueError: they don't; the message names the world sizes and degrees that work.
@@ -104,7 +104,7 @@ def split_world(world_size: int, strategy: str, **degrees: int) -> int:
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over a mesh, gathered. Collective over that mesh."""
+    """Gather a tensor that may be spread over a mesh. Collective over that mesh."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -52,7 +52,7 @@ class PlacedModule:
         self._model = model
 
     def forget_module(self) -> None:
-        """Hold on to the module, to what was wrapped around it and to its optimizer no longer."""
+        """Let go of the module, of the wrapper around it and of its optimizer."""
         self._module = self._model = self.optimizer = None
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
@@ -64,7 +64,7 @@ class PlacedModule:
         return self.precision.masters(self.named_parameters())
 
     def tied_names(self) -> dict[str, str]:
-        """Tied parameters: every further name to the first one."""
+        """Map each further name of a tied parameter to its first name."""
         first = {id(parameter): name for name, parameter in self.named_parameters().items()}
         return {
             name: first[id(parameter)]
@@ -87,7 +87,7 @@ class PlacedModule:
         return self.precision.saved_weights(self.module, state)
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a ``model_state`` that was read into. By default its tensors are the model's own."""
+        """Take back a ``model_state`` whose tensors a checkpoint was read into. By default they are the model's own."""
         self.precision.take_weights(self.module, state)
         self.weights_have_changed()
 
@@ -98,14 +98,14 @@ class PlacedModule:
         return False
 
     def share_buffers(self, news: bool) -> None:
-        """Before an update: rank 0's buffers on every rank, of those that change.
+        """Give every rank those of rank 0's buffers that change, before an update.
 
         Args:
             news: ``has_news_of_buffers`` on any rank. The same on all.
         """
 
     def settle_buffers(self) -> None:
-        """The same, between updates: before the module is evaluated, saved or used. Collective."""
+        """Share the buffers that changed, before the module is evaluated, saved or used between updates. Collective."""
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state: parameter name to (state key to tensor or number)."""
@@ -127,11 +127,11 @@ class PlacedModule:
         return self.optimizer
 
     def stand_in(self, parameter: Tensor) -> Tensor:
-        """Zeros that ``stepping_optimizer`` treats as it does one of the parameters that it was given."""
+        """Make zeros that ``stepping_optimizer`` treats as it treats a parameter that it was given."""
         return torch.zeros_like(parameter, dtype=torch.float32 if self.precision.master_weights else parameter.dtype)
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A tensor of the model's state, gathered where it is sharded. Collective."""
+        """Gather a tensor of the model's state where it is sharded. Collective."""
         return tensor
 
     def full_state(self, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -143,7 +143,7 @@ class PlacedModule:
                 yield name, self.whole(tensor).detach().cpu()
 
     def unwrapped(self) -> AbstractContextManager[Any]:
-        """In here the module's layers bear the names that the user's module gives them, for code that goes by those."""
+        """Make a context in which layers have the names that the user's module gives them, without any wrapper's."""
         return nullcontext()
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -172,7 +172,7 @@ class PlacedModule:
             yield name, buffer, ()
 
     def weights_have_changed(self) -> None:
-        """Called where weights were changed, by a step or otherwise: the precision may keep something of theirs."""
+        """Tell the precision, which may keep what it computed from weights, that these were changed."""
         self.precision.weights_have_changed(self.module)
 
 
@@ -190,7 +190,7 @@ def lists_apart(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lists_together(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The state that ``lists_apart`` took apart."""
+    """Put the state together again that ``lists_apart`` took apart."""
     lengths = {key: value["items"] for key, value in entries.items() if isinstance(value, dict)}
     items = {f"{key}.{i}" for key, length in lengths.items() for i in range(length)}
     whole = {key: value for key, value in entries.items() if key not in items}

@@ -83,7 +83,7 @@ class ProcessGroupStrategy(Strategy):
         super().set_up(precision)
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
-        """Sizes of the mesh's dimensions, whose product is ``world_size``.
+        """Choose the sizes of the mesh's dimensions, whose product is ``world_size``.
 
         Raises:
             ValueError: this world can't be cut that way; the message names the sizes that work.
@@ -91,7 +91,7 @@ class ProcessGroupStrategy(Strategy):
         return {REPLICATE: world_size, SHARD: 1, CONTEXT: 1, TENSOR: 1}
 
     def choose_device(self) -> torch.device:
-        """The accelerator of this rank's number on its node, else the CPU."""
+        """Choose the accelerator with this rank's number on its node, else the CPU."""
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
             return torch.device("cpu")
@@ -106,11 +106,11 @@ class ProcessGroupStrategy(Strategy):
             self.buffers.end_update()
 
     def has_news_of_buffers(self) -> bool:
-        """By what ``step`` saw."""
+        """Whether ``step`` saw a buffer change that the ranks haven't agreed upon."""
         return self.buffers is not None and self.buffers.has_news
 
     def share_buffers(self, news: bool) -> None:
-        """Agree upon which they are, where there is news, and broadcast those."""
+        """Agree upon which buffers change, where there is news, and broadcast those from rank 0."""
         if self.world_size == 1:
             return
         if self.buffers is None:
@@ -121,26 +121,26 @@ class ProcessGroupStrategy(Strategy):
         self.buffers.begin_update()
 
     def settle_buffers(self) -> None:
-        """Ask all ranks for news first."""
+        """Ask all ranks whether a buffer has changed, and share buffers accordingly."""
         if self.buffers is not None:
             self.buffers.look_for_layers()
             self.share_buffers(any(self.sum_on_host([int(self.buffers.has_news)])))
 
     def release(self, module: nn.Module) -> None:
-        """Let go, of the buffers and their statistics too."""
+        """Let go of the module, of its changing buffers, and of the group that its BatchNorm layers sum over."""
         self.buffers = None
         separate(module)
         super().release(module)
 
     def build(self, module: nn.Module) -> list[nn.Module]:
-        """With statistics over all ranks where they are asked for."""
+        """Build the layers; have BatchNorm compute statistics over all ranks where ``sync_batchnorm`` asks for it."""
         late = super().build(module)
         if self.options.sync_batchnorm:
             synchronize(module, self.gradient_group)
         return late
 
     def prepare_gradients(self) -> None:
-        """What no shard holds is averaged here, before overflow is looked for."""
+        """Average the gradients of whole parameters over ranks, before the precision looks for an overflow."""
         if self.whole_parameters:
             average_gradients(self.whole_parameters, self.gradient_group)
         super().prepare_gradients()
@@ -162,22 +162,22 @@ class ProcessGroupStrategy(Strategy):
         return summed.tolist()
 
     def new_group(self) -> Any:
-        """All ranks once more, over gloo."""
+        """Make another process group of all ranks, over gloo."""
         return dist.new_group(backend="gloo")
 
     def drop_group(self, group: Any) -> None:
-        """Once every rank has come here: a connection that is closed early ends what its other end still reads."""
+        """Destroy the group when all ranks are here: a connection closed early cuts off what its other end reads."""
         dist.barrier()
         dist.destroy_process_group(group)
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Every rank's value on every rank."""
+        """Gather every rank's value on every rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Broadcast rank 0's value to every rank."""
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
@@ -187,16 +187,16 @@ class ProcessGroupStrategy(Strategy):
         dist.barrier()
 
     def attempt(self) -> AbstractContextManager[Any]:
-        """Where ranks wait on the device, a thread looks whether one of them has failed."""
+        """Make a context in which, over NCCL, a thread looks whether another rank has failed."""
         self.attempt_store = meeting.store_of_attempt(dist.distributed_c10d._get_default_store(), self.rank)
         return meeting.abort_when_told(self.attempt_store) if "nccl" in backend() else nullcontext()
 
     def tell_failure(self, reason: str | None) -> str | None:
-        """By the store, which a rank can read and write while others wait in a collective."""
+        """Write the failure into the store, which a rank can use while others wait in a collective."""
         return meeting.tell(self.attempt_store, reason)
 
     def hear_failure(self) -> str | None:
-        """By the store as well."""
+        """Wait until the store holds what another rank has told."""
         return meeting.hear(self.attempt_store)
 
     def begin_again(self) -> None:
@@ -218,12 +218,12 @@ class ProcessGroupStrategy(Strategy):
         super().begin_again()
 
     def all_say(self, what: str, seconds: float) -> bool:
-        """By the store, which a rank can read and write while others wait in a collective."""
+        """Compare the ranks' words in the store, which a rank can use while others wait in a collective."""
         store = dist.distributed_c10d._get_default_store()
         return meeting.all_say(store, self.rank, self.world_size, what, seconds)
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """All-gathered."""
+        """All-gather a sharded tensor."""
         return whole_of(tensor)
 
     def tear_down(self) -> None:
@@ -264,7 +264,7 @@ def join_by(store: dist.Store, rank: int, world_size: int, timeout: float) -> No
 
 
 def backend() -> str:
-    """Both where there are GPUs: tensors go over NCCL, host objects over gloo."""
+    """Name torch's backend: gloo, and where there are GPUs NCCL beside it, for their tensors."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -285,8 +285,8 @@ def leave(waits_for_work: bool = True) -> None:
 
 
 def move_module(module: nn.Module, device: torch.device) -> None:
-    """``module.to(device)`` for what has memory; late layers get theirs when they are filled."""
-    apply: Callable[..., nn.Module] = module._apply  # what nn.Module.to itself is made of
+    """Move parameters and buffers that have memory to a device; late layers get theirs when they are filled."""
+    apply: Callable[..., nn.Module] = module._apply  # nn.Module.to itself is made of it
     apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
@@ -305,6 +305,6 @@ def broadcast_module(module: nn.Module) -> None:
 
 @torch.no_grad()
 def broadcast_scales(module: nn.Module) -> None:
-    """Rank 0's scales of quantized parameters on every rank: they are no buffers."""
+    """Broadcast rank 0's scales of quantized parameters to every rank: they are no buffers."""
     for tensor in scales(module):
         dist.broadcast(tensor, src=0)

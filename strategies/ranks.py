@@ -38,11 +38,11 @@ class Ranks:
     # Between ranks.
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks that gradients are averaged over; may be the tensor itself, changed in place."""
+        """Sum a tensor over the ranks that gradients are averaged over, in place or not; return the sum."""
         return tensor
 
     def read(self, tensors: Sequence[Tensor], *, summed: bool = False) -> list[float]:
-        """The numbers in some tensors, one after the other, in one transfer. Waits for the device.
+        """Copy the numbers in some tensors to the host, one after the other, in one transfer. Waits for the device.
 
         Args:
             tensors: on the device.
@@ -58,41 +58,41 @@ class Ranks:
         """Replace the tensor by its largest value over all ranks, in place."""
 
     def sum_on_host(self, values: list[int]) -> list[int]:
-        """The sums over all ranks. Never waits for the device."""
+        """Sum each number over all ranks. Never waits for the device."""
         return values
 
     def new_group(self) -> Any:
-        """Another group of all ranks on the host, for ``gather`` in another thread. Collective."""
+        """Make another group of all ranks on the host, for ``gather`` in another thread. Collective."""
         return None
 
     def drop_group(self, group: Any) -> None:
         """Destroy a group of ``new_group``, in which nothing is under way. Collective."""
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
+        """Return every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's ``value`` on every rank. Small host objects only."""
+        """Return rank 0's ``value`` on every rank. Small host objects only."""
         return value
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
 
     def all_say(self, what: str, seconds: float) -> bool:
-        """Whether every rank comes here within so many seconds and says the same. The answer is the same on each that
-        comes. Not collective: others may be anywhere, and never come.
+        """Whether every rank calls this within so many seconds with the same words. All that call it get one answer.
+        Not collective: other ranks may be elsewhere, and never call it.
         """
         return True
 
     # Beginning again after a failure that another attempt may not meet. Used by runs that ask for it, and only those.
 
     def attempt(self) -> AbstractContextManager[Any]:
-        """Entered around an attempt at a run: what wakes this rank where it waits for one that has failed."""
+        """Make a context for an attempt at a run; it wakes this rank where it waits for one that has failed."""
         return nullcontext()
 
     def tell_failure(self, reason: str | None) -> str | None:
-        """Called on every rank whose attempt failed, outside of ``attempt``. Not collective: ranks may wait elsewhere.
+        """Tell other ranks, which may wait elsewhere, that this rank's attempt failed. Not collective.
 
         Args:
             reason: why all should begin again; None where this rank's failure is no such reason, or only the
@@ -105,5 +105,5 @@ class Ranks:
         return reason
 
     def hear_failure(self) -> str | None:
-        """What ``tell_failure`` returns, on a rank that fails because another has: waits for what that one tells."""
+        """Wait for the reason that another rank tells, whose failure made this rank fail; see ``tell_failure``."""
         return None

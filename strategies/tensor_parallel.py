@@ -30,7 +30,7 @@ class TensorParallel(FSDP2):
     placement = "tp"
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
-        """All ranks in one tensor-parallel group, unless told otherwise."""
+        """Put all ranks into one tensor-parallel group, unless the options say otherwise."""
         if self.options.tensor_parallel == 0:
             if world_size == 1:
                 raise ValueError(

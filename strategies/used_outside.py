@@ -69,7 +69,7 @@ class UsedOutside:
         return next((unit for unit in self.units if f"{name}.".startswith(f"{unit}.")), None)
 
     def message(self, name: str, before: str = "") -> str:
-        """What happened to a layer or a parameter, and what to write."""
+        """Say what happened to a layer or a parameter, and what to write."""
         unit = self.unit_of(name)
         if unit is None:
             return (
@@ -96,7 +96,7 @@ class UsedOutside:
                 parameter.register_hook(self.refusal(name))
 
     def refusal(self, name: str) -> Callable[[Tensor], None]:
-        """A hook that raises."""
+        """Make a hook for a parameter's gradient that raises and names the parameter."""
 
         def refuse(gradient: Tensor) -> None:
             raise ValueError(self.message(name))

@@ -20,7 +20,7 @@ def is_indivisible(parameter: nn.Parameter) -> bool:
 
 
 def is_indivisible_or_integer(parameter: nn.Parameter) -> bool:
-    """The same, or integers and bools, which can't lie end to end with floating-point numbers."""
+    """Whether a parameter is indivisible, or holds integers or bools, which can't lie end to end with floats."""
     return is_indivisible(parameter) or not parameter.is_floating_point()
 
 

@@ -77,7 +77,7 @@ WRITTEN: dict[str, str] = {
     "setattr(part, name)": "a copy of a torchmetrics metric gets the merged states",
     "part._*": "the same copy forgets what it computed, as torchmetrics does after a sync",
     "part.sync_on_compute": "the same copy is merged already",
-    "setattr(changed, name)": "a copy of a user's batch gets its tensors of another device",
+    "setattr(changed, name)": "a copy of a batch gets other values in its fields, whatever its class forbids its users",
     "part.state": "the parts of an optimizer in parts share its state",
     "layer.support_avx512bf16_for_cpu": "bitsandbytes asks its layer which product the CPU has",
     "optimizer.step": "apex.amp finds its own step on the optimizer",

@@ -25,10 +25,10 @@ def check_states(states: Mapping[str, Any]) -> None:
     Raises:
         TypeError: the message names the callback, and the entry of its state.
     """
-    apart(states)
+    split_tensors(states)
 
 
-def apart(states: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def split_tensors(states: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Separate the states of callbacks from their tensors, which are named "<callback>/<key>/<key>...".
 
     Returns:
@@ -71,7 +71,7 @@ def _refusal(place: str, what: str) -> str:
     )
 
 
-def templates(
+def make_templates(
     path: Path,
     states: Mapping[str, Any],
     current: Mapping[str, Any],
@@ -122,13 +122,13 @@ def _marks(value: Any) -> Iterator[dict[str, Any]]:
             yield from _marks(entry)
 
 
-def together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Put the tensors back into a state."""
     if isinstance(value, Mapping):
-        return tensors[value[MARK]] if MARK in value else {key: together(v, tensors) for key, v in value.items()}
-    return [together(entry, tensors) for entry in value] if isinstance(value, list) else value
+        return tensors[value[MARK]] if MARK in value else {key: join_tensors(v, tensors) for key, v in value.items()}
+    return [join_tensors(entry, tensors) for entry in value] if isinstance(value, list) else value
 
 
-def of_rank(tensors: Mapping[str, Tensor], strategy: Strategy) -> dict[str, Tensor]:
+def tensors_to_write(tensors: Mapping[str, Tensor], strategy: Strategy) -> dict[str, Tensor]:
     """Return the tensors that this rank writes: rank 0 writes all, and other ranks their shards alone."""
     return {name: t for name, t in tensors.items() if strategy.is_main or hasattr(t, "placements")}

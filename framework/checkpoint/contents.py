@@ -32,7 +32,7 @@ from .. import random_state
 from ..agreement import on_all_ranks
 from . import callback_states, directory
 from .directory import CheckpointError
-from .frozen import check_frozen, described, left_out, without
+from .frozen import as_stored, check_frozen, leave_out, left_out
 from .line import Line
 from .matching import (
     check_counters,
@@ -97,8 +97,8 @@ def take(run: SavedRun, line: Line) -> Snapshot:
                 tensors[f"{name}/{key}"] = value
             else:
                 numbers[f"{name}/{key}"] = value
-    callbacks, callback_tensors = callback_states.apart(run.callbacks.state_dict())
-    model = without(model, names)
+    callbacks, callback_tensors = callback_states.split_tensors(run.callbacks.state_dict())
+    model = leave_out(model, names)
     state = {
         "run": line.to_dict(),
         "torch": torch.__version__,
@@ -119,7 +119,7 @@ def take(run: SavedRun, line: Line) -> Snapshot:
         "callback_tensors": forms(callback_tensors),
     }
     random = {**random_state.capture(), **strategy.random_state()}
-    mine = callback_states.of_rank(callback_tensors, strategy)
+    mine = callback_states.tensors_to_write(callback_tensors, strategy)
     return Snapshot(model, tensors, as_json(state), json.dumps(random), mine)
 
 
@@ -252,8 +252,8 @@ def match(
             raise CheckpointError(f"{path / 'state.json'}: optimizer_numbers: the model has no {name!r}.")
         optimizer = optimizer_templates(path, strategy, whole, stored, stored_model, fresh)
         present = {key: value for key, value in state["callbacks"].items() if key in run.callbacks.stateful()}
-        _, current = callback_states.apart(run.callbacks.state_dict()) if stored_callbacks else ({}, {})
-        templates = callback_states.templates(path, present, current, stored_callbacks, strategy, whole)
+        _, current = callback_states.split_tensors(run.callbacks.state_dict()) if stored_callbacks else ({}, {})
+        templates = callback_states.make_templates(path, present, current, stored_callbacks, strategy, whole)
         check_parts(run, path, state)
         random = random_of_rank(path, strategy, state, run.args.seed, state["progress"]["global_step"])
         trained, masters = {*fresh, *untried}, master_templates(strategy, saved)
@@ -313,11 +313,11 @@ def saved_part(
         CheckpointError: it belongs to another model, or to other frozen weights.
     """
     frozen = state.get("frozen", {})
-    saved = without(model, frozen)
+    saved = leave_out(model, frozen)
     rest = {name: tensor for name, tensor in model.items() if name in frozen}
 
     def check() -> None:
-        check_model(path, {**saved, **rest}, {**stored_tensors(path / "model"), **described(frozen)})
+        check_model(path, {**saved, **rest}, {**stored_tensors(path / "model"), **as_stored(frozen)})
 
     on_all_ranks(strategy, check, CheckpointError)
     if frozen:

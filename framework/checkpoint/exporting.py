@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...strategies.base import Strategy
-from .frozen import left_out, without
+from .frozen import leave_out, left_out
 
 
 def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> None:
@@ -50,4 +50,4 @@ def whole_weights(strategy: Strategy, only_trainable: bool, *, adapters: bool = 
     for name, tensor in strategy.full_state(names):
         if strategy.is_main:
             weights[name] = tensor
-    return without(weights, names)
+    return leave_out(weights, names)

@@ -29,7 +29,7 @@ def left_out(strategy: Strategy, only_trainable: bool) -> set[str]:
     return {name for name, p in parameters.items() if id(p) in quantized or (only_trainable and not p.requires_grad)}
 
 
-def without(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
+def leave_out(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
     """Leave out the tensors of these names, and what belongs to them ("up.weight.absmax" belongs to "up.weight")."""
     return {name: tensor for name, tensor in tensors.items() if not any(n in names for n in beginnings(name))}
 
@@ -63,7 +63,7 @@ def local_sum(tensor: Tensor, is_main: bool) -> int:
     return int(bits(tensor).sum())
 
 
-def described(frozen: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
+def as_stored(frozen: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
     """Return what would be stored of the tensors of these fingerprints."""
     return {
         name: Stored(tuple(entry["shape"]), getattr(torch, entry["dtype"].removeprefix("torch.")))

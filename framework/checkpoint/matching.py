@@ -35,7 +35,7 @@ def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, St
     retyped = [
         f"{name} {tensor.dtype} (checkpoint: {found.dtype})"
         for name, tensor, found in common
-        if not same_kind(tensor.dtype, found.dtype)
+        if not are_of_one_kind(tensor.dtype, found.dtype)
     ]
     if missing or unexpected or reshaped or retyped:
         parts = [
@@ -51,7 +51,7 @@ def check_model(path: Path, model: Mapping[str, Tensor], stored: Mapping[str, St
         raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(parts) + ".")
 
 
-def same_kind(one: torch.dtype, other: torch.dtype) -> bool:
+def are_of_one_kind(one: torch.dtype, other: torch.dtype) -> bool:
     """Return whether values of one dtype can be read into the other: both are floating point, or they are the same."""
     return one == other or (one.is_floating_point and other.is_floating_point)
 
@@ -85,13 +85,13 @@ def parameter_groups(strategy: Strategy) -> list[dict[str, Any]]:
     return [
         {
             "names": [names[id(p)] for p in group["params"]],
-            "options": {k: plain(v) for k, v in group.items() if k not in IMPLEMENTATION_OPTIONS},
+            "options": {k: to_number(v) for k, v in group.items() if k not in IMPLEMENTATION_OPTIONS},
         }
         for group in strategy.optimizer.param_groups
     ]
 
 
-def plain(value: Any) -> Any:
+def to_number(value: Any) -> Any:
     """Return a number for a 0-dim tensor, and anything else as it is."""
     return value.item() if isinstance(value, Tensor) else value
 
@@ -129,7 +129,7 @@ def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) ->
             field = f"parameter_groups[{number}].options.{key}"
             check_like(path / "state.json", field, current["options"].get(key), value)
         # JSON has no tuples, and betas are a tuple.
-        matched.append({key: in_the_types_of(current["options"].get(key), value) for key, value in first.items()})
+        matched.append({key: convert_like(current["options"].get(key), value) for key, value in first.items()})
     return matched
 
 
@@ -169,17 +169,17 @@ def check_like(file: Path, field: str, example: Any, value: Any) -> None:
             refuse("it isn't finite")
 
 
-def in_the_types_of(example: Any, value: Any) -> Any:
+def convert_like(example: Any, value: Any) -> Any:
     """Convert a value read from JSON into the types of ``example``: tuples, mappings, and keys that aren't text. A
     MultiStepLR looks for the update 10 among its milestones and would never find "10".
     """
     if isinstance(example, dict) and isinstance(value, dict):
         keys = {str(key): key for key in example}
-        entries = {keys.get(key, key): in_the_types_of(example.get(keys.get(key, key)), v) for key, v in value.items()}
+        entries = {keys.get(key, key): convert_like(example.get(keys.get(key, key)), v) for key, v in value.items()}
         return type(example)(entries)
     if isinstance(example, list | tuple) and isinstance(value, list):
         examples = [*example, *[None] * (len(value) - len(example))]
-        return type(example)(in_the_types_of(e, v) for e, v in zip(examples, value, strict=False))
+        return type(example)(convert_like(e, v) for e, v in zip(examples, value, strict=False))
     return value
 
 
@@ -281,7 +281,7 @@ def check_entry(path: Path, key: str, entry: Stored, whole: tuple[int, ...], own
         raise CheckpointError(
             f"{place} has the shape {entry.shape}; the parameter has {whole}, and a fresh optimizer's entry {shape}."
         )
-    if not same_kind(entry.dtype, own.dtype):
+    if not are_of_one_kind(entry.dtype, own.dtype):
         raise CheckpointError(f"{place} has the dtype {entry.dtype}; that of a fresh optimizer is {own.dtype}.")
     return own.dtype
 

@@ -14,7 +14,7 @@ from ..agreement import on_all_ranks
 from ..module import TrainModule
 from . import callback_states
 from .directory import CheckpointError
-from .matching import check_like, in_the_types_of
+from .matching import check_like, convert_like
 from .own_options import own_schedule
 from .saved_run import SavedRun
 
@@ -58,7 +58,7 @@ def load_parts(run: SavedRun, path: Path, state: Mapping[str, Any], tensors: Map
         CheckpointError: names the section, and what was raised.
     """
     scheduler, precision, callbacks = run.scheduler, run.strategy.precision, run.callbacks.stateful()
-    schedule = in_the_types_of(scheduler.state_dict(), state["scheduler"])
+    schedule = convert_like(scheduler.state_dict(), state["scheduler"])
     if run.args.resume_with == "arguments":
         schedule = own_schedule(scheduler, schedule)
     parts: dict[str, tuple[Any, Any]] = {
@@ -67,7 +67,7 @@ def load_parts(run: SavedRun, path: Path, state: Mapping[str, Any], tensors: Map
     }
     for name, callback in callbacks.items():
         if name in state["callbacks"]:
-            parts[f"callbacks.{name}"] = callback, callback_states.together(state["callbacks"][name], tensors)
+            parts[f"callbacks.{name}"] = callback, callback_states.join_tensors(state["callbacks"][name], tensors)
 
     def load() -> None:
         before = []

@@ -186,8 +186,8 @@ class RunDirectory:
         if not candidates:
             aside = renamed_checkpoints(self.path)
             if others := [*aside, *published(self.path)]:
-                how = f" To go on from {aside[-1].name}, pass its path: {resuming_from(aside[-1])}." if aside else ""
-                none = f"{self.path} holds no checkpoint of its last run, but {listed(others)}"
+                how = f" To go on from {aside[-1].name}, pass its path: {format_argument(aside[-1])}." if aside else ""
+                none = f"{self.path} holds no checkpoint of its last run, but {format_names(others)}"
                 say(f"{none}: this run begins anew.{how}", sys.stderr)
         return candidates
 
@@ -245,7 +245,7 @@ class RunDirectory:
         others = [path for path in published(self.path) if path not in mine and path not in self.damaged]
         if others and self.refuses_others:
             raise CheckpointError(
-                f"{self.path} holds checkpoints that this run doesn't go on from: {listed(others)}. Pass "
+                f"{self.path} holds checkpoints that this run doesn't go on from: {format_names(others)}. Pass "
                 "resume_from_checkpoint=True to go on from the newest, write another output_dir, move them away, or "
                 "leave other_checkpoints='set_aside' to have them renamed."
             )
@@ -263,8 +263,8 @@ class RunDirectory:
         renamed = [rename_aside(path, SET_ASIDE) for path in others]
         if renamed:
             say(
-                f"Set aside what this run doesn't go on from in {self.path}: {listed(renamed)}. To go on from one of "
-                f"them, pass its path: {resuming_from(renamed[-1])}.",
+                f"Set aside what this run doesn't go on from in {self.path}: {format_names(renamed)}. To go on from "
+                f"one of them, pass its path: {format_argument(renamed[-1])}.",
                 sys.stderr,
             )
 
@@ -373,12 +373,12 @@ def renamed_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted((int(match.group(1)), path) for match, path in matched if match)]
 
 
-def listed(paths: Iterable[Path]) -> str:
+def format_names(paths: Iterable[Path]) -> str:
     """Write the names of checkpoints in a row, the last ten where there are more."""
     names = [path.name for path in paths]
     return (f"{len(names) - 10} more and " if len(names) > 10 else "") + ", ".join(names[-10:])
 
 
-def resuming_from(checkpoint: Path) -> str:
+def format_argument(checkpoint: Path) -> str:
     """Write the argument that resumes from a checkpoint, for a message."""
     return f"resume_from_checkpoint={str(checkpoint)!r}"

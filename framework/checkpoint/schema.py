@@ -173,7 +173,7 @@ def check_manifest(content: Any, name: Path | str) -> dict[str, Any]:
             f"{name} has format {found!r}; this version of stratagem reads formats "
             f"{' and '.join(map(str, READ_FORMATS))}."
         )
-    manifest: dict[str, Any] = converted(content, Manifest, name)
+    manifest: dict[str, Any] = convert(content, Manifest, name)
     for file in manifest["files"]:
         place = PurePosixPath(file)
         if place.is_absolute() or "\\" in file or "\0" in file or str(place) != file or ".." in place.parts:
@@ -230,7 +230,7 @@ def read_state(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[st
     """
     manifest = read_manifest(path) if manifest is None else manifest
     file = path / "state.json"
-    state: dict[str, Any] = converted(read_json(file), SCHEMAS[manifest["format"]], file)
+    state: dict[str, Any] = convert(read_json(file), SCHEMAS[manifest["format"]], file)
     check_numbers(state, file)
     return state
 
@@ -244,7 +244,7 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
 
     def require(holds: bool, field: str, why: str) -> None:
         if not holds:
-            raise CheckpointError(f"{file}: {field} is {shown(at(state, field))}: {why}.")
+            raise CheckpointError(f"{file}: {field} is {format_value(value_at(state, field))}: {why}.")
 
     world, data = state["world_size"], state["data_size"]
     require(world <= 2**20, "world_size", "no run has as many ranks")
@@ -272,7 +272,7 @@ def dtype_named(name: str) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def converted(content: Any, schema: type[Struct], name: Path | str) -> Any:
+def convert(content: Any, schema: type[Struct], name: Path | str) -> Any:
     """Check JSON types against a schema, and return them without fields that the schema doesn't have.
 
     Raises:
@@ -283,8 +283,8 @@ def converted(content: Any, schema: type[Struct], name: Path | str) -> Any:
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at ")
         field = place.strip("`").removeprefix("$").removeprefix(".")
-        value = at(content, field)
-        found = "" if value is NOTHING else f" is {shown(value)}"
+        value = value_at(content, field)
+        found = "" if value is NOTHING else f" is {format_value(value)}"
         raise CheckpointError(f"{name} was altered: {field or 'its content'}{found}: {why}.") from error
     except (OverflowError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{name} was altered: {error}.") from error
@@ -293,7 +293,7 @@ def converted(content: Any, schema: type[Struct], name: Path | str) -> Any:
 NOTHING = object()
 
 
-def at(content: Any, field: str) -> Any:
+def value_at(content: Any, field: str) -> Any:
     """Return the value at a path such as "progress.log_history[0]", or NOTHING where the path leads to no one value."""
     for part in re.findall(r"[^.\[\]]+|\[\d+\]|\[\.\.\.\]", field):
         try:
@@ -303,7 +303,7 @@ def at(content: Any, field: str) -> Any:
     return content
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Write a value as JSON that isn't too long for a message."""
     try:
         text = json.dumps(value)

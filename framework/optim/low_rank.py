@@ -25,7 +25,7 @@ KEPT = ("ortho_matrix", "seed")  # the attributes of a projector that are saved;
 PREFIX = "projector."  # begins the names of a projector's attributes in the state of a parameter
 
 
-def projected_groups(
+def split_projected(
     module: nn.Module, groups: list[dict[str, Any]], targets: str | list[str], options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Split parameter groups into weights that are projected and other parameters.
@@ -88,12 +88,12 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
                 kept = {key: state.pop(key) for key in list(state) if key.startswith(PREFIX)}
                 if kept:
                     state["projector"] = self.projector(group, state)
-                    vars(state["projector"]).update({key.removeprefix(PREFIX): plain(kept[key]) for key in kept})
+                    vars(state["projector"]).update({key.removeprefix(PREFIX): to_number(kept[key]) for key in kept})
             super().step()
             for _, parameter in projected:
                 state = self.state[parameter]
                 made = vars(state.pop("projector")) if "projector" in state else {}
-                state.update({f"{PREFIX}{key}": contiguous(made[key]) for key in KEPT if key in made})
+                state.update({f"{PREFIX}{key}": make_contiguous(made[key]) for key in KEPT if key in made})
 
         def projector(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
             """Make a projector of the package's, with the options of a group."""
@@ -107,11 +107,11 @@ def with_plain_state(package: str, class_name: str, name: str) -> Callable[..., 
     return PlainState
 
 
-def contiguous(value: Any) -> Any:
+def make_contiguous(value: Any) -> Any:
     """Return a tensor in the layout that a checkpoint restores: the layout decides how products are rounded."""
     return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
-def plain(value: Any) -> Any:
+def to_number(value: Any) -> Any:
     """Return a number for a 0-dim tensor, and anything else as it is."""
     return value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value

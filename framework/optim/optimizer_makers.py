@@ -210,7 +210,7 @@ class LowRankMaker(PackageMaker):
         assert args.optim_target_modules is not None, "FitArguments refuses a run without them"
         of_groups = {name: args.optim_args.get(name, value) for name, value in self.projected.items()}
         others = {name: value for name, value in args.optim_args.items() if name not in self.projected}
-        groups = low_rank.projected_groups(module, groups, args.optim_target_modules, of_groups)
+        groups = low_rank.split_projected(module, groups, args.optim_target_modules, of_groups)
         return self.make(groups, args, others)
 
 

@@ -70,9 +70,9 @@ def compare(reference: Recording, other: Recording, tolerance: float) -> Differe
         other: the recording that is judged.
         tolerance: the relative difference that is allowed.
     """
-    losses = [relative(a, b) for a, b in zip(reference.losses, other.losses, strict=True)]
+    losses = [relative_difference(a, b) for a, b in zip(reference.losses, other.losses, strict=True)]
     first = reference.first
-    norm = relative(reference.norms[first - 1], other.norms[first - 1])
+    norm = relative_difference(reference.norms[first - 1], other.norms[first - 1])
     whole = math.sqrt(math.fsum(float(g.double().square().sum()) for g in reference.gradients.values()))
     gradients = {
         name: distance(reference.gradients.get(name), other.gradients.get(name), whole)
@@ -103,7 +103,7 @@ def compare(reference: Recording, other: Recording, tolerance: float) -> Differe
     return Difference(max(losses), gradient, norm, tolerance, diverges_at)
 
 
-def relative(reference: float, other: float) -> float:
+def relative_difference(reference: float, other: float) -> float:
     """Return the difference of two numbers, relative to the first; infinite where one of them isn't finite."""
     if not (math.isfinite(reference) and math.isfinite(other)):
         return math.inf

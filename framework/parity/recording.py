@@ -133,12 +133,12 @@ class Recorder(Callback):
         if not self.first and torch.isfinite(fit.grad_norm):  # the norm is the same on all ranks
             self.first = state.global_step + 1
             self.layers = self.watch.gathered(fit.strategy)
-            self.gradients = taken(fit.strategy, fit.strategy.full_gradients())
+            self.gradients = copy_on_main(fit.strategy, fit.strategy.full_gradients())
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
         """Record the weights after the first update, which all ranks gather."""
         if state.global_step == self.first:
-            self.weights = taken(fit.strategy, fit.strategy.full_state())
+            self.weights = copy_on_main(fit.strategy, fit.strategy.full_state())
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **context: Any) -> None:
         """Record the numbers of an update. There is a log after every update, and one of totals at the end."""
@@ -148,7 +148,7 @@ class Recorder(Callback):
         self.norms.append(logs["grad_norm"])
 
 
-def taken(strategy: Strategy, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def copy_on_main(strategy: Strategy, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return copies, on the main process, of tensors that all ranks gather together."""
     return {name: tensor.clone() for name, tensor in tensors if strategy.is_main}
 

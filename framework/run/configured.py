@@ -43,7 +43,7 @@ def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:
         hint = "Its last line lacks a return? "
     raise TypeError(
         f"{type(module).__name__}.configure_optimizer must return one torch.optim.Optimizer, and returned "
-        f"{described(optimizer)}. {hint}Leave the method out, and optim='adamw' names one."
+        f"{describe(optimizer)}. {hint}Leave the method out, and optim='adamw' names one."
     )
 
 
@@ -68,7 +68,7 @@ def configured_scheduler(
         raise TypeError(
             f"{type(module).__name__}.configure_scheduler must return one schedule over the optimizer, e.g. a "
             f"torch.optim.lr_scheduler.LambdaLR (several after one another: a SequentialLR), and returned "
-            f"{described(scheduler)}. Leave the method out, and lr_scheduler_type='constant' keeps the learning rate."
+            f"{describe(scheduler)}. Leave the method out, and lr_scheduler_type='constant' keeps the learning rate."
         )
     if waits_for_metric(scheduler) and not has_evaluations:
         raise ValueError(
@@ -78,7 +78,7 @@ def configured_scheduler(
     return scheduler
 
 
-def described(value: Any) -> str:
+def describe(value: Any) -> str:
     """Describe a value for an error message, by its type and what is in it."""
     if value is None:
         return "None"

@@ -9,14 +9,14 @@ from .options import SearchOptions, import_optuna
 from .results import SearchOutput, TrialResult
 
 
-def values(trial: TrialResult, objectives: tuple[str, ...]) -> str:
+def format_values(trial: TrialResult, objectives: tuple[str, ...]) -> str:
     """Write the values of the objectives of a trial, or why it has none."""
     if trial.values:
         return ", ".join(f"{name} {value:.6g}" for name, value in zip(objectives, trial.values, strict=False))
     return trial.error or ""
 
 
-def shown(given: dict[str, Any]) -> str:
+def format_parameters(given: dict[str, Any]) -> str:
     """Write parameters on one line."""
     return ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in given.items())
 
@@ -27,8 +27,8 @@ def progress_line(trial: TrialResult, output: SearchOutput, options: SearchOptio
     of = "" if options.n_trials is None else f"/{options.n_trials}"
     parts = [
         f"trial {trial.number} ({finished}{of})",
-        f"{trial.state} {values(trial, output.objectives)}".strip(),
-        shown(trial.params),
+        f"{trial.state} {format_values(trial, output.objectives)}".strip(),
+        format_parameters(trial.params),
     ]
     if output.best is not None:
         parts.append(f"best {output.best.values[0]:.6g} (trial {output.best.number})")
@@ -55,7 +55,7 @@ def print_table(output: SearchOutput) -> None:
             str(trial.number),
             trial.state,
             *(numbers + [""] * len(output.objectives))[: len(output.objectives)],
-            *(shown({"": trial.params[name]})[1:] if name in trial.params else "" for name in names),
+            *(format_parameters({"": trial.params[name]})[1:] if name in trial.params else "" for name in names),
             "" if trial.seconds is None else f"{trial.seconds:.1f}",
             style="bold" if trial.number in best else None,
         )
@@ -76,7 +76,7 @@ def write_hparams(trial: TrialResult, objectives: tuple[str, ...]) -> None:
         writer.add_hparams(plain, metrics, run_name=".")
 
 
-def draw(study: Any, output: SearchOutput, directory: Path) -> list[Path]:
+def draw_pictures(study: Any, output: SearchOutput, directory: Path) -> list[Path]:
     """Draw the history of the objectives and the importance of the parameters with Optuna, as PNG files in a directory.
 
     A picture that would show nothing (the importance of parameters in fewer than two completed trials) isn't drawn.

@@ -22,7 +22,7 @@ from ..run.batch_size import forget_frames
 from ..run.in_step import OtherRankError
 from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna
-from .reporting import draw, print_table, progress_line, write_hparams
+from .reporting import draw_pictures, print_table, progress_line, write_hparams
 from .results import SearchOutput
 from .searched_fit import SearchedFit
 from .study import Proposal, Study
@@ -244,7 +244,7 @@ class Search:
         if self.is_shown:
             print_table(output)
         if self.options.plot:
-            draw(self.study.study, output, self.study.directory)
+            draw_pictures(self.study.study, output, self.study.directory)
         if not any(trial.state == "complete" for trial in output.trials):
             say(f"No trial of {output.study_name!r} was completed: the arguments stay as they were.", sys.stderr)
         return output

@@ -86,18 +86,18 @@ def check_replicas(strategy: Strategy, update: int) -> None:
     held: dict[Held, Tensor] = {(name, part): tensor for name, tensor, part in strategy.replicated()}
     prints = fingerprints(list(held.values()))
     mine = {key: (found, tuple(held[key].shape)) for key, found in zip(held, prints, strict=True)}
-    if all(len(set(found)) == 1 for found in by_part(strategy.gather(digests(mine))).values()):
+    if all(len(set(found)) == 1 for found in group_by_part(strategy.gather(digests(mine))).values()):
         return
     everyones: list[Mapping[Held, Print]] = strategy.gather(mine)
-    others = differing(everyones)
+    others = find_differences(everyones)
     if not others:
         return
-    values = strategy.gather({key: sample(held[key]) for key in list(others)[:NAMED] if key in held})
+    values = strategy.gather({key: sample_entries(held[key]) for key in list(others)[:NAMED] if key in held})
     sizes = {
-        key: difference([values[rank][key] for rank in (first, *ranks)])
+        key: measure_difference([values[rank][key] for rank in (first, *ranks)])
         for key, (first, ranks) in list(others.items())[:NAMED]
     }
-    lines = [line(key, others[key], sizes[key]) for key in sizes]
+    lines = [describe_difference(key, others[key], sizes[key]) for key in sizes]
     more = f"\n  and {len(others) - NAMED} more" if len(others) > NAMED else ""
     count = len({key for found in everyones for key in found})
     text = (
@@ -120,7 +120,7 @@ def digests(held: Mapping[Held, Print]) -> dict[Part, str]:
     return {part: hashlib.sha256("\n".join(said).encode()).hexdigest() for part, said in lines.items()}
 
 
-def by_part(everyones: Sequence[Mapping[Part, str]]) -> dict[Part, list[str]]:
+def group_by_part(everyones: Sequence[Mapping[Part, str]]) -> dict[Part, list[str]]:
     """Group the digests of all ranks by part."""
     found: dict[Part, list[str]] = defaultdict(list)
     for said in everyones:
@@ -129,7 +129,7 @@ def by_part(everyones: Sequence[Mapping[Part, str]]) -> dict[Part, list[str]]:
     return found
 
 
-def differing(everyones: Sequence[Mapping[Held, Print]]) -> dict[Held, tuple[int, list[int]]]:
+def find_differences(everyones: Sequence[Mapping[Held, Print]]) -> dict[Held, tuple[int, list[int]]]:
     """Find the tensors that aren't the same on all ranks that hold them.
 
     Ranks on which a tensor has another shape aren't compared. Parameters never have; a buffer that does is each rank's
@@ -148,7 +148,7 @@ def differing(everyones: Sequence[Mapping[Held, Print]]) -> dict[Held, tuple[int
     return others
 
 
-def sample(tensor: Tensor) -> tuple[list[float], float]:
+def sample_entries(tensor: Tensor) -> tuple[list[float], float]:
     """Return some of a tensor's numbers, evenly spread, and the spacing of its dtype at 1 (0 for integers)."""
     flat = local_part(tensor).detach().reshape(-1)
     flat = as_real(flat).reshape(-1)
@@ -156,7 +156,7 @@ def sample(tensor: Tensor) -> tuple[list[float], float]:
     return few.tolist(), torch.finfo(flat.dtype).eps if flat.is_floating_point() else 0.0
 
 
-def difference(samples: Sequence[tuple[list[float], float]]) -> tuple[float, float, float]:
+def measure_difference(samples: Sequence[tuple[list[float], float]]) -> tuple[float, float, float]:
     """Return the largest difference to the first rank's numbers, the largest of these, and that difference in units in
     the last place of that number (infinite for integers).
     """
@@ -167,7 +167,7 @@ def difference(samples: Sequence[tuple[list[float], float]]) -> tuple[float, flo
     return apart, largest, apart / (unit * largest) if unit * largest else float("inf")
 
 
-def line(key: Held, ranks: tuple[int, list[int]], size: tuple[float, float, float]) -> str:
+def describe_difference(key: Held, ranks: tuple[int, list[int]], size: tuple[float, float, float]) -> str:
     """Describe, in a line of the error, how one tensor differs."""
     name, part = key
     first, others = ranks

@@ -36,5 +36,5 @@ class Replicas(DistributedDataParallel):
         """The parameters, and whether each has sparse gradients: the last one first."""
         parameters: list[Any]
         sparse: list[bool]
-        parameters, sparse = super()._build_params_for_reducer()
+        parameters, sparse = super()._build_params_for_reducer()  # type: ignore[no-untyped-call]
         return (parameters[::-1], sparse[::-1]) if self.rebuilds else (parameters, sparse)

@@ -52,7 +52,7 @@ class DDP(ProcessGroupStrategy):
     options: DDPOptions
 
     def check_precision(self, precision: Precision) -> None:
-        """Refuse to compress what is small already."""
+        """Refuse to compress gradients that have 16 bits already."""
         super().check_precision(precision)
         dtype = precision.parameter_dtype
         if self.options.compress_gradients and dtype is not None and dtype.itemsize < 4:
@@ -64,9 +64,9 @@ class DDP(ProcessGroupStrategy):
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
-        """Move and convert the module, make the optimizer, wrap."""
+        """Move and convert the module, make the optimizer, and wrap the module."""
         super().place(module, configure_optimizer, prepare)
-        broadcast_scales(module)  # the rest is DDP's own to broadcast
+        broadcast_scales(module)  # DDP itself broadcasts parameters and buffers
         if not any(p.requires_grad for p in module.parameters()):
             return  # nothing to average; DDP refuses such a module
         options = self.options
@@ -85,7 +85,7 @@ class DDP(ProcessGroupStrategy):
         self.first_backward_is_done = False
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """No reduction before the last micro-batch."""
+        """Make a context in which gradients aren't reduced before the last micro-batch."""
         assert isinstance(self.model, DistributedDataParallel)
         self.precision.begin_micro_batch(last)
         if last or (self.options.static_graph and not self.first_backward_is_done):
@@ -96,7 +96,7 @@ class DDP(ProcessGroupStrategy):
         return self.model.no_sync()
 
     def prepare_gradients(self) -> None:
-        """Asks first whether all gradients were averaged: where one never came, its bucket waits."""
+        """Refuse an update in which a gradient never came, for its bucket waits; else bring gradients to true size."""
         if isinstance(self.model, DistributedDataParallel):
             try:
                 self.model._check_reducer_finalized()
@@ -105,7 +105,7 @@ class DDP(ProcessGroupStrategy):
         super().prepare_gradients()
 
     def unreduced(self) -> str:
-        """What to write where backward didn't reach every parameter."""
+        """Say which parameters backward didn't reach, and what to write."""
         names = [name for name, p in self.named_parameters().items() if p.requires_grad and p.grad is None]
         return (
             f"strategy='ddp': no gradient reached {', '.join(names)} on rank {self.rank} in this update, so that "
@@ -122,4 +122,5 @@ def compressed_average(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.fut
     buffer = bucket.buffer()
     compressed = buffer.to(dtype).div_(dist.get_world_size())
     work = dist.all_reduce(compressed, async_op=True)
-    return work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
+    averaged: torch.futures.Future[Tensor] = work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
+    return averaged

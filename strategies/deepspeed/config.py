@@ -15,7 +15,7 @@ from ..base import RunDescription
 
 AUTO = "auto"
 DEFAULT_STAGE = 2
-NEVER = 2**31  # of steps_per_print
+NEVER = 2**31  # an interval for steps_per_print that no run reaches
 
 TAKEN = {
     "activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type", "data_types",
@@ -87,7 +87,7 @@ class Filling:
 
 
 def read(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """A config as a mapping of its own, from a file or a mapping.
+    """Read a config from a file or a mapping, into a mapping of its own.
 
     Raises:
         ValueError: there is no such file, or it holds no JSON mapping.
@@ -142,7 +142,7 @@ def fill(
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
 ) -> dict[str, Any]:
-    """The config complete, without an "auto", in agreement with the run.
+    """Complete the config: no "auto" is left in it, and nothing that disagrees with the run.
 
     Args:
         config: as ``read`` gave it; is left as it is.
@@ -186,8 +186,8 @@ def fill(
         filled["torch_autocast"] |= {"dtype": "bfloat16", "lower_precision_safe_modules": []}
     filled["bf16"] = filled["fp16"] = {"enabled": False}
     filled.setdefault("steps_per_print", NEVER)
-    filled["zero_allow_untested_optimizer"] = True  # ours are tested
-    filled["zero_force_ds_cpu_optimizer"] = False  # which would be compiled
+    filled["zero_allow_untested_optimizer"] = True  # those that stratagem offers are tested
+    filled["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's optimizer for the host would be compiled
     problems += [f"{path}='auto': nothing in a run says what it should be; write a value" for path in autos(filled)]
     if problems:
         raise ValueError("The DeepSpeed config can't be used for this run:\n  " + "\n  ".join(problems))
@@ -195,7 +195,7 @@ def fill(
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each key that would have no effect, or one that we can't stand for."""
+    """Yield a line for each key that would have no effect, or an effect that is untested here."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for key in config:
@@ -207,7 +207,7 @@ def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
     known = {name for field_name, field in fields.items() for name in (field.alias or field_name, field_name)}
     for key, value in (config.get("zero_optimization") or {}).items():
         if key in ZERO_REFUSED:
-            if value not in (False, None, 1, -1):  # which switch it off
+            if value not in (False, None, 1, -1):  # these values switch the option off
                 yield f"zero_optimization.{key}: {ZERO_REFUSED[key]}"
         elif key not in known:
             yield f"zero_optimization.{key} is no such option. {did_you_mean(key, known - ZERO_REFUSED.keys())}"
@@ -244,7 +244,7 @@ def precision_problems(config: Mapping[str, Any], stage: int, computes_in_bf16: 
 
 
 def fillings(run: RunDescription, world_size: int) -> dict[str, Filling]:
-    """Dotted path in a config to what the run says about it."""
+    """Map each dotted path in a config to what the run says about it."""
     total = run.micro_batch_size * run.gradient_accumulation_steps * world_size
     product = (
         f"per_device_train_batch_size={run.micro_batch_size} x gradient_accumulation_steps="

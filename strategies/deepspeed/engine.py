@@ -20,22 +20,22 @@ ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """In here the variables are set that the package looks for; a process that stands alone has none of them."""
+    """Set, in here, the environment variables that DeepSpeed looks for; a process of its own has none of them."""
     os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 reads it again and again
     wanted = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if not torch.accelerator.is_available():
-        wanted["DS_ACCELERATOR"] = "cpu"  # else it warns that it found none
+        wanted["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no accelerator
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(missing)
     try:
         yield
     finally:
-        for name in missing:  # they would tell our own start that there are other ranks to meet
+        for name in missing:  # set, they would say that torchrun started this process
             os.environ.pop(name, None)
 
 
 def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any]) -> Any:
-    """An engine around the module and its optimizer.
+    """Make an engine around the module and its optimizer.
 
     Args:
         module, optimizer: whole; the engine cuts them.
@@ -89,7 +89,7 @@ def destroy(engine: Any) -> None:
     offload = sys.modules["deepspeed.runtime.zero.parameter_offload"]
     offload.FWD_MODULE_STACK.clear()
     name = "_PartitionedParameterCoordinator__params_to_release"
-    for cell in vars(offload.PartitionedParameterCoordinator)[name].__closure__:  # DeepSpeed has wrapped it
+    for cell in vars(offload.PartitionedParameterCoordinator)[name].__closure__:  # DeepSpeed wrapped the cache
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
 

@@ -101,7 +101,7 @@ class ZeroState:
     # Gradients, between the last backward and the step.
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole gradients by name, on the host."""
+        """Yield whole gradients by name, on the host."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.module.named_parameters():
@@ -209,7 +209,7 @@ def is_moment(value: Any, flat: Tensor) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """The value, apart from the original where it is a tensor."""
+    """Copy a tensor; return any other value as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 

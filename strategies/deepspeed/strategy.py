@@ -79,7 +79,7 @@ class DeepSpeed(ProcessGroupStrategy):
         self.filled: dict[str, Any] = {}
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
-        """All ranks share the shards; at stage 0 each has a replica, which makes no difference to the mesh's user."""
+        """Put all ranks into the dimension of shards, at stage 0 too, where each rank holds a replica."""
         return {REPLICATE: 1, SHARD: world_size, CONTEXT: 1, TENSOR: 1}
 
     def check_precision(self, precision: Precision) -> None:
@@ -102,11 +102,11 @@ class DeepSpeed(ProcessGroupStrategy):
             )
 
     def optimizer_problem(self, optimizer: Optimizer) -> str | None:
-        """What of an optimizer the engine doesn't hand on."""
+        """Why the engine can't step with an optimizer, and what to use instead; None where it can."""
         return optimizer_problem(optimizer)
 
     def configuration(self) -> Mapping[str, Any]:
-        """The config, filled in."""
+        """Return the DeepSpeed config with the run's values in the place of every "auto"."""
         return self.filled
 
     def place(
@@ -135,12 +135,12 @@ class DeepSpeed(ProcessGroupStrategy):
     # One update.
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """The engine reduces what it has to at the boundary that we set."""
+        """Tell the engine whether this micro-batch ends the update, where it reduces gradients."""
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """By the engine; the loss is weighed already."""
+        """Have the engine compute the gradients; the loss is weighed already, so the engine doesn't divide it."""
         try:
             self.engine.backward(loss, scale_wrt_gas=False)
         except RuntimeError as error:
@@ -149,7 +149,7 @@ class DeepSpeed(ProcessGroupStrategy):
             raise
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """The norm now, as the engine would compute it in its step; it clips there, by this norm."""
+        """Compute the norm as the engine would in its step, which then clips by this very norm."""
         if not self.stage:
             return super().clip_grad_norm(parameters, max_norm)
         from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -166,7 +166,7 @@ class DeepSpeed(ProcessGroupStrategy):
         return torch.where(norm < 0, torch.inf, norm)  # how the engine marks a norm that isn't finite
 
     def step_engine(self) -> None:
-        """One step of the engine, with the norm of this update, and clipping only where this update asked for it."""
+        """Have the engine step with the norm of this update, and clip only where this update asked for it."""
         self.engine.step()
         if self.stage:
             zero = self.engine.optimizer
@@ -175,30 +175,30 @@ class DeepSpeed(ProcessGroupStrategy):
             zero.clip_grad = 0.0
 
     def step_was_skipped(self) -> bool:
-        """ZeRO leaves everything as it is where gradients aren't finite."""
+        """Whether the engine skipped the step, as ZeRO does where gradients aren't finite."""
         return bool(self.stage and self.engine.optimizer.overflow)
 
     # State.
 
     def part_held(self, parameter: Tensor) -> Part | None:
-        """All of it; at stage 3 a shard of its own."""
+        """Say that this rank holds parameters whole, or at stage 3 a shard that no other rank has."""
         return None if self.stage == 3 else ()
 
     def model_state(self) -> dict[str, Tensor]:
-        """Parameters cut by rows, one gathered at a time; buffers as they are."""
+        """Gather one parameter at a time and cut it by rows; buffers are given as they are."""
         state: dict[str, Tensor] = dict(self.module.state_dict(keep_vars=True))
         if self.zero_state is not None:
             state |= self.zero_state.parameters()
         return {name: tensor.detach() for name, tensor in state.items()}
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Give each parameter back, one whole at a time; buffers were read in place."""
+        """Give parameters back to the engine, one whole at a time; buffers were read in place."""
         if self.zero_state is not None:
             with torch.no_grad():
                 self.zero_state.load_parameters(state)
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole gradients, gathered one at a time."""
+        """Gather whole gradients, one at a time."""
         return super().full_gradients() if self.zero_state is None else self.zero_state.gradients()
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
@@ -206,11 +206,11 @@ class DeepSpeed(ProcessGroupStrategy):
         return super().optimizer_state() if self.zero_state is None else self.zero_state.optimizer_state()
 
     def stepping_optimizer(self) -> Optimizer:
-        """The one inside the engine."""
+        """The optimizer inside the engine."""
         return getattr(self.optimizer, "base", None) or super().stepping_optimizer()
 
     def stand_in(self, parameter: Tensor) -> Tensor:
-        """A few zeros: a piece of the flat float32 master weights, where there are some."""
+        """Make a few zeros, which stand for a piece of the engine's flat float32 master weights."""
         if self.zero_state is None:
             return super().stand_in(parameter)
         return torch.zeros(8, device=parameter.device)
@@ -224,7 +224,7 @@ class DeepSpeed(ProcessGroupStrategy):
                 self.zero_state.load_optimizer_state(state)
 
     def release(self, module: nn.Module) -> None:
-        """Let go of the engine, too. Its module can't be used again until it is put back."""
+        """Let go of the engine, too. The module can't be used until the caller has put it back as it was."""
         self.leave_engine()
         super().release(module)
 
@@ -235,7 +235,7 @@ class DeepSpeed(ProcessGroupStrategy):
         super().begin_again()
 
     def leave_engine(self) -> None:
-        """Take the engine's hooks off, and forget it."""
+        """Destroy the engine, which takes its hooks off the module."""
         if self.engine is not None:
             destroy(self.engine)
             self.engine = self.zero_state = None

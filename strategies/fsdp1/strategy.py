@@ -63,7 +63,7 @@ class FSDP1(ProcessGroupStrategy):
     gathered: list[Any]
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
-        """Replicas outermost; shards are what is left."""
+        """Put replicas outermost, and shards into what is left."""
         replicas = self.options.replicas
         return {REPLICATE: replicas, SHARD: split_world(world_size, "FSDP1", replicas=replicas), CONTEXT: 1, TENSOR: 1}
 
@@ -106,7 +106,7 @@ class FSDP1(ProcessGroupStrategy):
             module,
             ignored_states=list(self.whole_parameters),
             device_mesh=self.mesh[REPLICATE, SHARD] if hybrid else self.mesh[SHARD],
-            sharding_strategy=kept_to_backward,  # the loss may use the root's, whose backward follows at once
+            sharding_strategy=kept_to_backward,  # the loss may use the root's parameters
             auto_wrap_policy=CustomPolicy(wrapping),
             mixed_precision=policy_of[module],
             device_id=self.device,
@@ -132,13 +132,13 @@ class FSDP1(ProcessGroupStrategy):
         super().release(module)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """No reduction before the last micro-batch."""
+        """Make a context in which gradients aren't reduced before the last micro-batch."""
         assert isinstance(self.model, FullyShardedDataParallel)
         return nullcontext() if last else self.model.no_sync()
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """The loss, too, may use what the root gathers."""
+        """Keep the root's parameters gathered for the loss, which may use them, too."""
         self.loss_follows, self.gathered = True, []
         try:
             with self.used_outside, super().forward_context():
@@ -149,13 +149,13 @@ class FSDP1(ProcessGroupStrategy):
                 handle.reshard(False)
 
     def gather_for_loss(self, model: Any, inputs: Any, outputs: Any) -> None:
-        """After the root's forward: its parameters once more, which torch keeps there for a backward alone."""
+        """Gather the root's parameters once more after its forward: torch keeps them only where a backward follows."""
         if self.loss_follows and model._handle and not torch.is_grad_enabled():
             model._handle.unshard()
             self.gathered.append(model._handle)
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """The norm over all shards, in the gradients' own dtype."""
+        """Clip by the norm over all shards, in the gradients' own dtype."""
         return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),), self.whole_parameters)
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
@@ -163,12 +163,12 @@ class FSDP1(ProcessGroupStrategy):
         return {name.replace(WRAPPER, ""): p for name, p in super().named_parameters(remove_duplicate).items()}
 
     def part_held(self, parameter: Tensor) -> Part | None:
-        """The shard; replicas have the same."""
+        """The place of this rank's shard, which replicas hold, too; None where no other rank has it."""
         return (self.mesh.get_local_rank(SHARD),) if self.options.replicas > 1 else None
 
     @contextmanager
     def unwrapped(self) -> Iterator[None]:
-        """Every wrapped block stands in its wrapper's place."""
+        """Put every wrapped block in its wrapper's place, in here."""
         wrappers = [
             (parent, name, child)
             for parent in self.module.modules()
@@ -184,7 +184,7 @@ class FSDP1(ProcessGroupStrategy):
                 parent._modules[name] = wrapper
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole gradients; all of them are whole at once, until the last was taken."""
+        """Yield whole gradients; all of them are gathered at once, until the last one was taken."""
         with FullyShardedDataParallel.summon_full_params(self.model, writeback=False, with_grads=True):
             yield from super().full_gradients()
 
@@ -194,7 +194,7 @@ class FSDP1(ProcessGroupStrategy):
         return self.model
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a state that was read into back into the flat shards."""
+        """Copy a state that a checkpoint was read into back into the flat shards."""
         whole: dict[str, Any] = {**self.model_state(), **state}
         # Every name is copied in turn, so the further ones of a tied parameter need its new values, too.
         whole |= {alias: whole[name] for alias, name in self.tied_names().items()}
@@ -205,12 +205,12 @@ class FSDP1(ProcessGroupStrategy):
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state, cut by parameter instead of by flat shard."""
         assert self.optimizer is not None
-        if not any(self.sum_on_host([len(self.optimizer.state)])):  # a rank may hold no share of what is trained
+        if not any(self.sum_on_host([len(self.optimizer.state)])):  # a rank may hold no trained share
             return {}
         return get_optimizer_state_dict(self.model, self.optimizer)["state"]  # type: ignore[return-value]
 
     def stand_in(self, parameter: Tensor) -> Tensor:
-        """A few zeros: a piece of a flat shard."""
+        """Make a few zeros, which stand for a piece of a flat shard."""
         return super().stand_in(parameter.new_zeros(8))
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -219,7 +219,7 @@ class FSDP1(ProcessGroupStrategy):
         if not state:
             return
         if hasattr(self.optimizer, "train"):
-            self.optimizer.train()  # torch makes the state to fill by a step, which a schedule-free one refuses else
+            self.optimizer.train()  # torch makes the state by a step, which schedule-free ones take in training only
         current = get_optimizer_state_dict(self.model, self.optimizer)
         flat: dict[int, dict[str, Any]] = {}
         hook = self.optimizer.register_load_state_dict_pre_hook(lambda _, given: flat.update(given["state"]))

@@ -29,7 +29,7 @@ POSITIONS = ("positions", "position_ids")
 """What forward may call the places of its tokens in the whole sequence."""
 
 SEQUENCE = Shard(2)  # of queries, keys and values: (batch, heads, length, features)
-# Without torch's plain kernel: it would mask by the order in which the ranks hold the sequence.
+# torch's plain kernel is left out: it would mask by the order in which the ranks hold the sequence.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 attention_of_one = F.scaled_dot_product_attention
@@ -65,7 +65,7 @@ class ContextParallel:
             )
         self.positions = names[0] if names else POSITIONS[0]
         by_place = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
-        self.positions_index = by_place.index(names[0]) if names and names[0] in by_place else None  # in a tuple batch
+        self.positions_index = by_place.index(names[0]) if names and names[0] in by_place else None  # of a tuple
         self.attention = torch.compiler.disable(self.attend)  # once: a compiled block recompiles for another function
         if mesh.device_type == "cpu":
             register_cpu_kernel()
@@ -183,7 +183,7 @@ class ContextParallel:
         self.is_entered = True
         ring._enable_context_parallel_dispatcher()
         F.scaled_dot_product_attention = self.attention
-        mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's, which evaluates in a kernel of its own
+        mha.set_fastpath_enabled(False)  # nn.MultiheadAttention evaluates in a kernel of its own
         try:
             yield
         finally:
@@ -217,7 +217,8 @@ class ContextParallel:
         )
         with sdpa_kernel(KERNELS):
             output = attention_of_one(query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-        return output.to_local()  # type: ignore[attr-defined]
+        assert isinstance(output, DTensor)
+        return output.to_local()
 
     def check_attention(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool

@@ -20,7 +20,7 @@ class InFloat32(FSDPParam):
     """A parameter that is gathered as it is."""
 
     def init_dtype_attrs(self, mp_policy: MixedPrecisionPolicy) -> None:
-        """Without the group's cast."""
+        """Set the dtypes as torch does, without the group's cast."""
         super().init_dtype_attrs(replace(mp_policy, param_dtype=None))
 
 
@@ -28,7 +28,7 @@ class InSixteenBits(FSDPParam):
     """A parameter that is cast and gathered beside others that aren't."""
 
     def accumulate_unsharded_grad_if_needed(self) -> None:
-        """The gradient in the dtype of the reduction, which those of the others are in."""
+        """Widen the gradient to the dtype of the reduction, which the other parameters' gradients have."""
         super().accumulate_unsharded_grad_if_needed()
         self.to_accumulated_grad_if_needed()
 
@@ -48,7 +48,7 @@ def gather_by_parameter(unit: nn.Module, kept: set[Slot]) -> None:
 
 
 def is_kept(parameter: FSDPParam, kept: set[Slot]) -> bool:
-    """Whether a parameter stands in one of those places."""
+    """Whether a parameter stands in one of the places that are gathered in float32."""
     where = parameter._module_info
     return (where.module, where.param_name) in kept
 

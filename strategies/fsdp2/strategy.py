@@ -55,8 +55,8 @@ class FSDP2Options(ProcessGroupOptions):
         loss_parallel: with tensor_parallel, keep the logits sharded by class up to the loss.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
         find_unused_parameters: some ranks' backward doesn't reach some parameters in some updates: they take part with
-            a gradient of 0 there, and weight decay moves them (torch 2.13). Without it such an update is refused. Every
-            rank must call the same blocks of ``shard_units()`` all the same.
+            a gradient of 0 there; where no rank reaches one, momentum and weight decay move it (torch 2.13). Without it
+            such an update is refused. Every rank must call the same blocks of ``shard_units()`` all the same.
         context_parallel: ranks that share each sample and hold a part of its sequence, for sequences too long for one.
             They shard the model too. Attention must be ``F.scaled_dot_product_attention(..., is_causal=True)``, without
             mask or dropout; whatever else mixes positions sees a rank's part alone. A part is two pieces of the
@@ -105,16 +105,16 @@ class FSDP2(ProcessGroupStrategy):
 
     @property
     def splits_classes(self) -> bool:
-        """With loss parallelism."""
+        """Whether loss parallelism keeps the logits cut by class."""
         return self.options.loss_parallel
 
     @property
     def placement(self) -> str:
-        """Cut layers are a column of their own."""
+        """The strategy's column in the table of precisions: FSDP2 with cut layers has one of its own."""
         return f"{self.name} x tp" if self.options.tensor_parallel > 1 else self.name
 
     def mesh_shape(self, world_size: int) -> dict[str, int]:
-        """Replicas outermost, tensor-parallel ranks innermost; shards are what is left."""
+        """Put replicas outermost and tensor-parallel ranks innermost, and shards into what is left."""
         options = self.options
         degrees = {
             "replicas": options.replicas,
@@ -168,24 +168,24 @@ class FSDP2(ProcessGroupStrategy):
         self.shard(module)
         materialize(module, meta_layers, torch.device("cpu") if options.cpu_offload else self.device)
         self.whole_parameters = whole_parameters(module)
-        for parameter in self.whole_parameters:  # offloading is of shards alone
+        for parameter in self.whole_parameters:  # whole parameters aren't offloaded
             parameter.data = parameter.data.to(self.device)
         kept = set(map(id, self.whole_parameters))
         self.used_outside.watch({name: p for name, p in module.named_parameters() if id(p) not in kept})
-        if options.loss_parallel:  # evaluation hands outputs to metrics and predictions, which want all classes
+        if options.loss_parallel:  # in evaluation metrics and predictions want all classes
             module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
 
     def shard(self, module: nn.Module) -> None:
-        """``fully_shard`` the module's blocks and then the rest of it, over the mesh's data dimensions."""
+        """Shard the module's blocks, and then the rest of it, over the mesh's data dimensions, by ``fully_shard``."""
         options = self.options
         compute, reduce = self.precision.compute_dtype, self.precision.reduce_dtype
         mixed = casts(compute, self.precision.parameter_dtype)
         check_storage(module, self.name, flat=None, cast_to=compute if mixed else None)
         # One dimension shards; two replicate over the first and shard over the second.
         mesh = submesh(self.mesh, *((REPLICATE, SHARD) if options.replicas > 1 else (SHARD,)))
-        if options.context_parallel > 1:  # its ranks have gradients of their own, and shard the model like any other
+        if options.context_parallel > 1:  # context-parallel ranks shard the model, too
             mesh = submesh(self.mesh, SHARD, CONTEXT)._flatten("shards")
             if options.replicas > 1:
                 mesh = DeviceMesh._concatenate([submesh(self.mesh, REPLICATE), mesh])
@@ -254,17 +254,17 @@ class FSDP2(ProcessGroupStrategy):
             self.module.reshard()
 
     def split_batch(self, batch: Any) -> Any:
-        """This rank's part of the sequence."""
+        """Cut this rank's part out of the sequence."""
         return self.context.split(batch) if self.context else batch
 
     def join_outputs(self, outputs: Sequence[Any]) -> Any:
-        """Outputs for the whole sequence."""
+        """Join the ranks' outputs to those for the whole sequence."""
         return self.context.join(outputs) if self.context else super().join_outputs(outputs)
 
     @contextmanager
     def own_operators(self) -> Iterator[None]:
-        """Loss parallelism needs a cross-entropy of its own, context parallelism an attention."""
-        enters = self.options.loss_parallel and not self.is_loss_parallel  # torch's isn't to be entered twice
+        """Put loss parallelism's cross-entropy and context parallelism's attention in the place of torch's, in here."""
+        enters = self.options.loss_parallel and not self.is_loss_parallel  # torch's context can't be entered twice
         self.is_loss_parallel = self.is_loss_parallel or enters
         try:
             with (
@@ -277,29 +277,29 @@ class FSDP2(ProcessGroupStrategy):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """The format's own, and what some layers are computed by. A layer that is used outside is told by name."""
+        """Enter the precision's context and ``own_operators``; an error in a layer used outside of a block names it."""
         with self.used_outside, super().forward_context(), self.own_operators():
             yield
 
     def local_loss(self, loss: Tensor) -> Tensor:
-        """The loss as a plain tensor; loss parallelism leaves it spread over the mesh."""
+        """Make a plain tensor of the loss, which loss parallelism leaves spread over the mesh."""
         return whole_of(loss)
 
     def backward(self, loss: Tensor) -> None:
-        """The backward of such a cross-entropy or attention is its own, too."""
+        """Compute the gradients within ``own_operators``, whose backward isn't torch's either."""
         if self.cut_features:
             self.cut_features.see_loss(loss)
         with self.used_outside, self.own_operators():
             super().backward(loss)
 
     def prepare_gradients(self) -> None:
-        """Sum over the tensor-parallel ranks what is a part on each; then as ever."""
+        """Sum gradients of which each tensor-parallel rank has a part; then bring all to their true size."""
         if self.cut_features:
             self.cut_features.sum_gradients(self.named_parameters)
         super().prepare_gradients()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """The norm over all shards; torch's own fails where parameters live on different meshes."""
+        """Clip by the norm over all shards; torch's own function fails where parameters lie on different meshes."""
         return clip_by_norm(parameters, max_norm)
 
     def step(self) -> None:

@@ -144,7 +144,7 @@ class CutFeatures:
         walk = self.walk
         self.walk = None
         seen = ("", set(), set()) if walk is None else (walk.trespass, walk.cut, walk.whole)
-        # Not only of the tensor-parallel ranks: those with other samples may have come other ways.
+        # All ranks are asked, not the tensor-parallel ones alone: other samples may take other ways through the module.
         trespasses, cuts, wholes, watched = zip(*self.gather((*seen, walk is not None)), strict=True)
         cut = set().union(*cuts)
         check(new, next(filter(None, trespasses), ""), cut, set().union(*wholes), all(watched))
@@ -153,7 +153,7 @@ class CutFeatures:
 
 
 def check(new: set[str], trespass: str, cut: set[str], whole: set[str], watched: bool) -> None:
-    """Refuse what can't be summed.
+    """Refuse parameters whose gradients can't be summed.
 
     Args:
         new: parameters that have their first gradient.
@@ -215,7 +215,7 @@ class Walk:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """In here every forward is seen."""
+        """Hook the layers of the plan, in here, so that every forward is seen."""
         layers = dict(self.module.named_modules())
         handles = [
             handle
@@ -245,11 +245,11 @@ class Walk:
             device = next((p.device for p in module.parameters() if p.device.type == "cuda"), None)
             with torch.random.fork_rng([device] if device else []), torch.compiler.set_stance("force_eager"):
                 with self.hooked():
-                    self.name_parameters("", module, None)  # we are in the module's own call already
+                    self.name_parameters("", module, None)  # the hooks of this call have run already
                     outputs = module.forward(*args, **kwargs)
                 for leaf in tree_leaves(outputs):
                     self.from_whole(leaf)
-            self.forget()  # the graph that follows has nothing in it to know layers by
+            self.forget()  # nothing in the compiled graph tells its layers
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
@@ -266,12 +266,12 @@ class Walk:
             self.names.setdefault(id(parameter), (parameter, name))
 
     def take(self, name: str, kind: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A layer of the plan is given its inputs."""
+        """Walk back from the inputs that a layer of the plan is given."""
         for leaf in tree_leaves(inputs):
             self.back_from(leaf, kind, name)
 
     def give(self, name: str, kind: str, layer: nn.Module, inputs: Any, outputs: Any) -> None:
-        """A layer of the plan has given its outputs."""
+        """Note the outputs of a layer of the plan, where a later walk stops."""
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 self.given[get_gradient_edge(leaf).node] = name, kind
@@ -285,7 +285,7 @@ class Walk:
         if not isinstance(tensor, Tensor) or not tensor.requires_grad or kind == UNKNOWN:
             return
         if isinstance(tensor, DTensor) and kind == CUT:
-            return  # knows by itself how it is cut
+            return  # a DTensor knows by itself how it is cut
         visited, found = self.visited[kind], self.cut if kind == CUT else self.whole
         stack = [get_gradient_edge(tensor).node]
         while stack:

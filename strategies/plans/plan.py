@@ -1,7 +1,7 @@
 """Tensor parallelism by a plan: patterns over layer names to the way each layer is cut."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,7 +27,7 @@ from .ready_plans import ready_plan, refusal
 Plan = Mapping[str, "str | ParallelStyle"]
 Ties = list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]
 
-STYLES: Mapping[str, Any] = {
+STYLES: Mapping[str, Callable[[], ParallelStyle] | None] = {
     # whole input -> features cut over the ranks
     "colwise": lambda: ColwiseParallel(),
     # whole input -> whole output; for an output head
@@ -50,7 +50,8 @@ STYLES: Mapping[str, Any] = {
 
 USED_ON = {"used_on_cut": CUT, "used_on_whole": WHOLE}
 
-CUT_DIMENSION = {"colwise": 0, "rowwise": 1, "embedding": 0}  # of the weight, by the first part of a style's name
+# The dimension of the weight that a style cuts, by the first part of the style's name.
+CUT_DIMENSION = {"colwise": 0, "rowwise": 1, "embedding": 0}
 
 
 def apply_plan(module: nn.Module, mesh: DeviceMesh, gather: Gather, *, loss_parallel: bool = False) -> CutFeatures:
@@ -152,7 +153,9 @@ def _style(
     if loss_parallel and style.startswith("colwise_gather"):
         layout = Shard(1) if style.endswith("sequence") else Replicate()
         return ColwiseParallel(input_layouts=layout, output_layouts=Shard(-1), use_local_output=False)
-    return STYLES[style]()
+    make = STYLES[style]
+    assert make is not None, "what stays whole is told apart before"
+    return make()
 
 
 def check_cut(name: str, style: "str | ParallelStyle", layer: nn.Module, degree: int) -> None:
@@ -229,5 +232,5 @@ def groups_split_by_mesh(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         optimizer.param_groups = whole
-        for group, part in parts:  # some optimizers count their updates there, alike in all parts of a group
+        for group, part in parts:  # some optimizers count updates in a group, alike in all its parts
             group.update({name: value for name, value in part.items() if name != "params"})

@@ -50,7 +50,7 @@ def start() -> int:
 
     if not xr.is_spmd():
         xr.use_spmd()
-    devices = xr.global_runtime_device_count()  # starts the client
+    devices: int = xr.global_runtime_device_count()  # this starts the client
     if xr.process_count() > 1:
         raise ValueError(
             f"strategy='xla' feeds the devices of one host from one process, and there are {xr.process_count()} "

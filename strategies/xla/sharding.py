@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..plans.plan import check_cut, cut_dimension, styles_by_layer
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")  # of a mesh, outermost first
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")  # the axes of a mesh, outermost first
 
 Partition = tuple[Any, ...]
 """For each dimension of a tensor the axis that cuts it, several of them, or None."""
@@ -26,7 +26,7 @@ def partitions(module: nn.Module, mesh: Any) -> dict[str, Partition]:
 
 
 def partition(parameter: Tensor, by_plan: int | None, fsdp: int) -> Partition:
-    """See ``partitions``.
+    """Choose how one parameter is cut, as ``partitions`` says.
 
     Args:
         parameter: its shape counts.
@@ -66,7 +66,7 @@ def dimensions_by_plan(module: nn.Module, degree: int) -> dict[int, int]:
 
 
 def by_samples(tensor: Tensor) -> Partition:
-    """The first dimension cut over all devices that hold different samples."""
+    """Cut a tensor's first dimension over all devices that hold different samples."""
     return ((DATA, FSDP), *[None] * (tensor.ndim - 1))
 
 

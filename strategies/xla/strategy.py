@@ -79,7 +79,7 @@ class XLASPMD(Strategy):
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",
     }
-    reorders_sums = True  # the compiler's own kernels
+    reorders_sums = True  # the compiler has kernels of its own
 
     mesh: Any
     hooks: list[RemovableHandle]
@@ -94,7 +94,7 @@ class XLASPMD(Strategy):
         check_package()
 
     def choose_device(self) -> torch.device:
-        """The one device that stands for all of them; makes the mesh."""
+        """Make the mesh, and return the one device that stands for all of them."""
         from torch_xla.distributed.spmd import Mesh
 
         devices = start()
@@ -115,7 +115,7 @@ class XLASPMD(Strategy):
         materialize(module, late, torch.device("cpu"))
         prepare(module)
         tied = tied_parameters(module)
-        module.to(self.device)  # makes new parameters
+        module.to(self.device)  # this makes new parameters, which unties them
         tie(tied)
         self.module = self.model = module
         self.partitions = partitions(module, self.mesh)
@@ -130,7 +130,7 @@ class XLASPMD(Strategy):
         self.precision.initialize(module, self.optimizer)
 
     def mark_outputs(self, inputs: tuple[Any, ...], outputs: Any) -> Any:
-        """A block's outputs, and their gradients, cut by samples: those whose first dimension is the input's."""
+        """Mark a block's outputs and their gradients as cut by samples, where they have as many as the inputs."""
         from torch_xla.distributed.spmd import mark_sharding_with_gradients
 
         samples = next((tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.ndim), None)
@@ -170,7 +170,7 @@ class XLASPMD(Strategy):
         groups = self.capturable_groups()
         learning_rates = [group["lr"] for group in groups]
         for group in groups:
-            group["capturable"] = True  # counts its steps on the device, instead of handing it other numbers each time
+            group["capturable"] = True  # steps are counted on the device; a count from the host would be a new program
             group["lr"] = self.factor(group["lr"])
         super().step()
         for group, learning_rate in zip(groups, learning_rates, strict=True):
@@ -187,11 +187,11 @@ class XLASPMD(Strategy):
             mark(value, self.mesh, self.partitions[name] if follows else (None,) * value.ndim)
 
     def factor(self, value: float) -> float | Tensor:
-        """A tensor: two of a program's numbers that happen to be equal become one, which makes it another program."""
-        return torch.tensor([value]).to(self.device)[0]  # made without a dimension, it would be such a number
+        """Make a tensor of a number: plain ones are a part of the program, and two that are equal make it another."""
+        return torch.tensor([value]).to(self.device)[0]  # else it would be taken for a plain number
 
     def execute(self) -> None:
-        """Compile what is new, and begin to execute."""
+        """Compile the program that was gathered, where it is new, and have the devices begin with it."""
         import torch_xla
 
         torch_xla.sync()
@@ -210,7 +210,7 @@ class XLASPMD(Strategy):
         self.compiled_before = compiled
 
     def read(self, tensors: Any, *, summed: bool = False) -> list[float]:
-        """As they are, one after the other: joining them would be a program more."""
+        """Copy the tensors to the host one by one: joining them first would be one more program to compile."""
         import torch_xla
 
         on_host = torch_xla._XLAC._xla_get_cpu_tensors(list(tensors))
@@ -218,7 +218,7 @@ class XLASPMD(Strategy):
 
     @staticmethod
     def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """By torch_xla's own function: a barrier keeps the compiler from finding the first result again.
+        """Compute anew by torch_xla's own function, whose barrier keeps the compiler from reusing the first result.
 
         Raises:
             ValueError: it knows one way only.
@@ -242,13 +242,13 @@ class XLASPMD(Strategy):
         torch_xla.manual_seed(seed)
 
     def random_state(self) -> dict[str, Any]:
-        """That generator's state."""
+        """Return the state of the generator that all devices share."""
         from torch_xla.core import xla_model
 
         return {"xla": xla_model.get_rng_state()}
 
     def restore_random_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where it stood; after a run on other devices, from a seed that the host's state gives."""
+        """Set the generator to where it stood; after a run on other devices, seed it from the host's state."""
         self.seed(state["xla"] if "xla" in state else zlib.crc32(state["torch"].encode()))
 
     # State: on the host, since a checkpoint is read in torch's own memory.
@@ -274,7 +274,7 @@ class XLASPMD(Strategy):
         return {name: {key: on_host(value) for key, value in entries.items()} for name, entries in state.items()}
 
     def stand_in(self, parameter: Tensor) -> Tensor:
-        """Zeros on the host, where nothing is compiled for a trial."""
+        """Make zeros on the host, where nothing is compiled for a trial."""
         return super().stand_in(torch.zeros(parameter.shape, dtype=parameter.dtype))
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -293,12 +293,12 @@ class XLASPMD(Strategy):
         self.execute()
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole gradients; what is outstanding is executed first."""
+        """Yield whole gradients, after what is outstanding was executed."""
         self.execute()
         yield from super().full_gradients()
 
     def release(self, module: nn.Module) -> None:
-        """Take the hooks off, too."""
+        """Take the hooks off the blocks, and let go of the module."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
