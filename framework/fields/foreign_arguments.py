@@ -104,7 +104,7 @@ TRANSFORMERS: Mapping[str, str] = {
     "dispatch_batches": "Ranks share each batch of a Dataset; of a stream each reads its own part: leave it out.",
     "split_batches": "Batch sizes are per device: write per_device_train_batch_size.",
     "include_inputs_for_metrics": "Return what your metric needs from TrainModule.metric_inputs(outputs, batch).",
-    "logging_dir": "Write loggers=[TensorBoardLogger(directory)], from stratagem.framework.loggers.tensorboard.",
+    "logging_dir": "Write loggers=[stratagem.TensorBoardLogger(directory)].",
     "push_to_hub_model_id": UPLOADS,
     "push_to_hub_organization": UPLOADS,
     "push_to_hub_token": UPLOADS,
