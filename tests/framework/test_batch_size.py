@@ -158,6 +158,28 @@ def test_the_run_is_the_one_of_the_smaller_batch(make_fit: MakeFit, from_call: i
     assert [(log["per_device_train_batch_size"], log["gradient_accumulation_steps"]) for log in sizes] == [(4, 4)]
 
 
+def test_a_module_of_module_init_begins_again_as_well(make_fit: MakeFit) -> None:
+    options = {"train_data": NoisyRows(ROWS), **RUN}
+    found = make_fit(
+        None,
+        module_init=lambda trial: Hungry(limit=4),
+        per_device_train_batch_size=16,
+        auto_find_batch_size=True,
+        **options,
+    )
+    found.train()
+    asked = make_fit(
+        None,
+        module_init=lambda trial: Hungry(limit=99),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        **options,
+    )
+    asked.train()
+    assert_same(found, asked)
+    assert found.state.train_batch_size == 4
+
+
 class HungryLater(Dropping):
     """Runs out of memory after some more forwards of more than 4 samples."""
 
