@@ -104,7 +104,7 @@ def train(steps: Steps, run: Run) -> None:
             run.settle_known_schedule()
             for parameter in trainable:
                 parameter.grad = None
-            strategy.execute()
+            strategy.flush()
 
             run.end_update(update_loss)
             end_update(steps, run)

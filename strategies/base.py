@@ -81,7 +81,7 @@ class Strategy(Ranks, PlacedModule):
             prepare_gradients       unscale
             clip_grad_norm          the true norm over all shards
             step                    may be skipped by loss scaling
-            execute                 when the gradients are gone; in evaluation after each micro-batch
+            flush                   when the gradients are gone; in evaluation after each micro-batch
         sum_over_data_ranks, read, gather, broadcast, barrier
         model_state, optimizer_state, load_optimizer_state
         tell_failure, release, begin_again      where a run that failed is begun anew; attempt is entered around it
@@ -341,7 +341,7 @@ class Strategy(Ranks, PlacedModule):
         """Return a number that changes from micro-batch to micro-batch in the form in which the device takes it."""
         return value
 
-    def execute(self) -> None:
+    def flush(self) -> None:
         """Have the device begin with what it was given so far, where operations are gathered before they run."""
 
     def seed(self, seed: int) -> None:

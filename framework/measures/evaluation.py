@@ -175,7 +175,7 @@ class Evaluation:
                     metric.update(*self.module.metric_inputs(outputs, inputs))
                 if totals.outputs is not None:
                     totals.outputs.add(outputs, labels_of(inputs))
-            strategy.execute()
+            strategy.flush()
             self.after_batch()
 
     def _exchange(self, totals: Totals) -> list[dict[str, Any]]:

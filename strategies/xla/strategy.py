@@ -190,7 +190,7 @@ class XLASPMD(Strategy):
         """Make a tensor of a number: plain ones are a part of the program, and two that are equal make it another."""
         return torch.tensor([value]).to(self.device)[0]  # else it would be taken for a plain number
 
-    def execute(self) -> None:
+    def flush(self) -> None:
         """Compile the program that was gathered, where it is new, and have the devices begin with it."""
         import torch_xla
 
@@ -266,7 +266,7 @@ class XLASPMD(Strategy):
             mark(moved, self.mesh, self.partitions.get(name, (None,) * tensor.ndim))
             own[name].data = moved
         super().load_model_state(state)
-        self.execute()
+        self.flush()
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state in host memory."""
@@ -290,11 +290,11 @@ class XLASPMD(Strategy):
         super().load_optimizer_state(
             {name: {key: placed(name, value) for key, value in entries.items()} for name, entries in state.items()}
         )
-        self.execute()
+        self.flush()
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield whole gradients, after what is outstanding was executed."""
-        self.execute()
+        self.flush()
         yield from super().full_gradients()
 
     def release(self, module: nn.Module) -> None:
