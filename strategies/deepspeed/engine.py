@@ -51,15 +51,38 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     config = {key: value for key, value in filled.items() if key not in ("optimizer", "scheduler")}
     config["gradient_clipping"] = 0.0
     names = [set(vars(parameter)) for parameter in module.parameters()]
-    restore_linear()
-    with environment(), ScalarsAsBytes():
-        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    try:
+        with environment(), ScalarsAsBytes():
+            engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    except BaseException:
+        restore_linear()
+        raise
     ENGINES[engine] = names
     return engine
 
 
+class EngineLinear:
+    """The linear function of an engine of stage 3, which keeps no gathered weight for backward. DeepSpeed puts it in
+    the place of torch's for all layers of the process, for good; here it is there while the engine computes, and no
+    other run in the process meets it.
+
+    Made right after the engine; entered around its forward and its backward, which may compute layers once more.
+    """
+
+    def __init__(self) -> None:
+        self.own = nn.functional.linear
+        restore_linear()
+        self.of_torch = nn.functional.linear
+
+    def __enter__(self) -> None:
+        nn.functional.linear = self.own
+
+    def __exit__(self, *_: object) -> None:
+        nn.functional.linear = self.of_torch
+
+
 def restore_linear() -> None:
-    """Put torch's linear function back, which an engine of stage 3 replaces for all layers of the process, for good."""
+    """Put torch's linear function back, where an engine of stage 3 has replaced it."""
     partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     saved = getattr(getattr(partitioning, "InsertPostInitMethodToModuleSubClasses", None), "linear_bk", None)
     if saved is not None:
@@ -74,8 +97,6 @@ def destroy(engine: Any) -> None:
     names = ENGINES.pop(engine, None)
     if names is None:
         return
-    if not ENGINES:
-        restore_linear()
     zero = engine.optimizer if engine.zero_optimization_stage() else None
     engine.destroy()
     engine.module_forward_pre_hook.remove()

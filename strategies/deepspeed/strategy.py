@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: optimizer state, gradients and parameters cut over ranks, by the package's own engine."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .checks import (
     optimizer_problem,
 )
 from .config import fill, given_stage, read
-from .engine import destroy, destroy_all, environment, forget_groups, initialize
+from .engine import EngineLinear, destroy, destroy_all, environment, forget_groups, initialize
 from .order import GradientOrder
 from .state import EngineOptimizer, ZeroState
 
@@ -69,6 +69,7 @@ class DeepSpeed(ProcessGroupStrategy):
     Options = DeepSpeedOptions
     options: DeepSpeedOptions
     engine: Any = None
+    linear: AbstractContextManager[None] = nullcontext()
     zero_state: ZeroState | None = None
 
     def __init__(self, **options: Any) -> None:
@@ -124,6 +125,7 @@ class DeepSpeed(ProcessGroupStrategy):
         assert self.filled, "expect() comes before place()"
         groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
         self.engine = initialize(module, self.optimizer, self.filled)
+        self.linear = EngineLinear()
         self.model = self.engine
         if self.stage:
             self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
@@ -134,6 +136,12 @@ class DeepSpeed(ProcessGroupStrategy):
 
     # One update.
 
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Make the precision's context, with the engine's linear function."""
+        with self.linear, super().forward_context():
+            yield
+
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Tell the engine whether this micro-batch ends the update, where it reduces gradients."""
         self.engine.set_gradient_accumulation_boundary(last)
@@ -142,7 +150,8 @@ class DeepSpeed(ProcessGroupStrategy):
     def backward(self, loss: Tensor) -> None:
         """Have the engine compute the gradients; the loss is weighed already, so the engine doesn't divide it."""
         try:
-            self.engine.backward(loss, scale_wrt_gas=False)
+            with self.linear:
+                self.engine.backward(loss, scale_wrt_gas=False)
         except RuntimeError as error:
             if self.stage == 3 and met_nested(error):
                 raise ValueError(NO_NESTED_TENSORS) from error
@@ -239,6 +248,7 @@ class DeepSpeed(ProcessGroupStrategy):
         if self.engine is not None:
             destroy(self.engine)
             self.engine = self.zero_state = None
+            self.linear = nullcontext()
 
     def tear_down(self) -> None:
         """Let go of the engine and leave the process group."""

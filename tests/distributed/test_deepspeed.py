@@ -68,6 +68,22 @@ def test_float32_curves(zero_ranks: Ranks, tmp_path: Path, stage: int) -> None:
         torch.testing.assert_close(weight, expected_weights[name], rtol=1e-5, atol=1e-5)
 
 
+def train_and_look_at_linear(**options: Any) -> list[bool]:
+    """Whether the process's linear function was torch's, between the updates of a run and after it."""
+    seen: list[bool] = []
+
+    class Look(Callback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seen.append(nn.functional.linear is torch._C._nn.linear)
+
+    train(callbacks=[Look()], max_steps=2, **options)
+    return [*seen, nn.functional.linear is torch._C._nn.linear]
+
+
+def test_other_runs_of_the_process_keep_torchs_linear_function(zero_ranks: Ranks) -> None:
+    assert run(zero_ranks, 3, train_and_look_at_linear) == [[True] * 3] * 2
+
+
 # Checkpoints.
 
 SAVED_AT = 8  # of 20 updates, in the middle of an epoch
