@@ -31,6 +31,8 @@ class Family:
         by_nature: placement to why its numbers are others than one device's, and rightly so; "ranks" stands for every
             placement on several.
         tolerance: of losses and norms, relative to one device's.
+        adam_epsilon: of AdamW; larger where a gradient is 0 in exact arithmetic, and its rounding would be divided by
+            itself.
         samples: in its data. Updates take eight: by default the sixth begins in the short end of the first epoch, whose
             last micro-batch is shorter still.
     """
@@ -46,6 +48,7 @@ class Family:
     left_out: Mapping[str, str] = field(default_factory=dict)
     by_nature: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-4
+    adam_epsilon: float = 1e-8
     samples: int = 43
 
     def is_installed(self) -> bool:

@@ -163,7 +163,12 @@ FAMILIES: dict[str, Family] = {
     "DeepSeek-V3": decoder("DeepseekV3", **DEEPSEEK, **EXPERTS),
     "GPT-2": Family(of_transformers("GPT2LMHeadModel", "GPT2Config", **GPT2), text_rows, packages=PACKAGES),
     "Mamba": Family(of_transformers("MambaForCausalLM", "MambaConfig", **MAMBA), text_rows, packages=PACKAGES),
-    "T5": Family(of_transformers("T5ForConditionalGeneration", "T5Config", **T5), translation_rows, packages=PACKAGES),
+    "T5": Family(
+        of_transformers("T5ForConditionalGeneration", "T5Config", **T5),
+        translation_rows,
+        packages=PACKAGES,
+        adam_epsilon=1e-6,
+    ),
     "BART": Family(
         of_transformers("BartForConditionalGeneration", "BartConfig", **ENCODER_DECODER),
         translation_rows,

@@ -45,8 +45,7 @@ def make(name: str, strategy: str, directory: str, **arguments: Any) -> Fit:
         "gradient_accumulation_steps": 2,
         "shuffle": False,
         "learning_rate": 0.005,
-        # Larger than rounding: a gradient that is 0 in exact arithmetic must not be divided by itself.
-        "adam_epsilon": 1e-6,
+        "adam_epsilon": family.adam_epsilon,
         "output_dir": directory,
     }
     return make_fit(module, data, strategy=strategy, **{**defaults, **arguments})
