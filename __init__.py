@@ -4,14 +4,14 @@ Strategies are classes of ``stratagem.strategies``, precisions of ``stratagem.pr
 is here.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .framework.arguments import FitArguments
 from .framework.callbacks import Callback
 from .framework.fit import Fit
 from .framework.module import TrainModule
 from .framework.state import Control, TrainOutput, TrainState
+from .precision.names import lazy_exports
 
 if TYPE_CHECKING:
     from .framework.builtin_callbacks import EarlyStopping, EmptyCache, FirstStepTime, LearningRateMonitor, Throughput
@@ -51,15 +51,4 @@ FILES = {
     "Upload": "framework.uploading",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import the class of that name from its file."""
-    if name not in FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{FILES[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the public names, imported or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, FILES)

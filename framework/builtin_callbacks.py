@@ -159,12 +159,14 @@ class EmptyCache(Callback):
 class LogBatchSize(Callback):
     """Logs a batch size that was found, once, when the first epoch that is trained with it begins."""
 
-    def on_epoch_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Log it, unless the run that is resumed has."""
+    def on_epoch_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
+        """Log the batch size, unless the run that is resumed has logged it."""
         size = state.train_batch_size
         if size is not None and all(log.get("per_device_train_batch_size") != size for log in state.log_history):
             sizes = {
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
             }
-            context["fit"].log(sizes)
+            fit.log(sizes)

@@ -17,6 +17,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def combine_seeds(*numbers: int) -> int:
+    """Return a seed that follows from several numbers, none of them negative: another one where any of them differs."""
+    return int(numpy.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def capture() -> dict[str, Any]:
     """Return the state of every generator of this process, as JSON types."""
     version, words, gauss = random.getstate()

@@ -3,10 +3,10 @@
 Each class is imported from its file when it is first asked for, so that a name costs no import of the others.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .base import Precision
-from .names import files_of, import_public
+from .names import files_of, lazy_exports
 from .registry import PRECISIONS, get_precision
 
 if TYPE_CHECKING:
@@ -40,13 +40,4 @@ __all__ = [
 
 FILES = {**files_of(PRECISIONS), "LostUpdates": "half", "Mixed": "mixed"}
 
-
-def __getattr__(name: str) -> Any:
-    """Import the class of that name from its file."""
-    value = globals()[name] = import_public(__name__, FILES, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the exported names, imported or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, FILES)

@@ -1,7 +1,8 @@
 """Look a name up in a table of names to classes, and suggest the nearest one where the table has no such name."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -71,17 +72,26 @@ def files_of(table: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, st
     return {class_name: file for file, _, class_name in locations}
 
 
-def import_public(package: str, files: Mapping[str, str], name: str) -> Any:
-    """Import what a package exports under a name from the file that holds it: a package's ``__getattr__`` (PEP 562).
+def lazy_exports(package: str, files: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make the ``__getattr__`` and the ``__dir__`` of a package whose names are imported when they are first asked for
+    (PEP 562).
 
     Args:
-        package: the full name of the package.
+        package: the full name of the package, which is being imported.
         files: exported name to the file of the package that defines it.
-        name: what is asked for.
 
-    Raises:
-        AttributeError: the package exports no such name.
+    Example:
+        ``__getattr__, __dir__ = lazy_exports(__name__, {"DDP": "strategy"})``
     """
-    if name not in files:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return getattr(import_module(f"{package}.{files[name]}"), name)
+    namespace = vars(sys.modules[package])
+
+    def import_name(name: str) -> Any:
+        if name not in files:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = namespace[name] = getattr(import_module(f"{package}.{files[name]}"), name)
+        return value
+
+    def list_names() -> list[str]:
+        return sorted({*namespace, *files})
+
+    return import_name, list_names

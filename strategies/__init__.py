@@ -3,9 +3,9 @@
 Each class is imported from its file when it is first asked for, so that a name costs no import of the others.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..precision.names import files_of, import_public
+from ..precision.names import files_of, lazy_exports
 from .base import Strategy
 from .registry import STRATEGIES, get_strategy
 
@@ -35,13 +35,4 @@ __all__ = [
 
 FILES = files_of(STRATEGIES)
 
-
-def __getattr__(name: str) -> Any:
-    """Import the class of that name from its file."""
-    value = globals()[name] = import_public(__name__, FILES, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the exported names, imported or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, FILES)

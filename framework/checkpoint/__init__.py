@@ -1,7 +1,6 @@
 """Checkpoints: one format for every strategy, without pickle. A checkpoint exists whole or not at all."""
 
-from importlib import import_module
-from typing import Any
+from ...precision.names import lazy_exports
 
 # These files are imported when they are first used, since torch.distributed.checkpoint takes long to import.
 HOMES = {
@@ -24,10 +23,4 @@ HOMES = {
     "write": "writing",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import the public function or class of that name from its file."""
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{HOMES[name]}", __name__), name)
-    return value
+__getattr__, __dir__ = lazy_exports(__name__, HOMES)

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -292,7 +291,7 @@ def random_of_rank(path: Path, strategy: Strategy, state: Mapping[str, Any], see
             raise CheckpointError(f"{file} was altered: {problem}.")
         return random
     now = random_state.capture()
-    random_state.seed_everything(int(numpy.random.SeedSequence((seed, strategy.data_rank, step)).generate_state(1)[0]))
+    random_state.seed_everything(random_state.combine_seeds(seed, strategy.data_rank, step))
     fresh = random_state.capture()
     random_state.restore(now)
     return fresh

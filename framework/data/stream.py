@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
-
+from .. import random_state
 from .fingerprint import fingerprint
 
 
@@ -149,4 +148,4 @@ def share(samples: Sequence[Any], rank: int, size: int, batch_size: int) -> Sequ
 
 def batch_seed(seed: int, epoch: int, position: int) -> int:
     """Return the seed for the random numbers of one batch; the same for any number of workers."""
-    return int(numpy.random.SeedSequence((seed, epoch, position)).generate_state(1)[0])
+    return random_state.combine_seeds(seed, epoch, position)

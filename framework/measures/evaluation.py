@@ -42,7 +42,7 @@ class Results(NamedTuple):
 
 
 @dataclass
-class Totals:
+class PassTotals:
     """What one rank adds up during a pass.
 
     Attributes:
@@ -128,17 +128,17 @@ class Evaluation:
             metrics |= {f"{prefix}_{name}": float(number) for name, number in own.items()}
         return Results(metrics, predictions, labels) if predict else Results(metrics, None, None)
 
-    def _begin_totals(self, ignore_keys: Iterable[str], predict: bool) -> Totals:
+    def _begin_totals(self, ignore_keys: Iterable[str], predict: bool) -> PassTotals:
         """Make what the pass adds up in; metrics are made anew for each pass."""
         metrics = {} if predict else dict(self.module.metrics())
         for metric in metrics.values():
             metric.to(self.strategy.device)
         if not predict and self.compute_metrics is None:
-            return Totals(metrics, None)
+            return PassTotals(metrics, None)
         config = getattr(self.module, "config", None)
         ignored = {*ignore_keys} or {*getattr(config, "keys_to_ignore_at_inference", ())}
         together = self.args.eval_accumulation_steps or 1
-        return Totals(metrics, KeptOutputs(ignored, together, self.preprocess_logits))
+        return PassTotals(metrics, KeptOutputs(ignored, together, self.preprocess_logits))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -151,7 +151,7 @@ class Evaluation:
         finally:
             model.train(was_training)
 
-    def _pass_over(self, batches: Iterator[Any], totals: Totals, predict: bool) -> None:
+    def _pass_over(self, batches: Iterator[Any], totals: PassTotals, predict: bool) -> None:
         """Run the model on every batch, and add up what it finds. Nothing waits for the device in here, but for outputs
         that move to the host.
         """
@@ -178,7 +178,7 @@ class Evaluation:
             strategy.flush()
             self.after_batch()
 
-    def _exchange(self, totals: Totals) -> list[dict[str, Any]]:
+    def _exchange(self, totals: PassTotals) -> list[dict[str, Any]]:
         """Gather what every rank has added up, on the host, in one message. The tensor-parallel ranks of a sample have
         all counted it, and the first of them speaks for them.
         """

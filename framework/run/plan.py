@@ -7,7 +7,7 @@ from typing import Any
 from ..arguments import FitArguments
 from ..data import DataStream
 from ..fields import cadence
-from .length import RunLength, length_of_resumed, run_length
+from .length import length_of_resumed, run_length
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Plan:
             ValueError: the data has no length, and nothing else says when to stop; or what is due contradicts itself.
         """
         args = self.unsettled
-        return self.of_length(run_length(args, stream, stream.global_micro_batch * args.gradient_accumulation_steps))
+        length = run_length(args, stream, stream.global_micro_batch * args.gradient_accumulation_steps)
+        return self._of_length(args, length.num_train_epochs, length.max_steps)
 
     def has_global_batch_of(self, saved: Mapping[str, Any], stream: DataStream) -> bool:
         """Whether an update takes as many samples as in the run that saved a checkpoint; see ``resumed``."""
@@ -77,9 +78,7 @@ class Plan:
         total = stream.global_micro_batch * args.gradient_accumulation_steps
         done = (saved["progress"]["global_step"], saved["data"]["epoch"], stream.fraction())
         length = run_length(args, stream, total)
-        num_train_epochs, max_steps = length_of_resumed(args, length, total, done)
-        return self.of_length(length._replace(num_train_epochs=num_train_epochs, max_steps=max_steps))
+        return self._of_length(args, *length_of_resumed(args, length, total, done))
 
-    def of_length(self, length: RunLength) -> "Plan":
-        """The plan of a run of that length."""
-        return Plan(self.given, cadence.resolve(self.unsettled, length.max_steps), length.num_train_epochs)
+    def _of_length(self, unsettled: FitArguments, num_train_epochs: int, max_steps: int) -> "Plan":
+        return Plan(self.given, cadence.resolve(unsettled, max_steps), num_train_epochs)

@@ -8,7 +8,7 @@ meet again in another process group; see ``strategies/meeting.py``.
 import contextlib
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,9 +62,10 @@ class Report(Callback):
             if self.options.metrics[0] in log:
                 self.report(log[self.options.metrics[0]], log["step"])
 
-    def on_evaluate(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
+    def on_evaluate(
+        self, args: FitArguments, state: TrainState, control: Control, *, metrics: Mapping[str, float], **context: Any
+    ) -> None:
         """Report, and stop where the trial is to be pruned; the flag is agreed at once."""
-        metrics = context["metrics"]
         missing = [name for name in self.options.metrics if name not in metrics]
         if missing:
             raise ValueError(
@@ -76,10 +77,12 @@ class Report(Callback):
         if self.trial is not None and state.global_step < state.max_steps and self.trial.should_prune():
             self.is_pruned = control.should_training_stop = True
 
-    def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """A run without evaluations is evaluated at its end."""
+    def on_train_end(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
+        """Evaluate a run at its end that had no evaluation."""
         if not any(self.options.metrics[0] in log for log in state.log_history):
-            context["fit"].evaluate()
+            fit.evaluate()
 
     def report(self, value: float, step: int) -> None:
         """Report a number; others tell a pruner nothing."""

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-
+from .. import random_state
 from ..arguments import FitArguments
 from .locks import Claim, is_claimed, locked
 from .options import SearchOptions, import_optuna
@@ -202,8 +201,7 @@ class Study:
 
     def _seed(self, number: int, purpose: str) -> int:
         """Return a seed that no other trial, and no other purpose, has."""
-        words = [self.args.seed, number, *purpose.encode()]
-        return int(numpy.random.SeedSequence(words).generate_state(1)[0]) >> 1
+        return random_state.combine_seeds(self.args.seed, number, *purpose.encode()) >> 1
 
     def _retry_trials_of_the_dead(self) -> None:
         """Have each trial of a dead process wait to be run again, once, then have it failed. In this order, a process

@@ -125,7 +125,8 @@ class DeepSpeed(ProcessGroupStrategy):
         assert self.filled, "expect() comes before place()"
         groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
         self.engine = initialize(module, self.optimizer, self.filled)
-        self.linear = EngineLinear()
+        if self.stage == 3:
+            self.linear = EngineLinear()
         self.model = self.engine
         if self.stage:
             self.zero_state = ZeroState(self.engine, [group["params"] for group in groups], self.mesh[SHARD])
