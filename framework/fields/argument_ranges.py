@@ -4,7 +4,12 @@ from typing import Any
 
 from .argument_fields import ArgumentFields
 
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_skipped_updates",
+)
 AT_LEAST_ONE_OR_NONE = (
     "save_total_limit",
     "dataloader_prefetch_factor",
@@ -23,6 +28,7 @@ NOT_NEGATIVE = (
 BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 ONE_OF = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "nonfinite_updates": ("skip", "raise"),
     "debug": ("", "underflow_overflow", "ranks_agree"),
     "other_checkpoints": ("set_aside", "refuse"),
     "resume_with": ("checkpoint", "arguments"),
@@ -66,6 +72,13 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
         require(name, getattr(args, name) in known, f"must be one of {', '.join(map(repr, known))}")
     require("past_index", args.past_index >= -1, "is the place of an output, or -1 for none")
     require("neftune_noise_alpha", args.neftune_noise_alpha is None or args.neftune_noise_alpha > 0, "must be above 0")
+    require("spike_updates", args.spike_updates is None or args.spike_updates > 0, "must be above 0, or None")
+    require(
+        "spike_updates",
+        args.spike_updates is None or bool(args.max_grad_norm),
+        f"goes by the gradients' norm, which max_grad_norm={args.max_grad_norm!r} leaves out; set max_grad_norm (a "
+        "large one clips nothing)",
+    )
     for name, nothing, needed in WITHOUT_EFFECT:
         require(name, getattr(args, name) == nothing or getattr(args, needed), f"has no effect without {needed}=True")
     for name, nothing in NEED_WORKERS:
