@@ -24,6 +24,8 @@ class Updating(Ranks, PlacedModule):
     gradients_are_alike: ClassVar[bool] = True
     """Whether every rank has the same gradients after an update's last backward, or all of them know of one another's
     that aren't finite."""
+    compiles_updates: ClassVar[bool] = False
+    """Whether an update is one compiled program, to which nothing can be added at will."""
     normed: tuple[Sequence[nn.Parameter], list[Tensor]] | None = None
 
     @property
@@ -67,20 +69,26 @@ class Updating(Ranks, PlacedModule):
         of one number.
 
         Returns:
-            0-dim, NaN where one isn't and else 0, equal on every rank. It stays on the device.
+            0-dim, finite where all gradients are, equal on every rank. It stays on the device.
         """
         parameters = self.precision.clipped(parameters)
-        gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        mark = torch.zeros((), device=self.device)
-        if gradients:
-            each = norms(gradients)
-            mark = torch.stack(each).sum().mul(0.0)
-            self.note_norms(parameters, each)
-        if not self.gradients_are_alike and self.world_size > 1:
-            flag = nonfinite(mark).float()  # no back end promises what the largest of some numbers and NaN is
-            self.max_over_ranks(flag)
-            mark = mark.masked_fill(flag > 0.0, torch.nan)
-        return mark
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.gradients_are_alike:
+            return self.sum_of_norms(parameters, gradients)
+        sum_of_norms = self.sum_of_norms(parameters, [local_part(gradient) for gradient in gradients])
+        if self.world_size == 1:
+            return sum_of_norms
+        flag = nonfinite(sum_of_norms)  # no back end promises what the largest of some numbers and NaN is
+        self.max_over_ranks(flag)
+        return torch.where(flag > 0.0, torch.nan, flag)
+
+    def sum_of_norms(self, parameters: Sequence[nn.Parameter], gradients: list[Tensor]) -> Tensor:
+        """Add the norms of this rank's gradients, 0 without any, and note them; see ``note_norms``."""
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        each = norms(gradients)
+        self.note_norms(parameters, each)
+        return torch.stack(each).sum()
 
     def note_norms(self, parameters: Sequence[nn.Parameter], each: list[Tensor]) -> None:
         """Note the norms of this rank's gradients, to name one that wasn't finite later.
@@ -158,8 +166,8 @@ def norms(gradients: list[Tensor]) -> list[Tensor]:
 
 
 def nonfinite(number: Tensor) -> Tensor:
-    """Return 1 where a 0-dim number isn't finite, and else 0, in its own dtype and on its device."""
-    return number.mul(0.0).ne_(0.0)
+    """Return 1 where a 0-dim number isn't finite, and else 0, in float32 and on its device."""
+    return number.mul(0.0).ne_(0.0).float()
 
 
 def local_part(tensor: Any) -> Tensor:

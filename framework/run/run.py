@@ -23,6 +23,7 @@ from .in_step import InStep
 from .placement import Placement
 from .plan import Plan
 from .rescue import Rescue
+from .statistics import RunningStatistics, running_statistics
 from .totals import Totals
 from .transaction import Attempt, Transaction
 
@@ -76,6 +77,7 @@ class Run:
         self._loss: Tensor | None = None  # of the last update, on this rank
         self._begin = 0  # the last update's first position
         self._attempted: Attempt | None = None  # the last update, where it isn't known yet whether it was made
+        self._statistics: RunningStatistics | None = None
         self._earlier_samples = 0  # handed out in earlier epochs of this run, less those before a resume
         self._random_to_restore: dict[str, Any] | None = None
         self._scheduler: LRScheduler | None = None
@@ -175,6 +177,8 @@ class Run:
     def begin_update(self, position: int) -> None:
         """Note where in the data an update's samples begin."""
         self._begin = position
+        if self._statistics is not None:
+            self._statistics.keep(self.state.global_step + 1)
 
     def clip(self, parameters: list[Any]) -> None:
         """Scale the gradients down to ``max_grad_norm``, and keep their norm, on the device."""
@@ -217,8 +221,11 @@ class Run:
             scheduler, transaction = self._scheduler, self.transaction
             assert scheduler is not None
             if transaction.was_skipped():
+                attempt = self._attempted or self._attempt()
                 self.state.skip_update()
-                transaction.note_skipped(self._attempted or self._attempt())
+                if self._statistics is not None:
+                    self._statistics.give_back(attempt.update)
+                transaction.note_skipped(attempt)
                 return
             if transaction.in_a_row:
                 transaction.end_row()
@@ -271,6 +278,8 @@ class Run:
 
     def begin_training(self) -> None:
         """Begin to measure: everything is placed and restored."""
+        if not self.strategy.compiles_updates:
+            self._statistics = running_statistics(self.module, 1 if self.transaction.on_host else 2)
         self.totals = Totals(self.args, self.state, self.averages, self.strategy)
 
     def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:

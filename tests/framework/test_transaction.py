@@ -442,3 +442,33 @@ def test_a_flag_leaves_out_the_first_step(fused: bool, momentum: float) -> None:
             plain.step()
         assert torch.equal(parameter, other)
     assert not hasattr(optimizer, "found_inf")
+
+
+class Normed(Adaptive):
+    """With statistics that forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.hidden(x))))
+
+
+def test_running_statistics_stay(make_fit: MakeFit) -> None:
+    expected = Normed()
+    module, elsewhere = copy.deepcopy(expected), copy.deepcopy(expected)
+    arguments: dict[str, Any] = {"max_steps": 9, "per_device_train_batch_size": BATCH, "learning_rate": 0.0}
+    rows = poisoned(40, 5)
+    make_fit(expected, rows[: 5 * BATCH] + rows[6 * BATCH :], **{**arguments, "max_steps": 8}).train()
+    make_fit(module, rows, **arguments).train()
+    assert_same(module, expected)
+    assert int(module.norm.num_batches_tracked) == 8
+    # Where the host learns of it an update later, that one's share is lost, too; not where a log comes between.
+    make_fit(elsewhere, rows, strategy=Elsewhere(device="cpu"), **arguments).train()
+    assert int(elsewhere.norm.num_batches_tracked) == 7 and bool(elsewhere.norm.running_var.isfinite().all())
+    logged = copy.deepcopy(Normed())
+    logged.load_state_dict(expected.state_dict())
+    logged.norm.reset_running_stats()
+    make_fit(logged, rows, strategy=Elsewhere(device="cpu"), logging_steps=1, **arguments).train()
+    assert_same(logged, expected)
