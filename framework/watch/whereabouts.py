@@ -40,7 +40,7 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/checkpoint/contents.py", "load_weights"): "loading the best weights",
 }
 LONG = ("beginning the run", "saving a checkpoint", "ending the run", "loading the best weights")
-COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/")
+COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/")  # what is left on the stack once compiled is no sign
 DEBUGGERS = ("/bdb.py", "/pdb.py", "/debugpy/")
 
 
