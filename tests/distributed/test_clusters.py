@@ -47,8 +47,10 @@ def mpirun() -> list[dict[str, str]]:
     return [{**sizes, **{f"OMPI_COMM_WORLD_{name}": str(rank) for name in names}} for rank in (0, 1)]
 
 
-def start(output: Path, environments: list[dict[str, str]], *options: str) -> list[tuple[int, str]]:
-    """Start the program once in each environment, and wait.
+def start(
+    output: Path, environments: list[dict[str, str]], *options: str, program: Path = PROGRAM
+) -> list[tuple[int, str]]:
+    """Start a program once in each environment, and wait.
 
     Returns:
         The status of each, and what it printed.
@@ -57,7 +59,7 @@ def start(output: Path, environments: list[dict[str, str]], *options: str) -> li
     own = {name: value for name, value in os.environ.items() if not name.startswith(started)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(output), *options],
+            [sys.executable, str(program), str(output), *options],
             env={**own, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
