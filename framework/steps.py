@@ -378,7 +378,7 @@ class Steps:
         return path
 
     def rotate_checkpoints(self) -> None:
-        """Remove the oldest checkpoints beyond ``save_total_limit``; see ``Saver.rotate`` for those kept. Collective."""
+        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
         self.saver.rotate(best.best_update(self.state))
 
     def export(self, path: str | Path) -> Path:

@@ -237,7 +237,7 @@ class ProcessGroupStrategy(Strategy):
             return None
         store = dist.distributed_c10d._get_default_store()
         part = f"{name}-{store.add(f'{name}/{self.rank}', 1)}"
-        own: Any = store.clone()  # type: ignore[attr-defined] (torch's stub lacks it)
+        own: Any = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         own.set_timeout(timedelta(seconds=STORE_SECONDS))
         whole = own
         while isinstance(whole, dist.PrefixStore):

@@ -21,7 +21,7 @@ def sentence(reports: Mapping[int, Whereabouts], hosts: Mapping[int, str]) -> st
     if len(hosts) == 1 and busy:
         return f"This process has been in {at(busy[0])} for {busy[0].seconds:.0f} s, in update {busy[0].update}."
     if missing:
-        said = f"{ranks(missing, hosts)} {verb(missing, 'doesn', 'don')}'t answer: stopped, dead, or cut off."
+        said = f"{ranks(missing, hosts)} {verb(missing, 'doesn', 'don')}'t answer: stopped, dead, or cut off"
         return said + waits_for(waiting, missing) + also(busy)
     if waiting and busy:
         said = "; ".join(f"rank {r.rank} (host {r.host}) has been in {at(r)} for {r.seconds:.0f} s" for r in busy)

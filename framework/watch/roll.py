@@ -6,7 +6,7 @@ from typing import Any
 from .whereabouts import Whereabouts
 
 CALLED = "called"  # key: how many roll calls there were
-SECONDS = 4.0  # that a rank has to answer; its thread looks once a second
+SECONDS = 3.0  # that a rank has to answer; its thread looks once a second
 LOOK = 0.1  # seconds between two looks for answers
 
 

@@ -40,7 +40,8 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/checkpoint/contents.py", "load_weights"): "loading the best weights",
 }
 LONG = ("beginning the run", "saving a checkpoint", "ending the run", "loading the best weights")
-COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/")
+# Other files of torch's compiler stay on the stack of what is compiled already.
+COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/")
 DEBUGGERS = ("/bdb.py", "/pdb.py", "/debugpy/")
 
 
