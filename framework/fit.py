@@ -113,7 +113,7 @@ class Fit(Runs):
             torch_settings.check_tf32(self.strategy.device)
         self.state, self.control = TrainState(), Control()
         self.memory = MemoryByStage(self.strategy.device)
-        self._placement = self._run = self._saver = None
+        self._placement = self._run = self._saver = self._watch = None
         self._interpret_module()
         self._check_ranks_agree()
         if train_data is not None:

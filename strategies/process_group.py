@@ -42,6 +42,8 @@ from .mesh import (
 )
 from .whole_parameters import average_gradients
 
+STORE_SECONDS = 5.0  # that a rank waits for an answer of the store, outside of what the ranks do together
+
 
 @dataclass(frozen=True)
 class ProcessGroupOptions:
@@ -225,6 +227,19 @@ class ProcessGroupStrategy(Strategy):
         join_by(dist.PrefixStore("again", store), rank, world_size, timeout)
         super().begin_again()
 
+    def open_stores(self, name: str) -> tuple[dist.Store, dist.Store] | None:
+        """Open a part of the process group's store, and the store that the launcher of the ranks knows."""
+        if self.world_size == 1:
+            return None
+        store = dist.distributed_c10d._get_default_store()
+        part = f"{name}-{store.add(f'{name}/{self.rank}', 1)}"
+        own: Any = store.clone()  # type: ignore[attr-defined] (torch's stub lacks it)
+        own.set_timeout(timedelta(seconds=STORE_SECONDS))
+        whole = own
+        while isinstance(whole, dist.PrefixStore):
+            whole = whole.underlying_store
+        return dist.PrefixStore(part, own), dist.PrefixStore(attempt_name(), whole)
+
     def all_say(self, what: str, seconds: float) -> bool:
         """Compare the ranks' words in the store, which a rank can use while others wait in a collective."""
         store = dist.distributed_c10d._get_default_store()
@@ -256,13 +271,17 @@ def join(timeout: float) -> None:
             # addresses of the dead ranks.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            join_by(dist.PrefixStore(f"attempt{attempt}", store), rank, world_size, timeout)
+            join_by(dist.PrefixStore(attempt_name(), store), rank, world_size, timeout)
         else:
             dist.init_process_group(backend(), timeout=limit)
     else:
         join_by(dist.HashStore(), 0, 1, timeout)
     atexit.register(leave)
+
+
+def attempt_name() -> str:
+    """Name the launcher's attempt at the run: the part of its store that the attempt's ranks meet in."""
+    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def join_by(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:

@@ -20,11 +20,14 @@ NOT_NEGATIVE = (
     "dataloader_num_workers",
     "seed",
 )
+ABOVE_ZERO_OR_NONE = ("hang_timeout", "neftune_noise_alpha")
+PREEMPTION_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 ONE_OF = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     "debug": ("", "underflow_overflow", "ranks_agree"),
     "other_checkpoints": ("set_aside", "refuse"),
+    "on_hang": ("end", "report"),
     "resume_with": ("checkpoint", "arguments"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
@@ -38,6 +41,11 @@ NEED_WORKERS: tuple[tuple[str, Any], ...] = (
     ("dataloader_prefetch_factor", None),
     ("dataloader_persistent_workers", False),
 )
+
+
+def names_in(written: str) -> list[str]:
+    """The names in a list with commas: "SIGTERM,SIGUSR1"."""
+    return [name.strip() for name in written.split(",") if name.strip()]
 
 
 def problems(args: ArgumentFields) -> list[tuple[str, str]]:
@@ -65,7 +73,13 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     for name, known in ONE_OF.items():
         require(name, getattr(args, name) in known, f"must be one of {', '.join(map(repr, known))}")
     require("past_index", args.past_index >= -1, "is the place of an output, or -1 for none")
-    require("neftune_noise_alpha", args.neftune_noise_alpha is None or args.neftune_noise_alpha > 0, "must be above 0")
+    for name in ABOVE_ZERO_OR_NONE:
+        value = getattr(args, name)
+        require(name, value is None or value > 0, "must be above 0, or None")
+    require("preemption_grace", args.preemption_grace > 0, "must be above 0")
+    unknown = [name for name in names_in(args.preemption_signals) if name not in PREEMPTION_SIGNALS]
+    takes = f"takes {', '.join(PREEMPTION_SIGNALS)}, with commas between them; Ctrl-C is always caught"
+    require("preemption_signals", not unknown, takes)
     for name, nothing, needed in WITHOUT_EFFECT:
         require(name, getattr(args, name) == nothing or getattr(args, needed), f"has no effect without {needed}=True")
     for name, nothing in NEED_WORKERS:

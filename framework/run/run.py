@@ -17,6 +17,7 @@ from ..measures.memory import MemoryByStage
 from ..module import TrainModule
 from ..optim.schedulers import waits_for_metric
 from ..state import Control, TrainState
+from ..watch.watch import Watch
 from .configured import configured_scheduler
 from .exchange import UpdateExchange
 from .in_step import InStep
@@ -43,6 +44,7 @@ class Run:
         exchange: the ranks' message of an update.
         rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
+        watch: sees signals, hangs and other ranks' failures; there from the beginning of training.
         results: the numbers at the run's end.
         epoch_index: whole passes over the data done.
         grad_norm: of the last update, on the device; None where gradients aren't clipped.
@@ -68,6 +70,7 @@ class Run:
         self.results: dict[str, float] = {}
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
+        self.watch: Watch
         self._schedule_is_due = False
         self._earlier_samples = 0  # handed out in earlier epochs of this run, less those before a resume
         self._random_to_restore: dict[str, Any] | None = None
@@ -201,8 +204,14 @@ class Run:
         if self.rescue is not None:
             self.rescue.end_update()
 
-    def begin_training(self) -> None:
+    @property
+    def interruption(self) -> int:
+        """The status that a signal asks all ranks to end with; 0 where none does. The same on all ranks."""
+        return self.watch.wish if self.strategy.world_size == 1 else self.exchange.interruption
+
+    def begin_training(self, watch: Watch) -> None:
         """Begin to measure: everything is placed and restored."""
+        self.watch = watch
         self.totals = Totals(self.args, self.state, self.averages, self.strategy)
 
     def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:

@@ -29,6 +29,18 @@ class InterruptedByUser(Interrupted, KeyboardInterrupt):
     """The same after Ctrl-C: a program that catches KeyboardInterrupt catches it."""
 
 
+class EvaluationInterrupted(BaseException):
+    """A signal came in the middle of an evaluation in training. The loop saves the run, and raises Interrupted.
+
+    Args:
+        status: that the process is to end with.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 class AnotherRankFailed(RuntimeError, SystemExit):
     """This rank had to end because another one failed first. A program that doesn't catch it ends with the status 70
     and without a traceback: the first failure's is the one to read.

@@ -1,0 +1,62 @@
+"""A roll call: every rank says where it is, from a thread, while its main thread may wait for ever."""
+
+import time
+from typing import Any
+
+from .whereabouts import Whereabouts
+
+CALLED = "called"  # key: how many roll calls there were
+SECONDS = 3.0  # that a rank has to answer; its thread looks once a second
+LOOK = 0.1  # seconds between two looks for answers
+
+
+class Roll:
+    """The roll calls of one run.
+
+    Args:
+        store: a part of the ranks' store for this run alone, by a connection that only one thread uses at a time.
+        rank, world_size: of the run.
+        host: the name of this rank's machine, which the others are told at once: a dead rank can't say it.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int, host: str) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.answered = 0
+        store.set(f"host/{rank}", host)
+
+    def call(self) -> None:
+        """Call the roll, unless there is a call that this rank hasn't answered yet."""
+        if not self.is_called():
+            self.store.add(CALLED, 1)
+
+    def is_called(self) -> bool:
+        """Whether this rank has a call to answer."""
+        return self.store.check([CALLED]) and int(self.store.add(CALLED, 0)) > self.answered
+
+    def answer(self, report: Whereabouts) -> dict[int, Whereabouts]:
+        """Answer the call, and wait for the other ranks' answers.
+
+        Returns:
+            What those ranks have told that answered in time, by rank.
+        """
+        self.answered = number = int(self.store.add(CALLED, 0))
+        self.store.set(f"call-{number}/{self.rank}", report.to_words())
+        keys = {rank: f"call-{number}/{rank}" for rank in range(self.world_size)}
+        deadline = time.monotonic() + SECONDS
+        while not self.store.check(list(keys.values())) and time.monotonic() < deadline:
+            time.sleep(LOOK)
+        return {
+            rank: Whereabouts.from_words(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])
+        }
+
+    def speaks(self) -> bool:
+        """Whether this rank is the one that speaks for all in the call that it answered last: the first that asks."""
+        words = f"call-{self.answered}/speaker", "", str(self.rank)
+        return bool(int(self.store.compare_set(*words)) == self.rank)
+
+    def hosts(self) -> dict[int, str]:
+        """The machine of every rank."""
+        keys = {rank: f"host/{rank}" for rank in range(self.world_size)}
+        return {
+            rank: self.store.get(key).decode() if self.store.check([key]) else "unknown" for rank, key in keys.items()
+        }

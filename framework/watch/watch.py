@@ -1,0 +1,280 @@
+"""The watch over one rank of a run: a thread that sees signals, failures of other ranks and hangs, and acts on them.
+
+The main thread may wait in a collective for a rank that will never come. So the watch's thread does what has to be done
+meanwhile. It wakes once a second, and at a signal. What it does, in this order::
+
+    a first signal                note the wish to end, which the update's message carries to all ranks
+    a second one, or the end of preemption_grace          end this process
+    another rank has failed       wait a few seconds until the main thread fails by it, too; then end this process
+    a roll call of another rank   say where this rank is
+    no progress for long          call the roll; the first rank alive says who waits for whom; end this process
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...strategies.base import Strategy
+from ...strategies.failures import Failure, Failures
+from ...strategies.statuses import ANOTHER_FAILED, HUNG, INTERRUPTED, PREEMPTED
+from ..arguments import FitArguments
+from ..fields.argument_ranges import names_in
+from ..printing import say
+from ..state import TrainState
+from . import hang_report, whereabouts
+from .ending import end_process
+from .endings import Interrupted
+from .failing import settle
+from .pulse import Pulse
+from .roll import Roll
+from .signals import Signals
+from .whereabouts import Whereabouts
+
+if TYPE_CHECKING:
+    from ..checkpoint import Saver
+
+LOOK = 1.0  # seconds between two looks
+TOGETHER = 2.0  # seconds within which signals count as one: a launcher and a scheduler both send theirs
+UNTIL_FORCED = 4.0  # seconds that the main thread has to fail by another rank's failure
+QUIET = 5.0  # seconds without progress before anything is suspected
+PATIENCE = 5.0  # times the limit, after which ranks that all answer are ended where no hang_timeout was given
+MANY = 1 << 20  # more than there are ranks, so that two counts fit into the sum of one number
+
+
+class WatchWarning(UserWarning):
+    """What the watch sees coming, while nothing is lost yet."""
+
+
+class Watch:
+    """Looks after one rank while it trains; entered around a run.
+
+    Args:
+        strategy: set up.
+        args: of the run: ``preemption_signals``, ``preemption_grace``, ``hang_timeout``, ``on_hang``.
+        state: progress of the run.
+        saver: knows how long a checkpoint takes.
+
+    Attributes:
+        wish: the status that a signal asks this rank to end with; 0 where none has come.
+        batches: of evaluations, done so far.
+        problem: why the run can't go on as it is configured; None where it can.
+    """
+
+    def __init__(self, strategy: Strategy, args: FitArguments, state: TrainState, saver: "Saver") -> None:
+        self.strategy, self.args, self.state, self.saver = strategy, args, state, saver
+        self.wish, self.batches = 0, 0
+        self.problem: str | None = None
+        self.host = socket.gethostname()
+        self.signals = Signals(names_in(args.preemption_signals))
+        self.pulse = Pulse(args.hang_timeout)
+        self.failures: Failures | None = None
+        self.roll: Roll | None = None
+        self._connection = threading.RLock()  # to the store: the main thread takes it over when the run fails
+        self._thread = threading.Thread(target=self._look_after, name="stratagem watch", daemon=True)
+        self._trains_in = 0  # the thread that this run is in
+        self._is_leaving = self._is_over = self._has_warned = False
+        self._signal = 0  # the first that came, at this time:
+        self._signalled_at = self._failed_at = self._reported_at = 0.0
+
+    def __enter__(self) -> "Watch":
+        self._trains_in = threading.get_ident()
+        stores = self.strategy.open_stores("watch")
+        if stores is not None:
+            self.failures = Failures(*stores)
+            self.roll = Roll(stores[0], self.strategy.rank, self.strategy.world_size, self.host)
+        self.signals.catch()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._is_leaving = True
+        try:
+            if error is not None and not isinstance(error, Interrupted) and self.failures and self.roll:
+                with self._connection:
+                    settle(error, self.failures, self.roll, self._where)
+        finally:
+            self._is_over = True
+            with suppress(OSError):
+                self.signals.sender.send(b"\0")
+            self._thread.join()
+            self.signals.let_go()
+        if self._signal and error is None:  # it came after the last update that could have carried it
+            os.kill(os.getpid(), self._signal)
+
+    # What the run asks and tells.
+
+    def words(self) -> int:
+        """This rank's wish, for the sum over all ranks that ``told`` reads."""
+        return 0 if not self.wish else 1 if self.wish == PREEMPTED else MANY
+
+    @staticmethod
+    def told(total: int) -> int:
+        """The status that some rank wishes to end with; 0 where none does. SIGTERM goes before Ctrl-C."""
+        return 0 if not total else PREEMPTED if total % MANY else INTERRUPTED
+
+    def note_batch(self) -> None:
+        """Note progress of an evaluation."""
+        self.batches += 1
+
+    # The thread.
+
+    def _look_after(self) -> None:
+        while not self._is_over:
+            select.select([self.signals.receiver], [], [], LOOK)
+            for number in self.signals.read():
+                self._take_signal(number)
+            if self._is_over or self._is_leaving:
+                continue
+            now = time.monotonic()
+            self.pulse.look(now, (self.state.global_step, self.batches))
+            self._check_arguments()
+            if self._signal and now > self._signalled_at + self.args.preemption_grace:
+                self._end_unsaved(f"no update and save were over within preemption_grace={self.args.preemption_grace}")
+            if self.failures is not None:
+                try:
+                    with self._connection:
+                        self._look_at_others(now)
+                except RuntimeError:  # the store is gone with the process that holds it
+                    self._lose_store()
+            self._look_for_hang(now)
+
+    def _take_signal(self, number: int) -> None:
+        now = time.monotonic()
+        if not self._signal:
+            self._signal, self._signalled_at = number, now
+            self.wish = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+            name = signal.Signals(number).name
+            if self.strategy.is_main or self.strategy.world_size > 1:
+                said = f"{name}: the run is saved after this update, and ends. A second signal ends it at once."
+                say(f"rank {self.strategy.rank}: {said}" if self.strategy.world_size > 1 else said, sys.stderr)
+        elif now > self._signalled_at + TOGETHER:
+            self._end_unsaved(f"a second signal, {signal.Signals(number).name}, came")
+
+    def _end_unsaved(self, why: str) -> None:
+        update = self.state.global_step + 1
+        failure = Failure(self.strategy.rank, self.host, f"ended by a signal in update {update}, unsaved: {why}")
+        if self.failures is not None:
+            with suppress(RuntimeError):
+                self.failures.tell(failure)
+        end_process(self.wish, f"{failure}.")
+
+    def _check_arguments(self) -> None:
+        """Say what measured times tell about the arguments."""
+        if self.pulse.timeout_is_too_short() and self.problem is None:
+            self.problem = (
+                f"hang_timeout={self.args.hang_timeout} is below the {self.pulse.longest:.1f} s that an update takes: "
+                "each would be taken for a hang. Raise it, or leave it out: the limit then follows the updates."
+            )
+        needed = self.pulse.longest + self.saver.seconds
+        if needed > self.args.preemption_grace and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"preemption_grace={self.args.preemption_grace} s is less than an update ({self.pulse.longest:.1f} s) "
+                f"and a checkpoint ({self.saver.seconds:.1f} s) take: a run that gets a signal may end unsaved. Raise "
+                "it as far as the scheduler waits, save to a faster disk, or take async_save=True.",
+                WatchWarning,
+                stacklevel=2,
+            )
+
+    def _where(self) -> Whereabouts:
+        seconds = self.pulse.without_progress(time.monotonic())
+        frame = whereabouts.frame_of(self._trains_in)
+        return whereabouts.find(frame, self.strategy.rank, self.state.global_step + 1, seconds)
+
+    # Other ranks.
+
+    def _look_at_others(self, now: float) -> None:
+        assert self.failures is not None and self.roll is not None
+        failure = self.failures.first()
+        if failure is not None and failure.rank != self.strategy.rank:
+            self._failed_at = self._failed_at or now
+            if now > self._failed_at + UNTIL_FORCED:
+                end_process(ANOTHER_FAILED, f"rank {self.strategy.rank} ends; failed first: {failure}.")
+        elif self.roll.is_called():
+            self._answer()
+
+    def _answer(self) -> None:
+        """Answer a roll call; the first rank to have all answers says what they come to, and all act on it."""
+        assert self.failures is not None and self.roll is not None
+        where = self._where()
+        reports = self.roll.answer(where)
+        if where.seconds < QUIET and self.failures.first() is None and len(reports) == self.strategy.world_size:
+            return  # the run goes on: whoever called lost a connection, or was called off
+        if self._failed_at or self.failures.first() is not None:
+            return
+        hosts = self.roll.hosts()
+        ends = self._ends(is_certain=len(reports) < len(hosts))
+        if self.roll.speaks():
+            said = hang_report.sentence(reports, hosts)
+            say(f"No update for {where.seconds:.0f} s. {said[0].upper()}{said[1:]}", sys.stderr)
+        self._write(where)
+        if ends:
+            end_process(HUNG)
+
+    def _lose_store(self) -> None:
+        self.failures = self.roll = None
+        if not self.strategy.is_main:
+            say(f"rank {self.strategy.rank}: the ranks' store doesn't answer; the process that holds it (the launcher, "
+                "or rank 0) is stopped or dead.", sys.stderr)  # fmt: skip
+
+    # Hangs.
+
+    def _look_for_hang(self, now: float) -> None:
+        idle = self.pulse.without_progress(now)
+        if idle < QUIET:
+            return
+        frame = whereabouts.frame_of(self._trains_in)
+        if whereabouts.is_debugged(frame):
+            self.pulse.rest(now)
+            return
+        limit = self.pulse.limit(whereabouts.is_long(frame))
+        if self._reported_at and self._reported_at > self.pulse.moved_at:
+            limit *= PATIENCE  # it was said once
+        if idle <= limit:
+            return
+        if self.roll is None or self.failures is None:
+            self._report_alone()
+        else:
+            with suppress(RuntimeError), self._connection:
+                self.roll.call()
+                self._answer()
+
+    def _report_alone(self) -> None:
+        where = self._where()
+        several = self.strategy.world_size > 1  # and their store is gone
+        ends = self._ends(is_certain=several)
+        said = hang_report.sentence({where.rank: where}, {where.rank: self.host})
+        who = f"rank {self.strategy.rank} (host {self.host}): " if several else ""
+        say(f"{who}no update for {where.seconds:.0f} s. {said}", sys.stderr)
+        self._write(where)
+        if ends:
+            end_process(HUNG)
+
+    def _ends(self, is_certain: bool) -> bool:
+        """Whether the run ends with this report. Without hang_timeout it ends where a rank doesn't answer, or where
+        several ranks were reported before and still stand; one rank may compute as long as it likes.
+        """
+        was_said = self._reported_at > self.pulse.moved_at
+        self._reported_at = time.monotonic()
+        if self.args.on_hang != "end":
+            return False
+        several = self.strategy.world_size > 1
+        return is_certain or self.args.hang_timeout is not None or (several and was_said)
+
+    def _write(self, where: Whereabouts) -> None:
+        stacks = whereabouts.stacks()
+        try:
+            path = hang_report.write_file(Path(self.args.output_dir), where, stacks)
+        except OSError:
+            say(stacks, sys.stderr)
+            return
+        if self.strategy.is_main:
+            say(f"Where each rank stands, with the stacks of its threads: {path.parent}", sys.stderr)
