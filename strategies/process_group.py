@@ -235,9 +235,9 @@ class ProcessGroupStrategy(Strategy):
         """Open a part of the process group's store, and the store that the launcher of the ranks knows."""
         if self.world_size == 1:
             return None
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         part = f"{name}-{store.add(f'{name}/{self.rank}', 1)}"
-        own: Any = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        own = store.clone()  # which torch's stub lacks
         own.set_timeout(timedelta(seconds=STORE_SECONDS))
         whole = own
         while isinstance(whole, dist.PrefixStore):
