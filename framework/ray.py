@@ -49,14 +49,14 @@ def fit_on_ray(build: Callable[..., Any], scaling_config: Any = None, run_config
     except ImportError as error:
         raise ImportError("fit_on_ray needs Ray Train: pip install 'stratagem[ray]'") from error
     takes_directory = bool(inspect.signature(build).parameters)
-    retention = getattr(run_config, "checkpoint_config", None)
+    retention: Any = getattr(run_config, "checkpoint_config", None)
     if takes_directory and getattr(retention, "num_to_keep", None) is not None:
         raise ValueError(
             f"CheckpointConfig(num_to_keep={retention.num_to_keep}) has Ray remove checkpoints from the directory of a "
             "Fit that resumes from them. Write Fit(save_total_limit=...) instead."
         )
 
-    def train() -> dict[str, Any]:
+    def train() -> Any:
         return train_in_worker(build, takes_directory)
 
     # The ranks' hosts exchange a message an update, so there is a backend for tensors on CPUs, too.
