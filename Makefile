@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-TYPED := precision strategies framework examples benchmarks
+TYPED := precision strategies framework testing examples benchmarks
 
 .PHONY: help train test fast test-xla test-zoo bench-gpu lint venv clean
 

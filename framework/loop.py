@@ -1,7 +1,8 @@
 """The training loop: epochs, updates, micro-batches, and every event between them."""
 
+import sys
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -9,8 +10,10 @@ from .fields import cadence
 from .measures import best
 from .objective import Count
 from .optim.schedulers import waits_for_metric
+from .printing import say
 from .run.run import Run
 from .steps import Steps
+from .watch.endings import EvaluationInterrupted, interruption
 
 
 def train(steps: Steps, run: Run) -> None:
@@ -61,7 +64,10 @@ def train(steps: Steps, run: Run) -> None:
     emit("on_train_begin")
     run.check_callbacks()
     if args.eval_on_start and state.global_step == 0:
-        steps.evaluate_in_training()
+        evaluate(steps, run)
+    if state.evaluation_is_due:  # a signal came before it was made
+        control.should_evaluate = True
+        log_evaluate_save(steps, run)
     for epoch in range(run.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
         control.should_epoch_stop = False
         if rescue is not None:
@@ -149,6 +155,36 @@ def end_training(steps: Steps, run: Run) -> None:
     steps.log(run.finish(flops_per_token, steps.memory))
 
 
+def end_interrupted(steps: Steps, run: Run, status: int) -> NoReturn:
+    """Save the run, which a signal asked to end, and end it. An evaluation that is due is made when it is resumed.
+
+    Raises:
+        Interrupted: always.
+    """
+    control, state = run.control, run.state
+    if control.should_log:
+        steps.log_training()
+    state.set_evaluation_due(control.should_evaluate)
+    path = None
+    if run.args.save_strategy != "no":
+        path = steps.save_checkpoint()
+        steps.saver.finish()
+    ended = interruption(status, state.global_step, path)
+    if run.strategy.is_main:
+        say(f"The run was {ended}.", sys.stderr)
+    raise ended
+
+
+def evaluate(steps: Steps, run: Run) -> dict[str, float]:
+    """Evaluate, unless a signal comes meanwhile, which ends the run."""
+    try:
+        return steps.evaluate_in_training()
+    except EvaluationInterrupted as interrupted:
+        control = run.control
+        control.should_evaluate = True
+        end_interrupted(steps, run, interrupted.status)
+
+
 # Acting on flags: what the arguments make due and callbacks ask for is done.
 
 
@@ -162,6 +198,10 @@ def end_update(steps: Steps, run: Run) -> None:
         due = run.control.flags()
         steps.emit("on_step_end")
         run.exchange.agree(due)
+    if run.watch.problem is not None:
+        raise ValueError(run.watch.problem)
+    if run.interruption:
+        end_interrupted(steps, run, run.interruption)
     log_evaluate_save(steps, run)
 
 
@@ -189,7 +229,7 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
         steps.log_training()
     if control.should_evaluate:
         control.should_evaluate = False
-        metrics = steps.evaluate_in_training()
+        metrics = evaluate(steps, run)
         improved = best.note_evaluation(run.args, run.state, metrics)
         control.should_save |= improved and run.args.save_strategy == cadence.BEST
         if waits_for_metric(run.scheduler):

@@ -35,6 +35,7 @@ from .switches import torch_settings
 from .switches.preparation import callbacks_of
 from .switches.progress import Progress
 from .switches.ranks_agree import RanksAgree
+from .watch.watch import Watch
 
 
 class Runs(Steps):
@@ -79,20 +80,26 @@ class Runs(Steps):
         if self._saver is not None:
             self._saver.close()
         saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
-        with saver.directory.at_work(resume_from_checkpoint) as path:
+        with Watch(self.strategy, self.args, self.state, saver) as watch:
+            self._watch = watch
             try:
-                yield path
-            except BaseException:
-                with contextlib.suppress(Exception):  # what it writes is still this run's
-                    saver.finish()
-                raise
-            saver.close()
+                with saver.directory.at_work(resume_from_checkpoint) as path:
+                    try:
+                        yield path
+                    except BaseException:
+                        with contextlib.suppress(Exception):  # what it writes is still this run's
+                            saver.finish()
+                        raise
+                    saver.close()
+            finally:
+                self._watch = None
 
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
         with torch_settings.of_run(self.args.full_determinism, self.args.tf32, self.strategy.device):
             run = self._begin(path)
-            run.begin_training()
+            assert self._watch is not None
+            run.begin_training(self._watch)
             self.memory.begin("train")
             try:
                 self.loggers.begin(self)

@@ -26,6 +26,7 @@ class TrainState:
             memory; else None.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
         best_global_step: the update of the evaluation with ``best_metric``.
+        evaluation_is_due: whether an evaluation was due when a signal interrupted the run; it is made first on resume.
         log_history: every log of the run.
     """
 
@@ -42,6 +43,7 @@ class TrainState:
     train_batch_size: int | None = None
     best_metric: float | None = None
     best_global_step: int = 0
+    evaluation_is_due: bool = False
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +79,10 @@ class TrainState:
         """Count one update more, after which so many passes over the data are done."""
         self.global_step += 1
         self.epoch = epoch
+
+    def set_evaluation_due(self, is_due: bool) -> None:
+        """Note whether an evaluation is still to be made, for which an interrupted run had no time."""
+        self.evaluation_is_due = is_due
 
     def count(self, finite_losses: Sequence[float], items: int, tokens: int) -> None:
         """Add up what the updates since the last log were made of."""

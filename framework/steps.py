@@ -30,6 +30,7 @@ from .run.plan import Plan
 from .run.run import Run
 from .run.source import Source
 from .state import Control, PredictionOutput, TrainState
+from .watch.watch import Watch
 
 
 class Steps:
@@ -62,6 +63,7 @@ class Steps:
     _placement: Placement | None
     _run: Run | None
     _saver: "checkpoint.Saver | None"
+    _watch: Watch | None  # there while a run is under way
 
     # What there is.
 
@@ -338,7 +340,7 @@ class Steps:
     def eval_batches(self, data: Any) -> Iterator[Any]:
         """This rank's micro-batches of one evaluation; every rank has equally many."""
         stream = self.stream_over(self.get_eval_dataloader(data), training=False)
-        return in_step(self.strategy, stream, self.batches(stream, 0))
+        return in_step(self.strategy, stream, self.batches(stream, 0), self._watch)
 
     def evaluation(self) -> Evaluation:
         """What evaluates the placed module."""
@@ -376,9 +378,7 @@ class Steps:
         return path
 
     def rotate_checkpoints(self) -> None:
-        """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best one, the newest
-        and those that a callback still needs. Collective.
-        """
+        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
         self.saver.rotate(best.best_update(self.state))
 
     def export(self, path: str | Path) -> Path:

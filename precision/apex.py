@@ -34,7 +34,7 @@ class Apex(Precision):
     scales_loss = True
     judges_gradients = True
     computes_by_itself = True
-    refused_arguments: ClassVar[Mapping[str, str]] = {
+    refused_arguments: Mapping[str, str] = {
         "spike_updates": "apex.amp alone decides whether its optimizer steps. Use precision='16-mixed'"
     }
 

@@ -114,7 +114,7 @@ class Precision:
         elif not refused.item():
             self.step(optimizer)
 
-    def skip(self, optimizer: Optimizer) -> None:
+    def skip_step(self, optimizer: Optimizer) -> None:
         """Do what an update asks for whose step is left out."""
 
     def is_at_floor(self) -> bool:

@@ -60,7 +60,7 @@ class LossScaling(Precision):
         self.scaler.refuse_where(refused)
         self.step(optimizer)
 
-    def skip(self, optimizer: Optimizer) -> None:
+    def skip_step(self, optimizer: Optimizer) -> None:
         """Adapt the scale as a step would."""
         self.scaler.update()
 

@@ -9,10 +9,13 @@ import json
 import socket
 import traceback
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
-FAILURE = "failure"  # the key in the store of one attempt
+FAILURE = "failure"  # key: what a rank itself has told
+SECONDS = 2.0  # that the store's process has to take a connection
+DEAD = "dead"  # key: what a launcher tells of a rank that it found dead, in the store of the attempt
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,77 @@ def failure_of(rank: int, error: BaseException) -> Failure:
     return Failure(rank, socket.gethostname(), f"{type(error).__name__}: {error}", "".join(lines))
 
 
-def tell(store: dist.Store, failure: Failure) -> Failure:
-    """Write a failure down, unless another one came first.
+class Failures:
+    """Where the ranks of one run tell what ended them.
 
     Args:
-        store: of the process group's attempt.
-        failure: of this rank, or of one that a launcher found dead.
-
-    Returns:
-        The first one.
+        run: a part of the store for this run alone: a program may train several times.
+        attempt: the store of the launcher's attempt, which the launcher reads and writes.
     """
-    written = store.compare_set(FAILURE, "", json.dumps(dataclasses.asdict(failure)))
-    return Failure(**json.loads(written))
+
+    def __init__(self, run: dist.Store, attempt: dist.Store) -> None:
+        self.run, self.attempt = run, attempt
+        whole: Any = run
+        while isinstance(whole, dist.PrefixStore):
+            whole = whole.underlying_store
+        self.address = (whole.host, whole.port) if isinstance(whole, dist.TCPStore) else None
+
+    def tell(self, failure: Failure) -> Failure:
+        """Write a failure down, unless another one came first.
+
+        Returns:
+            The first one.
+        """
+        first = self.first()
+        if first is None:
+            words = as_words(failure)
+            first = from_words(self.run.compare_set(FAILURE, "", words))
+            if first == failure:
+                self.attempt.set(FAILURE, words)  # over that of an earlier run, which this process has survived
+        return first
+
+    def is_reachable(self) -> bool:
+        """Whether the store's process takes connections. torch's store prints pages where it doesn't."""
+        if self.address is None:
+            return True
+        try:
+            socket.create_connection(self.address, timeout=SECONDS).close()
+        except OSError:
+            return False
+        return True
+
+    def holder(self) -> Failure:
+        """Describe the process that holds the store as gone: rank 0, or the launcher."""
+        host = "unknown" if self.address is None else self.address[0]
+        return Failure(0, host, "gone without a word, or the launcher there is, and with it the ranks' store")
+
+    def first(self) -> Failure | None:
+        """Return the first failure; None where nothing has failed. Doesn't wait for one."""
+        if self.run.check([FAILURE]):
+            return from_words(self.run.get(FAILURE))
+        return found_dead(self.attempt)
 
 
-def first_failure(store: dist.Store) -> Failure | None:
-    """Return the first failure; None where nothing has failed. Doesn't wait."""
-    return Failure(**json.loads(store.get(FAILURE))) if store.check([FAILURE]) else None
+def told(attempt: dist.Store) -> Failure | None:
+    """Return the failure that a rank of the attempt has told itself; None where none has."""
+    return from_words(attempt.get(FAILURE)) if attempt.check([FAILURE]) else None
+
+
+def tell_dead(attempt: dist.Store, failure: Failure) -> None:
+    """Write down, for the launcher of a rank, that it is dead. The first one stays."""
+    attempt.compare_set(DEAD, "", as_words(failure))
+
+
+def found_dead(attempt: dist.Store) -> Failure | None:
+    """Return the first rank that its launcher found dead; None where there is none."""
+    return from_words(attempt.get(DEAD)) if attempt.check([DEAD]) else None
+
+
+def as_words(failure: Failure) -> str:
+    """A failure as the store holds it."""
+    return json.dumps(dataclasses.asdict(failure))
+
+
+def from_words(words: str | bytes) -> Failure:
+    """The failure that the store holds."""
+    return Failure(**json.loads(words))

@@ -1,57 +1,60 @@
-"""Starting ranks: the calling script again, once for each device, under torch's own elastic launcher."""
+"""Starting ranks: the calling script again, once for each device, under a supervisor."""
 
 import ctypes
 import os
 import signal
 import sys
-import uuid
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from .base import Strategy
+from .environment import TORCHRUN, find_place, warn_of_missing_srun
+from .supervisor import LAUNCHER
 
-LAUNCHER = "STRATAGEM_LAUNCHER"  # environment variable: the process that started this rank
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
-def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int) -> None:
+def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signals: Iterable[str] = ()) -> None:
     """Make sure that the ranks exist that the strategy is to run on.
 
-    Returns where this process is such a rank (torchrun, or a launch from here, started it) or where one is enough.
-    Otherwise the calling script is run again on every rank, and this process ends with their status.
+    Returns where this process is such a rank (torchrun, srun, mpirun or a launch from here started it) or where one is
+    enough. Otherwise the calling script is run again on every rank, and this process ends with their status.
 
     Args:
         strategy: says whether more than one rank is of use.
         devices: ranks on this machine; "auto" takes one for each accelerator (one where there is none).
         max_restarts: how often all ranks are started again after one failed.
+        signals: names of those that the launcher passes on to the ranks, beside SIGTERM and SIGINT.
 
     Raises:
-        ValueError: the strategy runs on one rank, or the ranks that run are not as many as asked for.
+        ValueError: the strategy runs on one rank, the ranks that run are not as many as asked for, or the environment
+            contradicts itself.
     """
     if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
         raise ValueError(f"devices takes a number of ranks, or 'auto'. Received: {devices!r}")
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        if LAUNCHER in os.environ:
-            end_with(int(os.environ[LAUNCHER]))
-        elif (agent := elastic_agent()) is not None:
-            end_with(agent)
-        running = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        if devices not in ("auto", running):
+    place = find_place()
+    if not place.is_alone:
+        if place.started_by == TORCHRUN:
+            if LAUNCHER in os.environ:
+                end_with(int(os.environ[LAUNCHER]))
+            elif (agent := elastic_agent()) is not None:
+                end_with(agent)
+        if devices != "auto":
+            place.check_devices(int(devices))
+        if place.world_size > 1 and not strategy.needs_ranks:
             raise ValueError(
-                f"devices={devices}, but {running} ranks were started on this machine. Leave devices out with torchrun."
-            )
-        if running > 1 and not strategy.needs_ranks:
-            raise ValueError(
-                f"strategy={strategy.name!r} runs in one process, but {os.environ['WORLD_SIZE']} ranks were started, "
-                "which would all do the same work. Use strategy='ddp' or 'fsdp2', or start one process."
+                f"strategy={strategy.name!r} runs in one process, but {place.world_size} ranks were started, which "
+                "would all do the same work. Use strategy='ddp' or 'fsdp2', or start one process."
             )
         return
     if devices == "auto":
         devices = max(1, torch.accelerator.device_count()) if strategy.needs_ranks else 1
     assert isinstance(devices, int)
+    if strategy.needs_ranks:
+        warn_of_missing_srun(devices)
     if devices == 1:
         return
     if not strategy.needs_ranks:
@@ -59,41 +62,28 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int) -> No
             f"strategy={strategy.name!r} runs in one process, so devices={devices} would have no effect. "
             "Use strategy='ddp' or 'fsdp2'."
         )
-    launch(devices, max_restarts)
+    launch(devices, devices, max_restarts, signals)
 
 
-def launch(ranks: int, max_restarts: int) -> NoReturn:
-    """Run this process's command line on ``ranks`` ranks of this machine, and exit with their status."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = ()) -> NoReturn:
+    """Run this process's command line on several ranks of this machine, and exit with their status.
+
+    Args:
+        fewest, most: ranks; see ``Launch``.
+        max_restarts: how often all ranks are started again after one failed.
+        signals: names of those that are passed on to the ranks, beside SIGTERM and SIGINT.
+    """
+    from .supervisor import Launch, supervise
 
     if not sys.argv[0] or hasattr(sys, "ps1"):
         raise ValueError(
-            f"devices={ranks} runs the calling script once for each rank, but there is no script: this is an "
+            f"devices={most} runs the calling script once for each rank, but there is no script: this is an "
             "interactive session. Write a file and run it, or leave devices at 1."
         )
     # Ranks that each use all cores slow one another down; torchrun does the same, with 1.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    os.environ[LAUNCHER] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
-        monitor_interval=0.2,
-    )
-    try:
-        elastic_launch(config, entrypoint=sys.executable)(*sys.orig_argv[1:])
-    except ChildFailedError as error:
-        failed, failure = error.get_first_failure()
-        with suppress(OSError, ValueError):  # stderr may be closed
-            said = f"Rank {failed} failed first, with exit code {failure.exitcode}; the others were ended."
-            print(said, file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
-    sys.exit(0)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // most)))
+    numbers = {signal.Signals[name] for name in ("SIGTERM", "SIGINT", *signals)}
+    sys.exit(supervise(Launch([sys.executable, *sys.orig_argv[1:]], fewest, most, max_restarts, sorted(numbers))))
 
 
 def elastic_agent() -> int | None:

@@ -85,6 +85,17 @@ class Ranks:
         """
         return True
 
+    def open_stores(self, name: str) -> tuple[Any, Any] | None:
+        """Open connections to the store that the ranks met by, of this rank's own, for use while others wait.
+
+        Args:
+            name: of the use; each call with it opens a part of the store that is empty, the same on all ranks.
+
+        Returns:
+            (part, attempt): the part, and the store of the launcher's attempt; None where there are no other ranks.
+        """
+        return None
+
     # Beginning again after a failure that another attempt may not meet. Used by runs that ask for it, and only those.
 
     def attempt(self) -> AbstractContextManager[Any]:

@@ -124,7 +124,7 @@ class Updating(Ranks, PlacedModule):
         stepped = self.stepped_parameters()
         return {id(tensor): name for named in (self.named_parameters(), stepped) for name, tensor in named.items()}
 
-    def groups_stepped(self) -> list[dict[str, object]]:
+    def groups_stepped(self) -> list[dict[str, Any]]:
         """The optimizer's groups."""
         assert self.optimizer is not None
         return self.optimizer.param_groups
@@ -146,7 +146,7 @@ class Updating(Ranks, PlacedModule):
     def skip(self) -> None:
         """Do all that ``step`` does but step: the update isn't made."""
         assert self.optimizer is not None
-        self.precision.skip(self.optimizer)
+        self.precision.skip_step(self.optimizer)
 
     def step_was_skipped(self) -> bool:
         """Whether the last ``step`` itself found that it must leave the parameters alone. Waits at most for that step,

@@ -15,7 +15,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 FILES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count(">>> ")
-    for folder in ("precision", "strategies", "framework")
+    for folder in ("precision", "strategies", "framework", "testing")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if ">>> " in path.read_text(encoding="utf-8")
 }

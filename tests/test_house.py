@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = "precision", "strategies", "framework"
+FOLDERS = "precision", "strategies", "framework", "testing"
 FILE_LENGTH = 400
 FUNCTION_LENGTH = 80
 
@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("combinations", "objective"),
     ("measures/",),
     ("builtin_callbacks", "checkpoint/"),
-    ("switches/", "uploading"),
+    ("ray", "switches/", "uploading", "watch/"),
     ("run/",),
     ("search/", "steps"),
     ("loop",),
@@ -45,9 +45,11 @@ BASES: dict[str, str] = {
     "strategies/base.py": "what every strategy is",
     "strategies/batches.py": "where a batch's tensors are, for those who move it and those who count its items",
     "strategies/duplicates.py": "fingerprints of what several ranks hold alike, and a rank's part of it",
+    "strategies/failures.py": "what ended a rank first",
     "strategies/launch.py": "ranks that a program starts by itself",
     "strategies/ranks.py": "what ranks tell each other",
     "strategies/registry.py": "a strategy by its name",
+    "strategies/statuses.py": "what a process ends with",
     "precision/base.py": "what every precision is",
     "precision/complex_numbers.py": "complex tensors read as real ones",
     "precision/device_flag.py": "a yes or no that is computed on the device",
@@ -102,6 +104,9 @@ WRITTEN: dict[str, str] = {
     "comm.cdb": "DeepSpeed's one global back end, which a later run makes anew",
     "zero.*": "DeepSpeed's ZeRO optimizer has no other way to clip by our norm",
     "self.zero.*": "the same optimizer, told that its state was read",
+    "stream.epoch": "a fault for tests gets between a run and its data",
+    "builtins.open": "a fault for tests gets between a run and its files",
+    "io.open": "the same, as pathlib opens files",
     "setattr(groups, name)": "DeepSpeed's process groups are globals of its module",
 }
 

@@ -21,7 +21,7 @@ BLOCKS = {
 }
 OURS = {
     node.name
-    for folder in ("precision", "strategies", "framework")
+    for folder in ("precision", "strategies", "framework", "testing")
     for path in (ROOT / folder).rglob("*.py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body
     if isinstance(node, ast.ClassDef)

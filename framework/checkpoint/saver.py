@@ -1,6 +1,7 @@
 """Saving a run's checkpoints into its directory, at once or in the background, and removing the oldest."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +30,14 @@ class Saver:
     Attributes:
         directory: where the checkpoints go.
         writer: writes in the background; None where nothing was written that way.
+        seconds: that the longest save kept training waiting.
     """
 
     def __init__(self, strategy: Strategy, args: FitArguments, callbacks: Callbacks) -> None:
         self.strategy, self.args, self.callbacks = strategy, args, callbacks
         self.directory = RunDirectory(strategy, args)
         self.writer: BackgroundWriter | None = None
+        self.seconds = 0.0
 
     def save(self, take: Callable[[], "Snapshot"], update: int, best_update: int | None) -> Path:
         """Save the run as ``checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``. Collective.
@@ -50,6 +53,7 @@ class Saver:
         """
         from .writing import BackgroundWriter, write
 
+        began = time.monotonic()
         snapshot = take()
         with self.directory.saving(update) as path:
 
@@ -68,6 +72,7 @@ class Saver:
             else:
                 write(snapshot, path, self.strategy)
                 on_all_ranks(self.strategy, published, CheckpointError)
+        self.seconds = max(self.seconds, time.monotonic() - began)
         return path
 
     def rotate(self, best_update: int | None) -> None:

@@ -77,6 +77,16 @@ class ArgumentFields:
             fails ends training after the next update.
         save_on_exception: where a callback, the data or an evaluation raises between two updates, save the run as it
             stands as a checkpoint before the exception goes on. They write together: all ranks have to fail for it.
+        preemption_signals: signals that ask the run to end, beside Ctrl-C, with commas between them: SIGTERM, SIGUSR1,
+            SIGUSR2, SIGHUP. All ranks then save at the same update and end, with status 143; see docs/faults.md.
+        preemption_grace: seconds from a signal to the end of the process, saved or not. Less than the scheduler waits.
+        hang_timeout: seconds without progress, of any rank, after which the run is said to hang, and which rank waits
+            for which. None takes 20 times the longest update, at least a minute. It is ten times as long in the first
+            update, in compilation, and while the run begins, saves or ends.
+        on_hang: what then becomes of the run: "end" (status 75; without hang_timeout, and where all ranks answer, only
+            after five times as long, and never where there is one rank), or "report" alone.
+        requeue: in a job of SLURM's, once a signal has interrupted the run (status 143) and it is saved, rank 0 has
+            scontrol put the job back into the queue. See docs/clusters.md.
         seed: of the model's randomness and the order of the data.
         data_seed: of the order of the data alone; None means ``seed``.
         shuffle: draw a new order of the training data each epoch.
@@ -172,6 +182,12 @@ class ArgumentFields:
     save_only_trainable: bool = False
     async_save: bool = False
     save_on_exception: bool = False
+
+    preemption_signals: str = "SIGTERM"
+    preemption_grace: float = 25.0
+    hang_timeout: float | None = None
+    on_hang: str = "end"
+    requeue: bool = False
 
     seed: int = 42
     data_seed: int | None = None

@@ -25,12 +25,15 @@ NOT_NEGATIVE = (
     "dataloader_num_workers",
     "seed",
 )
+ABOVE_ZERO_OR_NONE = ("hang_timeout", "neftune_noise_alpha", "spike_updates")
+PREEMPTION_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 ONE_OF = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     "nonfinite_updates": ("skip", "raise"),
     "debug": ("", "underflow_overflow", "ranks_agree"),
     "other_checkpoints": ("set_aside", "refuse"),
+    "on_hang": ("end", "report"),
     "resume_with": ("checkpoint", "arguments"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
@@ -44,6 +47,11 @@ NEED_WORKERS: tuple[tuple[str, Any], ...] = (
     ("dataloader_prefetch_factor", None),
     ("dataloader_persistent_workers", False),
 )
+
+
+def names_in(written: str) -> list[str]:
+    """The names in a list with commas: "SIGTERM,SIGUSR1"."""
+    return [name.strip() for name in written.split(",") if name.strip()]
 
 
 def problems(args: ArgumentFields) -> list[tuple[str, str]]:
@@ -71,8 +79,15 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     for name, known in ONE_OF.items():
         require(name, getattr(args, name) in known, f"must be one of {', '.join(map(repr, known))}")
     require("past_index", args.past_index >= -1, "is the place of an output, or -1 for none")
-    require("neftune_noise_alpha", args.neftune_noise_alpha is None or args.neftune_noise_alpha > 0, "must be above 0")
-    require("spike_updates", args.spike_updates is None or args.spike_updates > 0, "must be above 0, or None")
+    for name in ABOVE_ZERO_OR_NONE:
+        value = getattr(args, name)
+        require(name, value is None or value > 0, "must be above 0, or None")
+    require("preemption_grace", args.preemption_grace > 0, "must be above 0")
+    unknown = [name for name in names_in(args.preemption_signals) if name not in PREEMPTION_SIGNALS]
+    takes = f"takes {', '.join(PREEMPTION_SIGNALS)}, with commas between them; Ctrl-C is always caught"
+    require("preemption_signals", not unknown, takes)
+    saves = args.save_strategy != "no"
+    require("requeue", saves or not args.requeue, "would run the job from the beginning with save_strategy='no'")
     require(
         "spike_updates",
         args.spike_updates is None or bool(args.max_grad_norm),

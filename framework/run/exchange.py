@@ -2,6 +2,7 @@
 
 from ...strategies.base import Strategy
 from ..state import Control
+from ..watch.watch import Watch
 from .in_step import InStep
 
 
@@ -21,6 +22,7 @@ class UpdateExchange:
     Attributes:
         asked: flags that this rank has raised since the last message.
         agreed: flags that some rank had raised before the last message.
+        interruption: the status that a signal to some rank asks all to end with, as of the last message; else 0.
     """
 
     def __init__(self, strategy: Strategy, control: Control, data: InStep) -> None:
@@ -28,13 +30,15 @@ class UpdateExchange:
         self.control = control
         self.data = data
         self.asked = self.agreed = [0] * len(control.flags())
+        self.interruption = 0
 
     def send(
-        self, items: int, write_failed: bool, batches: int, samples: int, error: Exception | None
+        self, watch: Watch, items: int, write_failed: bool, batches: int, samples: int, error: Exception | None
     ) -> tuple[int, bool]:
         """Exchange the message of an update. Collective.
 
         Args:
+            watch: what this rank was asked by a signal.
             items: in this rank's micro-batches.
             write_failed: whether a checkpoint couldn't be written on this rank.
             batches, samples, error: what was read, see ``InStep.numbers``.
@@ -46,8 +50,10 @@ class UpdateExchange:
             ValueError, OtherRankError: see ``InStep.check``.
         """
         news = int(self.strategy.has_news_of_buffers())
-        message = [items, int(write_failed), news, *self.data.numbers(batches, samples, error), *self.asked]
-        total, failures, news, *sums = self.strategy.sum_on_host(message)
+        numbers = self.data.numbers(batches, samples, error)
+        message = [items, int(write_failed), news, watch.words(), *numbers, *self.asked]
+        total, failures, news, wishes, *sums = self.strategy.sum_on_host(message)
+        self.interruption = watch.told(wishes)
         self.agreed = sums[self.data.NUMBERS :]
         self.data.check(sums[: self.data.NUMBERS], samples, error)
         self.strategy.share_buffers(news > 0)

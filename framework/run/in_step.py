@@ -6,6 +6,8 @@ from typing import Any
 
 from ...strategies.base import Strategy
 from ..data import DataStream
+from ..watch.endings import EvaluationInterrupted
+from ..watch.watch import Watch
 
 AHEAD = 8  # micro-batches of an evaluation that are read before they are computed with
 
@@ -83,15 +85,28 @@ class InStep:
         )
 
 
-def in_step(strategy: Strategy, stream: DataStream, batches: Iterator[Any]) -> Iterator[Any]:
+def in_step(
+    strategy: Strategy, stream: DataStream, batches: Iterator[Any], watch: Watch | None = None
+) -> Iterator[Any]:
     """Hand out an evaluation's micro-batches, of which every rank must have equally many. Collective once for several
-    of them, where the ranks might not have.
+    of them, where the ranks might not have, or where a signal to one of them ends the evaluation on all.
+
+    Args:
+        strategy: set up.
+        stream, batches: of this rank.
+        watch: of the run in which this is evaluated; None outside of one.
 
     Raises:
         ValueError, OtherRankError: see ``InStep.check``.
+        EvaluationInterrupted: a signal asked the run to end.
     """
-    if strategy.world_size == 1 or stream.is_equal_on_ranks:
-        yield from batches
+    if strategy.world_size == 1 or (stream.is_equal_on_ranks and watch is None):
+        for batch in batches:
+            if watch is not None:
+                if watch.wish:
+                    raise EvaluationInterrupted(watch.wish)
+                watch.note_batch()
+            yield batch
         return
     comparison = InStep(strategy, "evaluation data")
     while True:
@@ -103,7 +118,14 @@ def in_step(strategy: Strategy, stream: DataStream, batches: Iterator[Any]) -> I
         except Exception as error:
             failure = error
         samples = stream.position - position
-        comparison.check(strategy.sum_on_host(comparison.numbers(len(ahead), samples, failure)), samples, failure)
+        numbers = comparison.numbers(len(ahead), samples, failure)
+        wishes, *sums = strategy.sum_on_host([0 if watch is None else watch.words(), *numbers])
+        comparison.check(sums, samples, failure)
+        if wishes:
+            raise EvaluationInterrupted(Watch.told(wishes))
         if not ahead:
             return
-        yield from ahead
+        for batch in ahead:
+            if watch is not None:
+                watch.note_batch()
+            yield batch

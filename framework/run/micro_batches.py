@@ -50,7 +50,7 @@ def read_update(
     if strategy.world_size > 1 and (batches or failure or not stream.is_equal_on_ranks):
         write_failed = saver is not None and saver.has_failed()
         samples = stream.position - position
-        summed, any_failed = run.exchange.send(on_host, write_failed, len(batches), samples, failure)
+        summed, any_failed = run.exchange.send(run.watch, on_host, write_failed, len(batches), samples, failure)
         if any_failed and saver is not None:
             saver.finish()  # raises what it failed with, on every rank
         # Tensor-parallel ranks have each counted the same items, context-parallel ones their own parts.

@@ -17,6 +17,7 @@ from ..measures.memory import MemoryByStage
 from ..module import TrainModule
 from ..optim.schedulers import waits_for_metric
 from ..state import Control, TrainState
+from ..watch.watch import Watch
 from .configured import configured_scheduler
 from .exchange import UpdateExchange
 from .in_step import InStep
@@ -46,6 +47,7 @@ class Run:
         transaction: decides which updates are made.
         rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
+        watch: sees signals, hangs and other ranks' failures; there from the beginning of training.
         results: the numbers at the run's end.
         epoch_index: whole passes over the data done.
         grad_norm: of the last update, on the device; None where gradients aren't clipped.
@@ -72,6 +74,7 @@ class Run:
         self.results: dict[str, float] = {}
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
+        self.watch: Watch
         self._schedule_is_due = False
         self._measure: Tensor | None = None  # of the last update's gradients; not finite where they aren't
         self._loss: Tensor | None = None  # of the last update, on this rank
@@ -276,8 +279,15 @@ class Run:
         if self.transaction.must_end:
             raise self.transaction.failure()
 
-    def begin_training(self) -> None:
+    @property
+    def interruption(self) -> int:
+        """The status that a signal asks all ranks to end with; 0 where none does. The same on all ranks."""
+        return self.watch.wish if self.strategy.world_size == 1 else self.exchange.interruption
+
+    def begin_training(self, watch: Watch) -> None:
         """Begin to measure: everything is placed and restored."""
+        self.watch = watch
+        watch.begin_training()
         if not self.strategy.compiles_updates:
             self._statistics = running_statistics(self.module, 1 if self.transaction.on_host else 2)
         self.totals = Totals(self.args, self.state, self.averages, self.strategy)

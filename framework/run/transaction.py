@@ -126,7 +126,7 @@ class Transaction:
         if math.isfinite(value):
             if self.spikes is not None and self.spikes.refuses(value):
                 self.is_spike = self._refused = True
-            return self._refused  # type: ignore[return-value]
+            return self.is_spike
         self.suspects = self.strategy.suspects()
         self._refused = not self.strategy.judges_gradients
         return self._refused

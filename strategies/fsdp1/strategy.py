@@ -158,8 +158,8 @@ class FSDP1(ProcessGroupStrategy):
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Clip by the norm over all shards, in the gradients' own dtype."""
         shards = (self.mesh[SHARD].get_group(),)
-        norm, *noted = clip_by_norm(parameters, max_norm, shards, self.whole_parameters)
-        self.note_norms(*noted)
+        norm, normed, each = clip_by_norm(parameters, max_norm, shards, self.whole_parameters)
+        self.note_norms(normed, each)
         return norm
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:

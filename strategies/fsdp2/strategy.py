@@ -301,8 +301,8 @@ class FSDP2(ProcessGroupStrategy):
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Clip by the norm over all shards; torch's own function fails where parameters lie on different meshes."""
-        norm, *noted = clip_by_norm(parameters, max_norm)
-        self.note_norms(*noted)
+        norm, normed, each = clip_by_norm(parameters, max_norm)
+        self.note_norms(normed, each)
         return norm
 
     def step(self, refused: Tensor | None = None) -> None:

@@ -139,8 +139,11 @@ def test_exception_on_one_rank_can_save_nothing_and_says_so(tmp_path: Path) -> N
 
 def test_killed_rank_ends_all(tmp_path: Path) -> None:
     done = launch(tmp_path, "--devices", "2", "--accident", "kill")
-    assert done.status != 0
+    assert done.status == 128 + signal.SIGKILL
     assert done.seconds < 20
+    # The supervisor's line comes before what the other rank has to say about its connections.
+    said = re.search(r"^Rank 1 \(host .+\) was killed by SIGKILL", done.errors, re.MULTILINE)
+    assert said and "Traceback" not in done.errors[: said.start()]
     assert "Rank 1 failed first, with exit code -9" in done.errors
     assert not list(tmp_path.glob("rank-*.txt"))
 
@@ -148,7 +151,8 @@ def test_killed_rank_ends_all(tmp_path: Path) -> None:
 def test_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
     done = launch(tmp_path, "--devices", "2", "--accident", "kill the launcher")
     assert done.status == -signal.SIGKILL
-    assert done.seconds < 20  # what the ranks write to is open until the last of them has ended
+    # Rank 1 sleeps on for preemption_grace. What the ranks write to is open until the last of them has ended.
+    assert done.seconds < 40
     assert not list(tmp_path.glob("rank-*.txt"))
 
 

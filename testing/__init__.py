@@ -1,0 +1,1 @@
+"""What users prove their own set-up with."""
