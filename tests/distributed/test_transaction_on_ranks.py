@@ -70,7 +70,7 @@ def train(
     torch.manual_seed(0)
     frozen = Frozen()
     quiet = {"max_steps": 8, "shuffle": False, "callbacks": [frozen] if watch else [], "logging_nan_inf_filter": False}
-    fit = make_fit(Gained(), rows(*bad, gain=gain, updates=max(10, *bad)), **{**quiet, **arguments})
+    fit = make_fit(Gained(), rows(*bad, gain=gain, updates=max((10, *bad))), **{**quiet, **arguments})
     said, error = io.StringIO(), ""
     with contextlib.redirect_stderr(said):
         try:
