@@ -92,6 +92,8 @@ def train(steps: Steps, run: Run) -> None:
             update_loss: Tensor | None = None
             for index, inputs in enumerate(micro_batches, start=1):
                 last = index == len(micro_batches)
+                if run.pace is not None:
+                    run.pace.begin_forward()
                 with strategy.accumulate(last):
                     loss = steps.training_step(model, inputs, num_items)
                 update_loss = loss if update_loss is None else update_loss + loss
@@ -198,6 +200,8 @@ def end_update(steps: Steps, run: Run) -> None:
         due = run.control.flags()
         steps.emit("on_step_end")
         run.exchange.agree(due)
+        if run.pace is not None:
+            run.pace.end_update()
     if run.watch.problem is not None:
         raise ValueError(run.watch.problem)
     if run.interruption:

@@ -151,7 +151,7 @@ class Steps:
             extras, is_share = objective.note()
         num_items = count if num_items_in_batch is None else num_items_in_batch
         loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
-        strategy.backward(loss)
+        run.backward(loss)
         for name, value in extras.items():
             averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
         ranks = strategy.gradient_ranks
@@ -270,8 +270,7 @@ class Steps:
         """Log the means since the last log, the last norm and the learning rate of the last update."""
         run = self.run
         run.report_updates()
-        assert run.totals is not None
-        if logs := run.totals.training_log(run.grad_norm):  # none at an epoch's end right after a log
+        if logs := run.training_log():  # none at an epoch's end right after a log
             self.log(logs)
         run.end_if_it_must()
 

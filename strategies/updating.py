@@ -34,6 +34,11 @@ class Updating(Ranks, PlacedModule):
         return self.device.type == "cpu"
 
     @property
+    def forward_waits(self) -> bool:
+        """Whether ranks wait for one another in a forward and in every backward, not in an update's last backward alone."""
+        return False
+
+    @property
     def judges_gradients(self) -> bool:
         """Whether ``step`` itself leaves the parameters alone where a gradient isn't finite, and tells by
         ``step_was_skipped``.

@@ -4,6 +4,7 @@ from ...strategies.base import Strategy
 from ..state import Control
 from ..watch.watch import Watch
 from .in_step import InStep
+from .pace import Pace
 
 
 class UpdateExchange:
@@ -18,6 +19,7 @@ class UpdateExchange:
         strategy: set up.
         control: this rank's flags.
         data: compares how much the ranks have read.
+        pace: has this rank's times; None on one rank.
 
     Attributes:
         asked: flags that this rank has raised since the last message.
@@ -25,19 +27,28 @@ class UpdateExchange:
         interruption: the status that a signal to some rank asks all to end with, as of the last message; else 0.
     """
 
-    def __init__(self, strategy: Strategy, control: Control, data: InStep) -> None:
+    def __init__(self, strategy: Strategy, control: Control, data: InStep, pace: Pace | None = None) -> None:
         self.strategy = strategy
+        self.pace = pace
         self.control = control
         self.data = data
         self.asked = self.agreed = [0] * len(control.flags())
         self.interruption = 0
 
     def send(
-        self, watch: Watch, items: int, write_failed: bool, batches: int, samples: int, error: Exception | None
+        self,
+        update: int,
+        watch: Watch,
+        items: int,
+        write_failed: bool,
+        batches: int,
+        samples: int,
+        error: Exception | None,
     ) -> tuple[int, bool]:
         """Exchange the message of an update. Collective.
 
         Args:
+            update: its number.
             watch: what this rank was asked by a signal.
             items: in this rank's micro-batches.
             write_failed: whether a checkpoint couldn't be written on this rank.
@@ -52,9 +63,15 @@ class UpdateExchange:
         news = int(self.strategy.has_news_of_buffers())
         numbers = self.data.numbers(batches, samples, error)
         message = [items, int(write_failed), news, watch.words(), *numbers, *self.asked]
+        tells_times = self.pace is not None and self.pace.is_due(update)
+        if self.pace is not None and tells_times:
+            message += self.pace.numbers()
         total, failures, news, wishes, *sums = self.strategy.sum_on_host(message)
         self.interruption = watch.told(wishes)
-        self.agreed = sums[self.data.NUMBERS :]
+        end_of_flags = self.data.NUMBERS + len(self.asked)
+        self.agreed = sums[self.data.NUMBERS : end_of_flags]
+        if self.pace is not None and tells_times:
+            self.pace.note(sums[end_of_flags:])
         self.data.check(sums[: self.data.NUMBERS], samples, error)
         self.strategy.share_buffers(news > 0)
         return total, failures > 0

@@ -32,12 +32,14 @@ def read_update(
         saver: whose failed write ends the run, on every rank.
         epoch_iterator, num_batches, device: as ``get_batch_samples`` takes them.
     """
-    strategy, stream = run.strategy, run.stream
+    strategy, stream, pace = run.strategy, run.stream, run.pace
     position = stream.position
     run.begin_update(position)
     failure: Exception | None = None
     batches: list[Any] = []
     items: Count = 0
+    if pace is not None:
+        pace.begin_reading()
     try:
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if len(batches) > 1 or strategy.world_size > 1:
@@ -46,11 +48,17 @@ def read_update(
         if strategy.world_size == 1:
             raise
         failure = error
+    if pace is not None:
+        pace.end_reading()
     on_host = 0 if isinstance(items, Tensor) else items
     if strategy.world_size > 1 and (batches or failure or not stream.is_equal_on_ranks):
         write_failed = saver is not None and saver.has_failed()
         samples = stream.position - position
-        summed, any_failed = run.exchange.send(run.watch, on_host, write_failed, len(batches), samples, failure)
+        summed, any_failed = run.exchange.send(
+            run.state.global_step + 1, run.watch, on_host, write_failed, len(batches), samples, failure
+        )
+        if pace is not None:
+            pace.begin_update()
         if any_failed and saver is not None:
             saver.finish()  # raises what it failed with, on every rank
         # Tensor-parallel ranks have each counted the same items, context-parallel ones their own parts.

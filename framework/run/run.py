@@ -21,6 +21,7 @@ from ..watch.watch import Watch
 from .configured import configured_scheduler
 from .exchange import UpdateExchange
 from .in_step import InStep
+from .pace import Pace
 from .placement import Placement
 from .plan import Plan
 from .rescue import Rescue
@@ -44,6 +45,7 @@ class Run:
         placement: the module where it is trained; None before ``begin``.
         averages: what the updates since the last log noted.
         exchange: the ranks' message of an update.
+        pace: measures how long this rank's own work takes; None on one rank.
         transaction: decides which updates are made.
         rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
@@ -66,7 +68,9 @@ class Run:
         self.state, self.control, self.callbacks = state, control, callbacks
         self.placement: Placement | None = None
         self.averages = Averages(strategy)
-        self.exchange = UpdateExchange(strategy, control, InStep(strategy, "train_data"))
+        several = strategy.world_size > 1
+        self.pace = Pace(self.args, strategy.rank, strategy.world_size, strategy.forward_waits) if several else None
+        self.exchange = UpdateExchange(strategy, control, InStep(strategy, "train_data"), self.pace)
         self.transaction = Transaction(self.args, strategy, stream.indices)
         saves = self.args.save_on_exception
         self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
@@ -183,6 +187,16 @@ class Run:
         if self._statistics is not None:
             self._statistics.keep(self.state.global_step + 1)
 
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a micro-batch's loss."""
+        pace = self.pace
+        if pace is None:
+            self.strategy.backward(loss)
+            return
+        pace.begin_backward()
+        self.strategy.backward(loss)
+        pace.end_backward()
+
     def clip(self, parameters: list[Any]) -> None:
         """Scale the gradients down to ``max_grad_norm``, and keep their norm, on the device."""
         limit = self.args.max_grad_norm
@@ -291,6 +305,12 @@ class Run:
         if not self.strategy.compiles_updates:
             self._statistics = running_statistics(self.module, 1 if self.transaction.on_host else 2)
         self.totals = Totals(self.args, self.state, self.averages, self.strategy)
+
+    def training_log(self) -> dict[str, float]:
+        """The numbers of a training log; empty where no update was made since the last one."""
+        assert self.totals is not None
+        logs = self.totals.training_log(self.grad_norm)
+        return {**logs, **self.pace.take()} if logs and self.pace is not None else logs
 
     def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:
         """The run's totals, once its last update is over.

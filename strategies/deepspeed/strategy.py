@@ -189,6 +189,11 @@ class DeepSpeed(ProcessGroupStrategy):
         return bool(self.stage and self.engine.optimizer.overflow)
 
     @property
+    def forward_waits(self) -> bool:
+        """Whether ranks wait for one another in a forward: stage 3 gathers its parameters."""
+        return self.stage == 3
+
+    @property
     def judges_gradients(self) -> bool:
         """Whether the engine skips updates whose gradients aren't finite: at every stage but 0."""
         return self.stage > 0

@@ -68,6 +68,11 @@ class FSDP1(ProcessGroupStrategy):
         replicas = self.options.replicas
         return {REPLICATE: replicas, SHARD: split_world(world_size, "FSDP1", replicas=replicas), CONTEXT: 1, TENSOR: 1}
 
+    @property
+    def forward_waits(self) -> bool:
+        """Whether ranks wait for one another in a forward: they gather its parameters."""
+        return True
+
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:

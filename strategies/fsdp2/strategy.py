@@ -110,6 +110,11 @@ class FSDP2(ProcessGroupStrategy):
         return self.options.loss_parallel
 
     @property
+    def forward_waits(self) -> bool:
+        """Whether ranks wait for one another in a forward: they gather its parameters, or sum its activations."""
+        return True
+
+    @property
     def placement(self) -> str:
         """The strategy's column in the table of precisions: FSDP2 with cut layers has one of its own."""
         return f"{self.name} x tp" if self.options.tensor_parallel > 1 else self.name

@@ -155,6 +155,7 @@ def train(
 
 
 def curves(fit: Fit) -> dict[str, list[Any]]:
-    """The training logs of a run, turned from a list of mappings into a mapping of lists."""
+    """The training logs of a run, turned from a list of mappings into a mapping of lists; without seconds."""
     logs = [log for log in fit.state.log_history if "loss" in log]
-    return {name: [log[name] for log in logs if name in log] for name in {name for log in logs for name in log}}
+    names = {name for log in logs for name in log} - {"slowest_rank", "slowest_rank_ratio", "data_wait_seconds"}
+    return {name: [log[name] for log in logs if name in log] for name in names}
