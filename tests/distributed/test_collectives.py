@@ -85,7 +85,7 @@ def update(messages: dict[str, list[Message]], number: int = 6) -> Counter[Messa
 
 
 # The item count, failed writes, buffers that change, five numbers on what was read, and the five flags of callbacks.
-ITEMS_AND_FLAGS = ("allreduce", "int64", 13)
+ITEMS_AND_FLAGS = ("allreduce", "int64", 14)
 NORM = ("allreduce", "float32", 1)
 
 
