@@ -56,6 +56,7 @@ def train(steps: Steps, run: Run) -> None:
     placement, rescue, emit = run.placement, run.rescue, steps.emit
     assert placement is not None
     model, micro_batches_per_update = strategy.model, args.gradient_accumulation_steps
+    waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
     control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
@@ -92,8 +93,8 @@ def train(steps: Steps, run: Run) -> None:
             update_loss: Tensor | None = None
             for index, inputs in enumerate(micro_batches, start=1):
                 last = index == len(micro_batches)
-                if run.pace is not None:
-                    run.pace.begin_forward()
+                if waiting is not None:
+                    waiting.begin_forward()
                 with strategy.accumulate(last):
                     loss = steps.training_step(model, inputs, num_items)
                 update_loss = loss if update_loss is None else update_loss + loss

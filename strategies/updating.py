@@ -35,7 +35,7 @@ class Updating(Ranks, PlacedModule):
 
     @property
     def forward_waits(self) -> bool:
-        """Whether ranks wait for one another in a forward and in every backward, not in an update's last backward alone."""
+        """Whether ranks wait for one another in every forward and backward, not in an update's last backward alone."""
         return False
 
     @property

@@ -1,7 +1,7 @@
 """Which rank is the slowest: each rank's own time rides in the message of some updates, and the log names one rank."""
 
 import statistics
-import time
+from time import perf_counter_ns
 
 from ..arguments import FitArguments
 
@@ -40,41 +40,41 @@ class Pace:
 
     def begin_reading(self) -> None:
         """Note that this rank begins to read an update's data."""
-        self._since = time.perf_counter_ns()
+        self._since = perf_counter_ns()
 
     def end_reading(self) -> None:
         """Note that the data is there."""
         if self._since is not None:
-            self._reading += time.perf_counter_ns() - self._since
+            self._reading += perf_counter_ns() - self._since
 
     def begin_update(self) -> None:
         """Note that the ranks' message is exchanged, and this rank's own work begins."""
         self._last_backward = 0
-        self._since = time.perf_counter_ns()
+        self._since = perf_counter_ns()
 
     def begin_forward(self) -> None:
-        """Note that a micro-batch is about to be computed."""
-        if self.forward_waits and self._since is not None:
-            self._own += time.perf_counter_ns() - self._since
+        """Note that a micro-batch is about to be computed; asked for where forward waits."""
+        if self._since is not None:
+            self._own += perf_counter_ns() - self._since
 
     def begin_backward(self) -> None:
         """Note that a micro-batch's loss is there. The backward before it wasn't the last."""
         if not self.forward_waits and self._since is not None:
-            now = time.perf_counter_ns()
+            now = perf_counter_ns()
             self._own += now - self._since + self._last_backward
             self._since = now
 
     def end_backward(self) -> None:
         """Note that a micro-batch's gradients are there."""
         if self._since is not None:
-            now = time.perf_counter_ns()
+            now = perf_counter_ns()
             self._last_backward = now - self._since
             self._since = now
 
     def end_update(self) -> None:
         """Note that an update is over, and what follows are logs and the like."""
         if self._since is not None:
-            self._own += time.perf_counter_ns() - self._since
+            self._own += perf_counter_ns() - self._since
             self._since = None
             self._updates += 1
 
