@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from training import Tagger, make_fit, token_rows
 
 SLOW = 2
-SECONDS = 0.05  # an update's other work takes a few milliseconds
+SECONDS = 0.15  # an update's other work takes a few milliseconds
 
 
 class SlowCallback(Callback):
@@ -76,7 +76,7 @@ def test_the_slowest_of_three_ranks_is_named(ranks: dict[int, Ranks], where: str
     assert logs[0] == logs[1] == logs[2]
     for log in logs[0]:
         assert log["slowest_rank"] == SLOW
-        assert 1.3 < log["slowest_rank_ratio"] < 1000
+        assert 1.1 < log["slowest_rank_ratio"] < 1000
         assert (log["data_wait_seconds"] > 0.8 * SECONDS) == (where == "data")
 
 
