@@ -17,6 +17,7 @@ from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
+from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
@@ -104,7 +105,7 @@ class Fit(Runs):
         self.plan = Plan.of(own)
         self._check_together(own, self.module, number_format)
         self._check_overriding(own)
-        start_ranks(self.strategy, devices, max_restarts)
+        start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals))
         given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
         self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
