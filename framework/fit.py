@@ -29,6 +29,7 @@ from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
+from .watch.requeue import check_requeue, requeued
 
 
 class Fit(Runs):
@@ -105,7 +106,9 @@ class Fit(Runs):
         self.plan = Plan.of(own)
         self._check_together(own, self.module, number_format)
         self._check_overriding(own)
-        start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals))
+        if own.requeue:
+            check_requeue()
+        start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
         given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
         self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
@@ -166,9 +169,15 @@ class Fit(Runs):
             self._take_trial(trial)
         elif self.own_args != self.plan.given or (self.source.module_init is not None and self._has_trained):
             self._take_own()
+        if self.args.requeue and resume_from_checkpoint is not True:
+            raise ValueError(
+                "requeue=True runs the program again after an interruption, and "
+                f"train(resume_from_checkpoint={resume_from_checkpoint!r}) would begin at the same place each time. "
+                "Write train(resume_from_checkpoint=True)."
+            )
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
-        with self._in_directory(resume_from_checkpoint) as path:
+        with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:
             return batch_size.train(self, path) if self.args.auto_find_batch_size else self.train_from(path)
 
     def hyperparameter_search(
@@ -229,7 +238,13 @@ class Fit(Runs):
             space, objective, direction, take, n_trials, timeout, storage, study_name, pruner, sampler, catch,
             remove_losing_checkpoints, plot,
         )  # fmt: skip
-        return Search(self, options).run()
+        if self.args.requeue and storage is None:
+            raise ValueError(
+                "requeue=True runs the program again after an interruption, and a search without storage= would begin "
+                "anew. Write storage='sqlite:///search.db', or leave requeue out."
+            )
+        with requeued(self.strategy, self.args.requeue):
+            return Search(self, options).run()
 
     # Callbacks.
 

@@ -9,10 +9,12 @@ import json
 import socket
 import traceback
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
 FAILURE = "failure"  # key: what a rank itself has told
+SECONDS = 2.0  # that the store's process has to take a connection
 DEAD = "dead"  # key: what a launcher tells of a rank that it found dead, in the store of the attempt
 
 
@@ -52,6 +54,10 @@ class Failures:
 
     def __init__(self, run: dist.Store, attempt: dist.Store) -> None:
         self.run, self.attempt = run, attempt
+        whole: Any = run
+        while isinstance(whole, dist.PrefixStore):
+            whole = whole.underlying_store
+        self.address = (whole.host, whole.port) if isinstance(whole, dist.TCPStore) else None
 
     def tell(self, failure: Failure) -> Failure:
         """Write a failure down, unless another one came first.
@@ -66,6 +72,21 @@ class Failures:
             if first == failure:
                 self.attempt.set(FAILURE, words)  # over that of an earlier run, which this process has survived
         return first
+
+    def is_reachable(self) -> bool:
+        """Whether the store's process takes connections. torch's store prints pages where it doesn't."""
+        if self.address is None:
+            return True
+        try:
+            socket.create_connection(self.address, timeout=SECONDS).close()
+        except OSError:
+            return False
+        return True
+
+    def holder(self) -> Failure:
+        """Describe the process that holds the store as gone: rank 0, or the launcher."""
+        host = "unknown" if self.address is None else self.address[0]
+        return Failure(0, host, "gone without a word, or the launcher there is, and with it the ranks' store")
 
     def first(self) -> Failure | None:
         """Return the first failure; None where nothing has failed. Doesn't wait for one."""

@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 
 from .base import Strategy
+from .environment import TORCHRUN, find_place, warn_of_missing_srun
 from .supervisor import LAUNCHER
 
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
@@ -19,8 +20,8 @@ PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signals: Iterable[str] = ()) -> None:
     """Make sure that the ranks exist that the strategy is to run on.
 
-    Returns where this process is such a rank (torchrun, or a launch from here, started it) or where one is enough.
-    Otherwise the calling script is run again on every rank, and this process ends with their status.
+    Returns where this process is such a rank (torchrun, srun, mpirun or a launch from here started it) or where one is
+    enough. Otherwise the calling script is run again on every rank, and this process ends with their status.
 
     Args:
         strategy: says whether more than one rank is of use.
@@ -29,29 +30,31 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
         signals: names of those that the launcher passes on to the ranks, beside SIGTERM and SIGINT.
 
     Raises:
-        ValueError: the strategy runs on one rank, or the ranks that run are not as many as asked for.
+        ValueError: the strategy runs on one rank, the ranks that run are not as many as asked for, or the environment
+            contradicts itself.
     """
     if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
         raise ValueError(f"devices takes a number of ranks, or 'auto'. Received: {devices!r}")
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        if LAUNCHER in os.environ:
-            end_with(int(os.environ[LAUNCHER]))
-        elif (agent := elastic_agent()) is not None:
-            end_with(agent)
-        running = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        if devices not in ("auto", running):
+    place = find_place()
+    if not place.is_alone:
+        if place.started_by == TORCHRUN:
+            if LAUNCHER in os.environ:
+                end_with(int(os.environ[LAUNCHER]))
+            elif (agent := elastic_agent()) is not None:
+                end_with(agent)
+        if devices != "auto":
+            place.check_devices(int(devices))
+        if place.world_size > 1 and not strategy.needs_ranks:
             raise ValueError(
-                f"devices={devices}, but {running} ranks were started on this machine. Leave devices out with torchrun."
-            )
-        if running > 1 and not strategy.needs_ranks:
-            raise ValueError(
-                f"strategy={strategy.name!r} runs in one process, but {os.environ['WORLD_SIZE']} ranks were started, "
-                "which would all do the same work. Use strategy='ddp' or 'fsdp2', or start one process."
+                f"strategy={strategy.name!r} runs in one process, but {place.world_size} ranks were started, which "
+                "would all do the same work. Use strategy='ddp' or 'fsdp2', or start one process."
             )
         return
     if devices == "auto":
         devices = max(1, torch.accelerator.device_count()) if strategy.needs_ranks else 1
     assert isinstance(devices, int)
+    if strategy.needs_ranks:
+        warn_of_missing_srun(devices)
     if devices == 1:
         return
     if not strategy.needs_ranks:

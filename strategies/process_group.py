@@ -1,7 +1,6 @@
 """The ground that every strategy with several ranks stands on: process group, mesh, collectives."""
 
 import atexit
-import os
 import time
 import warnings
 import weakref
@@ -20,6 +19,7 @@ from ..precision.quantized import scales
 from .base import Strategy
 from .batch_norm import separate, synchronize
 from .buffers import ChangingBuffers
+from .environment import SLURM, Place, find_place
 from .meeting import (
     abort_when_told,
     compare_words,
@@ -60,7 +60,7 @@ class ProcessGroupOptions:
 
 
 class ProcessGroupStrategy(Strategy):
-    """Joins the ranks that torchrun (or ``Fit(devices=n)``) started; alone, it is a group of one.
+    """Joins the ranks that torchrun, srun, mpirun or ``Fit(devices=n)`` started; alone, it is a group of one.
 
     Subclasses say how the ranks are arranged (``mesh_shape``) and how the module is placed.
 
@@ -105,7 +105,11 @@ class ProcessGroupStrategy(Strategy):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
             return torch.device("cpu")
-        device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+        place = find_place()
+        number = place.local_rank
+        if place.started_by == SLURM:  # which may show each task only those devices that it is bound to
+            number %= torch.accelerator.device_count()
+        device = torch.device(accelerator.type, number)
         torch.accelerator.set_device_index(device.index)
         return device
 
@@ -231,9 +235,9 @@ class ProcessGroupStrategy(Strategy):
         """Open a part of the process group's store, and the store that the launcher of the ranks knows."""
         if self.world_size == 1:
             return None
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         part = f"{name}-{store.add(f'{name}/{self.rank}', 1)}"
-        own: Any = store.clone()  # type: ignore[attr-defined] (torch's stub lacks it)
+        own = store.clone()  # which torch's stub lacks
         own.set_timeout(timedelta(seconds=STORE_SECONDS))
         whole = own
         while isinstance(whole, dist.PrefixStore):
@@ -256,32 +260,43 @@ class ProcessGroupStrategy(Strategy):
 
 
 def join(timeout: float) -> None:
-    """Make this process a rank: of the world that torchrun describes in the environment, or of a world of one.
+    """Make this process a rank: of the world that the environment describes (see ``find_place``), or of a world of one.
 
     Args:
         timeout: seconds for every collective.
     """
     if dist.is_initialized():
         return
-    limit = timedelta(seconds=timeout)
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The launcher's store outlives a restart; without a prefix of its own, a new attempt would meet the
-            # addresses of the dead ranks.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit)
-            join_by(dist.PrefixStore(attempt_name(), store), rank, world_size, timeout)
-        else:
-            dist.init_process_group(backend(), timeout=limit)
-    else:
-        join_by(dist.HashStore(), 0, 1, timeout)
+    place = find_place()
+    store = meeting_store(place, timeout) if place.port else dist.HashStore()
+    join_by(store, place.rank, place.world_size, timeout)
     atexit.register(leave)
+
+
+def meeting_store(place: Place, timeout: float) -> dist.Store:
+    """Open the store by which the ranks of this attempt meet; rank 0 keeps it where no launcher does.
+
+    A launcher's store outlives a restart; without a prefix of its own, a new attempt would meet the addresses of the
+    dead ranks.
+
+    Args:
+        place: of this rank.
+        timeout: seconds to wait for the others, and for a value.
+    """
+    store = dist.TCPStore(
+        place.address,
+        place.port,
+        place.world_size,
+        is_master=place.rank == 0 and not place.launcher_keeps_store,
+        timeout=timedelta(seconds=timeout),
+        multi_tenant=True,  # a later Fit in this process meets by the same port
+    )
+    return dist.PrefixStore(attempt_name(), store)
 
 
 def attempt_name() -> str:
     """Name the launcher's attempt at the run: the part of its store that the attempt's ranks meet in."""
-    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"attempt{find_place().attempt}"
 
 
 def join_by(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:

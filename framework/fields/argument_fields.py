@@ -78,6 +78,8 @@ class ArgumentFields:
             update, in compilation, and while the run begins, saves or ends.
         on_hang: what then becomes of the run: "end" (status 75; without hang_timeout, and where all ranks answer, only
             after five times as long, and never where there is one rank), or "report" alone.
+        requeue: in a job of SLURM's, once a signal has interrupted the run (status 143) and it is saved, rank 0 has
+            scontrol put the job back into the queue. See docs/clusters.md.
         seed: of the model's randomness and the order of the data.
         data_seed: of the order of the data alone; None means ``seed``.
         shuffle: draw a new order of the training data each epoch.
@@ -175,6 +177,7 @@ class ArgumentFields:
     preemption_grace: float = 25.0
     hang_timeout: float | None = None
     on_hang: str = "end"
+    requeue: bool = False
 
     seed: int = 42
     data_seed: int | None = None

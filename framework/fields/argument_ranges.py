@@ -80,6 +80,8 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     unknown = [name for name in names_in(args.preemption_signals) if name not in PREEMPTION_SIGNALS]
     takes = f"takes {', '.join(PREEMPTION_SIGNALS)}, with commas between them; Ctrl-C is always caught"
     require("preemption_signals", not unknown, takes)
+    saves = args.save_strategy != "no"
+    require("requeue", saves or not args.requeue, "would run the job from the beginning with save_strategy='no'")
     for name, nothing, needed in WITHOUT_EFFECT:
         require(name, getattr(args, name) == nothing or getattr(args, needed), f"has no effect without {needed}=True")
     for name, nothing in NEED_WORKERS:

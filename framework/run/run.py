@@ -212,6 +212,7 @@ class Run:
     def begin_training(self, watch: Watch) -> None:
         """Begin to measure: everything is placed and restored."""
         self.watch = watch
+        watch.begin_training()
         self.totals = Totals(self.args, self.state, self.averages, self.strategy)
 
     def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from .whereabouts import Whereabouts
 
 FOLDER = "hang"  # below output_dir
+QUIET = 5.0  # seconds without progress before anything is suspected
 
 
 def sentence(reports: Mapping[int, Whereabouts], hosts: Mapping[int, str]) -> str:

@@ -35,6 +35,10 @@ class Pulse:
     _counters: tuple[int, int] | None = field(default=None, repr=False)
     _looked_at: float | None = field(default=None, repr=False)
 
+    def start(self, now: float, counters: tuple[int, int]) -> None:
+        """Note where the counters stand when training begins; see ``look``."""
+        self._counters, self.moved_at, self.updates_seen = counters, now, 0
+
     def look(self, now: float, counters: tuple[int, int]) -> None:
         """Note the counters of now.
 

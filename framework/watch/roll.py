@@ -25,13 +25,14 @@ class Roll:
         store.set(f"host/{rank}", host)
 
     def call(self) -> None:
-        """Call the roll, unless there is a call that this rank hasn't answered yet."""
-        if not self.is_called():
-            self.store.add(CALLED, 1)
+        """Call the roll, unless there is a call that this rank hasn't answered yet. Ranks that call at the same time
+        make one call.
+        """
+        self.store.compare_set(CALLED, str(self.answered) if self.answered else "", str(self.answered + 1))
 
     def is_called(self) -> bool:
         """Whether this rank has a call to answer."""
-        return self.store.check([CALLED]) and int(self.store.add(CALLED, 0)) > self.answered
+        return self.store.check([CALLED]) and int(self.store.get(CALLED)) > self.answered
 
     def answer(self, report: Whereabouts) -> dict[int, Whereabouts]:
         """Answer the call, and wait for the other ranks' answers.
@@ -39,7 +40,7 @@ class Roll:
         Returns:
             What those ranks have told that answered in time, by rank.
         """
-        self.answered = number = int(self.store.add(CALLED, 0))
+        self.answered = number = int(self.store.get(CALLED))
         self.store.set(f"call-{number}/{self.rank}", report.to_words())
         keys = {rank: f"call-{number}/{rank}" for rank in range(self.world_size)}
         deadline = time.monotonic() + SECONDS

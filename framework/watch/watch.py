@@ -3,11 +3,11 @@
 The main thread may wait in a collective for a rank that will never come. So the watch's thread does what has to be done
 meanwhile. It wakes once a second, and at a signal. What it does, in this order::
 
-    a first signal                note the wish to end, which the update's message carries to all ranks
-    a second one, or the end of preemption_grace          end this process
-    another rank has failed       wait a few seconds until the main thread fails by it, too; then end this process
-    a roll call of another rank   say where this rank is
-    no progress for long          call the roll; the first rank alive says who waits for whom; end this process
+    a first signal          note the wish to end, which the update's message carries to all ranks
+    a second one, or the end of preemption_grace    end this process
+    no progress for long    call the roll; the first rank alive says who waits for whom; end this process
+
+A second thread looks at the other ranks (``others.py``), for their store may stop answering.
 """
 
 import os
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...strategies.base import Strategy
-from ...strategies.failures import Failure, Failures
-from ...strategies.statuses import ANOTHER_FAILED, HUNG, INTERRUPTED, PREEMPTED
+from ...strategies.failures import Failure
+from ...strategies.statuses import HUNG, INTERRUPTED, PREEMPTED
 from ..arguments import FitArguments
 from ..fields.argument_ranges import names_in
 from ..printing import say
@@ -32,9 +32,8 @@ from ..state import TrainState
 from . import hang_report, whereabouts
 from .ending import end_process
 from .endings import Interrupted
-from .failing import settle
+from .others import Others
 from .pulse import Pulse
-from .roll import Roll
 from .signals import Signals
 from .whereabouts import Whereabouts
 
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
 LOOK = 1.0  # seconds between two looks
 TOGETHER = 2.0  # seconds within which signals count as one: a launcher and a scheduler both send theirs
-UNTIL_FORCED = 4.0  # seconds that the main thread has to fail by another rank's failure
-QUIET = 5.0  # seconds without progress before anything is suspected
 PATIENCE = 5.0  # times the limit, after which ranks that all answer are ended where no hang_timeout was given
 MANY = 1 << 20  # more than there are ranks, so that two counts fit into the sum of one number
 
@@ -75,32 +72,30 @@ class Watch:
         self.host = socket.gethostname()
         self.signals = Signals(names_in(args.preemption_signals))
         self.pulse = Pulse(args.hang_timeout)
-        self.failures: Failures | None = None
-        self.roll: Roll | None = None
-        self._connection = threading.RLock()  # to the store: the main thread takes it over when the run fails
+        self.others: Others | None = None
         self._thread = threading.Thread(target=self._look_after, name="stratagem watch", daemon=True)
         self._trains_in = 0  # the thread that this run is in
         self._is_leaving = self._is_over = self._has_warned = False
         self._signal = 0  # the first that came, at this time:
-        self._signalled_at = self._failed_at = self._reported_at = 0.0
+        self._signalled_at = self._reported_at = 0.0
 
     def __enter__(self) -> "Watch":
         self._trains_in = threading.get_ident()
-        stores = self.strategy.open_stores("watch")
-        if stores is not None:
-            self.failures = Failures(*stores)
-            self.roll = Roll(stores[0], self.strategy.rank, self.strategy.world_size, self.host)
         self.signals.catch()
         self._thread.start()
+        if self.strategy.world_size > 1:
+            self.others = Others(self.strategy, self.host, self._where, self._act)
+            self.others.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._is_leaving = True
         try:
-            if error is not None and not isinstance(error, Interrupted) and self.failures and self.roll:
-                with self._connection:
-                    settle(error, self.failures, self.roll, self._where)
+            if error is not None and not isinstance(error, Interrupted) and self.others is not None:
+                self.others.settle(error)
         finally:
+            if self.others is not None:
+                self.others.stop()
             self._is_over = True
             with suppress(OSError):
                 self.signals.sender.send(b"\0")
@@ -110,6 +105,10 @@ class Watch:
             os.kill(os.getpid(), self._signal)
 
     # What the run asks and tells.
+
+    def begin_training(self) -> None:
+        """Begin to measure updates: everything is placed and restored."""
+        self.pulse.start(time.monotonic(), (self.state.global_step, self.batches))
 
     def words(self) -> int:
         """This rank's wish, for the sum over all ranks that ``told`` reads."""
@@ -138,12 +137,6 @@ class Watch:
             self._check_arguments()
             if self._signal and now > self._signalled_at + self.args.preemption_grace:
                 self._end_unsaved(f"no update and save were over within preemption_grace={self.args.preemption_grace}")
-            if self.failures is not None:
-                try:
-                    with self._connection:
-                        self._look_at_others(now)
-                except RuntimeError:  # the store is gone with the process that holds it
-                    self._lose_store()
             self._look_for_hang(now)
 
     def _take_signal(self, number: int) -> None:
@@ -161,9 +154,8 @@ class Watch:
     def _end_unsaved(self, why: str) -> None:
         update = self.state.global_step + 1
         failure = Failure(self.strategy.rank, self.host, f"ended by a signal in update {update}, unsaved: {why}")
-        if self.failures is not None:
-            with suppress(RuntimeError):
-                self.failures.tell(failure)
+        if self.others is not None:
+            self.others.tell(failure)
         end_process(self.wish, f"{failure}.")
 
     def _check_arguments(self) -> None:
@@ -189,47 +181,11 @@ class Watch:
         frame = whereabouts.frame_of(self._trains_in)
         return whereabouts.find(frame, self.strategy.rank, self.state.global_step + 1, seconds)
 
-    # Other ranks.
-
-    def _look_at_others(self, now: float) -> None:
-        assert self.failures is not None and self.roll is not None
-        failure = self.failures.first()
-        if failure is not None and failure.rank != self.strategy.rank:
-            self._failed_at = self._failed_at or now
-            if now > self._failed_at + UNTIL_FORCED:
-                end_process(ANOTHER_FAILED, f"rank {self.strategy.rank} ends; failed first: {failure}.")
-        elif self.roll.is_called():
-            self._answer()
-
-    def _answer(self) -> None:
-        """Answer a roll call; the first rank to have all answers says what they come to, and all act on it."""
-        assert self.failures is not None and self.roll is not None
-        where = self._where()
-        reports = self.roll.answer(where)
-        if where.seconds < QUIET and self.failures.first() is None and len(reports) == self.strategy.world_size:
-            return  # the run goes on: whoever called lost a connection, or was called off
-        if self._failed_at or self.failures.first() is not None:
-            return
-        hosts = self.roll.hosts()
-        ends = self._ends(is_certain=len(reports) < len(hosts))
-        if self.roll.speaks():
-            said = hang_report.sentence(reports, hosts)
-            say(f"No update for {where.seconds:.0f} s. {said[0].upper()}{said[1:]}", sys.stderr)
-        self._write(where)
-        if ends:
-            end_process(HUNG)
-
-    def _lose_store(self) -> None:
-        self.failures = self.roll = None
-        if not self.strategy.is_main:
-            say(f"rank {self.strategy.rank}: the ranks' store doesn't answer; the process that holds it (the launcher, "
-                "or rank 0) is stopped or dead.", sys.stderr)  # fmt: skip
-
     # Hangs.
 
     def _look_for_hang(self, now: float) -> None:
         idle = self.pulse.without_progress(now)
-        if idle < QUIET:
+        if idle < hang_report.QUIET:
             return
         frame = whereabouts.frame_of(self._trains_in)
         if whereabouts.is_debugged(frame):
@@ -240,20 +196,29 @@ class Watch:
             limit *= PATIENCE  # it was said once
         if idle <= limit:
             return
-        if self.roll is None or self.failures is None:
+        if self.others is None or self.others.is_silent():
             self._report_alone()
         else:
-            with suppress(RuntimeError), self._connection:
-                self.roll.call()
-                self._answer()
+            self.others.call_roll()
 
     def _report_alone(self) -> None:
+        """Say where this rank is, which has no others, or none that could be asked."""
         where = self._where()
-        several = self.strategy.world_size > 1  # and their store is gone
-        ends = self._ends(is_certain=several)
-        said = hang_report.sentence({where.rank: where}, {where.rank: self.host})
-        who = f"rank {self.strategy.rank} (host {self.host}): " if several else ""
-        say(f"{who}no update for {where.seconds:.0f} s. {said}", sys.stderr)
+        said = f"No update for {where.seconds:.0f} s. "
+        if self.others is None:
+            said += hang_report.sentence({where.rank: where}, {where.rank: self.host})
+        else:
+            holder = self.others.failures.holder()
+            said += (
+                f"Rank 0 (host {holder.host}) doesn't answer, nor does the ranks' store, which it or the launcher "
+                f"there holds: stopped, dead, or cut off{hang_report.waits_for([where], [0])}"
+            )
+        say(said, sys.stderr)
+        self._act(self.others is not None, where)
+
+    def _act(self, is_certain: bool, where: Whereabouts) -> None:
+        """Do what follows from a report: write this rank's part of it, and end the run or not."""
+        ends = self._ends(is_certain)
         self._write(where)
         if ends:
             end_process(HUNG)

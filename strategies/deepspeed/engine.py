@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..environment import find_place
 from .state import ScalarsAsBytes
 
 # Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
@@ -20,9 +21,15 @@ ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """Set, in here, the environment variables that DeepSpeed looks for; a process of its own has none of them."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 reads it again and again
-    wanted = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    """Set, in here, the environment variables that DeepSpeed looks for, and that torchrun alone sets."""
+    place = find_place()
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # stage 3 reads it again and again
+    wanted = {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
+    }
     if not torch.accelerator.is_available():
         wanted["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no accelerator
     missing = {name: value for name, value in wanted.items() if name not in os.environ}

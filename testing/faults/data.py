@@ -11,7 +11,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 def rank_here() -> int:
     """Return this process's rank; 0 where it is alone."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if "RANK" in os.environ:  # a data set may be asked for its length before the ranks have met
+        return int(os.environ["RANK"])
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 class UnevenData(Dataset[Any]):

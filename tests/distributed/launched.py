@@ -18,8 +18,8 @@ class Accident(Callback):
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        happens = os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, fit: Fit, **_: Any) -> None:
+        happens = fit.strategy.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if state.global_step == 5 and happens:
             if self.kind == "raise":
                 raise RuntimeError("the accident on rank 1")

@@ -31,12 +31,10 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def interrupt_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C arrives when tensors are about to be written."""
-    write_data = HuggingFaceStorageWriter.write_data
+    """A program's own handler of a signal raises when tensors are about to be written."""
 
     def interrupted(self: Any, *arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return write_data(self, *arguments)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
 
@@ -48,6 +46,25 @@ def test_an_interrupt_in_a_save_arrives_as_one(
     with pytest.raises(KeyboardInterrupt):
         make_fit(Regressor(), regression_rows(8), **SAVES).train()
     assert not (tmp_path / "output").exists()  # it was made for what was to be saved
+
+
+def test_ctrl_c_in_a_save_lets_it_end_and_saves_the_next_update(
+    make_fit: MakeFit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data, signals = HuggingFaceStorageWriter.write_data, [signal.SIGINT]
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return write_data(self, *arguments)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        make_fit(Regressor(), regression_rows(8), **SAVES).train()
+    assert isinstance(raised.value, SystemExit) and raised.value.code == 130
+    assert sorted(path.name for path in (tmp_path / "output").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    fit = make_fit(Regressor(), regression_rows(8), **SAVES)
+    assert fit.train(resume_from_checkpoint=True).global_step == 4
 
 
 def test_a_search_that_catches_every_exception_ends_with_an_interrupt_in_a_save(
