@@ -143,4 +143,5 @@ class Others:
             said = hang_report.sentence(reports, self.roll.hosts())
             idle = max(report.seconds for report in reports.values())
             say(f"No update for {idle:.0f} s. {said[0].upper()}{said[1:]}", sys.stderr)
+        self.roll.part(reports)
         self.act(not everyone, where)

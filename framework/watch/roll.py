@@ -1,6 +1,7 @@
 """A roll call: every rank says where it is, from a thread, while its main thread may wait for ever."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from .whereabouts import Whereabouts
@@ -49,6 +50,18 @@ class Roll:
         return {
             rank: Whereabouts.from_words(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])
         }
+
+    def part(self, answered: Iterable[int]) -> None:
+        """Return when this process may end: rank 0's may hold the store, which the others are still reading.
+
+        Args:
+            answered: the ranks that will come here, too.
+        """
+        self.store.set(f"call-{self.answered}/parted/{self.rank}", "")
+        keys = [f"call-{self.answered}/parted/{rank}" for rank in answered]
+        deadline = time.monotonic() + SECONDS
+        while self.rank == 0 and not self.store.check(keys) and time.monotonic() < deadline:
+            time.sleep(LOOK)
 
     def speaks(self) -> bool:
         """Whether this rank is the one that speaks for all in the call that it answered last: the first that asks."""

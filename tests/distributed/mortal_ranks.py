@@ -90,7 +90,10 @@ def run_mortal(
 
 def is_stopped(process: int | None) -> bool:
     """Whether a process was stopped by a signal."""
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
 
 
 def live(

@@ -151,7 +151,8 @@ def test_killed_rank_ends_all(tmp_path: Path) -> None:
 def test_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
     done = launch(tmp_path, "--devices", "2", "--accident", "kill the launcher")
     assert done.status == -signal.SIGKILL
-    assert done.seconds < 20  # what the ranks write to is open until the last of them has ended
+    # Rank 1 sleeps on for preemption_grace. What the ranks write to is open until the last of them has ended.
+    assert done.seconds < 40
     assert not list(tmp_path.glob("rank-*.txt"))
 
 
