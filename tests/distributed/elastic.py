@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from stratagem import Callback, Fit
+from stratagem.testing import faults as kit
 from stratagem.testing.faults import Kill
 from training import Tagger, token_rows
 
@@ -21,6 +23,18 @@ class KillAgent(Kill):
         if "IS_TO_BE_LOST" in os.environ:
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class NoteProcesses(Callback):
+    """Writes down the processes of this rank, its workers included, in the first update."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
+        if state.global_step == 1:
+            found = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            (self.output / f"processes-{fit.strategy.rank}.json").write_text(json.dumps(found))
 
 
 class WaitFor(Callback):
@@ -48,11 +62,17 @@ def main() -> None:
     parser.add_argument("--kill", type=json.loads, default=[], help="[[attempt, rank, update], ...]")
     parser.add_argument("--kill-agent", type=int, help="in this update, the one that is to be lost")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--fault", help="of the kit, as it is written in Python")
+    parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(0)
     faults: list[Callback] = [
         Kill(rank=rank, update=update, phase="forward", attempt=attempt) for attempt, rank, update in options.kill
     ]
+    if options.fault:
+        faults += [eval(options.fault, vars(kit))]  # what the test has written
+    if options.workers:
+        faults += [NoteProcesses(options.output)]
     if options.kill_agent:
         faults += [KillAgent(rank=None, update=options.kill_agent, once_file=options.output / "killed")]
         faults += [WaitFor(options.kill_agent, options.output / "returned")]
@@ -72,6 +92,7 @@ def main() -> None:
         max_grad_norm=0.5,
         progress=False,
         loggers=(),
+        dataloader_num_workers=options.workers,
     )
     try:
         fit.train(resume_from_checkpoint=True if options.resume else None)
