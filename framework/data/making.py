@@ -19,6 +19,7 @@ from .lengths import LengthGroups
 from .mapped import MapStream
 from .reread import IterableStream, LoaderStream
 from .stream import DataStream, LoaderOptions
+from .worker import OutliveSignal
 
 
 def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: bool) -> DataStream:
@@ -80,6 +81,9 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
         options.workers["pin_memory"] and torch.accelerator.is_available()
     ):  # torch's loader pins under the same condition
         options = dataclasses.replace(options, collate_fn=CollatePinnable(options.collate_fn))
+    if options.workers["num_workers"]:
+        outlives = OutliveSignal(options.workers.get("worker_init_fn"))
+        options = dataclasses.replace(options, workers={**options.workers, "worker_init_fn": outlives})
     kind = "train_data" if training else "eval_data"
     if isinstance(data, IterableDataset):
         return IterableStream(data, options, seed, rank, size)

@@ -96,11 +96,9 @@ def follow_forks() -> None:
 
 
 def forget_in_child() -> None:
-    """Undo, in a forked process (a DataLoader's worker), what its parent does with signals. Ctrl-C in a terminal
-    reaches the worker as well, and must not end it: the run still needs its data for the update that ends it.
-    """
+    """Undo, in a forked process, what its parent does with signals."""
     while ACTIVE:
         active = ACTIVE.pop()
         signal.set_wakeup_fd(-1)
         for number, handler in active.caught.items():
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else handler)
+            signal.signal(number, handler)
