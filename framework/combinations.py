@@ -142,6 +142,12 @@ def check_combination(
     for argument, reason in strategy.refused_arguments.items():
         refuse(argument, bool(getattr(args, argument)), reason)
     if precision is not None:
+        refuse(
+            "nonfinite_updates",
+            args.nonfinite_updates == "raise" and precision.scales_loss,
+            f"would end the run at the overflows by which precision={precision.name!r} finds its loss scale. Leave it "
+            "out: max_skipped_updates, and a scale below 1, end the run; or use precision='bf16-mixed'",
+        )
         for argument, reason in precision.refused_arguments.items():
             refuse(argument, bool(getattr(args, argument)), reason, f" in precision={precision.name!r}")
     taken = inspect.signature(module.forward).parameters
@@ -173,9 +179,7 @@ def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:
     if args.optim in MOVING_OUTSIDE_STEP:
         check_moves_in_step_alone(f"optim={args.optim!r}", strategy)
     if args.optim in UPDATING_IN_BACKWARD:
-        check_update_in_backward(
-            f"optim={args.optim!r}", strategy, args.max_grad_norm or 0.0, args.gradient_accumulation_steps
-        )
+        check_update_in_backward(f"optim={args.optim!r}", strategy, args)
 
 
 def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments) -> Optimizer:
@@ -194,7 +198,7 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments
         if why is not None:
             raise ValueError(f"{name} doesn't work under strategy={strategy.name!r}: {why}.")
         if getattr(part, "updates_in_backward", False):
-            check_update_in_backward(name, strategy, args.max_grad_norm or 0.0, args.gradient_accumulation_steps)
+            check_update_in_backward(name, strategy, args)
         if hasattr(part, "train"):
             check_moves_in_step_alone(name, strategy)
         check_closure(part, strategy, args)

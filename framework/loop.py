@@ -33,9 +33,9 @@ def train(steps: Steps, run: Run) -> None:
                     on_substep_end           (not after the last)
                 prepare gradients, clip      unscale; the norm is kept on the device
                 on_pre_optimizer_step
-                optimizer step               skipped where scaled gradients overflowed
+                optimizer step               left out where gradients aren't finite, or a spike
                 on_optimizer_step
-                schedule, zero gradients     the schedule stays where a step was skipped
+                schedule, zero gradients     the schedule stays where a step was left out
                 on_step_end
                 log      -> on_log           each if its flag is set; an evaluation is logged too
                 evaluate -> on_evaluate
@@ -105,7 +105,7 @@ def train(steps: Steps, run: Run) -> None:
             if placement.closure is not None:
                 compute_again = partial(compute_update, steps, run, micro_batches, num_items)
                 placement.closure.begin_update(update_loss, compute_again)
-            run.step()
+            run.step(update_loss)
             emit("on_optimizer_step")
             run.settle_known_schedule()
             for parameter in trainable:
@@ -146,7 +146,8 @@ def compute_update(steps: Steps, run: Run, micro_batches: list[Any], num_items: 
 def end_training(steps: Steps, run: Run) -> None:
     """Settle the schedule, set the weights to use, wait until every checkpoint is on the disk, and log the totals."""
     placement = steps.placement
-    run.settle_schedule()
+    run.report_updates()
+    run.end_if_it_must()
     run.strategy.settle_buffers()
     placement.mode.eval()
     steps.saver.close()

@@ -19,7 +19,8 @@ class TrainState:
         learning_rate: the learning rate of the last update.
         items_seen: items (labels, else samples) that were trained on, over all ranks since the start.
         num_input_tokens_seen: input tokens over all ranks since the start, where they are counted.
-        skipped_updates: updates that loss scaling skipped.
+        skipped_updates: updates that were not made: their gradients weren't finite, or scaled ones overflowed, or their
+            norm was a spike.
         train_loss_sum, train_loss_count: the sum and the number of the finite losses that were logged, one an update.
         train_batch_size: samples per micro-batch and rank, where ``auto_find_batch_size`` found that no more fit into
             memory; else None.
@@ -67,7 +68,7 @@ class TrainState:
         self.learning_rate = learning_rate
 
     def skip_update(self) -> None:
-        """Count an update that loss scaling skipped."""
+        """Count an update that was not made."""
         self.skipped_updates += 1
 
     def note_best(self, metric: float) -> None:

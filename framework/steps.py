@@ -269,11 +269,11 @@ class Steps:
     def log_training(self) -> None:
         """Log the means since the last log, the last norm and the learning rate of the last update."""
         run = self.run
-        run.settle_schedule()
+        run.report_updates()
         assert run.totals is not None
-        logs = run.totals.training_log(run.grad_norm)
-        if logs:  # none at an epoch's end right after a log
+        if logs := run.totals.training_log(run.grad_norm):  # none at an epoch's end right after a log
             self.log(logs)
+        run.end_if_it_must()
 
     def log(self, logs: dict[str, float]) -> None:
         """Hand numbers to callbacks and loggers, as of the current update."""

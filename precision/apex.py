@@ -32,7 +32,11 @@ class Apex(Precision):
     compute_dtype = torch.float16
     reduce_dtype = torch.float32
     scales_loss = True
+    judges_gradients = True
     computes_by_itself = True
+    refused_arguments: Mapping[str, str] = {
+        "spike_updates": "apex.amp alone decides whether its optimizer steps. Use precision='16-mixed'"
+    }
 
     level: ClassVar[str]
 
@@ -100,6 +104,10 @@ class Apex(Precision):
     def step_was_skipped(self) -> bool:
         """Whether the scale dropped: apex.amp has read the overflow already, so this waits for nothing."""
         return self.loss_scale() < self.scale_before
+
+    def is_at_floor(self) -> bool:
+        """Whether the scale has fallen below 1."""
+        return self.loss_scale() < 1.0
 
     def loss_scale(self) -> float:
         """Read the current loss scale."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .device_flag import takes_flag
+
 MaxReduce = Callable[[Tensor], None]  # replaces a tensor by its largest value over all ranks, in place
 ShapesOnRank = Mapping[str, tuple[int, ...]]  # layer name to its weight's shape on this rank, where it is cut
 
@@ -25,6 +27,7 @@ class Precision:
         compute_dtype: dtype of matrix products in forward and backward; None follows the parameters.
         reduce_dtype: dtype in which gradients are summed over ranks; None follows the gradients.
         scales_loss: whether a step may be skipped because gradients overflowed.
+        judges_gradients: whether ``step`` itself leaves the parameters alone where a gradient isn't finite.
         master_weights: whether an optimizer steps on float32 copies of the parameters, which its state holds.
         computes_by_itself: whether the format has layers, weights or steps of its own, so that a strategy whose engine
             has those can't do its part.
@@ -39,6 +42,7 @@ class Precision:
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     scales_loss: ClassVar[bool] = False
+    judges_gradients: ClassVar[bool] = False
     master_weights: bool = False
     computes_by_itself: ClassVar[bool] = False
     refused_arguments: Mapping[str, str] = {}
@@ -96,6 +100,26 @@ class Precision:
     def step(self, optimizer: Optimizer) -> None:
         """Step the optimizer, or skip it where the gradients overflowed."""
         optimizer.step()
+
+    def step_unless(self, optimizer: Optimizer, refused: Tensor) -> None:
+        """Step the optimizer unless a flag on the device is up. Optimizers that read such a flag themselves are torch's
+        fused ones; for any other the host waits for the flag, as torch's GradScaler does.
+        """
+        if takes_flag(optimizer):
+            optimizer.found_inf = refused  # type: ignore[attr-defined]
+            try:
+                self.step(optimizer)
+            finally:
+                del optimizer.found_inf  # type: ignore[attr-defined]
+        elif not refused.item():
+            self.step(optimizer)
+
+    def skip_step(self, optimizer: Optimizer) -> None:
+        """Do what an update asks for whose step is left out."""
+
+    def is_at_floor(self) -> bool:
+        """Whether a loss scale is so small that gradients are lost. It may wait for the device."""
+        return False
 
     def skip_is_known(self) -> bool:
         """Whether ``step_was_skipped`` answers without waiting for the device."""

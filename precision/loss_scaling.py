@@ -22,6 +22,7 @@ class LossScaling(Precision):
     """
 
     scales_loss = True
+    judges_gradients = True
     computes_by_itself = True
 
     def __init__(self, initial_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -53,6 +54,19 @@ class LossScaling(Precision):
         """Step unless a gradient overflowed, then adapt the scale."""
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def step_unless(self, optimizer: Optimizer, refused: Tensor) -> None:
+        """Step unless a gradient overflowed or the flag is up, then adapt the scale to the overflow alone."""
+        self.scaler.refuse_where(refused)
+        self.step(optimizer)
+
+    def skip_step(self, optimizer: Optimizer) -> None:
+        """Adapt the scale as a step would."""
+        self.scaler.update()
+
+    def is_at_floor(self) -> bool:
+        """Whether the scale has fallen below 1, or below its first value where that is smaller."""
+        return self.scaler.get_scale() < min(1.0, self.initial_scale)
 
     def skip_is_known(self) -> bool:
         """True on the CPU; on an accelerator the flag is still on its way right after a step."""

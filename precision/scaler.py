@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .base import MaxReduce
 from .complex_numbers import as_real
+from .device_flag import DeviceFlag
 
 
 class RankAwareGradScaler(GradScaler):
@@ -28,8 +29,8 @@ class RankAwareGradScaler(GradScaler):
     def __init__(self, device: torch.device, max_over_ranks: MaxReduce, **options: Any) -> None:
         super().__init__(device.type, **options)
         self._max_over_ranks = max_over_ranks
-        self._overflow: Tensor | None = None  # 0-dim on the host; pinned and in flight on CUDA
-        self._arrived: torch.cuda.Event | None = None
+        self._overflow: DeviceFlag | None = None
+        self._refused: Tensor | None = None
         # The scale exists from the start, so that a checkpoint taken before the first backward holds it.
         self._lazy_init_scale_growth_tracker(device)
 
@@ -63,26 +64,33 @@ class RankAwareGradScaler(GradScaler):
                 torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, inv_scale.to(device))
             for flag in flags.values():
                 self._max_over_ranks(flag)
-        self._send_to_host(list(flags.values()))
+        found = list(flags.values())
+        on_one = found[0] if len(found) == 1 else torch.stack([flag.to(found[0].device) for flag in found]).amax()
+        self._overflow = DeviceFlag(on_one)
         return flags
 
-    def _send_to_host(self, flags: list[Tensor]) -> None:
-        """Start copying the overflow flag to the host without waiting for it."""
-        flag = flags[0] if len(flags) == 1 else torch.stack([f.to(flags[0].device) for f in flags]).amax()
-        if flag.device.type == "cuda":
-            self._overflow = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._overflow = flag.to("cpu")
+    def refuse_where(self, flag: Tensor) -> None:
+        """Have the next step leave the parameters alone where a flag on the device is up, too. The scale doesn't follow
+        the flag.
+        """
+        self._refused = flag
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Step the optimizer unless its gradients overflowed, or the flag of ``refuse_where`` is up."""
+        refused, self._refused = self._refused, None
+        if refused is None:
+            return super().step(optimizer, *args, **kwargs)
+        state = self._per_optimizer_states[id(optimizer)]
+        found: dict[torch.device, Tensor] = state["found_inf_per_device"]
+        device = next(iter(found))
+        state["found_inf_per_device"] = {**found, device: torch.maximum(found[device], refused.to(device))}
+        result = super().step(optimizer, *args, **kwargs)
+        state["found_inf_per_device"] = found
+        return result
 
     def step_was_skipped(self) -> bool:
         """Whether the last update overflowed; waits for that update's flag alone."""
-        if self._overflow is None:
-            return False
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return bool(self._overflow.numpy())  # by numpy, since that never waits for the device
+        return self._overflow is not None and self._overflow.is_up()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore scale and growth counter into the live tensors; an update that broke off half-way is forgotten."""

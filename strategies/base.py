@@ -16,8 +16,7 @@ from ..precision.linear_layers import put_back
 from ..precision.names import did_you_mean
 from .devices import default_device, move_to
 from .matrix import check_cell
-from .placed import PlacedModule
-from .ranks import Ranks
+from .updating import Updating
 
 ConfigureOptimizer = Callable[[nn.Module], Optimizer]
 Prepare = Callable[[nn.Module], None]
@@ -63,7 +62,7 @@ class RunDescription:
     compiles_checkpointed_blocks: bool
 
 
-class Strategy(Ranks, PlacedModule):
+class Strategy(Updating):
     """Places a module on devices and runs the steps of an update there.
 
     The verbs, in the order in which a run uses them::
@@ -79,8 +78,8 @@ class Strategy(Ranks, PlacedModule):
                 forward_context     entered around forward and loss
                 backward
             prepare_gradients       unscale
-            clip_grad_norm          the true norm over all shards
-            step                    may be skipped by loss scaling
+            clip_grad_norm          the true norm over all shards; find_nonfinite where gradients aren't clipped
+            step, skip              the step may be left out by loss scaling, or by a flag on the device
             flush                   when the gradients are gone; in evaluation after each micro-batch
         sum_over_data_ranks, read, gather, broadcast, barrier
         model_state, optimizer_state, load_optimizer_state
@@ -99,6 +98,7 @@ class Strategy(Ranks, PlacedModule):
         device: where this rank's tensors live; set by ``set_up``.
         rank, world_size, ...: see Ranks.
         precision, module, model, optimizer: see PlacedModule.
+        gradients_are_alike, normed, ...: see Updating.
     """
 
     name: ClassVar[str]
@@ -263,36 +263,6 @@ class Strategy(Ranks, PlacedModule):
         """Add the gradients of ``loss`` (scaled where the precision scales) to those of the update."""
         self.precision.backward(loss)
 
-    def prepare_gradients(self) -> None:
-        """Bring the gradients to their true size, after the last backward of an update."""
-        assert self.optimizer is not None
-        self.precision.unscale(self.optimizer)
-
-    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """Scale the gradients so that their 2-norm over the whole model is at most ``max_norm``.
-
-        Returns:
-            The norm before clipping, 0-dim, equal on every rank. It stays on the device.
-        """
-        parameters = self.precision.clipped(parameters)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not gradients:
-            return torch.zeros(())
-        with torch.no_grad():  # torch.nn.utils.clip_grad_norm_ to the bit, without its sorting by device and dtype
-            norm: Tensor = torch.linalg.vector_norm(torch.stack(norms(gradients)))
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def step(self) -> None:
-        """Step the optimizer."""
-        assert self.optimizer is not None
-        self.precision.step(self.optimizer)
-        self.weights_have_changed()
-
-    def step_was_skipped(self) -> bool:
-        """Whether the last ``step`` left the parameters alone. Waits at most for that step, never for later work."""
-        return self.precision.step_was_skipped()
-
     # Beginning again after a failure that another attempt may not meet: between ``tell_failure`` and another run.
 
     def release(self, module: nn.Module) -> None:
@@ -361,13 +331,3 @@ class Strategy(Ranks, PlacedModule):
             if getattr(self.options, field.name) != field.default
         )
         return f"{type(self).__name__}({', '.join(given)})"
-
-
-def norms(gradients: list[Tensor]) -> list[Tensor]:
-    """Compute the 2-norm of each tensor, at least in float32: 16 bits would round the sum, and overflow at 65504."""
-    dtype = None if gradients[0].dtype.itemsize > 2 else torch.float32
-    try:
-        return list(torch._foreach_norm(gradients, 2.0, dtype=dtype))
-    except NotImplementedError:  # a sparse gradient may hold an index twice, whose values must be summed first
-        values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-        return list(torch._foreach_norm(values, 2.0, dtype=dtype))

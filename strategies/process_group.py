@@ -113,9 +113,15 @@ class ProcessGroupStrategy(Strategy):
         torch.accelerator.set_device_index(device.index)
         return device
 
-    def step(self) -> None:
+    def step(self, refused: Tensor | None = None) -> None:
         """Step the optimizer, and see which buffers the update has changed."""
-        super().step()
+        super().step(refused)
+        if self.buffers is not None:
+            self.buffers.end_update()
+
+    def skip(self) -> None:
+        """Leave the step out, and see which buffers the update has changed."""
+        super().skip()
         if self.buffers is not None:
             self.buffers.end_update()
 

@@ -9,6 +9,7 @@ import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework.module import IGNORED_LABEL
 from stratagem.precision import Precision
+from stratagem.strategies import Single
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -26,6 +27,12 @@ class Float64(Precision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module.double()
+
+
+class Elsewhere(Single):
+    """One device, whose numbers the host takes for those of an accelerator: it lets flags on the device decide."""
+
+    reads_at_once = False
 
 
 class Regressor(TrainModule):

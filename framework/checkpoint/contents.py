@@ -31,6 +31,7 @@ from .. import random_state
 from ..agreement import on_all_ranks
 from . import callback_states, directory
 from .directory import CheckpointError
+from .finite import check_finite
 from .frozen import as_stored, check_frozen, leave_out, left_out
 from .line import Line
 from .matching import (
@@ -80,6 +81,9 @@ def take(run: SavedRun, line: Line) -> Snapshot:
     Args:
         run: placed.
         line: of the run, see ``line.py``.
+
+    Raises:
+        CheckpointError: on every rank, where the weights or the optimizer's state aren't finite.
     """
     strategy = run.strategy
     strategy.settle_buffers()
@@ -96,6 +100,7 @@ def take(run: SavedRun, line: Line) -> Snapshot:
                 tensors[f"{name}/{key}"] = value
             else:
                 numbers[f"{name}/{key}"] = value
+    check_finite(strategy, model, tensors)
     callbacks, callback_tensors = callback_states.split_tensors(run.callbacks.state_dict())
     model = leave_out(model, names)
     state = {

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...strategies.base import Strategy
+from .finite import check_finite
 from .frozen import leave_out, left_out
 
 
@@ -37,6 +38,7 @@ def whole_weights(strategy: Strategy, only_trainable: bool, *, adapters: bool = 
 
     Raises:
         ValueError: the module has quantized parameters, and neither option leaves them out.
+        CheckpointError: on every rank, where trained weights aren't finite.
     """
     names = left_out(strategy, only_trainable)
     if names and not (only_trainable or adapters):
@@ -46,6 +48,7 @@ def whole_weights(strategy: Strategy, only_trainable: bool, *, adapters: bool = 
         )
     names |= strategy.tied_names().keys()
     strategy.settle_buffers()
+    check_finite(strategy, leave_out(strategy.model_state(), names), {})
     weights = {}
     for name, tensor in strategy.full_state(names):
         if strategy.is_main:

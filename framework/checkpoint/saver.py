@@ -48,11 +48,13 @@ class Saver:
             best_update: that of the best evaluation so far; None before the first.
 
         Raises:
-            CheckpointError: on every rank, where one could not write.
+            CheckpointError: on every rank, where one could not write, or where ``take`` refuses: then nothing in the
+                directory has changed.
         """
         from .writing import BackgroundWriter, write
 
         began = time.monotonic()
+        snapshot = take()
         with self.directory.saving(update) as path:
 
             def published() -> None:
@@ -61,7 +63,6 @@ class Saver:
                     self.callbacks.checkpoint_published(path)
                     self._rotate(best_update)
 
-            snapshot = take()
             if self.args.async_save:
                 if self.writer is None:
                     self.writer = BackgroundWriter(self.strategy)

@@ -85,6 +85,22 @@ class Data(DataOfFormat1, kw_only=True):
     fingerprint: str | None
 
 
+class Spikes(Struct):
+    """The running mean and variance of the gradients' norm."""
+
+    count: Count
+    mean: Annotated[float, Meta(ge=0.0)]
+    variance: Annotated[float, Meta(ge=0.0)]
+
+
+class Transaction(Struct):
+    """The updates that weren't made last, one after the other, and what tells a spike."""
+
+    in_a_row: Count
+    began: str
+    spikes: Spikes | None
+
+
 class Ancestor(Struct):
     """A run that this one goes on from, and its last update that belongs to the line."""
 
@@ -136,6 +152,7 @@ class StateOfFormat1(Struct, kw_only=True):
     optimizer_numbers: dict[str, Any]
     frozen: dict[str, FrozenEntry] = {}
     run: Run | UnsetType = UNSET
+    transaction: Transaction | UnsetType = UNSET
 
 
 class State(StateOfFormat1, kw_only=True):
@@ -258,6 +275,10 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
     require(state["progress"]["epoch"] >= 0.0, "progress.epoch", "it is negative")
     skipped = state["progress"]["skipped_updates"]
     require(skipped <= state["progress"]["global_step"], "progress.skipped_updates", "more than there were updates")
+    in_a_row = state.get("transaction", {}).get("in_a_row", 0)
+    require(in_a_row <= skipped, "transaction.in_a_row", "more than were skipped")
+    for name, value in (state.get("transaction", {}).get("spikes") or {}).items():
+        require(math.isfinite(value), f"transaction.spikes.{name}", "it isn't finite")
     names = [name for group in state["parameter_groups"] for name in group["names"]]
     require(len(set(names)) == len(names), "parameter_groups", "a parameter is in it twice")
     for field in ("frozen", "model", "optimizer", "callback_tensors"):

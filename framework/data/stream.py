@@ -88,6 +88,15 @@ class DataStream:
         # The samples that drop_last leaves out don't count, nor do the empty places of a short last micro-batch.
         return min(1.0, self.position / min(self.num_examples, len(self) * self.global_micro_batch))
 
+    def indices(self, epoch: int, begin: int, end: int) -> Sequence[int] | None:
+        """The samples at some positions of an epoch's order, as indices into the dataset; None where they aren't known.
+
+        Args:
+            epoch: its number.
+            begin, end: the first position, and the one after the last.
+        """
+        return None
+
     def capacity(self) -> int | None:
         """The last position in an epoch; None where it is unknown."""
         return self.num_examples

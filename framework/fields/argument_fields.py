@@ -45,6 +45,13 @@ class ArgumentFields:
             rounded up to whole updates.
         warmup_ratio: the same, as a fraction of the run alone.
         max_grad_norm: gradients are scaled down to this 2-norm; 0 or None switches clipping off (and the norm's log).
+        nonfinite_updates: what becomes of an update whose gradients aren't all finite: "skip" leaves it out, weights,
+            moments and schedule as they are, and says at the next log which samples it was made of; "raise" ends the
+            run there.
+        spike_updates: also leave out an update whose gradient norm is more than so many standard deviations above its
+            running mean, once 50 are known; the mean is that of the last 100 or so (docs/loop.md). None looks at none.
+        max_skipped_updates: after so many updates in a row that were left out, the run ends with an error that says how
+            it began.
         logging_strategy: "no", "steps" or "epoch".
         logging_steps: updates between logs; below 1, a fraction of the run, rounded up to whole updates.
         logging_first_step: also log after the first update.
@@ -153,6 +160,9 @@ class ArgumentFields:
     warmup_steps: float = 0
     warmup_ratio: float = 0.0
     max_grad_norm: float | None = 1.0
+    nonfinite_updates: str = "skip"
+    spike_updates: float | None = None
+    max_skipped_updates: int = 50
 
     logging_strategy: str = "steps"
     logging_steps: float = 500

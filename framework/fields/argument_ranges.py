@@ -4,7 +4,12 @@ from typing import Any
 
 from .argument_fields import ArgumentFields
 
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_skipped_updates",
+)
 AT_LEAST_ONE_OR_NONE = (
     "save_total_limit",
     "dataloader_prefetch_factor",
@@ -20,11 +25,12 @@ NOT_NEGATIVE = (
     "dataloader_num_workers",
     "seed",
 )
-ABOVE_ZERO_OR_NONE = ("hang_timeout", "neftune_noise_alpha")
+ABOVE_ZERO_OR_NONE = ("hang_timeout", "neftune_noise_alpha", "spike_updates")
 PREEMPTION_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 ONE_OF = {
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "nonfinite_updates": ("skip", "raise"),
     "debug": ("", "underflow_overflow", "ranks_agree"),
     "other_checkpoints": ("set_aside", "refuse"),
     "on_hang": ("end", "report"),
@@ -82,6 +88,12 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     require("preemption_signals", not unknown, takes)
     saves = args.save_strategy != "no"
     require("requeue", saves or not args.requeue, "would run the job from the beginning with save_strategy='no'")
+    require(
+        "spike_updates",
+        args.spike_updates is None or bool(args.max_grad_norm),
+        f"goes by the gradients' norm, which max_grad_norm={args.max_grad_norm!r} leaves out; set max_grad_norm (a "
+        "large one clips nothing)",
+    )
     for name, nothing, needed in WITHOUT_EFFECT:
         require(name, getattr(args, name) == nothing or getattr(args, needed), f"has no effect without {needed}=True")
     for name, nothing in NEED_WORKERS:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ...strategies.base import Strategy
+from ..fields.argument_fields import ArgumentFields
 
 
 class UpdatesInBackward(Optimizer):
@@ -158,20 +159,18 @@ def root_mean_square(tensor: Tensor) -> Tensor:
     return tensor.norm() / tensor.numel() ** 0.5
 
 
-def check_update_in_backward(
-    optimizer: str, strategy: Strategy, max_grad_norm: float, gradient_accumulation_steps: int
-) -> None:
+def check_update_in_backward(optimizer: str, strategy: Strategy, args: ArgumentFields) -> None:
     """Refuse a run in which backward makes gradients that aren't ready for an update at once.
 
     Args:
         optimizer: the name of the optimizer, for the message.
         strategy: set up, with the precision of the run.
-        max_grad_norm, gradient_accumulation_steps: see FitArguments.
+        args: of the run.
 
     Raises:
         ValueError: the message says what can't work and what to write instead.
     """
-    problems = [why for _, why in argument_problems(max_grad_norm, gradient_accumulation_steps)]
+    problems = [why for _, why in argument_problems(args)]
     if not strategy.gradients_are_final_in_backward:
         problems.append(
             f"under strategy={strategy.name!r} they are summed over ranks or scattered after that: use "
@@ -185,10 +184,10 @@ def check_update_in_backward(
         raise ValueError(f"{optimizer} consumes gradients in backward. " + "; ".join(problems) + ".")
 
 
-def argument_problems(max_grad_norm: float, gradient_accumulation_steps: int) -> list[tuple[str, str]]:
+def argument_problems(args: ArgumentFields) -> list[tuple[str, str]]:
     """Return (argument, why it can't work with updates in backward) for arguments that can't work."""
     found = []
-    if max_grad_norm:
+    if args.max_grad_norm:
         found.append(
             (
                 "max_grad_norm",
@@ -196,7 +195,7 @@ def argument_problems(max_grad_norm: float, gradient_accumulation_steps: int) ->
                 "(AdaLOMO bounds each update; LOMO takes optim_args={'clip_grad_value': ...})",
             )
         )
-    if gradient_accumulation_steps > 1:
+    if args.gradient_accumulation_steps > 1:
         found.append(
             (
                 "gradient_accumulation_steps",
@@ -204,4 +203,17 @@ def argument_problems(max_grad_norm: float, gradient_accumulation_steps: int) ->
                 "per_device_train_batch_size",
             )
         )
+    if args.nonfinite_updates == "raise":
+        found.append(
+            (
+                "nonfinite_updates",
+                "LOMO and AdaLOMO have updated most parameters before the last gradient is known; leave it out, or use "
+                "debug='underflow_overflow', which ends the run in the forward",
+            )
+        )
     return found
+
+
+def updates_in_backward(optimizer: Optimizer) -> bool:
+    """Whether backward makes the updates of an optimizer, or of a part of it."""
+    return any(getattr(part, "updates_in_backward", False) for part in getattr(optimizer, "parts", [optimizer]))

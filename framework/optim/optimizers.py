@@ -112,7 +112,7 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
             ("optim_target_modules", f"has no effect with optim={args.optim!r}; {', '.join(LOW_RANK)} have one")
         )
     if args.optim in UPDATING_IN_BACKWARD:
-        found += argument_problems(args.max_grad_norm or 0.0, args.gradient_accumulation_steps)
+        found += argument_problems(args)
         if args.auto_find_batch_size:
             why = (
                 f"accumulates what a smaller batch leaves out, and optim={args.optim!r} can't accumulate; find "

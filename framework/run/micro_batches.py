@@ -34,6 +34,7 @@ def read_update(
     """
     strategy, stream = run.strategy, run.stream
     position = stream.position
+    run.begin_update(position)
     failure: Exception | None = None
     batches: list[Any] = []
     items: Count = 0

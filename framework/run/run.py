@@ -24,7 +24,9 @@ from .in_step import InStep
 from .placement import Placement
 from .plan import Plan
 from .rescue import Rescue
+from .statistics import RunningStatistics, running_statistics
 from .totals import Totals
+from .transaction import Attempt, Transaction
 
 
 class Run:
@@ -42,6 +44,7 @@ class Run:
         placement: the module where it is trained; None before ``begin``.
         averages: what the updates since the last log noted.
         exchange: the ranks' message of an update.
+        transaction: decides which updates are made.
         rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
         watch: sees signals, hangs and other ranks' failures; there from the beginning of training.
@@ -64,6 +67,7 @@ class Run:
         self.placement: Placement | None = None
         self.averages = Averages(strategy)
         self.exchange = UpdateExchange(strategy, control, InStep(strategy, "train_data"))
+        self.transaction = Transaction(self.args, strategy, stream.indices)
         saves = self.args.save_on_exception
         self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
         self.totals: Totals | None = None
@@ -72,6 +76,11 @@ class Run:
         self.grad_norm: Tensor | None = None
         self.watch: Watch
         self._schedule_is_due = False
+        self._measure: Tensor | None = None  # of the last update's gradients; not finite where they aren't
+        self._loss: Tensor | None = None  # of the last update, on this rank
+        self._begin = 0  # the last update's first position
+        self._attempted: Attempt | None = None  # the last update, where it isn't known yet whether it was made
+        self._statistics: RunningStatistics | None = None
         self._earlier_samples = 0  # handed out in earlier epochs of this run, less those before a resume
         self._random_to_restore: dict[str, Any] | None = None
         self._scheduler: LRScheduler | None = None
@@ -106,6 +115,7 @@ class Run:
             has_evaluations: whether the run evaluates.
         """
         self.placement = placement
+        self.transaction.say_what_it_cannot(placement.optimizer)
         self._scheduler = configured_scheduler(placement.module, placement.optimizer, self.args, has_evaluations)
 
     def begin_anew(self) -> None:
@@ -167,42 +177,107 @@ class Run:
         if self.rescue is not None:
             self.rescue.note_position()
 
+    def begin_update(self, position: int) -> None:
+        """Note where in the data an update's samples begin."""
+        self._begin = position
+        if self._statistics is not None:
+            self._statistics.keep(self.state.global_step + 1)
+
     def clip(self, parameters: list[Any]) -> None:
         """Scale the gradients down to ``max_grad_norm``, and keep their norm, on the device."""
         limit = self.args.max_grad_norm
-        self.grad_norm = self.strategy.clip_grad_norm(parameters, limit) if limit else None
+        if limit:
+            self._measure = self.grad_norm = self.strategy.clip_grad_norm(parameters, limit)
+        else:
+            self.grad_norm = None
+            self._measure = self.strategy.find_nonfinite(parameters) if self.transaction.looks else None
 
-    def step(self) -> None:
-        """Step the optimizer. The schedule is to follow, once it is known whether the step wasn't skipped."""
-        self.settle_schedule()  # of the update before, where loss scaling has only now told whether it stepped
+    def step(self, loss: Tensor) -> None:
+        """Step the optimizer, unless the update isn't to be made. The schedule is to follow, once that is known.
+
+        Args:
+            loss: of the update, over this rank.
+        """
+        self.settle_schedule()  # of the update before, where the host has only now learned whether it was made
         optimizer = self.strategy.optimizer
         assert optimizer is not None
         self.state.begin_step(optimizer.param_groups[0]["lr"])
-        self.strategy.step()
+        self._loss = loss
+        refused = self.transaction.judge(self._measure)
+        if refused is False:
+            self.strategy.step()
+        elif refused is True:
+            self.strategy.skip()
+        else:
+            self.strategy.step(refused)
         self._schedule_is_due = True
 
     def settle_known_schedule(self) -> None:
-        """Settle the schedule at once, where the number format knows already whether the step was skipped."""
-        if self.strategy.precision.skip_is_known():
+        """Settle the schedule at once, where the host knows already whether the update was made."""
+        if self.transaction.on_host and self.strategy.precision.skip_is_known():
             self.settle_schedule()
 
     def settle_schedule(self) -> None:
         """Move the schedule for the last update, or count it as skipped, once it is known which."""
         if self._schedule_is_due:
             self._schedule_is_due = False
-            scheduler = self._scheduler
+            scheduler, transaction = self._scheduler, self.transaction
             assert scheduler is not None
-            if self.strategy.step_was_skipped():
+            if transaction.was_skipped():
+                attempt = self._attempted or self._attempt()
                 self.state.skip_update()
-            elif not waits_for_metric(scheduler):
+                if self._statistics is not None:
+                    self._statistics.give_back(attempt.update)
+                transaction.note_skipped(attempt)
+                return
+            if transaction.in_a_row:
+                transaction.end_row()
+            if not waits_for_metric(scheduler):
                 scheduler.step()
 
+    def _attempt(self) -> Attempt:
+        """The update that is under way, for who may have to say that it wasn't made."""
+        assert self._loss is not None
+        transaction, stream = self.transaction, self.stream
+        suspects = transaction.suspects
+        if suspects is None and transaction.on_host and self.strategy.precision.judges_gradients:
+            suspects = self.strategy.suspects()
+        spike = transaction.spikes.describe() if transaction.is_spike and transaction.spikes else None
+        update = self.state.global_step + 1
+        return Attempt(
+            update, self.epoch_index, self._begin, stream.position, self.grad_norm, self._loss, suspects, spike
+        )
+
     def end_update(self, loss: Tensor) -> None:
-        """Count an update, whose loss over this rank is a 0-dim tensor on the device."""
+        """Count an update, whose loss over this rank is a 0-dim tensor on the device.
+
+        Raises:
+            SkippedUpdatesError: too many updates in a row were not made; on every rank.
+        """
         self.averages.end_update(loss)
+        if self._schedule_is_due:
+            self._attempted = self._attempt()
         self.state.end_update(self.epoch_index + self.stream.fraction())
         if self.rescue is not None:
             self.rescue.end_update()
+        if self.transaction.must_end:
+            self.end_if_it_must()
+
+    def report_updates(self) -> None:
+        """Say which updates were left out since this was called last, the last update included. Collective."""
+        self.settle_schedule()
+        if not self.transaction.on_host:
+            self.transaction.look_at_scale()
+        self.transaction.say()
+
+    def end_if_it_must(self) -> None:
+        """End the run where too many updates in a row were left out.
+
+        Raises:
+            SkippedUpdatesError: on every rank; says how it began.
+        """
+        if self.transaction.must_end:
+            raise self.transaction.failure()
 
     @property
     def interruption(self) -> int:
@@ -213,6 +288,8 @@ class Run:
         """Begin to measure: everything is placed and restored."""
         self.watch = watch
         watch.begin_training()
+        if not self.strategy.compiles_updates:
+            self._statistics = running_statistics(self.module, 1 if self.transaction.on_host else 2)
         self.totals = Totals(self.args, self.state, self.averages, self.strategy)
 
     def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:
@@ -239,6 +316,7 @@ class Run:
         stream = self.stream
         return {
             "averages": self.averages.state_dict(),
+            "transaction": self.transaction.state_dict(),
             "progress": self.state.to_dict(),
             "data": {"epoch": self.epoch_index, **stream.state_dict(), **stream.describe(self.strategy.is_main)},
             "scheduler": self.scheduler.state_dict(),
@@ -249,6 +327,8 @@ class Run:
         (``checkpoint/parts.py``).
         """
         self.averages.load_state_dict(state["averages"])
+        if "transaction" in state:  # earlier versions left no update out
+            self.transaction.load_state_dict(state["transaction"])
         self.state.load(state["progress"])
         self.epoch_index = state["data"]["epoch"]
         self.stream.load_state_dict(state["data"])

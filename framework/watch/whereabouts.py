@@ -36,9 +36,11 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/steps.py", "evaluate"): "an evaluation",
     ("framework/steps.py", "predict"): "a prediction",
     ("framework/steps.py", "save_checkpoint"): "saving a checkpoint",
+    ("framework/loop.py", "agree_at_once"): "agreeing on what to log, evaluate and save",
     ("framework/loop.py", "end_training"): "ending the run",
     ("framework/checkpoint/contents.py", "load_weights"): "loading the best weights",
 }
+OUTERMOST = "framework/runs.py", "train_from"
 LONG = ("beginning the run", "saving a checkpoint", "ending the run", "loading the best weights")
 # Other files of torch's compiler stay on the stack of what is compiled already.
 COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/")
@@ -123,7 +125,10 @@ def find(innermost: FrameType | None, rank: int, update: int, seconds: float) ->
     in_collective = False
     for depth, frame in enumerate(frames_of(innermost)):
         code = frame.f_code
-        phase = phase or PHASES.get(of_package(code.co_filename, code.co_name), "")
+        function_here = of_package(code.co_filename, code.co_name)
+        if function_here == OUTERMOST:
+            break  # who called fit.train is no news
+        phase = phase or PHASES.get(function_here, "")
         if not place and is_users(code.co_filename):
             place, function = f"{Path(code.co_filename).name}:{frame.f_lineno}", code.co_name
         in_collective = in_collective or (depth < 3 and "/torch/distributed/distributed_c10d.py" in code.co_filename)

@@ -172,6 +172,11 @@ def fill(
             problems.append(f"zero_optimization.{key}.device='nvme' is untested with our checkpoints: write 'cpu'")
         elif device != "none" and stage < lowest:
             problems.append(f"zero_optimization.{key} needs stage {lowest} or more, and the stage is {stage}")
+    if zero.get("compute_grad_norm") is False:
+        problems.append(
+            "zero_optimization.compute_grad_norm=false: without the norm, updates whose gradients aren't finite would "
+            "be made; leave it out"
+        )
     problems += precision_problems(filled, stage, computes_in_bf16)
     for key, value in ZERO_AUTO.items():
         if zero.get(key) == AUTO:

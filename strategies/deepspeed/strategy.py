@@ -16,6 +16,7 @@ from ..duplicates import Part
 from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR
 from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module
 from ..sparse_gradients import check_dense
+from ..updating import Names
 from .checks import (
     NO_NESTED_TENSORS,
     check_package,
@@ -56,9 +57,8 @@ class DeepSpeed(ProcessGroupStrategy):
     """``strategy="deepspeed"`` (ZeRO stage 2), ``"deepspeed_stage_0"`` to ``"deepspeed_stage_3"``: Rajbhandari et al.,
     2020. See DeepSpeedOptions, and docs/deepspeed.md for what a config may say.
 
-    As under FSDP1, a parameter that a backward doesn't reach has a gradient of 0: weight decay moves it. At stages 1 to
-    3 an update whose gradients aren't finite is skipped, and counted as such. At stage 3 every rank's forward must call
-    the same layers in the same order: others wait for one another until ``timeout``.
+    As under FSDP1, a parameter that a backward doesn't reach has a gradient of 0: weight decay moves it. At stage 3
+    every rank's forward must call the same layers in the same order: others wait for one another until ``timeout``.
 
     Example:
         ``Fit(module, data, strategy=DeepSpeed(config="ds_config.json", stage=3), devices=2)``
@@ -187,6 +187,36 @@ class DeepSpeed(ProcessGroupStrategy):
     def step_was_skipped(self) -> bool:
         """Whether the engine skipped the step, as ZeRO does where gradients aren't finite."""
         return bool(self.stage and self.engine.optimizer.overflow)
+
+    @property
+    def judges_gradients(self) -> bool:
+        """Whether the engine skips updates whose gradients aren't finite: at every stage but 0."""
+        return self.stage > 0
+
+    @property
+    def reads_at_once(self) -> bool:
+        """Always: at stages 1 to 3 the engine waits for its device in every step anyway. At stage 0 on the CPU."""
+        return self.stage > 0 or super().reads_at_once
+
+    def skip(self) -> None:
+        """Have the engine drop the gradients, as it does where their norm isn't finite; at stage 0 the loop does."""
+        if self.stage:
+            invalid = torch.tensor(-1.0, device=self.device)
+            zero = self.engine.optimizer
+            if self.stage == 3:
+                zero._get_norm_groups = lambda: [invalid]
+            else:
+                zero.scaled_global_norm = lambda norm_type=2: invalid
+            self.step()
+        else:
+            super().skip()
+
+    def suspects(self) -> Names:
+        """Look at the gradients while the engine has them, one whole one at a time. Collective at stages 1 to 3."""
+        if not self.stage:
+            return super().suspects()
+        names = [name for name, gradient in self.full_gradients() if not bool(gradient.isfinite().all())]
+        return lambda: names
 
     # State.
 

@@ -57,6 +57,7 @@ class FSDP1(ProcessGroupStrategy):
 
     name = "fsdp1"
     parameter_form = "flat"
+    gradients_are_alike = False
     Options = FSDP1Options
     options: FSDP1Options
     loss_follows = False
@@ -156,7 +157,10 @@ class FSDP1(ProcessGroupStrategy):
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Clip by the norm over all shards, in the gradients' own dtype."""
-        return clip_by_norm(parameters, max_norm, (self.mesh[SHARD].get_group(),), self.whole_parameters)
+        shards = (self.mesh[SHARD].get_group(),)
+        norm, normed, each = clip_by_norm(parameters, max_norm, shards, self.whole_parameters)
+        self.note_norms(normed, each)
+        return norm
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """This rank's views into the flat shards, under the user's names."""

@@ -91,6 +91,7 @@ class FSDP2(ProcessGroupStrategy):
 
     name = "fsdp2"
     parameter_form = "dtensor"
+    gradients_are_alike = False
     replicas_differ = (
         ProcessGroupStrategy.replicas_differ
         + " With tensor parallelism: a parameter near a layer with a style of your own, so that nobody knows on which "
@@ -300,14 +301,16 @@ class FSDP2(ProcessGroupStrategy):
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Clip by the norm over all shards; torch's own function fails where parameters lie on different meshes."""
-        return clip_by_norm(parameters, max_norm)
+        norm, normed, each = clip_by_norm(parameters, max_norm)
+        self.note_norms(normed, each)
+        return norm
 
-    def step(self) -> None:
+    def step(self, refused: Tensor | None = None) -> None:
         """Step the optimizer, mesh by mesh where there are several."""
         assert self.optimizer is not None
         several = self.options.tensor_parallel > 1 or self.whole_parameters
         with groups_split_by_mesh(self.optimizer) if several else nullcontext():
-            super().step()
+            super().step(refused)
 
 
 def is_sharded(parameter: Tensor, shape: torch.Size) -> bool:

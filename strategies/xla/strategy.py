@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from ...precision.master_weights import MASTER_WEIGHT
 from ...precision.names import did_you_mean
 from ..base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
 from ..batches import tensors_of
@@ -29,6 +30,7 @@ from .sharding import (
     partitions,
 )
 
+BEGIN_AT_ZERO = ("Adam", "AdamW", "RMSprop", "SGD")  # whose state is 0 before their first step
 WARM_UP = 3  # training programs that may be compiled: without optimizer state, with it, and one to spare
 
 
@@ -73,8 +75,11 @@ class XLASPMD(Strategy):
     options: XLASPMDOptions
     parameter_form = "lazy"
     takes_closure = False
+    compiles_updates = True
     recompute_options: ClassVar[Mapping[str, Any]] = {}
     refused_arguments: ClassVar[Mapping[str, str]] = {
+        "spike_updates": "would make the running mean a part of the compiled program, which is untested: leave it out; "
+        "updates that aren't finite are left out all the same",
         "torch_compile": "has no effect under strategy='xla', which compiles whole updates. Leave it out",
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",
@@ -161,24 +166,61 @@ class XLASPMD(Strategy):
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         return [group for group in groups if "capturable" in group]
 
-    def step(self) -> None:
+    def step(self, refused: Tensor | None = None) -> None:
         """Step the optimizer, with its learning rates as tensors (see ``factor``), and mark the state that it makes in
         its first step: where the compiler had the choice, it could choose otherwise a step later, and compile twice.
+
+        Args:
+            refused: where it isn't 0, everything is what it was: the program chooses, so that the host needn't wait.
         """
         assert self.optimizer is not None
         is_first = not self.optimizer.state
+        if refused is not None and is_first and type(self.optimizer).__name__ not in BEGIN_AT_ZERO:
+            if refused.item():
+                return
+            refused = None
         groups = self.capturable_groups()
         learning_rates = [group["lr"] for group in groups]
         for group in groups:
             group["capturable"] = True  # steps are counted on the device; a count from the host would be a new program
             group["lr"] = self.factor(group["lr"])
+        before = {} if refused is None else self.changing()
         super().step()
+        if refused is not None:
+            self.put_back(before, refused)
         for group, learning_rate in zip(groups, learning_rates, strict=True):
             group["lr"] = learning_rate
         if is_first:
             for name, entries in super().optimizer_state().items():
                 for value in entries.values():
                     self.mark_like(name, value)
+
+    def changing(self) -> dict[tuple[str, str], Tensor]:
+        """Copy what a step changes: (parameter's name, key of the optimizer's state) to tensor, "" for the parameter.
+        The copies are instructions of the program, and take memory only where the compiler can't do without.
+        """
+        return {place: tensor.detach().clone() for place, tensor in self.on_devices()}
+
+    def on_devices(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Yield the trainable parameters, and the tensors in the optimizer's state, that are on the devices."""
+        for name, parameter in self.named_parameters().items():
+            if parameter.requires_grad:
+                yield (name, ""), parameter
+        for name, entries in super().optimizer_state().items():
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.device.type == "xla":
+                    yield (name, key), value
+
+    @torch.no_grad()
+    def put_back(self, before: Mapping[tuple[str, str], Tensor], refused: Tensor) -> None:
+        """Give everything the values from before a step where the step is refused. State that the step has made was 0
+        before, and a master weight was its parameter.
+        """
+        for (name, key), tensor in self.on_devices():
+            old = before.get((name, key))
+            if old is None:
+                old = before[name, ""].to(tensor.dtype) if key == MASTER_WEIGHT else torch.zeros_like(tensor)
+            tensor.copy_(torch.where(refused > 0.0, old, tensor))
 
     def mark_like(self, name: str, value: Any) -> None:
         """Mark an entry of a parameter's optimizer state: as the parameter where it has as many numbers, else whole."""

@@ -150,6 +150,20 @@ def test_fsdp1_reduces_each_group_once_an_update(ranks: dict[int, Ranks]) -> Non
         assert {name for name, _, _ in sent} == {"reduce_scatter_base", "allgather", "allreduce"}
 
 
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "tp"])
+def test_without_clipping_sharded_gradients_tell_in_one_number_that_they_are_finite(
+    ranks: dict[int, Ranks], strategy: str
+) -> None:
+    clipped = ranks[2].run(listen, strategy=strategy)
+    for messages, others in zip(ranks[2].run(listen, strategy=strategy, max_grad_norm=0.0), clipped, strict=True):
+        assert update(messages) == update(others)  # that number takes the place of the norm
+
+
+def test_without_clipping_ddp_sends_nothing_more(ranks: dict[int, Ranks]) -> None:
+    for messages in ranks[2].run(listen, strategy="ddp", max_grad_norm=0.0):
+        assert update(messages) == {("allreduce", "float32", 2 * BLOCK + ROOT): 1}
+
+
 def test_tensor_parallel_sums_activations(ranks: dict[int, Ranks]) -> None:
     for messages in ranks[2].run(listen, strategy="tp"):
         sent = {message: times for message, times in update(messages).items() if "all" in message[0]}

@@ -166,7 +166,7 @@ def test_strategies_that_reduce_gradients_later_are_refused(strategy: str) -> No
     placed = get_strategy(strategy)
     placed.precision = get_precision("32-true")
     with pytest.raises(ValueError, match=rf"consumes gradients in backward.*strategy='{strategy}'.*'single'"):
-        check_update_in_backward("optim='lomo'", placed, 0.0, 1)
+        check_update_in_backward("optim='lomo'", placed, FitArguments(max_grad_norm=0.0))
 
 
 def test_loss_scaling_is_refused_at_construction(make_fit: MakeFit) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from stratagem import Callback, TrainModule
 from stratagem.precision import FP16Mixed
-from tiny import Dropping, MakeFit, Regressor, Tagger, regression_rows, token_rows
+from tiny import Dropping, Elsewhere, MakeFit, Regressor, Tagger, regression_rows, token_rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import dataloader
@@ -136,6 +136,7 @@ def watched(make_fit: MakeFit, module: TrainModule, rows: Iterable[Any], updates
     watch = Watch(updates)
     options: dict[str, Any] = {
         "callbacks": [watch],
+        "strategy": Elsewhere(device="cpu"),
         "loggers": ["jsonl"],
         "progress": True,
         "shuffle": True,

@@ -462,3 +462,40 @@ def test_metrics() -> None:
         torch.manual_seed(5)
         scores.append(make_fit(Scored(), None, rows, **arguments).evaluate())
     assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+
+
+# Updates that aren't made.
+
+
+class Gained(Adam):
+    """Multiplies the features by the sample's own factor."""
+
+    def forward(self, tokens: Tensor, gain: Tensor) -> Tensor:
+        x = self.mix(self.embed(tokens)) * gain[:, None, None] + self.position[self.order]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("bad", [1, 3])
+@pytest.mark.parametrize("mesh", [MESHES["fsdp"], MESHES["fsdp x tensor"]], ids=str)
+def test_an_update_that_is_not_finite_is_left_out_by_the_program(
+    mesh: dict[str, int], bad: int, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "gain": torch.tensor(1.0)} for row in token_rows(160)]
+    rows[16 * bad - 1]["gain"] = torch.tensor(torch.nan)
+    arguments: dict[str, Any] = {
+        "data": rows, "module": Gained, "max_steps": 10, "shuffle": False, "precision": precision,
+        "logging_nan_inf_filter": False,
+    }  # fmt: skip
+    expected = train(per_device_train_batch_size=16, **arguments)
+    assert expected["skipped_updates"][-1] == 1
+    watch = Watch()
+    found = train(per_device_train_batch_size=share(mesh, 16), callbacks=[watch], **arguments, **on_mesh(mesh))
+    nearly = 1e-5 if precision == "32-true" else 0.02
+    assert found["loss"] == pytest.approx(expected["loss"], rel=nearly, nan_ok=True)
+    assert found["learning_rate"] == expected["learning_rate"]
+    assert found["skipped_updates"][-1] == 1
+    assert capsys.readouterr().err.count(f"Update {bad} was not made, as its gradients' norm is nan") == 2
+    assert watch.compiled[-1] == watch.compiled[2]
