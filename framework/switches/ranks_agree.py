@@ -47,8 +47,8 @@ class RanksAgree(Callback):
         fit.callbacks.listen("on_step_end", self)
 
     def on_step_end(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:
-        """Compare, unless the update moved nothing: warm-up begins at a rate of 0, and loss scaling skips updates."""
-        if not float(state.learning_rate) or fit.strategy.step_was_skipped():
+        """Compare, unless the update moved nothing: warm-up begins at a rate of 0, and some updates are left out."""
+        if not float(state.learning_rate) or fit.run.transaction.was_skipped():
             return
         fit.callbacks.stop_listening("on_step_end", self)
         check_replicas(fit.strategy, state.global_step)
