@@ -42,8 +42,10 @@ class Fit(Runs):
         strategy: "single", ... or an instance from stratagem.strategies.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
         devices: ranks on this machine. Where torchrun didn't start them, the calling script is run again once for each,
-            and this process ends with their status. "auto" takes one for each accelerator.
-        max_restarts: how often the ranks are started again after one of them failed.
+            and this process ends with their status. "auto" takes one for each accelerator. After a rank was killed, a
+            range ("1:2": the fewest and the most) goes on without it once, and then tries all again.
+        max_restarts: how often the ranks are started again after one of them failed. The run then goes on from its own
+            newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
         callbacks: Callback instances; they hear events in this order.
         loggers: names ("jsonl", "tensorboard") or Logger instances.

@@ -23,7 +23,7 @@ from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
-from .run import resuming
+from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
 from .run.plan import Plan
@@ -80,11 +80,13 @@ class Runs(Steps):
         if self._saver is not None:
             self._saver.close()
         saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
+        launch = elastic.find_launch(self.strategy, self.args, self.run.stream)
         with Watch(self.strategy, self.args, self.state, saver) as watch:
             self._watch = watch
             try:
-                with saver.directory.at_work(resume_from_checkpoint) as path:
+                with saver.directory.at_work(resume_from_checkpoint, launch) as path:
                     try:
+                        self._keep_global_batch(path, saver.directory.launch)
                         yield path
                     except BaseException:
                         with contextlib.suppress(Exception):  # what it writes is still this run's
@@ -93,6 +95,15 @@ class Runs(Steps):
                     saver.close()
             finally:
                 self._watch = None
+
+    def _keep_global_batch(self, path: Path | None, launch: "checkpoint.Launch") -> None:
+        """Have a run that its launcher has started again, on other ranks, keep the samples of an update."""
+        asked, stream = self.args, self.run.stream
+        samples = elastic.batch_to_keep(launch, path, self.strategy.world_size)
+        if samples and samples != stream.global_micro_batch * asked.gradient_accumulation_steps:
+            args = elastic.with_global_batch(asked, stream, samples, self.train_data)
+            elastic.explain(args, asked, self.strategy, samples)
+            self.follow(self.plan.with_batch_size(args))
 
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""

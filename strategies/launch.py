@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import re
 import signal
+import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,8 +15,9 @@ import torch
 
 from .base import Strategy
 from .environment import TORCHRUN, find_place, warn_of_missing_srun
-from .supervisor import LAUNCHER
+from .supervisor import ELASTIC, LAUNCHER, Launch, supervise
 
+UNNAMED = "none"  # what torchrun calls every run that it wasn't given a name for
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
@@ -25,7 +29,8 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
 
     Args:
         strategy: says whether more than one rank is of use.
-        devices: ranks on this machine; "auto" takes one for each accelerator (one where there is none).
+        devices: ranks on this machine; "auto" takes one for each accelerator (one where there is none); a range "1:2"
+            goes without ranks that were killed, in the attempt after.
         max_restarts: how often all ranks are started again after one failed.
         signals: names of those that the launcher passes on to the ranks, beside SIGTERM and SIGINT.
 
@@ -33,8 +38,7 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
         ValueError: the strategy runs on one rank, the ranks that run are not as many as asked for, or the environment
             contradicts itself.
     """
-    if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
-        raise ValueError(f"devices takes a number of ranks, or 'auto'. Received: {devices!r}")
+    asked = range_of(devices)
     place = find_place()
     if not place.is_alone:
         if place.started_by == TORCHRUN:
@@ -42,27 +46,91 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
                 end_with(int(os.environ[LAUNCHER]))
             elif (agent := elastic_agent()) is not None:
                 end_with(agent)
-        if devices != "auto":
-            place.check_devices(int(devices))
+        if asked is not None and not asked[0] <= place.local_world_size <= asked[1]:
+            place.check_devices(asked[1])
         if place.world_size > 1 and not strategy.needs_ranks:
             raise ValueError(
                 f"strategy={strategy.name!r} runs in one process, but {place.world_size} ranks were started, which "
                 "would all do the same work. Use strategy='ddp' or 'fsdp2', or start one process."
             )
         return
-    if devices == "auto":
-        devices = max(1, torch.accelerator.device_count()) if strategy.needs_ranks else 1
-    assert isinstance(devices, int)
+    if asked is None:
+        asked = (max(1, torch.accelerator.device_count()) if strategy.needs_ranks else 1,) * 2
+    fewest, most = asked
     if strategy.needs_ranks:
-        warn_of_missing_srun(devices)
-    if devices == 1:
+        warn_of_missing_srun(most)
+    if most == 1:
         return
     if not strategy.needs_ranks:
         raise ValueError(
-            f"strategy={strategy.name!r} runs in one process, so devices={devices} would have no effect. "
+            f"strategy={strategy.name!r} runs in one process, so devices={devices!r} would have no effect. "
             "Use strategy='ddp' or 'fsdp2'."
         )
-    launch(devices, devices, max_restarts, signals)
+    if fewest < most and max_restarts == 0:
+        raise ValueError(
+            f"devices={devices!r} goes on with fewer ranks when it is started again, and max_restarts=0 never does "
+            f"that. Write max_restarts=, or devices={most}."
+        )
+    launch(fewest, most, max_restarts, signals)
+
+
+def range_of(devices: int | str) -> tuple[int, int] | None:
+    """Read ``devices``: the fewest ranks and the most; None for "auto".
+
+    Raises:
+        ValueError: it is something else.
+
+    Example:
+        >>> range_of(4), range_of("2:4"), range_of("auto")
+        ((4, 4), (2, 4), None)
+    """
+    if devices == "auto":
+        return None
+    written = re.fullmatch(r"(\d+):(\d+)", devices) if isinstance(devices, str) else None
+    if written is not None:
+        fewest, most = int(written[1]), int(written[2])
+    elif isinstance(devices, int) and not isinstance(devices, bool):
+        fewest = most = devices
+    else:
+        fewest = most = 0
+    if not 1 <= fewest <= most:
+        raise ValueError(
+            "devices takes a number of ranks, a range ('1:2': the fewest and the most), or 'auto'. Received: "
+            f"{devices!r}"
+        )
+    return fewest, most
+
+
+@dataclass(frozen=True)
+class Launched:
+    """How a launcher that may start ranks again has started this one.
+
+    Attributes:
+        run: the launcher's name for all of its attempts; that of rank 0 counts.
+        attempt: how often ranks that failed were started again, as far as the launcher of this machine knows.
+        may_come_again: whether ranks that fail now are started again.
+        most: ranks, where none is lost; 0 where that isn't known.
+        has_range: whether it was asked to go on with fewer.
+    """
+
+    run: str
+    attempt: int = 0
+    may_come_again: bool = False
+    most: int = 0
+    has_range: bool = False
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
+    """Read how this rank was started; None where nobody would start it again."""
+    run = environment.get("TORCHELASTIC_RUN_ID")
+    if run is None or "RANK" not in environment:
+        return None
+    if run == UNNAMED:
+        run = f"{run}, {socket.gethostname()}, {describe_process(os.getppid())}"
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    most = int(environment.get(ELASTIC, "0:0").partition(":")[2])
+    again = attempt < int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return Launched(run, attempt, again, most or int(environment["WORLD_SIZE"]) * (LAUNCHER in environment), most > 0)
 
 
 def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = ()) -> NoReturn:
@@ -73,8 +141,6 @@ def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = (
         max_restarts: how often all ranks are started again after one failed.
         signals: names of those that are passed on to the ranks, beside SIGTERM and SIGINT.
     """
-    from .supervisor import Launch, supervise
-
     if not sys.argv[0] or hasattr(sys, "ps1"):
         raise ValueError(
             f"devices={most} runs the calling script once for each rank, but there is no script: this is an "
@@ -84,6 +150,15 @@ def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = (
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // most)))
     numbers = {signal.Signals[name] for name in ("SIGTERM", "SIGINT", *signals)}
     sys.exit(supervise(Launch([sys.executable, *sys.orig_argv[1:]], fewest, most, max_restarts, sorted(numbers))))
+
+
+def describe_process(process: int) -> str:
+    """Name a process of this machine as no other is named before the machine starts anew, where the system tells."""
+    try:
+        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        began = "0"
+    return f"process {process} of {began}"
 
 
 def elastic_agent() -> int | None:

@@ -302,7 +302,9 @@ def meeting_store(place: Place, timeout: float) -> dist.Store:
 
 def attempt_name() -> str:
     """Name the launcher's attempt at the run: the part of its store that the attempt's ranks meet in."""
-    return f"attempt{find_place().attempt}"
+    place = find_place()
+    # Agents of torchrun that came at different times count differently, and rank 0's own store is a new one each time.
+    return f"attempt{place.attempt if place.launcher_keeps_store else ''}"
 
 
 def join_by(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:

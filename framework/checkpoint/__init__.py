@@ -6,6 +6,7 @@ from ...precision.names import lazy_exports
 HOMES = {
     "BackgroundWriter": "writing",
     "CheckpointError": "directory",
+    "Launch": "line",
     "RunDirectory": "run_directory",
     "Saver": "saver",
     "check_can_write": "directory",

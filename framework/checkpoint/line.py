@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -110,16 +110,41 @@ def checkpoints_of(line: Line, output_dir: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A run as its launcher knows it, which may start it again.
+
+    Attributes:
+        name: the same in each attempt, and of this run alone; "" where nobody starts it again.
+        is_restart: whether the launcher has started it again, by what any of its ranks knows.
+        has_range: whether the launcher was asked to go on with fewer ranks than it begins with.
+        was_here: whether an earlier attempt has left its marker in the directory of the run.
+        may_come_again: whether the launcher will start it again where it fails now.
+        global_batch: samples in an update, as the first attempt had them; 0 where that isn't known.
+    """
+
+    name: str = ""
+    is_restart: bool = False
+    has_range: bool = False
+    was_here: bool = False
+    may_come_again: bool = False
+    global_batch: int = 0
+
+
+@dataclass(frozen=True)
 class Marker:
     """What a run writes into its directory to say that the directory is its own.
 
     Attributes:
         line: the line of the run.
         resumed_from: the checkpoint that the run began with, where it isn't in the directory under a checkpoint's name.
+        launch: the name of the run among those of its launcher, which may start it again; "" where there is none.
+        global_batch: samples in an update of the run; 0 where that isn't known.
     """
 
     line: Line
     resumed_from: str | None = None
+    launch: str = ""
+    global_batch: int = 0
 
 
 def read_marker(output_dir: Path) -> Marker | None:
@@ -134,7 +159,8 @@ def read_marker(output_dir: Path) -> Marker | None:
     saved = read_json(path)
     try:
         came_from = saved.get("resumed_from")
-        return Marker(Line.from_dict(saved), None if came_from is None else str(came_from))
+        launch, global_batch = str(saved.get("launch", "")), int(saved.get("global_batch", 0))
+        return Marker(Line.from_dict(saved), None if came_from is None else str(came_from), launch, global_batch)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} was altered: it must hold the id and the ancestors of the run whose checkpoints are to be gone on "
@@ -142,11 +168,25 @@ def read_marker(output_dir: Path) -> Marker | None:
         ) from error
 
 
+def of_first_attempt(launch: Launch, output_dir: Path) -> Launch:
+    """Return the run as its launcher knows it, with what its first attempt has left in its directory."""
+    try:
+        marker = read_marker(output_dir)
+    except CheckpointError:  # it is for those to raise who resume from there
+        return launch
+    if marker is None or marker.launch != launch.name:
+        return launch
+    return replace(launch, was_here=True, global_batch=marker.global_batch)
+
+
 def write_marker(output_dir: Path, marker: Marker) -> None:
     """Write a marker in one step. It is on the disk when this returns."""
     path = output_dir / MARKER
     partial = path.with_name(path.name + PARTIAL)
-    write_text(partial, json.dumps({**marker.line.to_dict(), "resumed_from": marker.resumed_from}) + "\n")
+    saved = {**marker.line.to_dict(), "resumed_from": marker.resumed_from}
+    if marker.launch:
+        saved |= {"launch": marker.launch, "global_batch": marker.global_batch}
+    write_text(partial, json.dumps(saved) + "\n")
     os.replace(partial, path)
     flush(output_dir)
 

@@ -43,9 +43,11 @@ from .finding import candidates_in, check_is_whole, newest_whole
 from .line import (
     BEFORE_IDS,
     MARKER,
+    Launch,
     Line,
     Marker,
     checkpoints_of,
+    of_first_attempt,
     origin_of,
     read_marker,
     write_marker,
@@ -70,6 +72,7 @@ class RunDirectory:
         path: ``output_dir``.
         line: the line of the run, once ``find`` was called.
         is_at_work: whether a run is under way in the directory.
+        launch: the run as its launcher knows it.
     """
 
     def __init__(self, strategy: Strategy, args: FitArguments) -> None:
@@ -89,15 +92,17 @@ class RunDirectory:
             False  # whether directories that were made may be removed, where no checkpoint is saved
         )
         self.is_locked = self.is_claimed = self.is_at_work = False
+        self.launch = Launch()
 
     @contextmanager
-    def at_work(self, wanted: bool | str | Path | None) -> Iterator[Path | None]:
+    def at_work(self, wanted: bool | str | Path | None, launch: Launch | None = None) -> Iterator[Path | None]:
         """Entered around a run; yields the checkpoint that the run resumes from. Collective.
 
         Args:
             wanted: True takes the newest whole checkpoint of the line of the directory's last run. A path takes the
                 checkpoint there, and so does a URL, from which it is first copied into the directory. None and False
-                take none.
+                take none. A run that its launcher has started again takes its own newest, whatever it began with.
+            launch: the run as its launcher knows it; None where nobody starts it again.
 
         Raises:
             CheckpointError: the checkpoint that was asked for is damaged, or all are; another process works in the
@@ -106,6 +111,9 @@ class RunDirectory:
         if self.saves:
             self.take_lock()
         try:
+            if launch is not None:
+                self.launch = self.on_main(lambda: of_first_attempt(launch, self.path))
+                wanted = True if self.launch.is_restart and self.launch.was_here else wanted
             path = self.find(wanted)
             if self.saves:
                 self.on_main(self.claim)
@@ -249,7 +257,7 @@ class RunDirectory:
                 "resume_from_checkpoint=True to go on from the newest, write another output_dir, move them away, or "
                 "leave other_checkpoints='set_aside' to have them renamed."
             )
-        marker = Marker(self.line, self.resumed_from)
+        marker = Marker(self.line, self.resumed_from, self.launch.name, self.launch.global_batch)
         if not self.is_marked(marker):
             self.may_leave_nothing = not (self.line.ancestors or others or (self.path / MARKER).exists())
             write_marker(self.path, marker)
@@ -334,7 +342,7 @@ class RunDirectory:
         self.is_locked = False
         if not self.lock.place:
             return
-        if self.may_leave_nothing and self.newest is None:
+        if self.may_leave_nothing and self.newest is None and not self.launch.may_come_again:
             (self.path / MARKER).unlink(missing_ok=True)
             self.is_claimed = False
         self.lock.release()

@@ -196,7 +196,7 @@ while True: time.sleep(1.0)
 
 
 def test_restarts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    program = "sys.exit(5 if rank == '1' and attempt != '2' else 0)"
+    program = "if rank == '1': wait_for(attempt + '-0')\nsys.exit(5 if rank == '1' and attempt != '2' else 0)"
     assert run(program, tmp_path, max_restarts=2) == 0
     assert sorted(notes(tmp_path)) == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
     assert "Starting again on 2 ranks (restart 2 of 2)." in capfd.readouterr().err
@@ -204,7 +204,7 @@ def test_restarts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_lost_rank_is_done_without_in_the_next_attempt(tmp_path: Path) -> None:
-    program = "time.sleep(0.3)\n"
+    program = "for other in range(int(os.environ['WORLD_SIZE'])): wait_for(f'{attempt}-{other}')\n"
     program += "if attempt == '0' and rank == '1' or attempt == '2': os.kill(os.getpid(), signal.SIGKILL)\n"
     program += "if attempt == '1': sys.exit(1)"
     assert run(program, tmp_path, fewest=1, max_restarts=3) == 0

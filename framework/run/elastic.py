@@ -1,0 +1,111 @@
+"""A run that its launcher starts again, on other ranks than before: the samples of an update stay what they were.
+
+Ranks that are lost are done without: each of the others takes more micro-batches in an update. As the global order of
+samples follows from the seed alone, every update has the samples that it would have had, and the schedule is the same.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ...strategies.base import Strategy
+from ...strategies.launch import launched
+from ..arguments import FitArguments
+from ..checkpoint.line import Launch
+from ..data import DataStream
+from ..printing import say
+
+RUNS = itertools.count()  # the runs of this process: each attempt at a program makes the same ones, in the same order
+
+
+def find_launch(strategy: Strategy, args: FitArguments, stream: DataStream) -> Launch | None:
+    """Describe the next run of this process as its launcher knows it. Collective where there is a launcher.
+
+    Args:
+        strategy: set up.
+        args: of the run.
+        stream: of the run, cut by these arguments.
+
+    Returns:
+        The run; None where no launcher would start it again.
+    """
+    number, here = next(RUNS), launched()
+    if here is None:
+        return None
+    # An agent of torchrun that came later counts anew, so the ranks' counts differ.
+    attempts = strategy.gather(here.attempt)
+    samples = stream.global_micro_batch * args.gradient_accumulation_steps
+    if here.most and strategy.data_size == strategy.world_size:
+        samples = samples * here.most // strategy.world_size
+    return Launch(f"{here.run}/{number}", max(attempts) > 0, here.has_range, False, here.may_come_again, samples)
+
+
+def batch_to_keep(launch: Launch, path: Path | None, world_size: int) -> int:
+    """Return the samples that an update is to have; 0 where the arguments of the run say.
+
+    Args:
+        launch: the run as its launcher knows it.
+        path: the checkpoint that the run resumes from.
+        world_size: ranks that it is on.
+    """
+    if not (launch.is_restart or launch.was_here or launch.has_range):
+        return 0
+    if path is None:
+        return launch.global_batch
+    from ..checkpoint import read_state
+
+    saved = read_state(path)
+    if saved["world_size"] == world_size and not (launch.is_restart or launch.was_here):
+        return 0
+    return int(saved["data"]["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"])
+
+
+def with_global_batch(args: FitArguments, stream: DataStream, global_batch: int, train_data: Any) -> FitArguments:
+    """Return the arguments, with so many samples in an update, and no larger a micro-batch than was asked for.
+
+    Args:
+        args: of the run.
+        stream: of the run, cut by these arguments.
+        global_batch: samples in an update over all ranks.
+        train_data: as it was given to Fit: a ready DataLoader keeps its batch size.
+
+    Raises:
+        ValueError: these ranks can't share so many samples evenly; the message has the numbers.
+    """
+    asked = args.per_device_train_batch_size
+    own_size = isinstance(train_data, DataLoader)
+    places = stream.global_micro_batch if own_size else stream.global_micro_batch // asked
+    share, rest = divmod(global_batch, places)
+    if rest:
+        each = f"batches of {stream.options.batch_size} on each of " if own_size else ""
+        raise ValueError(
+            f"This run began with {global_batch} samples in an update, and {each}{stream.size} ranks can't share them "
+            f"evenly: {global_batch} can't be divided by {places}. Choose per_device_train_batch_size and "
+            "gradient_accumulation_steps so that the samples of an update can be divided by each number of ranks from "
+            "the fewest to the most, or a smaller range."
+        )
+    size = asked if own_size else next(size for size in range(min(asked, share), 0, -1) if share % size == 0)
+    steps = share if own_size else share // size
+    return args.replace(per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+
+
+def explain(args: FitArguments, asked: FitArguments, strategy: Strategy, global_batch: int) -> None:
+    """Say on the main process what a rank's share of an update has become."""
+    if not strategy.is_main:
+        return
+    ranks = f"{strategy.world_size} rank{'s' * (strategy.world_size > 1)}"
+    say(
+        f"An update keeps its {global_batch} samples on {ranks}: gradient_accumulation_steps="
+        f"{args.gradient_accumulation_steps} and per_device_train_batch_size={args.per_device_train_batch_size}, in "
+        f"place of {asked.gradient_accumulation_steps} and {asked.per_device_train_batch_size}.",
+        sys.stderr,
+    )
+    if args.dataloader_drop_last:
+        say(
+            "dataloader_drop_last=True drops what is left of an epoch after whole micro-batches, which are of another "
+            "size now: the last update of an epoch may have other samples.",
+            sys.stderr,
+        )
