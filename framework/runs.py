@@ -86,7 +86,7 @@ class Runs(Steps):
             try:
                 with saver.directory.at_work(resume_from_checkpoint, launch) as path:
                     try:
-                        self._keep_global_batch(path, saver.directory.launch)
+                        self._keep_samples(saver.directory.launch)
                         yield path
                     except BaseException:
                         with contextlib.suppress(Exception):  # what it writes is still this run's
@@ -96,11 +96,10 @@ class Runs(Steps):
             finally:
                 self._watch = None
 
-    def _keep_global_batch(self, path: Path | None, launch: "checkpoint.Launch") -> None:
+    def _keep_samples(self, launch: "checkpoint.Launch") -> None:
         """Have a run that its launcher has started again, on other ranks, keep the samples of an update."""
-        asked, stream = self.args, self.run.stream
-        samples = elastic.batch_to_keep(launch, path, self.strategy.world_size)
-        if samples and samples != stream.global_micro_batch * asked.gradient_accumulation_steps:
+        asked, stream, samples = self.args, self.run.stream, launch.global_batch
+        if launch.keeps_samples and samples != stream.global_micro_batch * asked.gradient_accumulation_steps:
             args = elastic.with_global_batch(asked, stream, samples, self.train_data)
             elastic.explain(args, asked, self.strategy, samples)
             self.follow(self.plan.with_batch_size(args))

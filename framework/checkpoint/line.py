@@ -116,16 +116,18 @@ class Launch:
     Attributes:
         name: the same in each attempt, and of this run alone; "" where nobody starts it again.
         is_restart: whether the launcher has started it again, by what any of its ranks knows.
-        has_range: whether the launcher was asked to go on with fewer ranks than it begins with.
+        most: ranks that it begins with, where it was asked to go on with fewer; else 0.
         was_here: whether an earlier attempt has left its marker in the directory of the run.
+        keeps_samples: whether an update has ``global_batch`` samples, whatever the arguments come to on these ranks.
         may_come_again: whether the launcher will start it again where it fails now.
         global_batch: samples in an update, as the first attempt had them; 0 where that isn't known.
     """
 
     name: str = ""
     is_restart: bool = False
-    has_range: bool = False
+    most: int = 0
     was_here: bool = False
+    keeps_samples: bool = False
     may_come_again: bool = False
     global_batch: int = 0
 
@@ -176,7 +178,22 @@ def of_first_attempt(launch: Launch, output_dir: Path) -> Launch:
         return launch
     if marker is None or marker.launch != launch.name:
         return launch
-    return replace(launch, was_here=True, global_batch=marker.global_batch)
+    return replace(launch, was_here=True, keeps_samples=True, global_batch=marker.global_batch)
+
+
+def of_checkpoint(launch: Launch, checkpoint: Path | None) -> Launch:
+    """Return the run as its launcher knows it, with the samples in an update of the checkpoint that its first attempt
+    begins with, where a range of ranks was asked for and those that saved were another number than the most of it.
+    """
+    if checkpoint is None or launch.was_here or not launch.most:
+        return launch
+    from .schema import read_state  # its library is imported by runs that resume
+
+    state = read_state(checkpoint)
+    if state["world_size"] == launch.most:
+        return launch
+    samples = state["data"]["global_micro_batch"] * state["arguments"]["gradient_accumulation_steps"]
+    return replace(launch, keeps_samples=True, global_batch=samples)
 
 
 def write_marker(output_dir: Path, marker: Marker) -> None:

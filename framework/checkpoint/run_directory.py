@@ -47,6 +47,7 @@ from .line import (
     Line,
     Marker,
     checkpoints_of,
+    of_checkpoint,
     of_first_attempt,
     origin_of,
     read_marker,
@@ -115,6 +116,7 @@ class RunDirectory:
                 self.launch = self.on_main(lambda: of_first_attempt(launch, self.path))
                 wanted = True if self.launch.is_restart and self.launch.was_here else wanted
             path = self.find(wanted)
+            self.launch = of_checkpoint(self.launch, path)
             if self.saves:
                 self.on_main(self.claim)
                 self.check_ranks_share_it()

@@ -6,7 +6,6 @@ samples follows from the seed alone, every update has the samples that it would 
 
 import itertools
 import sys
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -40,27 +39,15 @@ def find_launch(strategy: Strategy, args: FitArguments, stream: DataStream) -> L
     samples = stream.global_micro_batch * args.gradient_accumulation_steps
     if here.most and strategy.data_size == strategy.world_size:
         samples = samples * here.most // strategy.world_size
-    return Launch(f"{here.run}/{number}", max(attempts) > 0, here.has_range, False, here.may_come_again, samples)
-
-
-def batch_to_keep(launch: Launch, path: Path | None, world_size: int) -> int:
-    """Return the samples that an update is to have; 0 where the arguments of the run say.
-
-    Args:
-        launch: the run as its launcher knows it.
-        path: the checkpoint that the run resumes from.
-        world_size: ranks that it is on.
-    """
-    if not (launch.is_restart or launch.was_here or launch.has_range):
-        return 0
-    if path is None:
-        return launch.global_batch
-    from ..checkpoint import read_state
-
-    saved = read_state(path)
-    if saved["world_size"] == world_size and not (launch.is_restart or launch.was_here):
-        return 0
-    return int(saved["data"]["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"])
+    is_restart = max(attempts) > 0
+    return Launch(
+        name=f"{here.run}/{number}",
+        is_restart=is_restart,
+        most=here.most if here.has_range else 0,
+        keeps_samples=is_restart,
+        may_come_again=here.may_come_again,
+        global_batch=samples,
+    )
 
 
 def with_global_batch(args: FitArguments, stream: DataStream, global_batch: int, train_data: Any) -> FitArguments:

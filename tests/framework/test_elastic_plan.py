@@ -151,6 +151,17 @@ def test_a_restart_keeps_the_global_batch_of_its_checkpoint(
     for log, other in zip(logs_of(found), logs_of(whole), strict=True):
         assert log["loss"] == pytest.approx(other["loss"], abs=1e-6)
         assert log["learning_rate"] == other["learning_rate"]
+    # A path to begin with that has another: the arguments count, in each attempt.
+    began = str(launcher.directory / "checkpoint-2")
+    launcher.patch.setattr(launcher, "directory", launcher.directory / "from")
+    other = {"resume": began, "per_device_train_batch_size": 4}
+    assert launcher.train("e", 0, Raise(ZeroDivisionError, update=3), **other).args.gradient_accumulation_steps == 1
+    assert launcher.train("e", 1, **other).args.gradient_accumulation_steps == 1
+    # But for a range of ranks, of which the checkpoint's are another number than the most.
+    launcher.patch.setenv("STRATAGEM_ELASTIC", "1:2")
+    assert launcher.train("f", 0, Raise(ZeroDivisionError, update=4), **other).args.gradient_accumulation_steps == 2
+    assert launcher.train("f", 1, **other).args.gradient_accumulation_steps == 2
+    launcher.patch.delenv("STRATAGEM_ELASTIC")
     # An agent of torchrun that joins while all is well isn't counted as a restart, and names the same launch.
     launcher.train("c", 0, Raise(ZeroDivisionError, update=4))
     assert launcher.train("c", 0, resume=True, per_device_train_batch_size=4).args.gradient_accumulation_steps == 2
