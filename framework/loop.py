@@ -66,6 +66,7 @@ def train(steps: Steps, run: Run) -> None:
     if args.eval_on_start and state.global_step == 0:
         evaluate(steps, run)
     if state.evaluation_is_due:  # a signal came before it was made
+        state.set_evaluation_due(False)
         control.should_evaluate = True
         log_evaluate_save(steps, run)
     for epoch in range(run.epoch_index, 0 if control.should_training_stop else state.num_train_epochs):
@@ -194,14 +195,16 @@ def end_update(steps: Steps, run: Run) -> None:
     if run.strategy.world_size == 1:
         steps.saver.raise_failure()
         steps.emit("on_step_end")
+        status = run.watch.wish
     else:
         due = run.control.flags()
         steps.emit("on_step_end")
         run.exchange.agree(due)
+        status = run.exchange.interruption
     if run.watch.problem is not None:
         raise ValueError(run.watch.problem)
-    if run.interruption:
-        end_interrupted(steps, run, run.interruption)
+    if status:
+        end_interrupted(steps, run, status)
     log_evaluate_save(steps, run)
 
 

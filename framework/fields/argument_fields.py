@@ -84,7 +84,7 @@ class ArgumentFields:
             for which. None takes 20 times the longest update, at least a minute. It is ten times as long in the first
             update, in compilation, and while the run begins, saves or ends.
         on_hang: what then becomes of the run: "end" (status 75; without hang_timeout, and where all ranks answer, only
-            after five times as long, and never where there is one rank), or "report" alone.
+            after ten times as long, and never where there is one rank), or "report" alone.
         requeue: in a job of SLURM's, once a signal has interrupted the run (status 143) and it is saved, rank 0 has
             scontrol put the job back into the queue. See docs/clusters.md.
         seed: of the model's randomness and the order of the data.

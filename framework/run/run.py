@@ -279,11 +279,6 @@ class Run:
         if self.transaction.must_end:
             raise self.transaction.failure()
 
-    @property
-    def interruption(self) -> int:
-        """The status that a signal asks all ranks to end with; 0 where none does. The same on all ranks."""
-        return self.watch.wish if self.strategy.world_size == 1 else self.exchange.interruption
-
     def begin_training(self, watch: Watch) -> None:
         """Begin to measure: everything is placed and restored."""
         self.watch = watch

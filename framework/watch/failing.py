@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ...strategies.failures import Failure, Failures, failure_of
 from ..printing import say
 from .endings import AnotherRankFailed
+from .hang_report import sentence
 from .roll import Roll
 from .whereabouts import Whereabouts
 
@@ -40,7 +41,9 @@ def settle(error: BaseException, failures: Failures, roll: Roll, where: Callable
         alive = roll.answer(where())
         hosts = roll.hosts()
         missing = sorted(hosts.keys() - alive.keys())
-        if not missing:  # all are alive: it is the connection itself
+        if not missing:  # all are alive: they wait in different collectives, or the network is at fault
+            if roll.speaks():
+                say(f"Where the ranks are: {sentence(alive, hosts)}", sys.stderr)
             failures.tell(failure_of(roll.rank, error))
             return
         gone = missing[0]

@@ -68,6 +68,11 @@ class Signals:
         self.receiver.close()
         self.sender.close()
 
+    def is_programs_own(self, number: int) -> bool:
+        """Whether the program had a handler of its own for a signal, which was called when the signal came."""
+        handler = self.caught.get(number)
+        return callable(handler) and handler is not signal.default_int_handler
+
     def read(self) -> list[int]:
         """Return the signals that have come since the last call, in their order. Doesn't wait."""
         try:
@@ -82,7 +87,7 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Call the program's own handler; the signal itself is read from the socket."""
         handler = self.caught[number]
-        if callable(handler) and handler is not signal.default_int_handler:
+        if callable(handler) and self.is_programs_own(number):
             handler(number, frame)
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 LOOK = 1.0  # seconds between two looks
 TOGETHER = 2.0  # seconds within which signals count as one: a launcher and a scheduler both send theirs
-PATIENCE = 5.0  # times the limit, after which ranks that all answer are ended where no hang_timeout was given
+PATIENCE = 10.0  # times the limit, after which ranks that all answer are ended where no hang_timeout was given
 MANY = 1 << 20  # more than there are ranks, so that two counts fit into the sum of one number
 
 
@@ -101,8 +101,8 @@ class Watch:
                 self.signals.sender.send(b"\0")
             self._thread.join()
             self.signals.let_go()
-        if self._signal and error is None:  # it came after the last update that could have carried it
-            os.kill(os.getpid(), self._signal)
+        if self._signal and error is None and not self.signals.is_programs_own(self._signal):
+            os.kill(os.getpid(), self._signal)  # it came after the last update that could have carried the wish
 
     # What the run asks and tells.
 
@@ -130,14 +130,18 @@ class Watch:
             select.select([self.signals.receiver], [], [], LOOK)
             for number in self.signals.read():
                 self._take_signal(number)
-            if self._is_over or self._is_leaving:
-                continue
-            now = time.monotonic()
-            self.pulse.look(now, (self.state.global_step, self.batches))
-            self._check_arguments()
-            if self._signal and now > self._signalled_at + self.args.preemption_grace:
-                self._end_unsaved(f"no update and save were over within preemption_grace={self.args.preemption_grace}")
-            self._look_for_hang(now)
+            if not (self._is_over or self._is_leaving):
+                try:
+                    self._look(time.monotonic())
+                except Exception as error:  # a warning that a program has made an error; signals must be seen on
+                    say(f"{type(error).__name__}: {error}", sys.stderr)
+
+    def _look(self, now: float) -> None:
+        self.pulse.look(now, (self.state.global_step, self.batches))
+        if self._signal and now > self._signalled_at + self.args.preemption_grace:
+            self._end_unsaved(f"no update and save were over within preemption_grace={self.args.preemption_grace}")
+        self._look_for_hang(now)
+        self._check_arguments()
 
     def _take_signal(self, number: int) -> None:
         now = time.monotonic()

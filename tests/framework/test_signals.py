@@ -1,5 +1,6 @@
 """Signals that ask a run in one process to end: it is saved, the program's own handlers are called, nothing is left."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,8 +8,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from stratagem import Callback
+from tiny import MakeFit, Regressor, regression_rows
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -102,3 +106,26 @@ def test_nothing_is_saved_where_nothing_is_to_be(tmp_path: Path) -> None:
     ended = interrupt(tmp_path, signal.SIGTERM, options=("--arguments", "save_strategy=no"))
     assert ended.status == 143 and not saved(tmp_path)
     assert "no checkpoint, as save_strategy='no' asks for" in ended.printed
+
+
+def test_an_evaluation_that_a_signal_left_out_is_made_once(make_fit: MakeFit, tmp_path: Path) -> None:
+    class Signal(Callback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2 and not (tmp_path / "sent").exists():
+                (tmp_path / "sent").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.3)  # for the thread that reads it
+
+    options: dict[str, Any] = {
+        "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 1,
+        "per_device_eval_batch_size": 1,
+    }  # fmt: skip
+    fit = make_fit(Regressor(), regression_rows(8), regression_rows(4), callbacks=[Signal()], **options)
+    with pytest.raises(SystemExit):
+        fit.train()
+    fit = make_fit(Regressor(), regression_rows(8), regression_rows(4), **options)
+    fit.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in fit.state.log_history if "eval_loss" in log] == [2, 4, 6]
+    for update in (3, 6):
+        state = json.loads((tmp_path / "output" / f"checkpoint-{update}" / "state.json").read_text())
+        assert state["progress"]["evaluation_is_due"] is False

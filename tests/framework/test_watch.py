@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import MakeFit
 from hypothesis import given
 from hypothesis import strategies as st
 from stratagem import Callback
@@ -19,7 +18,7 @@ from stratagem.framework.watch.hang_report import ranks, sentence
 from stratagem.framework.watch.pulse import Pulse
 from stratagem.framework.watch.watch import Watch, WatchWarning
 from stratagem.framework.watch.whereabouts import PHASES, Whereabouts, find, frame_of
-from tiny import Regressor, regression_rows
+from tiny import MakeFit, Regressor, regression_rows
 
 ROOT = Path(__file__).parents[2]
 
