@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,12 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
                 end_with(int(os.environ[LAUNCHER]))
             elif (agent := elastic_agent()) is not None:
                 end_with(agent)
+        if max_restarts and LAUNCHER not in os.environ and place.rank == 0:
+            warnings.warn(
+                f"max_restarts={max_restarts} has no effect under {place.started_by}, which starts the ranks. Tell it "
+                "there: torchrun --max-restarts, or requeue=True under SLURM.",
+                stacklevel=3,
+            )
         if asked is not None:
             place.check_devices(*asked)
         if place.world_size > 1 and not strategy.needs_ranks:
