@@ -28,7 +28,7 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("precision/base.py", "backward"): "backward",
     ("precision/apex.py", "backward"): "backward",
     ("strategies/deepspeed/strategy.py", "backward"): "backward",
-    ("strategies/base.py", "prepare_gradients"): "preparing the gradients",
+    ("strategies/updating.py", "prepare_gradients"): "preparing the gradients",
     ("framework/run/run.py", "clip"): "clipping the gradients",
     ("framework/run/run.py", "step"): "the optimizer's step",
     ("framework/callbacks.py", "emit"): "a callback",
