@@ -11,6 +11,7 @@ from .framework.callbacks import Callback
 from .framework.fit import Fit
 from .framework.module import TrainModule
 from .framework.state import Control, TrainOutput, TrainState
+from .framework.watch.endings import AnotherRankFailed, Interrupted
 from .precision.names import lazy_exports
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .framework.uploading import Upload
 
 __all__ = [
+    "AnotherRankFailed",
     "Callback",
     "Control",
     "EarlyStopping",
@@ -28,6 +30,7 @@ __all__ = [
     "FirstStepTime",
     "Fit",
     "FitArguments",
+    "Interrupted",
     "JsonLinesLogger",
     "LearningRateMonitor",
     "Logger",

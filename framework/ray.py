@@ -7,12 +7,14 @@ whole; workers that Ray starts again go on from the newest one, on as many as th
 import inspect
 import os
 import shutil
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..strategies.launch import RUN
 from .arguments import FitArguments
 from .callbacks import Callback
 from .state import Control, TrainState
@@ -27,7 +29,7 @@ def fit_on_ray(build: Callable[..., Any], scaling_config: Any = None, run_config
             where they lie. Otherwise the Fit has an ``output_dir`` that all workers share, and Ray's storage is given a
             copy of each checkpoint (hard links, where both are on one file system).
         scaling_config: ``ray.train.ScalingConfig``: how many workers, and what each has; ``num_workers=(1, 8)`` goes on
-            with fewer when some are lost. None means one worker.
+            with fewer when some are lost, and with the same samples in an update. None means one worker.
         run_config: ``ray.train.RunConfig``: the run's name, its storage, and with
             ``failure_config=FailureConfig(max_failures=...)`` how often lost workers are replaced.
 
@@ -56,8 +58,10 @@ def fit_on_ray(build: Callable[..., Any], scaling_config: Any = None, run_config
             "Fit that resumes from them. Write Fit(save_total_limit=...) instead."
         )
 
+    name = f"ray-{uuid.uuid4().hex}"
+
     def train() -> Any:
-        return train_in_worker(build, takes_directory)
+        return train_in_worker(build, takes_directory, name)
 
     # The ranks' hosts exchange a message an update, so there is a backend for tensors on CPUs, too.
     on_gpus = bool(getattr(scaling_config, "use_gpu", False))
@@ -66,14 +70,19 @@ def fit_on_ray(build: Callable[..., Any], scaling_config: Any = None, run_config
     return trainer.fit()
 
 
-def train_in_worker(build: Callable[..., Any], takes_directory: bool) -> dict[str, Any]:
+def train_in_worker(build: Callable[..., Any], takes_directory: bool, name: str) -> dict[str, Any]:
     """Make the Fit in a worker of Ray's and train it, from its newest checkpoint on.
+
+    Args:
+        build, takes_directory: see ``fit_on_ray``.
+        name: of the run in all of its attempts, by which an update keeps its samples on another number of workers.
 
     Returns:
         The TrainOutput as a mapping.
     """
     import ray.train
 
+    os.environ[RUN] = name
     storage = ray.train.get_context().get_storage()
     is_local = storage.storage_filesystem.type_name == "local"
     if takes_directory and not is_local:

@@ -52,28 +52,28 @@ class Place:
         """Whether nobody started this process as a rank."""
         return self.started_by == ALONE
 
-    def check_devices(self, devices: int) -> None:
-        """Refuse a number of ranks on each machine that isn't the one that was started.
+    def check_devices(self, fewest: int, most: int) -> None:
+        """Refuse a number of ranks on each machine, or a range of them, that isn't what was started.
 
         Raises:
             ValueError: the message has both numbers.
         """
         nodes = self.ranks_by_node or (self.local_world_size,)
-        if all(ranks == devices for ranks in nodes):
+        if all(fewest <= ranks <= most for ranks in nodes):
             return
-        if self.started_by == SLURM:
-            asked = f"devices={devices} on each of {len(nodes)} machines are {devices * len(nodes)} ranks"
-            started = f"srun started {self.world_size} task{'s' * (self.world_size > 1)}"
-            layout = f" ({', '.join(map(str, nodes))} on them in turn)" if len(nodes) > 1 else ""
+        devices = f"devices={most}" if fewest == most else f"devices='{fewest}:{most}'"
+        if self.started_by != SLURM:
+            starter = "mpirun" if self.started_by == MPI else "torchrun"
             raise ValueError(
-                f"{asked if len(nodes) > 1 else f'devices={devices}'}, but {started}{layout}. Write srun "
-                f"--ntasks-per-node={devices} --nodes={len(nodes)} (and the same for sbatch or salloc), or leave "
-                "devices out."
+                f"{devices}, but {self.local_world_size} ranks were started on this machine. Leave devices out with "
+                f"{starter}."
             )
-        starter = "mpirun" if self.started_by == MPI else "torchrun"
+        asked = f"{devices} on each of {len(nodes)} machines are {most * len(nodes)} ranks"
+        started = f"srun started {self.world_size} task{'s' * (self.world_size > 1)}"
+        layout = f" ({', '.join(map(str, nodes))} on them in turn)" if len(nodes) > 1 else ""
         raise ValueError(
-            f"devices={devices}, but {self.local_world_size} ranks were started on this machine. Leave devices out "
-            f"with {starter}."
+            f"{asked if len(nodes) > 1 else devices}, but {started}{layout}. Write srun --ntasks-per-node={most} "
+            f"--nodes={len(nodes)} (and the same for sbatch or salloc), or leave devices out."
         )
 
 

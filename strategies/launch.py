@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .environment import TORCHRUN, find_place, warn_of_missing_srun
 from .supervisor import ELASTIC, LAUNCHER, Launch, supervise
 
 UNNAMED = "none"  # what torchrun calls every run that it wasn't given a name for
+RUN = "STRATAGEM_RUN"  # environment variable: the name of a run that others than a launcher start again
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
@@ -46,8 +48,14 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
                 end_with(int(os.environ[LAUNCHER]))
             elif (agent := elastic_agent()) is not None:
                 end_with(agent)
-        if asked is not None and not asked[0] <= place.local_world_size <= asked[1]:
-            place.check_devices(asked[1])
+        if max_restarts and LAUNCHER not in os.environ and place.rank == 0:
+            warnings.warn(
+                f"max_restarts={max_restarts} has no effect under {place.started_by}, which starts the ranks. Tell it "
+                "there: torchrun --max-restarts, or requeue=True under SLURM.",
+                stacklevel=3,
+            )
+        if asked is not None:
+            place.check_devices(*asked)
         if place.world_size > 1 and not strategy.needs_ranks:
             raise ValueError(
                 f"strategy={strategy.name!r} runs in one process, but {place.world_size} ranks were started, which "
@@ -122,14 +130,14 @@ class Launched:
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     """Read how this rank was started; None where nobody would start it again."""
-    run = environment.get("TORCHELASTIC_RUN_ID")
+    run = environment.get("TORCHELASTIC_RUN_ID", environment.get(RUN))
     if run is None or "RANK" not in environment:
         return None
     if run == UNNAMED:
         run = f"{run}, {socket.gethostname()}, {describe_process(os.getppid())}"
     attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     most = int(environment.get(ELASTIC, "0:0").partition(":")[2])
-    again = attempt < int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    again = attempt < int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) or RUN in environment
     return Launched(run, attempt, again, most or int(environment["WORLD_SIZE"]) * (LAUNCHER in environment), most > 0)
 
 

@@ -28,6 +28,9 @@ class Accident(Callback):
             if self.kind == "kill the launcher":
                 os.kill(os.getppid(), signal.SIGKILL)
                 time.sleep(60.0)
+            if self.kind == "signal the launcher":
+                os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(1.0)  # a signal that comes after the last message of all would find the run done
             if self.kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 import torch
 from ray.cluster_utils import Cluster
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
@@ -63,7 +62,7 @@ class Reports(UserCallback):
             file.write(json.dumps(line) + "\n")
 
 
-def make_fit(options: argparse.Namespace, output_dir: Path, world_size: int, callbacks: Sequence[Callback] = ()) -> Fit:
+def make_fit(options: argparse.Namespace, output_dir: Path, callbacks: Sequence[Callback] = ()) -> Fit:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     return Fit(
@@ -81,7 +80,7 @@ def make_fit(options: argparse.Namespace, output_dir: Path, world_size: int, cal
         save_steps=3,
         save_total_limit=2,
         async_save=options.async_save,
-        per_device_train_batch_size=8 // world_size,
+        per_device_train_batch_size=4,
         learning_rate=0.01,
         progress=False,
     )
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--launcher", action="store_true", help="ours, without Ray")
     options = parser.parse_args()
     if options.launcher:
-        make_fit(options, options.output, 2).train()
+        make_fit(options, options.output).train()
         return
     cluster, mark = None, options.output / "killed"
     callbacks: list[Callback] = [Killer(mark)] if options.kill == "worker" else []
@@ -111,10 +110,10 @@ def main() -> None:
         ray.init(num_cpus=2, include_dashboard=False)
 
     def build_there(directory: str) -> Fit:
-        return make_fit(options, Path(directory), ray.train.get_context().get_world_size(), callbacks)
+        return make_fit(options, Path(directory), callbacks)
 
     def build_here() -> Fit:
-        return make_fit(options, options.output / "own", ray.train.get_context().get_world_size(), callbacks)
+        return make_fit(options, options.output / "own", callbacks)
 
     try:
         result = fit_on_ray(

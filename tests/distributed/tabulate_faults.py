@@ -28,13 +28,15 @@ FAULTS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
     "SIGSTOP": ("Stop", (), {**AT_3, "update": 5}, HANG),
     "stands still": ("Delay", (60.0,), {**AT_3, "update": 5}, HANG),
     "saves alone": ("MismatchedCollective", ("save",), {**AT_3, "update": 5, "phase": "end"}, HANG),
+    "NaN in a gradient": ("NonfiniteGradient", ("head.bias",), {**AT_3, "phase": "backward"}, {}),
+    "its store is cut off": ("DeadStore", (), AT_3, {}),
     "late by 1 s": ("Delay", (1.0,), AT_3, {}),
 }
 
 
 def first_line(ends: list[End]) -> str:
     """The first line that tells of the accident: of the rank that said it first, as far as files can tell."""
-    marks = "Failed first", "No update for", "The run was interrupted", "Error:"
+    marks = "Failed first", "No update for", "The run was interrupted", "Error:", "was not made"
     lines = [line for end in ends for line in end.printed.splitlines() if any(mark in line for mark in marks)]
     return next((line for mark in marks for line in lines if mark in line), "")
 

@@ -19,6 +19,7 @@ from training import token_rows, train
 
 pytestmark = pytest.mark.slow
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 PROGRAM = Path(__file__).parent / "launched.py"
 SECONDS = 180  # until a launch counts as hung; other work may share the cores
 
@@ -82,8 +83,7 @@ def test_plain_script(tmp_path: Path) -> None:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    done = launch(tmp_path, "--strategy", "fsdp2", launcher=torchrun)
+    done = launch(tmp_path, "--strategy", "fsdp2", launcher=TORCHRUN)
     assert done.status == 0, done.errors
     check_end(tmp_path)
     assert logged_steps(tmp_path) == list(range(1, 9))
@@ -154,6 +154,19 @@ def test_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
     # Rank 1 sleeps on for preemption_grace. What the ranks write to is open until the last of them has ended.
     assert done.seconds < 40
     assert not list(tmp_path.glob("rank-*.txt"))
+
+
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_a_launcher_that_is_told_to_end_has_its_ranks_save(tmp_path: Path, by_torchrun: bool) -> None:
+    launcher = TORCHRUN if by_torchrun else (sys.executable,)
+    options = () if by_torchrun else ("--devices", "2")
+    done = launch(tmp_path, *options, "--accident", "signal the launcher", launcher=launcher)
+    # torchrun ends with a status of its own; what its ranks ended with is in its report.
+    assert done.status == (1 if by_torchrun else 143), done.errors
+    assert len(list(tmp_path.glob("checkpoint-[67]"))) == 1, done.errors
+    assert "The run was interrupted after update" in done.errors
+    assert launch(tmp_path, *options, launcher=launcher).status == 0
+    check_end(tmp_path)
 
 
 def test_restart_continues(tmp_path: Path) -> None:

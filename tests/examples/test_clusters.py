@@ -20,7 +20,7 @@ import yaml
 pytestmark = pytest.mark.slow
 
 PAGE = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text(encoding="utf-8")
-SECONDS = 180
+SECONDS = 240
 STAND_INS = {
     # What each sets for a task or rank; the command is what follows the options.
     "srun": """

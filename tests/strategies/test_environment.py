@@ -189,11 +189,12 @@ def test_contradictions_are_errors_with_both_numbers(written: dict[str, str], sa
 )
 def test_another_number_of_devices_is_refused(written: dict[str, str], devices: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        find_place(written).check_devices(devices)
+        find_place(written).check_devices(devices, devices)
 
 
 def test_the_same_number_of_devices_is_taken() -> None:
-    find_place(step(0)).check_devices(2)
+    find_place(step(0)).check_devices(2, 2)
+    find_place(step(0)).check_devices(1, 4)
 
 
 def test_an_allocation_without_srun_is_warned_of() -> None:
