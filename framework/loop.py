@@ -182,7 +182,8 @@ def end_interrupted(steps: Steps, run: Run, status: int) -> NoReturn:
 def evaluate(steps: Steps, run: Run) -> dict[str, float]:
     """Evaluate, unless a signal comes meanwhile, which ends the run."""
     try:
-        return steps.evaluate_in_training()
+        with run.watch.breaks_evaluations():
+            return steps.evaluate_in_training()
     except EvaluationInterrupted as interrupted:
         control = run.control
         control.should_evaluate = True

@@ -103,7 +103,7 @@ def in_step(
     if strategy.world_size == 1 or (stream.is_equal_on_ranks and watch is None):
         for batch in batches:
             if watch is not None:
-                if watch.wish:
+                if watch.wish and watch.may_break:
                     raise EvaluationInterrupted(watch.wish)
                 watch.note_batch()
             yield batch
@@ -119,7 +119,7 @@ def in_step(
             failure = error
         samples = stream.position - position
         numbers = comparison.numbers(len(ahead), samples, failure)
-        wishes, *sums = strategy.sum_on_host([0 if watch is None else watch.words(), *numbers])
+        wishes, *sums = strategy.sum_on_host([watch.words() if watch is not None and watch.may_break else 0, *numbers])
         comparison.check(sums, samples, failure)
         if wishes:
             raise EvaluationInterrupted(Watch.told(wishes))

@@ -33,7 +33,6 @@ class Signals:
         self.wanted = [signal.SIGINT, *(signal.Signals[name] for name in names)]
         self.caught: dict[int, Handler] = {}
         self.receiver, self.sender = socket.socketpair()
-        self.receiver.setblocking(False)
         self.sender.setblocking(False)
         self._program_fd = -1
 
@@ -73,11 +72,21 @@ class Signals:
         handler = self.caught.get(number)
         return callable(handler) and handler is not signal.default_int_handler
 
-    def read(self) -> list[int]:
-        """Return the signals that have come since the last call, in their order. Doesn't wait."""
+    def wake(self) -> None:
+        """End a call of ``wait`` in another thread."""
+        with suppress(OSError):
+            self.sender.send(b"\0")
+
+    def wait(self, seconds: float) -> list[int]:
+        """Return the signals that have come since the last call, in their order; wait for one where none has.
+
+        Args:
+            seconds: to wait at most.
+        """
+        self.receiver.settimeout(seconds)
         try:
             numbers = self.receiver.recv(4096)
-        except (BlockingIOError, OSError):
+        except OSError:  # the time is over
             return []
         if self._program_fd != -1:
             with suppress(OSError):  # it is full, or the program has closed it

@@ -11,14 +11,14 @@ A second thread looks at the other ranks (``others.py``), for their store may st
 """
 
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +62,13 @@ class Watch:
     Attributes:
         wish: the status that a signal asks this rank to end with; 0 where none has come.
         batches: of evaluations, done so far.
+        may_break: whether a signal may end the evaluation that is under way.
         problem: why the run can't go on as it is configured; None where it can.
     """
 
     def __init__(self, strategy: Strategy, args: FitArguments, state: TrainState, saver: "Saver") -> None:
         self.strategy, self.args, self.state, self.saver = strategy, args, state, saver
-        self.wish, self.batches = 0, 0
+        self.wish, self.batches, self.may_break = 0, 0, False
         self.problem: str | None = None
         self.host = socket.gethostname()
         self.signals = Signals(names_in(args.preemption_signals))
@@ -97,8 +98,7 @@ class Watch:
             if self.others is not None:
                 self.others.stop()
             self._is_over = True
-            with suppress(OSError):
-                self.signals.sender.send(b"\0")
+            self.signals.wake()
             self._thread.join()
             self.signals.let_go()
         if self._signal and error is None and not self.signals.is_programs_own(self._signal):
@@ -123,12 +123,20 @@ class Watch:
         """Note progress of an evaluation."""
         self.batches += 1
 
+    @contextmanager
+    def breaks_evaluations(self) -> Iterator[None]:
+        """In here a signal ends evaluations: the loop's own, after which the run can be saved."""
+        self.may_break = True
+        try:
+            yield
+        finally:
+            self.may_break = False
+
     # The thread.
 
     def _look_after(self) -> None:
         while not self._is_over:
-            select.select([self.signals.receiver], [], [], LOOK)
-            for number in self.signals.read():
+            for number in self.signals.wait(LOOK):
                 self._take_signal(number)
             if not (self._is_over or self._is_leaving):
                 try:
