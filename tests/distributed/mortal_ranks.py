@@ -6,7 +6,6 @@ and how long each lived on after a moment.
 
 import importlib
 import multiprocessing
-import os
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ranks import PRELOADED
+from ranks import PRELOADED, become_rank
 
 STRUCK = "struck"  # the name of a file in the run's directory that a job makes right before its accident
 
@@ -100,21 +99,11 @@ def live(
     rank: int, world_size: int, port: int, log: Path, module: str, job: str, directory: Path, options: dict[str, Any]
 ) -> None:
     """What a rank does with its life."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    log.unlink(missing_ok=True)
+    become_rank(rank, world_size, port, log)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
     import torch
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         getattr(importlib.import_module(module), job)(directory=directory, **options)

@@ -135,8 +135,8 @@ class Ranks:
         return printed
 
 
-def serve(rank: int, world_size: int, port: int, pipe: Any, log: Path) -> None:
-    """What a rank does with its life."""
+def become_rank(rank: int, world_size: int, port: int, log: Path) -> None:
+    """Have this process know its place among the ranks, and print into a file."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -151,6 +151,13 @@ def serve(rank: int, world_size: int, port: int, pipe: Any, log: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def serve(rank: int, world_size: int, port: int, pipe: Any, log: Path) -> None:
+    """What a rank does with its life."""
+    become_rank(rank, world_size, port, log)
+    import torch
+
     while True:
         try:
             module, name, options, seconds = pipe.recv()
