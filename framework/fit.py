@@ -1,5 +1,6 @@
 """Fit: joins a module, data, a strategy and a precision, and trains, evaluates, predicts and saves."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
+from .printing import say
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -108,12 +110,12 @@ class Fit(Runs):
         self.plan = Plan.of(own)
         self._check_together(own, self.module, number_format)
         self._check_overriding(own)
-        if own.requeue:
+        if self.args.requeue:
             check_requeue()
         start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
         given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
+        self.loggers = Loggers(given_loggers if self.strategy.is_main and not own.fast_dev_run else ())
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -123,7 +125,7 @@ class Fit(Runs):
         self._interpret_module()
         self._check_ranks_agree()
         if train_data is not None:
-            if own.save_strategy != "no":
+            if self.args.save_strategy != "no":
                 self._check_can_save()
             check_optimizer_by_name(own, self.strategy)
         if eval_data is not None:
@@ -177,10 +179,33 @@ class Fit(Runs):
                 f"train(resume_from_checkpoint={resume_from_checkpoint!r}) would begin at the same place each time. "
                 "Write train(resume_from_checkpoint=True)."
             )
+        if self.args.fast_dev_run:
+            self._begin_trying(resume_from_checkpoint)
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:
             return batch_size.train(self, path) if self.args.auto_find_batch_size else self.train_from(path)
+
+    def _begin_trying(self, resume_from_checkpoint: Any) -> None:
+        """Say what a run of ``fast_dev_run`` leaves out.
+
+        Raises:
+            ValueError: it was to go on from a checkpoint.
+        """
+        updates = self.args.fast_dev_run
+        if resume_from_checkpoint:
+            raise ValueError(
+                f"fast_dev_run={updates} tries the first updates of a run, and "
+                f"train(resume_from_checkpoint={resume_from_checkpoint!r}) goes on with one. Leave one of them out."
+            )
+        if self.strategy.is_main:
+            count = "1 update" if updates == 1 else f"{updates} updates"
+            batches = "1 batch" if updates == 1 else f"{updates} batches"
+            say(
+                f"fast_dev_run={updates}: {count} of {self.args.max_steps}, evaluations of {batches}, no checkpoints, "
+                f"no loggers; nothing is written to {self.args.output_dir}.",
+                sys.stderr,
+            )
 
     def hyperparameter_search(
         self,
@@ -240,6 +265,11 @@ class Fit(Runs):
             space, objective, direction, take, n_trials, timeout, storage, study_name, pruner, sampler, catch,
             remove_losing_checkpoints, plot,
         )  # fmt: skip
+        if self.args.fast_dev_run:
+            raise ValueError(
+                f"fast_dev_run={self.args.fast_dev_run} makes a few updates, by which a search can't choose. Try "
+                "fit.train() with it, and leave it out for the search."
+            )
         if self.args.requeue and storage is None:
             raise ValueError(
                 "requeue=True runs the program again after an interruption, and a search without storage= would begin "

@@ -245,5 +245,6 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
             run.scheduler.step(best.chosen_metric(run.args, metrics))  # type: ignore[arg-type]
     if control.should_save:
         control.should_save = False
-        steps.save_checkpoint()
+        if not run.args.fast_dev_run:  # a callback may ask for it
+            steps.save_checkpoint()
     agree_at_once(run)

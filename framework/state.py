@@ -26,6 +26,8 @@ class TrainState:
             memory; else None.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
         best_global_step: the update of the evaluation with ``best_metric``.
+        stop_reason: why training ended, or is about to end, before its last update, for people to read; None where it
+            doesn't. On the main process.
         evaluation_is_due: whether an evaluation was due when a signal interrupted the run; it is made first on resume.
         log_history: every log of the run.
     """
@@ -43,6 +45,7 @@ class TrainState:
     train_batch_size: int | None = None
     best_metric: float | None = None
     best_global_step: int = 0
+    stop_reason: str | None = None
     evaluation_is_due: bool = False
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -60,7 +63,8 @@ class TrainState:
         self.load(vars(TrainState()))
 
     def begin(self, num_train_epochs: int, max_steps: int, train_batch_size: int | None) -> None:
-        """Note the length of the run, and the batch size that was found for it."""
+        """Note the length of the run, and the batch size that was found for it. Nothing has stopped it yet."""
+        self.stop_reason = None
         self.num_train_epochs, self.max_steps, self.train_batch_size = num_train_epochs, max_steps, train_batch_size
 
     def begin_step(self, learning_rate: float) -> None:
@@ -70,6 +74,10 @@ class TrainState:
     def skip_update(self) -> None:
         """Count an update that was not made."""
         self.skipped_updates += 1
+
+    def note_stop(self, reason: str) -> None:
+        """Note why training ends early; the first reason counts."""
+        self.stop_reason = self.stop_reason or reason
 
     def note_best(self, metric: float) -> None:
         """Note that the evaluation of now is the best so far."""

@@ -45,10 +45,17 @@ def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int)
     try:
         micro_batches = len(dataloader)
     except TypeError:
+        per_pass = args.overfit_batches if args.limit_train_batches is None else args.limit_train_batches
+        if epoch_based and isinstance(per_pass, int):
+            max_steps = math.ceil(args.num_train_epochs * per_pass)
+            samples = per_pass * total_train_batch_size
+            return RunLength(
+                sys.maxsize, per_pass, samples, max_steps * total_train_batch_size, epoch_based, None, max_steps
+            )
         if epoch_based:
             raise ValueError(
                 "train_data has no length, so epochs can't be counted in advance. Set max_steps to the number of "
-                f"updates. Received: max_steps={args.max_steps}"
+                f"updates, or limit_train_batches to that of an epoch. Received: max_steps={args.max_steps}"
             ) from None
         samples = args.max_steps * total_train_batch_size
         return RunLength(sys.maxsize, args.max_steps, samples, samples, epoch_based, None, args.max_steps)
