@@ -26,8 +26,6 @@ class TrainState:
             memory; else None.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
         best_global_step: the update of the evaluation with ``best_metric``.
-        stop_reason: why training ended, or is about to end, before its last update, for people to read; None where it
-            doesn't. On the main process.
         evaluation_is_due: whether an evaluation was due when a signal interrupted the run; it is made first on resume.
         log_history: every log of the run.
     """
@@ -45,7 +43,6 @@ class TrainState:
     train_batch_size: int | None = None
     best_metric: float | None = None
     best_global_step: int = 0
-    stop_reason: str | None = None
     evaluation_is_due: bool = False
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -63,8 +60,7 @@ class TrainState:
         self.load(vars(TrainState()))
 
     def begin(self, num_train_epochs: int, max_steps: int, train_batch_size: int | None) -> None:
-        """Note the length of the run, and the batch size that was found for it. Nothing has stopped it yet."""
-        self.stop_reason = None
+        """Note the length of the run, and the batch size that was found for it."""
         self.num_train_epochs, self.max_steps, self.train_batch_size = num_train_epochs, max_steps, train_batch_size
 
     def begin_step(self, learning_rate: float) -> None:
@@ -74,10 +70,6 @@ class TrainState:
     def skip_update(self) -> None:
         """Count an update that was not made."""
         self.skipped_updates += 1
-
-    def note_stop(self, reason: str) -> None:
-        """Note why training ends early; the first reason counts."""
-        self.stop_reason = self.stop_reason or reason
 
     def note_best(self, metric: float) -> None:
         """Note that the evaluation of now is the best so far."""
@@ -141,6 +133,7 @@ class Control:
             when the next update begins.
         should_epoch_stop: leave the epoch after this update; cleared when the next epoch begins.
         should_training_stop: leave training after this update; cleared when training begins.
+        stop_reason: why training is left, in words for a person; see ``stop_training``. Other ranks aren't told.
     """
 
     should_log: bool = False
@@ -148,6 +141,20 @@ class Control:
     should_save: bool = False
     should_epoch_stop: bool = False
     should_training_stop: bool = False
+    stop_reason: str = ""
+
+    def stop_training(self, reason: str) -> None:
+        """Ask to leave training after this update, and say why.
+
+        Args:
+            reason: what the run's last lines say: "eval_loss hasn't improved in 3 evaluations". The first one counts.
+        """
+        self.should_training_stop = True
+        self.stop_reason = self.stop_reason or reason
+
+    def begin_training(self, is_finished: bool) -> None:
+        """Forget what was asked of the last run. One that is finished already is left before its first update."""
+        self.should_training_stop, self.stop_reason = is_finished, ""
 
     def flags(self) -> list[int]:
         """Return the flags as numbers, in the order of the fields."""
@@ -159,4 +166,4 @@ class Control:
             setattr(self, flag, bool(value))
 
 
-FLAGS = tuple(field.name for field in dataclasses.fields(Control))
+FLAGS = tuple(field.name for field in dataclasses.fields(Control) if field.name.startswith("should_"))

@@ -119,7 +119,7 @@ def after_update(args: ArgumentFields, state: TrainState, control: Control) -> N
         control.should_save = True
     tries = 0 < args.fast_dev_run <= step
     if tries and step < state.max_steps:
-        state.note_stop(f"fast_dev_run={args.fast_dev_run}")
+        control.stop_training(f"fast_dev_run={args.fast_dev_run}")
     if tries or step >= state.max_steps:
         control.should_training_stop = True
         control.should_log |= args.logging_strategy == "steps"
