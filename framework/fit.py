@@ -26,7 +26,7 @@ from .printing import say
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
-from .runs import Runs
+from .rate_finding import RateFinding
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
@@ -34,7 +34,7 @@ from .switches import torch_settings
 from .watch.requeue import check_requeue, requeued
 
 
-class Fit(Runs):
+class Fit(RateFinding):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:

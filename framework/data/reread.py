@@ -25,10 +25,6 @@ class RereadStream(DataStream):
     generators_at_start: list[str] | None = None  # the states of ``generators`` when the current epoch began
     generators_to_restore: list[str] | None = None
 
-    def generators(self) -> list[torch.Generator]:
-        """Return the generators of the data that its order may be drawn from. Their states are saved."""
-        return []
-
     def read(self, epoch: int, skip: int) -> Iterator[Any]:
         """Yield the batches from a position on."""
         raise NotImplementedError

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import random_state
 from .fingerprint import fingerprint
 
@@ -177,6 +179,10 @@ class DataStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators of the data that its order may be drawn from."""
+        return []
 
     def rewind(self) -> None:
         """Stand at the beginning of the next epoch."""
