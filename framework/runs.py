@@ -201,6 +201,8 @@ class Runs(Steps):
             return
         if self._saver is not None:
             self._saver.let_go()
+        if self._placement is not None:
+            self._placement.reset_scaling()  # else the next placement begins with the scale that this one ended with
         # A worker process that loads data would keep this rank's connections open, as it has inherited them.
         self._placement = self._run = self._objective = None
         self.strategy.release(self.module)
