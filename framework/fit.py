@@ -23,10 +23,10 @@ from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
 from .printing import say
+from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
-from .rate_finding import RateFinding
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState

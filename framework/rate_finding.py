@@ -41,7 +41,8 @@ class RateFinding(Runs):
         Example:
             >>> found = fit.find_learning_rate(updates=50)
             >>> found.plot("rates.png")
-            >>> Fit(Regressor(), train_data=dataset, learning_rate=found.suggestion)
+            PosixPath('rates.png')
+            >>> better = Fit(Regressor(), train_data=dataset, learning_rate=found.suggestion)
         """
         check_sweep(min, max, updates, diverged)
         if self.placed or self._has_trained:

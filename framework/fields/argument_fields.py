@@ -21,16 +21,17 @@ class ArgumentFields:
         run_name: what the run is called in its logs and on the display; None leaves it without a name.
         max_steps: updates to train for; -1 trains for ``num_train_epochs``. Overrides the epochs.
         num_train_epochs: passes over the training data; may be a fraction.
-        max_time: training ends, saved and evaluated, before it has lasted so long: "HH:MM:SS", "DD:HH:MM:SS", seconds, or
-            a timedelta. It counts from the beginning of ``train``, and adds up over resumes. See docs/trying.md.
-        fast_dev_run: try the run: so many updates, and so many batches in each evaluation (True is 1), then stop. All is
-            as in the real run, but for checkpoints, loggers and what else is written to ``output_dir``: there is none.
+        max_time: training ends, saved and evaluated, before it has lasted so long: "HH:MM:SS", "DD:HH:MM:SS", seconds,
+            or a timedelta. It counts from the beginning of ``train``, and adds up over resumes. See docs/trying.md.
+        fast_dev_run: try the run: so many updates, and so many batches in each evaluation (True is 1), then stop. All
+            is as in the real run, but for checkpoints, loggers and what else is written to ``output_dir``: there is
+            none.
         limit_train_batches: an epoch ends after so many updates; a float up to 1.0 is a fraction of them, rounded down.
             With an order that is drawn anew each epoch, each has other samples.
-        limit_eval_batches: an evaluation ends after so many batches of ``per_device_eval_batch_size`` samples, on however
-            many ranks; a float up to 1.0 is a fraction of them, rounded down. ``predict`` has no limit.
-        overfit_batches: every epoch is the first so many updates of the data, in the data's order, and evaluations are of
-            their samples, too, in place of ``eval_data``; a float up to 1.0 is a fraction of an epoch.
+        limit_eval_batches: an evaluation ends after so many batches of ``per_device_eval_batch_size`` samples, on
+            however many ranks; a float up to 1.0 is a fraction of them, rounded down. ``predict`` has no limit.
+        overfit_batches: every epoch is the first so many updates of the data, in the data's order, and evaluations are
+            of their samples, too, in place of ``eval_data``; a float up to 1.0 is a fraction of an epoch.
         per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
         per_device_eval_batch_size: the same in evaluation and prediction.
         gradient_accumulation_steps: micro-batches per update.

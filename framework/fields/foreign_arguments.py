@@ -133,7 +133,7 @@ LIGHTNING: Mapping[str, str] = {
     "min_epochs": "There is no minimum: write num_train_epochs, and EarlyStopping's patience.",
     "min_steps": "There is no minimum: write max_steps, and EarlyStopping's patience.",
     "limit_val_batches": "Write limit_eval_batches.",
-    "limit_test_batches": "Write limit_eval_batches for fit.evaluate(data); give fit.predict a part of the data (torch.utils.data.Subset).",
+    "limit_test_batches": "Write limit_eval_batches; fit.evaluate(data) follows it, too.",
     "limit_predict_batches": "Give fit.predict a part of the data (torch.utils.data.Subset).",
     "val_check_interval": "Write eval_strategy='steps' and eval_steps, a number of updates or a fraction of the run.",
     "check_val_every_n_epoch": "Write eval_strategy='epoch'.",

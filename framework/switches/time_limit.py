@@ -20,9 +20,9 @@ END = 0.01, 10.0  # the same, kept for what follows the last save
 class TimeLimit(Callback):
     """Ends training while there is still time for an evaluation and a checkpoint.
 
-    The main process decides at the end of each update, by the longest of the latest updates, of evaluations and of saves.
-    With several ranks, what it asks for travels with the next update's message and is obeyed at that one's end, so that it
-    decides an update earlier. The last log, evaluation and checkpoint are asked for when the epoch is left.
+    The main process decides at the end of each update, by the longest of the latest updates, of evaluations and of
+    saves. With several ranks, what it asks for travels with the next update's message and is obeyed at that one's end,
+    so that it decides an update earlier. The last log, evaluation and checkpoint are asked for when the epoch is left.
 
     Args:
         limit: seconds from the beginning of ``train``, over all parts of a run that is resumed.
@@ -90,9 +90,7 @@ class TimeLimit(Callback):
 
     # What is decided.
 
-    def on_step_end(
-        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
-    ) -> None:
+    def on_step_end(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:
         """Stop training where the next update might come too late."""
         self.updates.append(self.lap())
         if len(self.updates) == 2 and state.global_step > 1 and self.updates[0] > self.updates[1]:

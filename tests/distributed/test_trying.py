@@ -9,8 +9,8 @@ import torch
 from ranks import Ranks
 from stratagem import Callback
 from tiny import RowStream
-from training import curves, make_fit, share_of_16, token_rows
 from training import Tagger as Module
+from training import curves, make_fit, share_of_16, token_rows
 
 pytestmark = pytest.mark.slow
 
@@ -30,9 +30,7 @@ def limited(streamed: bool = False, **arguments: Any) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize(
-    ("world", "strategy", "options"), [(2, "ddp", {}), (2, "fsdp2", {}), (2, "tp", {})], ids=str
-)
+@pytest.mark.parametrize(("world", "strategy", "options"), [(2, "ddp", {}), (2, "fsdp2", {}), (2, "tp", {})], ids=str)
 def test_limits_leave_the_same_samples_on_any_ranks(
     ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any], streamed: bool
 ) -> None:
@@ -51,7 +49,13 @@ def test_limits_leave_the_same_samples_on_any_ranks(
 def overfitted(**arguments: Any) -> dict[str, list[Any]]:
     torch.manual_seed(0)
     fit = make_fit(
-        Module(), token_rows(90), max_steps=-1, num_train_epochs=2.0, overfit_batches=2, eval_strategy="epoch", **arguments
+        Module(),
+        token_rows(90),
+        max_steps=-1,
+        num_train_epochs=2.0,
+        overfit_batches=2,
+        eval_strategy="epoch",
+        **arguments,
     )
     fit.train()
     return {**curves(fit), "eval_loss": [log["eval_loss"] for log in fit.state.log_history if "eval_loss" in log]}
@@ -105,7 +109,9 @@ def timed(directory: str, max_time: float, resume: bool = False, **arguments: An
 
 
 @pytest.mark.parametrize("arguments", [{"eval_strategy": "steps", "eval_steps": 5}, {"async_save": True}], ids=str)
-def test_all_ranks_end_at_one_update_in_time(ranks: dict[int, Ranks], tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_all_ranks_end_at_one_update_in_time(
+    ranks: dict[int, Ranks], tmp_path: Path, arguments: dict[str, Any]
+) -> None:
     ranks[2].run(timed, directory=str(tmp_path / "first"), strategy="ddp", max_time=2.0)  # imports
     directory = str(tmp_path / "output")
     first, second = ranks[2].run(timed, directory=directory, strategy="ddp", max_time=5.0, **arguments)

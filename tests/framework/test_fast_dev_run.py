@@ -54,7 +54,9 @@ def test_a_few_updates_are_tried_and_nothing_is_left(
     assert not Path(fit.args.output_dir).exists()
     assert "eval_a_loss" in logs_of(fit)[-1]
     said = capsys.readouterr().err
-    assert re.search(rf"fast_dev_run={updates}: {updates} updates? of 100, evaluations of .* no checkpoints, no loggers", said)
+    assert re.search(
+        rf"fast_dev_run={updates}: {updates} updates? of 100, evaluations of .* no checkpoints, no loggers", said
+    )
     assert fit.control.stop_reason == f"fast_dev_run={updates}"
     fit.evaluate()
     assert not Path(fit.args.output_dir).exists()

@@ -93,7 +93,11 @@ def test_a_run_is_what_it_would_have_been(make_fit: MakeFit, data: Any, argument
     for name, tensor in parameters_of(looked.module).items():
         assert torch.equal(tensor, expected[name]), name
     states = [
-        {f"{name}.{key}": value for name, entry in fit.strategy.optimizer_state().items() for key, value in entry.items()}
+        {
+            f"{name}.{key}": value
+            for name, entry in fit.strategy.optimizer_state().items()
+            for key, value in entry.items()
+        }
         for fit in (plain, looked)
     ]
     assert states[0].keys() == states[1].keys()
@@ -173,7 +177,7 @@ def test_it_draws_its_picture(tmp_path: Path) -> None:
 def test_it_comes_before_the_run(make_fit: MakeFit) -> None:
     fit = make_fit(Regressor(), regression_rows(8), regression_rows(8), max_steps=1)
     fit.evaluate()
-    with pytest.raises(ValueError, match="placed already. Call it before train"):
+    with pytest.raises(ValueError, match=r"placed already\. Call it before train"):
         fit.find_learning_rate()
     with pytest.raises(ValueError, match="no train_data"):
         make_fit(Regressor(), eval_data=regression_rows(8)).find_learning_rate()

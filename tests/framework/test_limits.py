@@ -79,7 +79,7 @@ def batches_of(limit: int | float, whole: int) -> int:
 def test_an_epoch_is_its_first_updates_however_they_are_split(
     kind: str, count: int, limit: int | float, splits: Any, epochs: float, cut: int
 ) -> None:
-    """Over ranks, micro-batches and accumulation; counted by the plan; and gone on with from any update by any other."""
+    """Over ranks, micro-batches and accumulation; counted by the plan; gone on with from any update by any other."""
     alone = (1, 8, 1)
     if kind == "loader":  # whose batches of 2 are an update of 8 by these
         alone, *splits = ((ranks, 2, 4 // ranks) for ranks, _, _ in (alone, *splits))
