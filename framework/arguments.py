@@ -4,7 +4,7 @@ import os
 from dataclasses import InitVar, dataclass
 from typing import Any
 
-from .fields import argument_ranges, batch_limits, cadence, durations
+from .fields import accumulation, argument_ranges, batch_limits, cadence, durations
 from .fields.argument_fields import ArgumentFields
 from .fields.argument_types import (
     Options,
@@ -52,6 +52,7 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         for name, kind in hints(type(self)).items():
             if kind is Options:
                 object.__setattr__(self, name, as_options(getattr(self, name)))
+        object.__setattr__(self, accumulation.NAME, accumulation.as_schedule(getattr(self, accumulation.NAME)))
         for name in batch_limits.LIMITS:
             object.__setattr__(self, name, batch_limits.as_limit(getattr(self, name)))
         object.__setattr__(self, "max_time", durations.as_duration(self.max_time))
@@ -69,6 +70,7 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         """
         return type_problems(self) or [
             *argument_ranges.problems(self),
+            *accumulation.problems(self),
             *batch_limits.problems(self),
             *cadence.problems(self),
             *schedulers.problems(self),

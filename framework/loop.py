@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from .fields import cadence
+from .fields import accumulation, cadence
 from .measures import best
 from .objective import Count
 from .optim.schedulers import waits_for_metric
@@ -55,7 +55,7 @@ def train(steps: Steps, run: Run) -> None:
     args, state, control, strategy = run.args, run.state, run.control, run.strategy
     placement, rescue, emit = run.placement, run.rescue, steps.emit
     assert placement is not None
-    model, micro_batches_per_update = strategy.model, args.gradient_accumulation_steps
+    model = strategy.model
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
@@ -75,6 +75,7 @@ def train(steps: Steps, run: Run) -> None:
         if rescue is not None:
             rescue.note_position()
         run.begin_epoch(epoch)
+        micro_batches_per_update = accumulation.micro_batches_at(vars(args), epoch)
         batches = steps.batches(run.stream, epoch)
         run.restore_random_state()
         steps.objective.forget_past()

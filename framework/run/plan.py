@@ -7,6 +7,7 @@ from typing import Any
 from ..arguments import FitArguments
 from ..data import DataStream
 from ..fields import cadence
+from ..fields.accumulation import epochs_of, micro_batches_at
 from .length import length_of_resumed, run_length
 
 LIMITS = ("limit_train_batches", "overfit_batches")
@@ -73,8 +74,14 @@ class Plan:
         arguments = saved["arguments"]
         if any(arguments.get(name) != getattr(self.args, name) for name in LIMITS):
             return False
-        before = saved["data"]["global_micro_batch"] * arguments["gradient_accumulation_steps"]
-        return bool(before == stream.global_micro_batch * self.args.gradient_accumulation_steps)
+        sizes = (
+            (
+                saved["data"]["global_micro_batch"] * micro_batches_at(arguments, epoch),
+                stream.global_micro_batch * micro_batches_at(vars(self.args), epoch),
+            )
+            for epoch in epochs_of(arguments) | epochs_of(vars(self.args))
+        )
+        return all(before == now for before, now in sizes)
 
     def resumed(self, saved: Mapping[str, Any], stream: DataStream) -> "Plan":
         """The plan of a run that goes on from a checkpoint whose global batch, or whose epochs' length, was another.

@@ -9,6 +9,7 @@ from typing import Any
 from ..arguments import FitArguments
 from ..callbacks import Callback
 from ..fields import cadence
+from ..fields.accumulation import micro_batches_at
 from ..fields.durations import as_clock
 from ..state import Control, TrainState
 
@@ -113,7 +114,9 @@ class TimeLimit(Callback):
         if not fit.strategy.is_main:
             return
         if not control.should_training_stop and self.updates:
-            self.decide(args, control, (1 if fit.strategy.world_size == 1 else 2) * max(self.updates))
+            updates = 1 if fit.strategy.world_size == 1 else 2
+            following, before = (micro_batches_at(vars(args), fit.run.epoch_index - ago) for ago in (0, 1))
+            self.decide(args, control, updates * max(self.updates) * max(1.0, following / before))
         if self.is_over:
             evaluates = args.eval_strategy == "steps" and state.global_step >= args.eval_delay
             control.should_log |= args.logging_strategy == "steps"

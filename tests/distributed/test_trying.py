@@ -46,6 +46,28 @@ def test_limits_leave_the_same_samples_on_any_ranks(
         assert rank["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
 
 
+def scheduled(**arguments: Any) -> dict[str, list[Any]]:
+    """Updates of 8 samples in the first epoch, and of 24 in the second."""
+    torch.manual_seed(0)
+    fit = make_fit(
+        Module(), token_rows(90), max_steps=-1, num_train_epochs=2.0, gradient_accumulation_schedule={1: 3}, **arguments
+    )
+    fit.train()
+    return curves(fit)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_2"])
+def test_updates_change_their_size_on_all_ranks(ranks: dict[int, Ranks], strategy: str) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    expected = scheduled(per_device_train_batch_size=8)
+    assert len(expected["loss"]) == 12 + 4
+    found = ranks[2].run(scheduled, strategy=strategy, per_device_train_batch_size=4)
+    for rank in found:
+        assert rank["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert rank["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
 def overfitted(**arguments: Any) -> dict[str, list[Any]]:
     torch.manual_seed(0)
     fit = make_fit(
