@@ -196,6 +196,9 @@ def evaluate(steps: Steps, run: Run) -> dict[str, float]:
 
 def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
+    early = run.control.flags()  # raised by this rank's callbacks alone, in the update
+    if run.strategy.world_size > 1 and any(early):
+        run.control.set([0] * len(early))
     cadence.after_update(run.args, run.state, run.control)
     if run.strategy.world_size == 1:
         steps.saver.raise_failure()
@@ -203,6 +206,8 @@ def end_update(steps: Steps, run: Run) -> None:
         status = run.watch.wish
     else:
         due = run.control.flags()
+        if any(early):
+            run.control.set([int(now or before) for now, before in zip(due, early, strict=True)])
         steps.emit("on_step_end")
         run.exchange.agree(due)
         if run.pace is not None:

@@ -35,8 +35,8 @@ class ArgumentFields:
         per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
         per_device_eval_batch_size: the same in evaluation and prediction.
         gradient_accumulation_steps: micro-batches per update.
-        gradient_accumulation_schedule: the same from an epoch on: {4: 2, 8: 1}; epochs count from 0. Also as JSON, or as
-            "4=2,8=1".
+        gradient_accumulation_schedule: the same from an epoch on: {4: 2, 8: 1}; epochs count from 0. Also as JSON, or
+            as "4=2,8=1".
         auto_find_batch_size: where a run is out of memory, begin it again with half of ``per_device_train_batch_size``
             (or less) and more ``gradient_accumulation_steps``, so that an update's samples stay the same; see
             ``framework/run/batch_size.py``. Takes host memory for a copy of the module.

@@ -36,8 +36,8 @@ def find_launch(strategy: Strategy, args: FitArguments, stream: DataStream) -> L
         return None
     if here.has_range and args.gradient_accumulation_schedule:
         raise ValueError(
-            f"gradient_accumulation_schedule={args.gradient_accumulation_schedule!r}: updates of several sizes can't be "
-            "shared by a range of ranks. Write devices= as one number, or leave the schedule out."
+            f"gradient_accumulation_schedule={args.gradient_accumulation_schedule!r}: updates of several sizes can't "
+            "be shared by a range of ranks. Write devices= as one number, or leave the schedule out."
         )
     # An agent of torchrun that came later counts anew, so the ranks' counts differ.
     attempts = strategy.gather(here.attempt)
@@ -70,8 +70,8 @@ def with_global_batch(args: FitArguments, stream: DataStream, global_batch: int,
     if args.gradient_accumulation_schedule:
         raise ValueError(
             "This run goes on with another number of ranks, and gradient_accumulation_schedule="
-            f"{args.gradient_accumulation_schedule!r} has updates of several sizes for the number it began with. Start it "
-            "with as many ranks as before."
+            f"{args.gradient_accumulation_schedule!r} has updates of several sizes for the number it began with. Start "
+            "it with as many ranks as before."
         )
     asked = args.per_device_train_batch_size
     own_size = isinstance(train_data, DataLoader)
