@@ -15,7 +15,14 @@ from .framework.watch.endings import AnotherRankFailed, Interrupted
 from .precision.names import lazy_exports
 
 if TYPE_CHECKING:
-    from .framework.builtin_callbacks import EarlyStopping, EmptyCache, FirstStepTime, LearningRateMonitor, Throughput
+    from .framework.builtin_callbacks import (
+        EarlyStopping,
+        EmptyCache,
+        FirstStepTime,
+        GradientHistograms,
+        LearningRateMonitor,
+        Throughput,
+    )
     from .framework.loggers import Logger
     from .framework.loggers.comet import CometLogger
     from .framework.loggers.csv import CSVLogger
@@ -37,6 +44,7 @@ __all__ = [
     "FirstStepTime",
     "Fit",
     "FitArguments",
+    "GradientHistograms",
     "Interrupted",
     "JsonLinesLogger",
     "LearningRateMonitor",
@@ -55,7 +63,7 @@ __all__ = [
 # Imported when first used: a name costs nothing that a program doesn't ask for.
 FILES = {
     **dict.fromkeys(
-        ("EarlyStopping", "EmptyCache", "FirstStepTime", "LearningRateMonitor", "Throughput"),
+        ("EarlyStopping", "EmptyCache", "FirstStepTime", "GradientHistograms", "LearningRateMonitor", "Throughput"),
         "framework.builtin_callbacks",
     ),
     "CSVLogger": "framework.loggers.csv",

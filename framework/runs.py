@@ -124,7 +124,7 @@ class Runs(Steps):
                 self.saver.abandon()
                 self.loggers.flush(in_hurry=True)
                 raise
-            self.loggers.flush()
+            self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
 
     def _begin(self, path: Path | None) -> Run:

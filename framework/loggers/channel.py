@@ -10,6 +10,9 @@ from .base import VERBS, LoggedRun, Logger
 # Seconds before a logger that couldn't be opened is tried again, at the next log: W&B may take long to give up.
 RETRY_AFTER = 60.0
 
+# Seconds that a logger is waited for that was waited for in vain before.
+STILL_STUCK = 1.0
+
 # What may wait for a logger that is slow. Beyond that, the oldest numbers are left out: the newest tell how a run went.
 MOST_CALLS = 10_000
 MOST_BYTES = 64 * 2**20
@@ -126,7 +129,7 @@ class BackgroundChannel(Channel):
         with self._changed:
             self._waiting.append((method, arguments, size))
             self._bytes += size
-            if len(self._waiting) > MOST_CALLS or self._bytes > MOST_BYTES:
+            if method in NUMBERS and (len(self._waiting) > MOST_CALLS or self._bytes > MOST_BYTES):
                 self._make_room()
             if self._thread is not None:
                 self._changed.notify_all()
@@ -145,11 +148,16 @@ class BackgroundChannel(Channel):
 
     def unfinished(self, seconds: float) -> int:
         """Wait for the calls that were handed over, at most so long, and return how many aren't made. Where nothing has
-        moved since somebody last waited in vain, there is no waiting.
+        moved since somebody last waited in vain, a short while tells whether something does.
         """
+        until = time.monotonic() + seconds
         with self._changed:
-            if self._made != self._given_up_at:
-                self._changed.wait_for(lambda: not self._waiting and not self._is_busy, timeout=seconds)
+            if self._made != self._given_up_at or self._changed.wait_for(
+                lambda: self._made != self._given_up_at, timeout=min(seconds, STILL_STUCK)
+            ):
+                self._changed.wait_for(
+                    lambda: not self._waiting and not self._is_busy, timeout=max(0.0, until - time.monotonic())
+                )
             left = len(self._waiting) + self._is_busy
             self._given_up_at = self._made if left else -1
             return left

@@ -15,16 +15,13 @@ class CometLogger(Tracker):
         project: which the experiment belongs to; None means Comet's own default.
         online: False writes an archive that ``comet upload`` sends; a run that is resumed then writes another archive
             of the same experiment.
-        workspace: of the project.
         **config: of ``comet_ml.ExperimentConfig``: ``tags``, ``offline_directory``, ``log_code``.
     """
 
     word, package = "comet", ("comet_ml", "comet")
 
-    def __init__(
-        self, project: str | None = None, online: bool = True, workspace: str | None = None, **config: Any
-    ) -> None:
-        self.place: dict[str, Any] = {"project_name": project, "online": online, "workspace": workspace}
+    def __init__(self, project: str | None = None, online: bool = True, **config: Any) -> None:
+        self.place: dict[str, Any] = {"project_name": project, "online": online}
         self.config = config
 
     def start(self, fit: LoggedRun, kept: str | None) -> str:
@@ -46,7 +43,7 @@ class CometLogger(Tracker):
 
     def image(self, name: str, image: Array, step: int) -> None:
         """Log an image."""
-        self.experiment.log_image(image, name=name, step=step)
+        self.experiment.log_image(image, name=name, step=step, image_minmax=(0, 255))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log a text."""

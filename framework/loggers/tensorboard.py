@@ -53,7 +53,8 @@ class TensorBoardLogger(Logger):
                 self.text("totals", as_markdown(("total", "value"), [*numbers.items()]), step)
             for tag, value in {} if group == "totals" else numbers.items():
                 if tag != "epoch":
-                    self._write(group, lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))
+                    shown = tag if "/" in tag else f"metrics/{tag}"  # TensorBoard gathers charts by what is before "/"
+                    self._write(group, lambda writer, tag=shown, value=value: writer.add_scalar(tag, value, step))
         self.last_step = None if self.last_step is None else max(self.last_step, step)
 
     def image(self, name: str, image: Array, step: int) -> None:
@@ -110,7 +111,11 @@ def write_arguments(writer: Any, fit: LoggedRun) -> None:
     chosen, settings = fit.chosen(), fit.settings()
     rows = [(f"**{name}**" if name in chosen else name, settings[name]) for name in {**chosen, **settings}]
     writer.add_text("arguments", as_markdown(("argument (**chosen**)", "value"), rows), 0)
-    plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in chosen.items()}
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in chosen.items()
+        if not name.startswith(("logging_", "eval_", "save_", "progress"))  # they change no weight
+    }
     _, begin, end = hparams(plain, {})  # without a list of metrics, TensorBoard shows all that the runs hold
     for summary in (begin, end):
         writer.file_writer.add_summary(summary)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .base import LoggedRun, grouped, with_groups
@@ -29,11 +28,10 @@ class WandbLogger(Tracker):
         """Begin a run, or go on with a kept one."""
         import wandb
 
-        chosen = {"name": fit.name, "config": fit.settings(), "id": kept, "resume": "allow", **self.init}
-        if "dir" not in chosen and "WANDB_DIR" not in os.environ:
-            Path(fit.args.output_dir).mkdir(parents=True, exist_ok=True)
-            chosen["dir"] = fit.args.output_dir
-        self.package_itself, self.run = wandb, wandb.init(**chosen)
+        place = os.environ.get("WANDB_DIR", fit.args.output_dir)
+        os.makedirs(place, exist_ok=True)
+        own = {"name": fit.name, "config": fit.settings(), "id": kept, "resume": "allow", "dir": place}
+        self.package_itself, self.run = wandb, wandb.init(**{**own, **self.init})
         self.run.define_metric("update", hidden=True)
         self.run.define_metric("*", step_metric="update")
         return str(self.run.id)
@@ -42,8 +40,8 @@ class WandbLogger(Tracker):
         """Log a row; totals go to the summary."""
         if "totals" in grouped(metrics):
             self.run.summary.update(metrics)
-        else:
-            self.run.log({**with_groups(metrics), "update": step})
+            return
+        self.run.log({**with_groups(metrics), "update": step})
 
     def image(self, name: str, image: Array, step: int) -> None:
         """Log an image."""
