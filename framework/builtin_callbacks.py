@@ -1,5 +1,4 @@
-"""Callbacks for common needs: early stopping, monitors of rate, throughput, first step and gradients, emptying of caches.
-"""
+"""Callbacks for common needs: early stopping, monitors of rates and gradients, emptying of caches."""
 
 import time
 from collections.abc import Mapping

@@ -2,28 +2,20 @@
 
 import csv
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .base import LoggedRun, Logger
 
 
 class CSVLogger(Logger):
-    """Writes a row for each log and a column for each name into ``metrics.csv``, which any table program reads.
-
-    A column that comes later is empty in the rows before it. A run that is resumed goes on in the same file, without
-    the rows beyond the update that it resumes from; one that begins anew moves the file aside ("metrics-1.csv").
-
-    Args:
-        path: the file; None means ``<output_dir>/metrics.csv``.
+    """Writes a row for each log and a column for each name into ``path``, or ``<output_dir>/metrics.csv``. A resumed
+    run takes back the rows beyond where it resumes from; one that begins anew moves the file aside (metrics-1.csv).
     """
 
     synchronous = True
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path).expanduser()
-        self.has_begun = False
 
     def open(self, fit: LoggedRun) -> None:
         """Read the columns of the file that is there."""
@@ -33,12 +25,11 @@ class CSVLogger(Logger):
     def begin(self, fit: LoggedRun) -> None:
         """Make way for a run that begins anew, or that goes on from an earlier update than the last row."""
         step, (columns, rows) = fit.state.global_step, self._read()
-        if fit.is_resumed and any(int(row["step"]) > step for row in rows):
+        if fit.is_resumed and rows:
             self._rewrite(columns, [row for row in rows if int(row["step"]) <= step])
         elif not fit.is_resumed and not self.has_begun and rows:
             taken = (self.current.with_stem(f"{self.current.stem}-{number}") for number in range(1, 10**6))
             os.replace(self.current, next(path for path in taken if not path.exists()))
-            self.columns = []
         self.has_begun = True
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -58,7 +49,7 @@ class CSVLogger(Logger):
             whole = [row for row in reader if None not in row and (row.get("step") or "").isdigit()]
             return list(reader.fieldnames or ()), whole
 
-    def _rewrite(self, columns: list[str], rows: list[dict[str, str]] | list[Mapping[str, Any]]) -> None:
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         self.columns, partial = columns, self.current.with_name(f"{self.current.name}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", newline="", encoding="utf-8") as file:

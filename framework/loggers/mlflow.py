@@ -11,15 +11,11 @@ from .values import Array
 
 
 class MlflowLogger(Tracker):
-    """Writes a run of MLflow (the extra ``mlflow``).
-
-    It doesn't become the active run of ``mlflow.log_...``, which belongs to the program.
+    """Writes a run of MLflow (the extra ``mlflow``). It isn't the active one of ``mlflow.log_...``: that is yours.
 
     Args:
-        experiment: which the run belongs to; it is made where it isn't there.
-        tracking_uri: a server, or a store such as "sqlite:///runs.db"; None means MLflow's own default, which
-            MLFLOW_TRACKING_URI sets.
-        **tags: of the run.
+        experiment, **tags: of the run.
+        tracking_uri: a server or store ("sqlite:///runs.db"); None means MLFLOW_TRACKING_URI, or MLflow's default.
     """
 
     word, package = "mlflow", ("mlflow", "mlflow")
@@ -29,41 +25,36 @@ class MlflowLogger(Tracker):
 
     def start(self, fit: LoggedRun, kept: str | None) -> str:
         """Begin a run, or go on with a kept one, whose parameters MLflow leaves as they are."""
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
+        import mlflow
 
-        self.client = MlflowClient(self.tracking_uri)
+        self.client, self.metric = mlflow.MlflowClient(self.tracking_uri), mlflow.entities.Metric
         if kept is not None:
             self.client.update_run(kept, status="RUNNING")
             return kept
         found = self.client.get_experiment_by_name(self.experiment)
-        experiment = found.experiment_id if found is not None else self.client.create_experiment(self.experiment)
+        experiment = found.experiment_id if found else self.client.create_experiment(self.experiment)
         run = self.client.create_run(experiment, run_name=fit.name, tags=self.tags).info.run_id
-        parameters = [Param(name, str(value)[:6000]) for name, value in fit.settings().items()]
-        for first in range(0, len(parameters), 100):  # as many as MLflow takes at once
-            self.client.log_batch(run, params=parameters[first : first + 100])
+        params = [mlflow.entities.Param(name, str(value)[:6000]) for name, value in fit.settings().items()]
+        for first in range(0, len(params), 100):  # as many as MLflow takes at once
+            self.client.log_batch(run, params=params[first : first + 100])
         return str(run)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics in one request."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        found = [Metric(name, float(value), now, step) for name, value in with_groups(metrics).items()]
-        self.client.log_batch(self.id, metrics=found)
+        now, found = int(time.time() * 1000), with_groups(metrics).items()
+        self.client.log_batch(self.id, metrics=[self.metric(name, float(value), now, step) for name, value in found])
 
     def image(self, name: str, image: Array, step: int) -> None:
         """Log an image."""
         self.client.log_image(self.id, image, key=name, step=step)
 
-    def text(self, name: str, text: str, step: int) -> None:
+    def text(self, name: str, text: str, step: int, suffix: str = "md") -> None:
         """Keep a text as an artifact."""
-        self.client.log_text(self.id, text, f"{name}/{step}.md")
+        self.client.log_text(self.id, text, f"{name}/{step}.{suffix}")
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Keep a table as an artifact that MLflow shows as one."""
-        content = json.dumps({"columns": columns, "data": rows}, default=str)
-        self.client.log_text(self.id, content, f"{name}/{step}.json")
+        self.text(name, json.dumps({"columns": columns, "data": rows}, default=str), step, "json")
 
     def close(self) -> None:
         """Finish the run."""

@@ -1,6 +1,7 @@
 """A logger that writes TensorBoard event files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,38 +45,38 @@ class TensorBoardLogger(Logger):
             self.hides_from = step + 1 if step else 0
         self.last_step = step
         if is_first and not fit.is_resumed:
-            self._write("", lambda writer: write_arguments(writer, fit))
+            with self._writing("") as writer:
+                write_arguments(writer, fit)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Add each number as a scalar, and totals as text. Epochs are left out, which make a chart of their own."""
         for group, numbers in grouped(metrics).items():
             if group == "totals":
                 self.text("totals", as_markdown(("total", "value"), [*numbers.items()]), step)
-            for tag, value in {} if group == "totals" else numbers.items():
-                if tag != "epoch":
-                    shown = tag if "/" in tag else f"metrics/{tag}"  # TensorBoard gathers charts by what is before "/"
-                    self._write(group, lambda writer, tag=shown, value=value: writer.add_scalar(tag, value, step))
+                continue
+            with self._writing(group) as writer:
+                for tag, value in numbers.items():
+                    if tag != "epoch":  # TensorBoard gathers charts by what is before "/"
+                        writer.add_scalar(tag if "/" in tag else f"metrics/{tag}", value, step)
         self.last_step = None if self.last_step is None else max(self.last_step, step)
 
     def image(self, name: str, image: Array, step: int) -> None:
         """Add an image."""
-        self._write("", lambda writer: writer.add_image(name, image, step, dataformats="HWC"))
+        with self._writing("") as writer:
+            writer.add_image(name, image, step, dataformats="HWC")
 
     def text(self, name: str, text: str, step: int) -> None:
         """Add a text."""
-        self._write("", lambda writer: writer.add_text(name, text, step))
+        with self._writing("") as writer:
+            writer.add_text(name, text, step)
 
     def histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Add a histogram, whose values are taken to lie in the middle between their edges."""
         counts, edges = (part.astype(float) for part in histogram)
         middle = (edges[1:] + edges[:-1]) / 2
-        moments = counts.sum(), (counts * middle).sum(), (counts * middle**2).sum()
-        self._write(
-            "",
-            lambda writer: writer.add_histogram_raw(
-                name, edges[0], edges[-1], *moments, edges[1:].tolist(), counts.tolist(), step
-            ),
-        )
+        sums = counts.sum(), (counts * middle).sum(), (counts * middle**2).sum()
+        with self._writing("") as writer:
+            writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:].tolist(), counts.tolist(), step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Add a table as text."""
@@ -84,7 +85,8 @@ class TensorBoardLogger(Logger):
     def flush(self) -> None:
         """Write out what is buffered."""
         for group in list(self.writers):
-            self._write(group, lambda writer: writer.flush())
+            with self._writing(group) as writer:
+                writer.flush()
 
     def close(self) -> None:
         """Write out what is buffered, and end the files."""
@@ -92,13 +94,15 @@ class TensorBoardLogger(Logger):
         for writer in writers.values():
             writer.close()
 
-    def _write(self, group: str, write: Callable[[Any], Any]) -> None:
+    @contextmanager
+    def _writing(self, group: str) -> Iterator[Any]:
+        """Entered around writing into a directory of the current one."""
         if group not in self.writers:
             from torch.utils.tensorboard import SummaryWriter  # importing it takes half a second
 
             self.writers[group] = SummaryWriter(str(self.current / group), purge_step=self.hides_from)
         try:
-            write(self.writers[group])
+            yield self.writers[group]
         except Exception:
             del self.writers[group]  # its thread has failed: from now on it raises the same error, and never writes
             raise

@@ -153,9 +153,7 @@ class Loggers:
 
     def _are_there(self, verb: str) -> bool:
         """Whether a logger knows a verb. Those that don't are named, once."""
-        unable = [
-            type(channel.logger).__name__ for channel in self._channels if not is_able(channel.logger, verb)
-        ]
+        unable = [type(channel.logger).__name__ for channel in self._channels if not is_able(channel.logger, verb)]
         if unable and verb not in self._said:
             self._said.add(verb)
             say(f"fit.loggers.{verb}: left out by {', '.join(unable)}, which can't show it.")

@@ -10,13 +10,8 @@ from .values import Array, Histogram
 
 
 class WandbLogger(Tracker):
-    """Writes a run of Weights & Biases (the extra ``wandb``), below ``output_dir`` until it is sent.
-
-    Charts are drawn over "update", so a run that is resumed from an earlier checkpoint may go back. Totals are in the
-    summary. A run that the program has begun itself (``wandb.init``) is taken.
-
-    Args:
-        **init: of ``wandb.init``: ``project``, ``entity``, ``tags``, ``mode="offline"``.
+    """Writes a run of Weights & Biases (the extra ``wandb``), or into one that the program has begun. ``init`` is what
+    ``wandb.init`` is given (project, mode). A resumed run may go back: charts are over "update", not W&B's own steps.
     """
 
     word, package = "wandb", ("wandb", "wandb")
@@ -30,8 +25,8 @@ class WandbLogger(Tracker):
 
         place = os.environ.get("WANDB_DIR", fit.args.output_dir)
         os.makedirs(place, exist_ok=True)
-        own = {"name": fit.name, "config": fit.settings(), "id": kept, "resume": "allow", "dir": place}
-        self.package_itself, self.run = wandb, wandb.init(**{**own, **self.init})
+        own = {"name": fit.name, "config": fit.settings(), "id": kept, "resume": "allow", "dir": place, **self.init}
+        self.package_itself, self.run = wandb, wandb.init(**own)
         self.run.define_metric("update", hidden=True)
         self.run.define_metric("*", step_metric="update")
         return str(self.run.id)
@@ -48,7 +43,7 @@ class WandbLogger(Tracker):
         self.run.log({name: self.package_itself.Image(image), "update": step})
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Log a text as a table of one cell, which W&B keeps at every step."""
+        """Log a text as a table of one cell."""
         self.table(name, ["text"], [[text]], step)
 
     def histogram(self, name: str, histogram: Histogram, step: int) -> None:

@@ -51,7 +51,9 @@ def scalars_in(directory: Path) -> dict[str, dict[int, float]]:
         for tag in events.Tags()["scalars"]:
             steps = [event.step for event in events.Scalars(tag)]
             assert steps == sorted(set(steps)), f"{tag}: {steps}"
-            found[f"{run.name}/{tag.removeprefix('metrics/')}"] = {event.step: event.value for event in events.Scalars(tag)}
+            found[f"{run.name}/{tag.removeprefix('metrics/')}"] = {
+                event.step: event.value for event in events.Scalars(tag)
+            }
     return found
 
 
