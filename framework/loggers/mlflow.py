@@ -12,10 +12,7 @@ from .values import Array
 
 class MlflowLogger(Tracker):
     """Writes a run of MLflow (the extra ``mlflow``). It isn't the active one of ``mlflow.log_...``: that is yours.
-
-    Args:
-        experiment, **tags: of the run.
-        tracking_uri: a server or store ("sqlite:///runs.db"); None means MLFLOW_TRACKING_URI, or MLflow's default.
+    ``tracking_uri`` is a server or a store ("sqlite:///runs.db"); None means MLFLOW_TRACKING_URI, or MLflow's default.
     """
 
     word, package = "mlflow", ("mlflow", "mlflow")
