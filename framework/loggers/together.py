@@ -57,6 +57,11 @@ class Loggers:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Loggers":
         return self  # of a module that was given it
 
+    @property
+    def all(self) -> list[Logger]:
+        """The loggers, in their order; none on other ranks than the main one."""
+        return [channel.logger for channel in self._channels]
+
     def begin(self) -> None:
         """Tell the loggers that training begins, or is resumed."""
         self._is_hurried = False
