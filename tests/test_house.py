@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("combinations", "objective"),
     ("measures/",),
     ("builtin_callbacks", "checkpoint/"),
-    ("ray", "switches/", "uploading", "watch/"),
+    ("display/", "ray", "switches/", "uploading", "watch/"),
     ("run/",),
     ("search/", "steps"),
     ("loop",),
