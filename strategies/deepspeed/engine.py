@@ -75,8 +75,8 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
 
 
 def use_new_names(backend: Any) -> None:
-    """Have DeepSpeed's back end call torch's collectives by the names that torch has for them now. By the old ones, each
-    call warns of its deprecation: six warnings an update.
+    """Have DeepSpeed's back end call torch's collectives by the names that torch has for them now. By the old ones,
+    each call warns of its deprecation: six warnings an update.
     """
     for attribute, name in NEW_NAMES.items():
         if getattr(backend, attribute, None) is not None and hasattr(torch.distributed, name):
