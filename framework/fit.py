@@ -292,6 +292,10 @@ class Fit(Runs):
 
         Example:
             >>> print(fit.summary(depth=1))
+            layer      type       input   output  parameters  trainable  FLOPs
+            ------------------------------------------------------------------
+            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
+            ...
         """
         return summarize(self, depth, batch)
 

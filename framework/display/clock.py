@@ -1,5 +1,6 @@
 """The pace of a run, and when it will be over, whatever the first update or an evaluation took."""
 
+import math
 from collections import deque
 
 from ..arguments import FitArguments
@@ -94,8 +95,9 @@ def evaluations_left(state: TrainState, args: FitArguments) -> int:
     """The evaluations that a run will still make, where nothing else asks for one."""
     done, whole = state.global_step, state.max_steps
     if args.eval_strategy == "steps":
-        every = int(args.eval_every or 1)
-        return max(0, -(-whole // every) - max(done, int(args.eval_delay)) // every)
+        every, first = int(args.eval_every or 1), max(done + 1, math.ceil(args.eval_delay))
+        at_the_end = whole % every != 0
+        return whole // every - (first - 1) // every + at_the_end if first <= whole else 0
     if args.eval_strategy == "epoch" and whole:
         return max(0, round(state.epoch * whole / done) - int(state.epoch)) if done else 0
     return 0
