@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
 from .display.describing import describe_fit
-from .display.summary import Summary, summarize
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
@@ -32,6 +31,9 @@ from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
 from .watch.requeue import check_requeue, requeued
+
+if TYPE_CHECKING:
+    from .display.summary import Summary
 
 
 class Fit(Runs):
@@ -277,7 +279,7 @@ class Fit(Runs):
 
     # What it is.
 
-    def summary(self, depth: int = 2, batch: Any = None) -> Summary:
+    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
         """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
         goes in and out, and the floating-point operations of a forward.
 
@@ -297,6 +299,8 @@ class Fit(Runs):
             Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
             ...
         """
+        from .display.summary import summarize
+
         return summarize(self, depth, batch)
 
     def __repr__(self) -> str:
