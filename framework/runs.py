@@ -19,6 +19,7 @@ from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
+from .display.progress import Progress
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
@@ -33,7 +34,6 @@ from .state import TrainOutput
 from .steps import Steps
 from .switches import torch_settings
 from .switches.preparation import callbacks_of
-from .switches.progress import Progress
 from .switches.ranks_agree import RanksAgree
 from .watch.watch import Watch
 
