@@ -16,6 +16,7 @@ from .precision.names import lazy_exports
 
 if TYPE_CHECKING:
     from .framework.builtin_callbacks import EarlyStopping, EmptyCache, FirstStepTime, LearningRateMonitor, Throughput
+    from .framework.configuration.command_line import configure
     from .framework.loggers import Logger
     from .framework.loggers.json_lines import JsonLinesLogger
     from .framework.loggers.tensorboard import TensorBoardLogger
@@ -40,6 +41,7 @@ __all__ = [
     "TrainOutput",
     "TrainState",
     "Upload",
+    "configure",
 ]
 
 # Imported when first used: a name costs nothing that a program doesn't ask for.
@@ -52,6 +54,7 @@ FILES = {
     "Logger": "framework.loggers",
     "TensorBoardLogger": "framework.loggers.tensorboard",
     "Upload": "framework.uploading",
+    "configure": "framework.configuration.command_line",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, FILES)

@@ -18,6 +18,7 @@ from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name
+from .configuration.written_run import WrittenRun
 from .data import DataStream
 from .measures import best
 from .measures.tokens import TokenCounter
@@ -46,12 +47,14 @@ class Runs(Steps):
         own_args: the arguments that the Fit was given, or that a search has found for it.
         own_callbacks: the callbacks that the Fit was given.
         own_trial: what ``module_init`` is asked for where a run is the Fit's own: None, or the best trial of a search.
+        written: what the run's own configuration file holds beside its arguments.
     """
 
     compute_loss_func: Callable[..., Tensor] | None
     own_args: FitArguments
     own_callbacks: list[Callback]
     own_trial: Any
+    written: WrittenRun
     _trial_callbacks: tuple[Callback, ...]
 
     @property
@@ -87,6 +90,7 @@ class Runs(Steps):
                 with saver.directory.at_work(resume_from_checkpoint, launch) as path:
                     try:
                         self._keep_samples(saver.directory.launch)
+                        self._write_configuration()
                         yield path
                     except BaseException:
                         with contextlib.suppress(Exception):  # what it writes is still this run's
@@ -103,6 +107,11 @@ class Runs(Steps):
             args = elastic.with_global_batch(asked, stream, samples, self.train_data)
             elastic.explain(args, asked, self.strategy, samples)
             self.follow(self.plan.with_batch_size(args))
+
+    def _write_configuration(self) -> None:
+        """Write down, on the main process, what repeats the run, where the run leaves anything."""
+        if self.strategy.is_main and (self.args.save_strategy != "no" or self.loggers.all):
+            self.written.write(self.plan.given)
 
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .argument_types import Options
+from .known_names import KnownNames
 
 Arguments = TypeVar("Arguments", bound="ArgumentFields")
 
 
 @dataclass(frozen=True)
-class ArgumentFields:
+class ArgumentFields(KnownNames):
     """Options of a training run.
 
     The names are those of transformers' TrainingArguments wherever the same thing exists there, and its
