@@ -172,7 +172,7 @@ def run_on_ranks(
         ValueError: this process is a rank already, or fewer ranks would never come about.
     """
     if not (place := find_place()).is_alone:
-        raise ValueError(f"This process is rank {place.rank} of {place.world_size} already: {place.started_by} started it.")
+        raise ValueError(f"This process is rank {place.rank} of {place.world_size} already, by {place.started_by}.")
     most = most or max(1, torch.accelerator.device_count())
     fewest = fewest or most
     check_range(fewest, most, max_restarts)

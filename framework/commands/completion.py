@@ -37,11 +37,11 @@ def run_completion(options: argparse.Namespace) -> int:
     for name, parser in options.commands.choices.items():
         if name == "fit":
             parser = argparse.ArgumentParser(add_help=False)
-            for option in OWN:
-                parser.add_argument(option)
+            for name_of_own in OWN:
+                parser.add_argument(name_of_own)
             for option in fit_options():
                 parser.add_argument(f"--{option.name}", choices=choices_of(option), help=option.says.replace("%", "%%"))
-        commands.add_parser(name, parents=[parser], add_help=False)
+        commands.add_parser(name, parents=[parser], add_help=False, help=name)  # shtab leaves out what has no help
     say(shtab.complete(root, options.shell))
     return 0
 

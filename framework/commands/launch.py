@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from ...strategies.launch import range_of, run_on_ranks
-from ..fields.argument_ranges import PREEMPTION_SIGNALS, names_in
 from ..configuration.options import devices
+from ..fields.argument_ranges import PREEMPTION_SIGNALS, names_in
 
 
 def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,14 +14,14 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "launch",
         help="run a script on several ranks of this machine",
         description=(
-            "Run a script on several ranks of this machine, and end with their status. A Fit in it finds them, as under "
-            "torchrun. Unlike Fit(devices=2), no line of the script runs in the process that starts the ranks."
+            "Run a script on several ranks of this machine, and end with their status. A Fit in it finds them, as "
+            "under torchrun. Unlike Fit(devices=2), no line of the script runs in the process that starts the ranks."
         ),
         epilog="Example: stratagem launch --devices 2 train.py --learning_rate 3e-4",
     )
     parser.add_argument(
-        "--devices", default="auto", metavar="N", help="ranks; \"1:2\" goes on without one that was killed (default: one for "
-        "each accelerator)"
+        "--devices", default="auto", metavar="N",
+        help="ranks; \"1:2\" goes on without one that was killed (default: one for each accelerator)",
     )  # fmt: skip
     parser.add_argument(
         "--max_restarts", "--max-restarts", type=int, default=0, metavar="N",
@@ -39,16 +39,17 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_launch(options: argparse.Namespace) -> int:
     """Run ``stratagem launch``, and return the status of the ranks."""
+    parser: argparse.ArgumentParser = options.parser
     unknown = [name for name in names_in(options.signals) if name not in PREEMPTION_SIGNALS]
     if unknown:
-        options.parser.error(f"--signals takes {', '.join(PREEMPTION_SIGNALS)}. Received: {', '.join(unknown)}")
+        parser.error(f"--signals takes {', '.join(PREEMPTION_SIGNALS)}. Received: {', '.join(unknown)}")
     try:
         fewest, most = range_of(devices(options.devices)) or (None, None)
         script = ["-m", options.script] if options.is_module else [options.script]
         command = [sys.executable, *interpreter_options(), *script, *options.arguments]
         return run_on_ranks(command, fewest, most, options.max_restarts, names_in(options.signals))
     except ValueError as error:
-        options.parser.error(str(error))
+        parser.error(str(error))
 
 
 def interpreter_options() -> list[str]:

@@ -31,9 +31,10 @@ def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             "status is 1 where a strategy fails or exceeds its tolerance."
         ),
         epilog=(
-            "The file holds two functions that can be called without arguments: the one you name returns a TrainModule, "
-            "and parity_data() (or data(), which stratagem fit takes, or the one that --data names) returns a small "
-            "Dataset, the same at every call. They are called in every rank. Example: stratagem parity examples/gpt.py:build --strategies single,ddp,fsdp2 --ranks 2"
+            "The file holds two functions that can be called without arguments: the one you name returns a "
+            "TrainModule, and parity_data() (else data(), which stratagem fit takes, or the one that --data names) "
+            "returns a small Dataset, the same at every call. They are called in every rank. "
+            "Example: stratagem parity examples/gpt.py:build --strategies single,ddp,fsdp2 --ranks 2"
         ),
     )
     defaults = Recipe("")
@@ -65,7 +66,9 @@ def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ),
     )
     parser.add_argument(
-        "--data", default=defaults.data, help="function in the same file that returns a Dataset (default: parity_data, or data)"
+        "--data",
+        default=defaults.data,
+        help="function in the same file that returns a Dataset (default: parity_data, or data)",
     )
     parser.add_argument(
         "--batch-size",

@@ -67,11 +67,7 @@ class Command:
             named = [entry for entry in entries if entry.key == "target"]
             target = load_target(str(named[-1].value)) if named else None
         defaults = flat(target.defaults) if target is not None else {}
-        typed = [
-            Entry(word, values[-1], TYPED)
-            for word in UNUSED
-            if (values := values_of(words, word))
-        ]
+        typed = [Entry(word, values[-1], TYPED) for word in UNUSED if (values := values_of(words, word))]
         chosen = [*entries, *typed]
         options = [*options_under(chosen, defaults, target), *self.own_options()]
         parser = self.parser(options)
@@ -80,19 +76,19 @@ class Command:
             sys.exit(0)
         line = translated(words, options, target is not None, words_in(chosen, defaults))
         known = [option.name for option in options]
-        values = {entry.key: entry.value for entry in entries if entry.key in known}
+        held = {entry.key: entry.value for entry in entries if entry.key in known}
         places = {entry.key: entry.place for entry in entries}
         problems = [*line.problems, *names_problems(entries, defaults, options, target)]
-        problems += types_problems(parser, values, places)
+        problems += types_problems(parser, held, places)
         if problems:
-            files = Configuration({**defaults, **values}, target, places)
+            files = Configuration({**defaults, **held}, target, places)
             raise ConfigurationError([*problems, *files.argument_problems(FitArguments())])
-        parser.set_defaults(**{inner(name): value for name, value in values.items()})
+        parser.set_defaults(**{inner(name): value for name, value in held.items()})
         found = vars(parser.parse_args(line.words))
         chosen_values = {name: found[inner(name)] for name in known}
         missing = [each.name for each in options if each.default is REQUIRED and chosen_values[each.name] is None]
         if missing:
-            raise ConfigurationError([f"--{name} is required: your function has no default for it." for name in missing])
+            raise ConfigurationError([f"--{name} is required: your function has no default." for name in missing])
         given = [entry.value for entry in entries if entry.key == GIVEN_BY_PROGRAM]
         run = Configuration(
             {name: value for name, value in chosen_values.items() if name.partition(".")[0] not in self.functions},
@@ -108,7 +104,7 @@ class Command:
             sys.stdout.write(printed(run))
             sys.exit(0)
         if self.names_target and target is None:
-            raise ConfigurationError(["Name what builds the module: stratagem fit train.py:build, or target: in a file."])
+            raise ConfigurationError(["Name what builds the module: stratagem fit train.py:build, or target: in YAML."])
         return run
 
     def own_options(self) -> list[Option]:
@@ -133,8 +129,8 @@ class Command:
         class Parser(ArgumentParser):
             """Shows and names options with the dots that they are written with."""
 
-            def format_help(self) -> str:
-                return dotted(super().format_help())
+            def format_help(self, *given: Any) -> str:
+                return dotted(super().format_help(*given))
 
             def error(self, message: str, ex: Exception | None = None) -> NoReturn:
                 raise ConfigurationError([plainly(dotted(message))])
@@ -142,7 +138,7 @@ class Command:
         usage = f"{self.name} {'TARGET ' if self.names_target else ''}[--option value ...]"
         parser = Parser(prog=self.name, usage=usage, description=self.says, allow_abbrev=False)
         own = parser.add_argument_group(OWN)
-        own.add_argument("--config", action="append", help="YAML or TOML with options; later files, and options, override")
+        own.add_argument("--config", action="append", help="YAML or TOML with options; what comes later overrides")
         own.add_argument(f"--{PRINT}", action="store_true", help="print all options as such a file, and go")
         own.add_argument(
             "--resume", nargs="?", const=True, default=None, help="go on from the newest checkpoint, or from this one"
@@ -154,11 +150,13 @@ class Command:
         for title in dict.fromkeys([*functions, PLACEMENT, *groups]):
             group = parser.add_argument_group(title)
             for option in groups.get(title, []):
+                has_words = option.kind is bool or get_origin(option.kind) is Literal
+                shown: dict[str, Any] = {} if has_words else {"metavar": "VALUE"}
                 group.add_argument(
                     f"--{inner(option.name)}",
                     type=option.kind,
                     default=None if option.default is REQUIRED else option.default,
-                    **({} if option.kind is bool or get_origin(option.kind) is Literal else {"metavar": "VALUE"}),
+                    **shown,
                     help=option.says.replace("%", "%%") or "of your function",
                 )
         return parser

@@ -1,4 +1,4 @@
-"""Configuration: what a run is configured with, as a file or a command line says it, and the arguments of Fit it makes."""
+"""Configuration: what a run is configured with, by files and a command line, and the arguments of Fit that makes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -234,8 +234,8 @@ def names_problems(
     words = words_in(entries, defaults)
     known = {option.name for option in options} | set(hints(arguments))
     has_target = target is not None
-    own = [f"the program's own {unknown_name(name, known, words, has_target)}" for name in defaults if name not in known]
-    return own + [
+    own = [name for name in defaults if name not in known]
+    return [f"the program's own defaults: {unknown_name(name, known, words, has_target)}" for name in own] + [
         f"{entry.place}: {unknown_name(entry.key, known, words, has_target)}"
         for entry in entries
         if entry.key not in known and entry.key not in (TARGET, GIVEN_BY_PROGRAM)

@@ -143,10 +143,10 @@ def read_yaml(text: str, file: str) -> Node:
 
     def marked(node: yaml.Node, line: int) -> Node:
         if not isinstance(node, yaml.MappingNode):
-            return Node(loader.construct_object(node, deep=True), line)  # type: ignore[no-untyped-call]
+            return Node(loader.construct_object(node, deep=True), line)
         found: dict[str, Node] = {}
         for key_node, value_node in node.value:
-            key, at = str(loader.construct_object(key_node)), key_node.start_mark.line + 1  # type: ignore[no-untyped-call]
+            key, at = str(loader.construct_object(key_node)), key_node.start_mark.line + 1
             if key in found:
                 twice.append(f"{file}, line {at}: {key!r} stands on line {found[key].line} already.")
             found[key] = marked(value_node, at)
@@ -154,7 +154,7 @@ def read_yaml(text: str, file: str) -> Node:
 
     try:
         loader = Loader(text)
-        root = loader.get_single_node()  # type: ignore[no-untyped-call]
+        root = loader.get_single_node()
         node = Node(None, 0) if root is None else marked(root, root.start_mark.line + 1)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -182,7 +182,7 @@ def read_toml(text: str, file: str) -> Node:
     try:
         import tomllib
     except ImportError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[import-not-found, no-redef]
+        import tomli as tomllib  # type: ignore[no-redef]
     try:
         found = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -72,7 +72,8 @@ class Target:
         if others:
             raise TypeError(
                 f"{name} returned {', '.join(map(repr, others))}, which a file or the command line gives. Write such "
-                f"defaults beside the function: {DEFAULTS} = {{{others[0]!r}: ...}}. A function returns {', '.join(GIVEN)}."
+                f"defaults beside the function: {DEFAULTS} = {{{others[0]!r}: ...}}. A function returns "
+                f"{', '.join(GIVEN)}."
             )
         if self.data is not None and (takes_data or "train_data" not in found):
             shared = {key: value for key, value in build_options.items() if key in parameters_of(self.data)}
@@ -112,7 +113,7 @@ def target_of(
     if data is not None and not callable(data):
         raise TypeError(f"{DATA} is called for the data of a run, and is a {type(data).__name__}. Make it a function.")
     if not isinstance(defaults, Mapping):
-        raise TypeError(f"{DEFAULTS} holds Fit's arguments by name, and is a {type(defaults).__name__}. Make it a dict.")
+        raise TypeError(f"{DEFAULTS} holds Fit's arguments by name, not a {type(defaults).__name__}. Make it a dict.")
     return Target(name, build, data, defaults)
 
 
@@ -194,11 +195,10 @@ def load_module(target: str) -> tuple[ModuleType, str]:
             raise ValueError(f"There is no file {path}.")
         if str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        loaded = sys.modules.get(path.stem)
+        is_taken = loaded is not None and getattr(loaded, "__file__", None) != str(path)
+        spec = importlib.util.spec_from_file_location(f"stratagem_target_{path.stem}" if is_taken else path.stem, path)
         assert spec is not None and spec.loader is not None
-        if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) != str(path):
-            spec = importlib.util.spec_from_file_location(f"stratagem_target_{path.stem}", path)
-            assert spec is not None and spec.loader is not None
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:

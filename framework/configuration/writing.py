@@ -13,8 +13,6 @@ from ..arguments import FitArguments
 from ..fields.subjects import by_subject
 from .options import described
 
-FILE = "config.yaml"
-
 
 def text_of(
     values: Mapping[str, Any], target: str = "", given_by_program: Iterable[str] = (), heading: str = ""

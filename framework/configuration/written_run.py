@@ -13,11 +13,12 @@ from ...strategies.base import Strategy
 from ...strategies.launch import local_ranks
 from ...strategies.registry import STRATEGIES
 from ..arguments import FitArguments
+from ..checkpoint.run_directory import CONFIGURATION
 from ..loggers import LOGGERS
 from .configuration import Built
 from .options import options_of_precision, options_of_strategy
 from .targets import GIVEN
-from .writing import FILE, can_be_written, text_of, values_of_run, write_whole
+from .writing import can_be_written, text_of, values_of_run, write_whole
 
 REPEATS = "What this run was configured with. stratagem fit --config {file} runs it again."
 REPEATS_WITH = "What this run was configured with. Fit.from_config({file!r}, ...) runs it again."
@@ -46,7 +47,7 @@ class WrittenRun:
 
     def write(self, args: FitArguments) -> None:
         """Write ``config.yaml`` into the run's directory. Where that fails it is warned of: a run can do without."""
-        path = Path(args.output_dir) / FILE
+        path = Path(args.output_dir) / CONFIGURATION
         try:
             write_whole(path, self.text(args, path))
         except (OSError, TypeError) as error:
@@ -85,8 +86,7 @@ def written_by(fit: Any, max_restarts: int, loggers: Sequence[Any], built: Built
             given.append(section)
             name, held = made.name, {}
         chosen[section] = {"name": name, **held}
-    own = {each.name for each in dataclasses.fields(fit.args)} - {each.name for each in dataclasses.fields(FitArguments)}
-    if own:
+    if len(dataclasses.fields(fit.args)) > len(dataclasses.fields(FitArguments)):  # fields of the user's own
         given.append("args")
     devices = local_ranks() if fit.strategy.needs_ranks else 1
     others = {"devices": devices, "max_restarts": max_restarts, "loggers": words}

@@ -129,8 +129,8 @@ def load(path: str) -> Any:
         raise ValueError(f"{path!r} can't be imported: {error}") from error
 
 
-def descriptions(arguments: type) -> dict[str, str]:
-    """Return what the docstring of a dataclass says of each field, in its section "Args"."""
+def descriptions(arguments: Any) -> dict[str, str]:
+    """Return what the docstring of a dataclass, or a function, says of each name in its section "Args"."""
     text = cleandoc(arguments.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
     found: dict[str, str] = {}
     names: list[str] = []

@@ -180,7 +180,8 @@ def record(
         ValueError: the data-parallel ranks can't share the batch evenly.
     """
     if isinstance(data, DataLoader):
-        raise TypeError(f"{recipe.data or 'The data function'}() returned a DataLoader; return its dataset, which parity cuts into batches.")
+        function = f"{recipe.data or 'the data function'}()"
+        raise TypeError(f"{function} returned a DataLoader; return its dataset, which parity cuts into batches.")
     silence_dropout(module)
     recorder = Recorder(saves_seed=seed_checkpoint is None)
     fit = Fit(
