@@ -11,7 +11,7 @@ TYPED := precision strategies framework testing examples benchmarks
 help:  ## lists the targets
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-train: venv  ## trains the main example; ARGS="--steps 100" passes options on, ARGS=--help lists them
+train: venv  ## trains the main example; ARGS="--max_steps 100" passes options on, ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
 
 test: lint  ## runs every check but those of XLA and the zoo; ARGS="-k resume" passes options on to pytest

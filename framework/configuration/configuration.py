@@ -14,7 +14,7 @@ from ..fields.argument_types import hints
 from ..fields.foreign_arguments import unknown_argument
 from ..random_state import seed_everything
 from .entries import ConfigurationError, Entry, read_entries
-from .options import Option, devices, flat, known_options, make_precision, make_strategy
+from .options import Option, defaults_under, devices, flat, known_options, make_precision, make_strategy
 from .targets import GIVEN, Target, load_target
 
 UNUSED = {"strategy": "single", "precision": "32-true"}  # what is taken where there is no word
@@ -82,7 +82,8 @@ class Configuration:
         values = {key: entry.value for key, entry in held.items() if key not in (TARGET, GIVEN_BY_PROGRAM)}
         given = held[GIVEN_BY_PROGRAM].value if GIVEN_BY_PROGRAM in held else ()
         places = {key: entry.place for key, entry in held.items()}
-        found = cls({**defaults, **values}, target, places, tuple(given))
+        kept = defaults_under(defaults, **words_in(entries, defaults))
+        found = cls({**kept, **values}, target, places, tuple(given))
         if problems:
             raise ConfigurationError([*problems, *found.argument_problems(arguments())])
         return found
@@ -234,7 +235,7 @@ def names_problems(
     words = words_in(entries, defaults)
     known = {option.name for option in options} | set(hints(arguments))
     has_target = target is not None
-    own = [name for name in defaults if name not in known]
+    own = [name for name in defaults_under(defaults, **words) if name not in known]
     return [f"the program's own defaults: {unknown_name(name, known, words, has_target)}" for name in own] + [
         f"{entry.place}: {unknown_name(entry.key, known, words, has_target)}"
         for entry in entries

@@ -195,8 +195,18 @@ def known_options(target: Target | None, strategy: str, precision: str) -> list[
         ValueError: there is no such strategy or precision, or the file's defaults have an unknown name.
     """
     found = [*fit_options(), *strategy_options(strategy), *precision_options(precision), *target_options(target)]
-    defaults = flat(target.defaults if target is not None else {})
+    defaults = defaults_under(flat(target.defaults if target is not None else {}), strategy, precision)
     return [dataclasses.replace(each, default=defaults.get(each.name, each.default)) for each in found]
+
+
+def defaults_under(defaults: Mapping[str, Any], strategy: str, precision: str) -> dict[str, Any]:
+    """Return a program's own defaults without the options of a strategy, or precision, that another one replaces."""
+    chosen = {"strategy": strategy, "precision": precision}
+    return {
+        name: value
+        for name, value in defaults.items()
+        if (section := name.partition(".")[0]) not in chosen or defaults.get(section) == chosen[section]
+    }
 
 
 def flat(given: Mapping[str, Any]) -> dict[str, Any]:
