@@ -44,7 +44,7 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         if callable(self.optim):
             object.__setattr__(self, "optim", path_of(self.optim))
         for name, kind in hints(type(self)).items():
-            if kind is Options:
+            if kind == Options:
                 object.__setattr__(self, name, as_options(getattr(self, name)))
         if problems := self._problems():
             raise ArgumentsError([(name, getattr(self, name), why) for name, why in problems])

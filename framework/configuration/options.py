@@ -78,7 +78,7 @@ def fit_options() -> list[Option]:
     said, kinds, defaults = descriptions(FitArguments), hints(FitArguments), FitArguments()
     for subject, fields in by_subject(FitArguments).items():
         for name in fields:
-            kind = options_by_name if kinds[name] is Options else kinds[name]
+            kind = options_by_name if kinds[name] == Options else kinds[name]
             kind = Literal[ONE_OF[name]] if name in ONE_OF else kind
             default = getattr(defaults, name)
             found.append(Option(name, kind, default, said[name].replace("``", ""), subject))

@@ -68,12 +68,21 @@ def value_of(value: Any) -> str:
         # YAML 1.1 takes 1e-08 for text, and 1.0e+20 for a number.
         return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(name))}: {value_of(held)}" for name, held in value.items()) + "}"
+        return "{" + ", ".join(f"{quoted(str(name))}: {value_of(held)}" for name, held in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(value_of, value)) + "]"
     if isinstance(value, os.PathLike):
-        return json.dumps(os.fspath(value))
-    return json.dumps(value)
+        value = os.fspath(value)
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+QUOTE = '"'
+PAIR = re.compile(r"\\u(d[89ab]..)\\u(d[c-f]..)")  # how JSON writes a letter beyond the first 65,536
+
+
+def quoted(text: str) -> str:
+    """Write text as JSON, but letters that JSON writes as two, which YAML reads as two."""
+    return PAIR.sub(lambda pair: f"\\U{ord(json.loads(QUOTE + pair[0] + QUOTE)):08x}", json.dumps(text))
 
 
 def can_be_written(value: Any) -> bool:
