@@ -148,20 +148,6 @@ def load_module_and_data(target: str, data: str = "") -> tuple[TrainModule, Any]
     return made["module"], made["train_data"]
 
 
-def load_functions(target: str, *others: str) -> list[Callable[..., Any]]:
-    """Load the function that ``file.py:function`` or ``package.module:function`` names, and others of the same file.
-
-    Args:
-        target: see ``load_module``.
-        others: names of the other functions.
-
-    Raises:
-        ValueError: the target has another form, there is no such file, or it lacks one of the functions.
-    """
-    module, name = load_module(target)
-    return [function_in(module, wanted, target) for wanted in (name, *others)]
-
-
 def function_in(module: ModuleType, name: str, target: str) -> Callable[..., Any]:
     """Return a function of a module that was loaded for a target.
 

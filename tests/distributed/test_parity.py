@@ -13,10 +13,12 @@ import torch
 from ranks import Ranks
 from rich.console import Console
 from stratagem import TrainModule
-from stratagem.framework.command_line import main, parity_table
+from stratagem.framework.command_line import main
+from stratagem.framework.commands.parity import parity_table
+from stratagem.framework.configuration.targets import load_functions
 from stratagem.framework.parity.comparing import compare, default_tolerance
 from stratagem.framework.parity.forward import FailedInLayer, difference, moments
-from stratagem.framework.parity.ranks import Case, launch, load_functions
+from stratagem.framework.parity.ranks import Case, launch
 from stratagem.framework.parity.recording import Recipe, Recording, record
 from stratagem.strategies import Single, get_strategy
 from torch import Tensor, nn
