@@ -90,7 +90,6 @@ class Runs(Steps):
                 with saver.directory.at_work(resume_from_checkpoint, launch) as path:
                     try:
                         self._keep_samples(saver.directory.launch)
-                        self._write_configuration()
                         yield path
                     except BaseException:
                         with contextlib.suppress(Exception):  # what it writes is still this run's
@@ -109,8 +108,9 @@ class Runs(Steps):
             self.follow(self.plan.with_batch_size(args))
 
     def _write_configuration(self) -> None:
-        """Write down, on the main process, what repeats the run, where the run leaves anything."""
-        if self.strategy.is_main and (self.args.save_strategy != "no" or self.loggers.all):
+        """Write down, on the main process, what repeats the run, where the run leaves anything in its directory."""
+        logs_there = bool(self.loggers.all) and Path(self.args.output_dir).is_dir()
+        if self.strategy.is_main and (self.args.save_strategy != "no" or logs_there):
             self.written.write(self.plan.given)
 
     def train_from(self, path: Path | None) -> TrainOutput:
@@ -122,6 +122,7 @@ class Runs(Steps):
             self.memory.begin("train")
             try:
                 self.loggers.begin(self)
+                self._write_configuration()
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
