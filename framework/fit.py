@@ -1,10 +1,9 @@
 """Fit: joins a module, data, a strategy and a precision, and trains, evaluates, predicts and saves."""
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,11 +17,13 @@ from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
+from .configuration.configuration import Built, Configuration
+from .configuration.written_run import written_by
+from .display.describing import describe_fit
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
-from .printing import say
 from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
@@ -31,7 +32,11 @@ from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
+from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
+
+if TYPE_CHECKING:
+    from .display.summary import Summary
 
 
 class Fit(RateFinding):
@@ -50,7 +55,8 @@ class Fit(RateFinding):
             newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
         callbacks: Callback instances; they hear events in this order.
-        loggers: names ("jsonl", "tensorboard") or Logger instances.
+        loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow", "trackio", "comet") or Logger instances; see
+            docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -59,6 +65,7 @@ class Fit(RateFinding):
             are given as that entry.
         module_init: makes the module: a function of an Optuna trial, which it may ask for parameters of its own, or of
             None where there is no trial. Each trial of a search, and each ``train()`` but the first, has a fresh one.
+        built_by: what ``from_config`` called for module and data, for the file that repeats the run.
         **arguments: fields of FitArguments; they override ``args``.
 
     Attributes:
@@ -94,6 +101,7 @@ class Fit(RateFinding):
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         module_init: Callable[[Any], TrainModule] | None = None,
+        built_by: Built | None = None,
         **arguments: Any,
     ) -> None:
         overriding.check_fit(type(self), Fit)
@@ -112,10 +120,11 @@ class Fit(RateFinding):
         self._check_overriding(own)
         if self.args.requeue:
             check_requeue()
-        start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
-        given_loggers = get_loggers(loggers)
+        given_loggers = get_loggers(loggers := loggers if isinstance(loggers, str | Logger) else list(loggers))
+        start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main and not own.fast_dev_run else ())
+        heard = self.strategy.is_main and not own.fast_dev_run
+        self.loggers = Loggers(given_loggers if heard else (), self)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -137,7 +146,40 @@ class Fit(RateFinding):
         if train_data is not None:
             self.follow(self.plan)
         self._has_trained = False
+        self.written = written_by(self, max_restarts, loggers, built_by)
         self.emit("on_init_end")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: "str | Path | Configuration",
+        module: TrainModule | None = None,
+        train_data: Any = None,
+        eval_data: Any = None,
+        **arguments: Any,
+    ) -> "Fit":
+        """Make a Fit as a file, or a command line, configures it.
+
+        Where the configuration names a target ("train.py:build"), its functions make the module and the data, on the
+        ranks alone, after random numbers were seeded with the run's seed. ``output_dir/config.yaml``, which every run
+        that saves or logs leaves, repeats that run, to the bit on the same machine.
+
+        Args:
+            config: the path of a file (YAML, TOML), or what ``configure`` read from a command line.
+            module, train_data, eval_data: in place of the target's, or where it names none.
+            **arguments: all others of Fit, which override the configuration.
+
+        Raises:
+            ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
+
+        Example:
+            >>> fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)
+        """
+        given = {"module": module, "train_data": train_data, "eval_data": eval_data}
+        given = {name: value for name, value in given.items() if value is not None} | arguments
+        if not isinstance(config, Configuration):
+            config = Configuration.read(config, arguments=type(arguments.get("args") or FitArguments()))
+        return cls(**config.fit_arguments(given))
 
     # Training.
 
@@ -180,32 +222,11 @@ class Fit(RateFinding):
                 "Write train(resume_from_checkpoint=True)."
             )
         if self.args.fast_dev_run:
-            self._begin_trying(resume_from_checkpoint)
+            begin_trying(self.args, self.strategy, resume_from_checkpoint)
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:
             return batch_size.train(self, path) if self.args.auto_find_batch_size else self.train_from(path)
-
-    def _begin_trying(self, resume_from_checkpoint: Any) -> None:
-        """Say what a run of ``fast_dev_run`` leaves out.
-
-        Raises:
-            ValueError: it was to go on from a checkpoint.
-        """
-        updates = self.args.fast_dev_run
-        if resume_from_checkpoint:
-            raise ValueError(
-                f"fast_dev_run={updates} tries the first updates of a run, and "
-                f"train(resume_from_checkpoint={resume_from_checkpoint!r}) goes on with one. Leave one of them out."
-            )
-        if self.strategy.is_main:
-            count = "1 update" if updates == 1 else f"{updates} updates"
-            batches = "1 batch" if updates == 1 else f"{updates} batches"
-            say(
-                f"fast_dev_run={updates}: {count} of {self.args.max_steps}, evaluations of {batches}, no checkpoints, "
-                f"no loggers; nothing is written to {self.args.output_dir}.",
-                sys.stderr,
-            )
 
     def hyperparameter_search(
         self,
@@ -265,11 +286,6 @@ class Fit(RateFinding):
             space, objective, direction, take, n_trials, timeout, storage, study_name, pruner, sampler, catch,
             remove_losing_checkpoints, plot,
         )  # fmt: skip
-        if self.args.fast_dev_run:
-            raise ValueError(
-                f"fast_dev_run={self.args.fast_dev_run} makes a few updates, by which a search can't choose. Try "
-                "fit.train() with it, and leave it out for the search."
-            )
         if self.args.requeue and storage is None:
             raise ValueError(
                 "requeue=True runs the program again after an interruption, and a search without storage= would begin "
@@ -302,6 +318,35 @@ class Fit(RateFinding):
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
+
+    # What it is.
+
+    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
+        """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
+        goes in and out, and the floating-point operations of a forward.
+
+        Shapes and operations are found with a copy of the module, without memory where its forward allows; weights,
+        buffers, modes, random states and the position in the data stay as they are, and no other rank is asked. Where
+        they can't be found (a module that is sharded over ranks, a forward that fails), the table says why.
+
+        Args:
+            depth: layers inside of one another that are shown.
+            batch: what forward is called with, as the data gives it, on the host. None takes one sample of
+                ``train_data``, else of ``eval_data``.
+
+        Example:
+            >>> print(fit.summary(depth=1))
+            layer      type       input   output  parameters  trainable  FLOPs
+            ------------------------------------------------------------------
+            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
+            ...
+        """
+        from .display.summary import summarize
+
+        return summarize(self, depth, batch)
+
+    def __repr__(self) -> str:
+        return describe_fit(self)
 
     # What is checked once.
 

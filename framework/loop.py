@@ -156,7 +156,7 @@ def end_training(steps: Steps, run: Run) -> None:
     run.strategy.settle_buffers()
     placement.mode.eval()
     steps.saver.close()
-    flops_per_token = steps.module.flops_per_token(placement.parameter_count)
+    flops_per_token = steps.module.flops_per_token(placement.parameters.total)
     steps.log(run.finish(flops_per_token, steps.memory))
 
 

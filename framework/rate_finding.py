@@ -72,7 +72,7 @@ class RateFinding(Runs):
     def _sweep(self, sweep: RateSweep) -> None:
         """Run a sweep on a module that isn't placed, which it is given back as."""
         own_args, own_callbacks, loggers = self.own_args, self.own_callbacks, self.loggers
-        self.own_callbacks, self.loggers = [], Loggers(())
+        self.own_callbacks, self.loggers = [], Loggers((), self)
         try:
             self.begin_afresh(sweep_arguments(own_args, sweep.updates), callbacks=[sweep])
             self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from .argument_fields import ArgumentFields
-from .argument_types import Options
 
 NAME = "gradient_accumulation_schedule"
 WITHOUT = ("limit_train_batches", "overfit_batches", "auto_find_batch_size")
@@ -18,7 +17,7 @@ def as_schedule(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     try:
-        return Options({epoch: given[key] for epoch, key in sorted((int(key), key) for key in given)})
+        return {epoch: given[key] for epoch, key in sorted((int(key), key) for key in given)}
     except (TypeError, ValueError):
         return given
 
