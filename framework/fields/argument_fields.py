@@ -164,7 +164,7 @@ class ArgumentFields(KnownNames):
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    gradient_accumulation_schedule: Options = field(default_factory=Options)
+    gradient_accumulation_schedule: Options = field(default_factory=dict)
     auto_find_batch_size: bool = False
 
     learning_rate: float = 5e-5
