@@ -75,7 +75,8 @@ class Report(Callback):
             return
         self.report(metrics[self.options.metrics[0]], state.global_step)
         if self.trial is not None and state.global_step < state.max_steps and self.trial.should_prune():
-            self.is_pruned = control.should_training_stop = True
+            self.is_pruned = True
+            control.stop_training("the search gave the trial up")
 
     def on_train_end(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
