@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .framework.loggers import Logger
     from .framework.loggers.json_lines import JsonLinesLogger
     from .framework.loggers.tensorboard import TensorBoardLogger
+    from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "JsonLinesLogger",
     "LearningRateMonitor",
     "Logger",
+    "SimpleProfiler",
     "TensorBoardLogger",
     "Throughput",
+    "TorchProfiler",
     "TrainModule",
     "TrainOutput",
     "TrainState",
@@ -50,6 +53,7 @@ FILES = {
     ),
     "JsonLinesLogger": "framework.loggers.json_lines",
     "Logger": "framework.loggers",
+    **dict.fromkeys(("SimpleProfiler", "TorchProfiler"), "framework.profiling"),
     "TensorBoardLogger": "framework.loggers.tensorboard",
     "Upload": "framework.uploading",
 }

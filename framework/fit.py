@@ -21,6 +21,7 @@ from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
+from .profiling import Profiler, get_profiler
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -49,6 +50,8 @@ class Fit(Runs):
         args: options; their defaults are FitArguments'.
         callbacks: Callback instances; they hear events in this order.
         loggers: names ("jsonl", "tensorboard") or Logger instances.
+        profiler: "torch" (traces of some updates), "simple" (the time of each phase), or a TorchProfiler or
+            SimpleProfiler with options; see docs/profiling.md. None costs nothing.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -88,6 +91,7 @@ class Fit(Runs):
         args: FitArguments | None = None,
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
+        profiler: str | Profiler | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
@@ -98,6 +102,7 @@ class Fit(Runs):
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
         check_output_dir(own.output_dir)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
+        self.profiler = get_profiler(profiler, self.strategy)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)
         self.train_data, self.eval_data = train_data, eval_data

@@ -13,9 +13,9 @@ from ..strategies.base import Strategy
 from . import checkpoint, overriding
 from .arguments import FitArguments
 from .callbacks import Callbacks
-from .checkpoint import pretrained
 from .data import DataStream, make_stream
 from .data.stand_in import StandIn
+from .labelling import Labelled
 from .loggers.together import Loggers
 from .measures import best
 from .measures.evaluation import Evaluation
@@ -33,7 +33,7 @@ from .state import Control, PredictionOutput, TrainState
 from .watch.watch import Watch
 
 
-class Steps:
+class Steps(Labelled):
     """The verbs of a Fit. ``overriding.OVERRIDABLE`` lists those that are called by name wherever they are needed.
 
     Attributes:
@@ -43,6 +43,13 @@ class Steps:
         state, control: progress, and the flags that callbacks set.
     """
 
+    PHASES = {
+        "get_batch_samples": "data",
+        "compute_loss": "forward",
+        "evaluate": "evaluation",
+        "save_checkpoint": "saving",
+        "log_training": "logging",
+    }
     strategy: Strategy
     plan: Plan
     train_data: Any
@@ -379,21 +386,3 @@ class Steps:
     def rotate_checkpoints(self) -> None:
         """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
         self.saver.rotate(best.best_update(self.state))
-
-    def export(self, path: str | Path) -> Path:
-        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
-        with ``save_only_trainable``.
-        """
-        path = Path(path).expanduser()
-        with self.placement.mode.evaluating():
-            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
-        return path
-
-    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
-        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
-        it. ``options`` are those of the model's own ``save_pretrained``.
-        """
-        directory = Path(directory).expanduser()
-        with self.placement.mode.evaluating():
-            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
-        return directory

@@ -22,7 +22,7 @@ FUNCTION_LENGTH = 80
 # The rooms of framework/, from the ground up. A room is a file at its top, or a folder ("run/"). A file imports from
 # its own room and from those of lower floors, never from a neighbour on the same floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "overriding", "printing", "random_state", "state"),
+    ("__init__", "labelling", "overriding", "printing", "random_state", "state"),
     ("agreement", "fields/", "wrapping"),
     ("optim/",),
     ("arguments",),
@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builtin_callbacks", "checkpoint/"),
     ("ray", "switches/", "uploading", "watch/"),
     ("run/",),
-    ("search/", "steps"),
+    ("profiling/", "search/", "steps"),
     ("loop",),
     ("runs",),
     ("fit",),
