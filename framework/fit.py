@@ -158,7 +158,7 @@ class Fit(Runs):
         Args:
             resume_from_checkpoint: True continues from the newest whole checkpoint of the last run in ``output_dir``
                 (and begins anew where there is none); a path continues from that one, a URL ("s3://...") from a copy
-                of it there.
+                of it there, and a name ("before-surgery") from the one in ``output_dir`` that was saved with it.
             trial: fields of FitArguments to change for this run, in a mapping or a trial of Optuna's (a FixedTrial, a
                 study's best one). The same on every rank. With ``module_init``, the run has a fresh module.
             ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.

@@ -365,18 +365,22 @@ class Steps(Labelled):
 
     # Checkpoints.
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self, name: str | None = None) -> Path:
         """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest of its line beyond
         ``save_total_limit``. Outside of ``train`` it is there when this returns, with ``async_save`` too.
+
+        Args:
+            name: rotation never removes a checkpoint with a name, and ``resume_from_checkpoint=name`` finds it.
         """
         run, saver = self.run, self.saver
         run.settle_schedule()
         with self.placement.mode.evaluating():
-            # The best evaluation is that of now: what is written in the background is published later.
+            # The best evaluations are those of now: what is written in the background is published later.
             path = saver.save(
                 partial(checkpoint.take, run, saver.directory.line),
                 self.state.global_step,
-                best.best_update(self.state),
+                best.best_updates(self.args, self.state),
+                name,
             )
         if run.rescue is not None:
             run.rescue.note_saved(self.state.global_step)
@@ -385,4 +389,4 @@ class Steps(Labelled):
 
     def rotate_checkpoints(self) -> None:
         """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
-        self.saver.rotate(best.best_update(self.state))
+        self.saver.rotate(best.best_updates(self.args, self.state))
