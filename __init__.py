@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .framework.loggers import Logger
     from .framework.loggers.json_lines import JsonLinesLogger
     from .framework.loggers.tensorboard import TensorBoardLogger
+    from .framework.predictions import PredictionWriter, iterate_predictions, read_predictions
     from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
 
@@ -35,6 +36,7 @@ __all__ = [
     "JsonLinesLogger",
     "LearningRateMonitor",
     "Logger",
+    "PredictionWriter",
     "SimpleProfiler",
     "TensorBoardLogger",
     "Throughput",
@@ -43,6 +45,8 @@ __all__ = [
     "TrainOutput",
     "TrainState",
     "Upload",
+    "iterate_predictions",
+    "read_predictions",
 ]
 
 # Imported when first used: a name costs nothing that a program doesn't ask for.
@@ -53,6 +57,7 @@ FILES = {
     ),
     "JsonLinesLogger": "framework.loggers.json_lines",
     "Logger": "framework.loggers",
+    **dict.fromkeys(("PredictionWriter", "iterate_predictions", "read_predictions"), "framework.predictions"),
     **dict.fromkeys(("SimpleProfiler", "TorchProfiler"), "framework.profiling"),
     "TensorBoardLogger": "framework.loggers.tensorboard",
     "Upload": "framework.uploading",

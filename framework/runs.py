@@ -173,7 +173,11 @@ class Runs(Steps):
         self.saver.close()
         return path
 
-    # Its weights, for other programs.
+    # Its checkpoints, and its weights for other programs.
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
+        self.saver.rotate(best.best_updates(self.args, self.state))
 
     def export(self, path: str | Path) -> Path:
         """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones

@@ -116,8 +116,9 @@ class PredictionOutput(NamedTuple):
     """What ``fit.predict`` returns.
 
     Attributes:
-        predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host.
-        label_ids: the labels in the same way; None where the data has none.
+        predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host; or
+            the path that they were written to.
+        label_ids: the labels in the same way; None where the data has none, and where they were written.
         metrics: loss and metrics where the data has labels.
     """
 

@@ -20,9 +20,12 @@ from .loggers.together import Loggers
 from .measures import best
 from .measures.evaluation import Evaluation
 from .measures.memory import MemoryByStage
+from .measures.outputs import KeptOutputs
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
+from .predictions.options import PredictionWriter
+from .predictions.writing import written
 from .run.in_step import in_step
 from .run.micro_batches import read_update
 from .run.placement import Placement
@@ -44,12 +47,9 @@ class Steps(Labelled):
     """
 
     PHASES = {
-        "get_batch_samples": "data",
-        "compute_loss": "forward",
-        "evaluate": "evaluation",
-        "save_checkpoint": "saving",
-        "log_training": "logging",
-    }
+        "get_batch_samples": "data", "compute_loss": "forward", "evaluate": "evaluation",
+        "save_checkpoint": "saving", "log_training": "logging",
+    }  # fmt: skip
     strategy: Strategy
     plan: Plan
     train_data: Any
@@ -328,16 +328,26 @@ class Steps(Labelled):
         return self.evaluate(ignore_keys=self.ignore_keys_for_eval)
 
     def predict(
-        self, data: Any, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "test"
+        self,
+        data: Any,
+        ignore_keys: Iterable[str] | None = None,
+        metric_key_prefix: str = "test",
+        output: str | Path | PredictionWriter | None = None,
     ) -> PredictionOutput:
-        """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has
-        them.
+        """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has them.
+
+        Args:
+            data: a Dataset, an IterableDataset or a ready DataLoader.
+            ignore_keys, metric_key_prefix: see ``evaluate``.
+            output: writes them instead, batch by batch, and ``predictions`` is the path: of a Parquet file
+                ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
-        placement = self.placement
-        batches = self.eval_batches(data)
-        with placement.mode.evaluating():
-            found = self.evaluation().run(batches, metric_key_prefix, ignore_keys or (), predict=True)
-        metrics, predictions, labels = found
+        placement, batches = self.placement, self.eval_batches(data)
+        with placement.mode.evaluating(), written(output, self) as writing:
+            evaluation = self.evaluation(KeptOutputs if writing is None else writing.keep)
+            metrics, predictions, labels = evaluation.run(batches, metric_key_prefix, ignore_keys or (), predict=True)
+            if writing is not None:
+                predictions = writing.finish(predictions)
         if metrics:
             self.log(metrics)
         self.emit("on_predict", metrics=metrics)
@@ -348,8 +358,8 @@ class Steps(Labelled):
         stream = self.stream_over(self.get_eval_dataloader(data), training=False)
         return in_step(self.strategy, stream, self.batches(stream, 0), self._watch)
 
-    def evaluation(self) -> Evaluation:
-        """What evaluates the placed module."""
+    def evaluation(self, keep: Any = KeptOutputs) -> Evaluation:
+        """What evaluates the placed module; ``keep`` makes what keeps its outputs."""
         return Evaluation(
             strategy=self.strategy,
             module=self.module,
@@ -361,6 +371,7 @@ class Steps(Labelled):
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             after_batch=partial(self.emit, "on_prediction_step"),
+            keep=keep,
         )
 
     # Checkpoints.
@@ -386,7 +397,3 @@ class Steps(Labelled):
             run.rescue.note_saved(self.state.global_step)
         self.emit("on_save", path=path)
         return path
-
-    def rotate_checkpoints(self) -> None:
-        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
-        self.saver.rotate(best.best_updates(self.args, self.state))

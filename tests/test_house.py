@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("combinations", "objective"),
     ("measures/",),
     ("builtin_callbacks", "checkpoint/"),
-    ("ray", "switches/", "uploading", "watch/"),
+    ("predictions/", "ray", "switches/", "uploading", "watch/"),
     ("run/",),
     ("profiling/", "search/", "steps"),
     ("loop",),
