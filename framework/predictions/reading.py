@@ -71,8 +71,7 @@ def iterate_predictions(directory: str | Path) -> Iterator[dict[str, Tensor]]:
         ValueError: the directory isn't whole; the message names the file.
 
     Example:
-        >>> for batch in iterate_predictions("predictions"):
-        ...     batch["predictions"].shape
+        ``total = sum(batch["predictions"].sum() for batch in iterate_predictions("predictions"))``
     """
     place = Path(directory).expanduser()
     index = read_index(place)
@@ -122,7 +121,7 @@ def read_predictions(directory: str | Path) -> dict[str, Tensor]:
         ValueError: see ``iterate_predictions``.
 
     Example:
-        >>> read_predictions("predictions")["predictions"].shape
+        ``read_predictions("predictions")["predictions"].argmax(-1)``
     """
     batches = list(iterate_predictions(directory))
     pad_index = read_index(Path(directory).expanduser()).pad_index

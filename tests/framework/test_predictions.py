@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -237,6 +240,35 @@ def test_what_a_killed_prediction_left_is_removed(make_fit: MakeFit, tmp_path: P
         fit.predict(token_rows(9), output=tmp_path / "d")
     assert len(read_predictions(tmp_path / "d")["predictions"]) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "p.parquet"]
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from stratagem import Callback, Fit, PredictionWriter
+from tiny import Regressor, regression_rows
+
+class Kill(Callback):
+    seen = 0
+    def on_prediction_step(self, args, state, control, **context):
+        self.seen += 1
+        if self.seen == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+fit = Fit(Regressor(), loggers=(), progress=False, per_device_eval_batch_size=2, callbacks=[Kill()])
+fit.predict(regression_rows(20), output=PredictionWriter(sys.argv[1], rows=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["d", "p.parquet"])
+def test_a_killed_prediction_leaves_nothing_under_its_name(make_fit: MakeFit, tmp_path: Path, name: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.partial"]
+    make_fit(Regressor()).predict(regression_rows(3), output=tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 class Summed(Tagger):
