@@ -173,18 +173,20 @@ class Profiling(Callback):
             self.window = Window(rank, update, notes=["Another torch.profiler was recording: there is no trace."])
             return
         probe.stop()
-        forwards = max(1, self.probed)
-        size = probe.bytes_per_event * probe.events / forwards
+        counted = "forward" if self.probed else "data"  # a training_step of the user's may have a forward of its own
+        size = probe.bytes_per_event * probe.events / max(1, self.probed)
         allowed = int(options.max_bytes / size) if size else None
-        recording = None if allowed == 0 else self.start_recording()
+        top = probe.top() if allowed == 0 else []
+        del probe  # its events take a while to go, which isn't the window's time
         if allowed == 0:
+            what = "a forward with what belongs to it" if counted == "forward" else "an update"
             note = (
-                f"There is no trace: a forward and what belongs to it make about {size / 1e6:.0f} MB of it, and "
-                f"max_bytes is {options.max_bytes / 1e6:.0f} MB."
+                f"There is no trace: {what} makes about {size / 1e6:.3g} MB of it, and max_bytes is "
+                f"{options.max_bytes / 1e6:.3g} MB."
             )
-            self.window = Window(rank, update, top=probe.top(), notes=[note])
+            self.window = Window(rank, update, top=top, notes=[note])
         else:
-            self.window = Window(rank, update, recording, allowed)
+            self.window = Window(rank, update, self.start_recording(), allowed, counted)
 
     def start_recording(self) -> Recording | None:
         """Begin to record; None where another profiler does."""

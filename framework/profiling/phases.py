@@ -15,12 +15,11 @@ class Phases:
 
     Attributes:
         seconds: by phase.
-        forwards: how many forwards were begun, in evaluations too.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.forwards = self.depth = 0
+        self.depth = 0
         self.paused = 0.0  # since the beginning
         self.began = time.perf_counter()
         self.whole: float | None = None
@@ -28,7 +27,6 @@ class Phases:
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
         """Entered around a phase."""
-        self.forwards += phase == "forward"
         if self.depth or self.whole is not None:
             yield
             return

@@ -21,7 +21,8 @@ class Window:
         rank: of this process.
         first: the first update.
         recording: begun already; None measures phases by the clock alone.
-        forwards: that the recording may hold; None where it needs no limit.
+        limit: how many of the phase ``counted`` the recording may hold; None where it needs no limit.
+        counted: the phase that the limit is of.
         top: operations that were summed up before, where nothing is recorded.
         notes: what a reader should know.
     """
@@ -31,12 +32,14 @@ class Window:
         rank: int,
         first: int,
         recording: Recording | None = None,
-        forwards: int | None = None,
+        limit: int | None = None,
+        counted: str = "forward",
         top: list[dict[str, Any]] | None = None,
         notes: list[str] | None = None,
     ) -> None:
         self.rank, self.first, self.last = rank, first, first
-        self.recording, self.forwards, self.top = recording, forwards, top or []
+        self.recording, self.limit, self.counted, self.top = recording, limit, counted, top or []
+        self.count = 0
         self.notes = notes or []
         self.phases = Phases()
         self._update: Any = None
@@ -50,12 +53,11 @@ class Window:
             with self.phases.within(phase):
                 yield
             return
-        if phase == "forward" and self.forwards is not None and self.phases.forwards >= self.forwards:
-            self.stop_recording()
-            self.notes.append(
-                f"The trace ends in update {self.last}, after {self.phases.forwards} forwards: more would be over "
-                "max_bytes."
-            )
+        if phase == self.counted:
+            if self.limit is not None and self.count >= self.limit:
+                self.notes.append(f"The trace ends in update {self.last}: more would be over max_bytes.")
+                self.stop_recording()
+            self.count += 1
         with record_function(phase), self.phases.within(phase):
             yield
 

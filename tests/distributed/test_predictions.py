@@ -10,6 +10,7 @@ import torch
 from ranks import Ranks
 from stratagem import PredictionWriter, read_predictions
 from stratagem.framework.predictions.writing import PredictionError
+from tiny import RowStream
 from torch import Tensor
 from training import Tagger, make_fit, token_rows
 
@@ -18,6 +19,7 @@ PLACEMENTS: list[tuple[int, str, dict[str, Any]]] = [
     (2, "fsdp2", {}),
     (2, "tp", {}),
     (3, "ddp", {}),
+    (3, "fsdp2", {"streams": True}),
     (4, "fsdp2", {"tensor_parallel": 2}),
 ]
 SIZES = [1, 2, 5, 12, 23]  # fewer samples than ranks, whole global batches, ends of every kind
@@ -33,14 +35,15 @@ class Numbered(Tagger):
         return super().loss(outputs["scores"], batch)
 
 
-def predict(output: str, rows: int, **arguments: Any) -> list[dict[str, Any]]:
+def predict(output: str, rows: int, streams: bool = False, **arguments: Any) -> list[dict[str, Any]]:
     torch.manual_seed(int(os.environ.get("RANK", "0")))
     fit = make_fit(Numbered(), token_rows(8), per_device_eval_batch_size=3, **arguments)
     results = []
     for size in SIZES:
         for name in (f"{size}.parquet", f"{size}"):
             writer = PredictionWriter(Path(output) / name, rows=rows)
-            found = fit.predict(token_rows(size), output=writer)
+            data = RowStream(token_rows(size)) if streams else token_rows(size)
+            found = fit.predict(data, output=writer)
             results.append({"path": str(found.predictions), **found.metrics})
     return results
 
@@ -49,7 +52,9 @@ def predict(output: str, rows: int, **arguments: Any) -> list[dict[str, Any]]:
 def test_rows_come_in_the_order_of_the_data(
     ranks: dict[int, Ranks], tmp_path: Path, world: int, strategy: str, options: dict[str, Any]
 ) -> None:
-    found = ranks[world].run(predict, output=str(tmp_path), rows=4, strategy=strategy, options=options)
+    options = dict(options)
+    job = {"strategy": strategy, "streams": options.pop("streams", False), "options": options}
+    found = ranks[world].run(predict, output=str(tmp_path), rows=4, **job)
     assert found == [found[0]] * world
     torch.manual_seed(0)
     module = Numbered().eval()

@@ -305,6 +305,13 @@ def test_what_is_refused(make_fit: MakeFit, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "x.parquet"]
 
 
+def test_parquet_without_its_package(make_fit: MakeFit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"pip install 'stratagem\[parquet\]'. A directory needs nothing more"):
+        make_fit(Tagger()).predict(token_rows(5), output=tmp_path / "p.parquet")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_compute_metrics_is_said_not_to_be_called(make_fit: MakeFit, tmp_path: Path) -> None:
     fit = make_fit(Tagger(), compute_metrics=lambda predictions, labels: {"x": 1.0})
     with pytest.warns(UserWarning, match="compute_metrics isn't called where predictions are written"):
