@@ -6,8 +6,7 @@ over.
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from .recording import Recording
 from .window import Window
 
 READING = "get_batch_samples"  # an update begins with it
+NOTHING = nullcontext()
+ANOTHER = "Another torch.profiler was recording: there is no trace."
 ALLOCATIONS_KEPT = 100_000  # of the history that a memory snapshot shows
 
 
@@ -94,6 +95,7 @@ class Profiling(Callback):
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
         """Close what is open."""
+        self.end_history()
         self.finish(fit)
 
     def on_exception(
@@ -113,6 +115,7 @@ class Profiling(Callback):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.cuda.memory._dump_snapshot(str(path))
                 say(f"The history of allocations is in {path}; https://pytorch.org/memory_viz shows it.", sys.stderr)
+            self.end_history()
             if self.window is not None:
                 self.window.notes.append(f"The run ended in update {self.window.last}: {type(exception).__name__}.")
             self.finish(fit)
@@ -121,19 +124,15 @@ class Profiling(Callback):
 
     # Updates.
 
-    @contextmanager
-    def within(self, phase: str) -> Iterator[None]:
-        """Entered around a phase; what reads an update's data begins the update."""
+    def within(self, phase: str) -> AbstractContextManager[None]:
+        """Make what is entered around a phase; what reads an update's data begins the update."""
         if phase == "data" and self.fit.state.global_step != self.stood:
             self.stood = self.fit.state.global_step
             self.begin_update(self.stood + 1)
-        if self.window is None:
-            if self.probe is not None:
-                self.probed += phase == "forward"
-            yield
-        else:
-            with self.window.within(phase):
-                yield
+        if self.window is not None:
+            return self.window.within(phase)
+        self.probed += phase == "forward"
+        return NOTHING
 
     def begin_update(self, update: int) -> None:
         """Open and close what is due before an update.
@@ -169,8 +168,8 @@ class Profiling(Callback):
         """Open a window, in which as much is recorded as its trace may hold."""
         rank, probe = self.fit.strategy.rank, self.probe
         self.probe = None
-        if probe is None:  # another profiler is at work
-            self.window = Window(rank, update, notes=["Another torch.profiler was recording: there is no trace."])
+        if probe is None:
+            self.window = Window(rank, update, notes=[ANOTHER])
             return
         probe.stop()
         counted = "forward" if self.probed else "data"  # a training_step of the user's may have a forward of its own
@@ -186,7 +185,10 @@ class Profiling(Callback):
             )
             self.window = Window(rank, update, top=top, notes=[note])
         else:
-            self.window = Window(rank, update, self.start_recording(), allowed, counted)
+            recording = self.start_recording()
+            self.window = Window(
+                rank, update, recording, allowed, counted, notes=[] if recording is not None else [ANOTHER]
+            )
 
     def start_recording(self) -> Recording | None:
         """Begin to record; None where another profiler does."""
@@ -232,10 +234,13 @@ class Profiling(Callback):
         finally:
             fit.end_labels()
             fit.run.end_labels()
-            if self.keeps_history:
-                torch.cuda.memory._record_memory_history(enabled=None)
-                self.keeps_history = False
             self.fit = None
+
+    def end_history(self) -> None:
+        """Have the allocator keep no history any more."""
+        if self.keeps_history:
+            self.keeps_history = False
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     @property
     def wants_snapshot(self) -> bool:

@@ -40,6 +40,7 @@ class Recording:
         )
         self.is_recording = False
         self.events = 0
+        self.failure: Exception | None = None
         on_device = torch.accelerator.is_available()
         self.bytes_per_event = BYTES_PER_EVENT_WITH_DEVICE if on_device else BYTES_PER_EVENT
 
@@ -58,8 +59,11 @@ class Recording:
         """End the recording, where it is under way: torch's profiler must not be stopped twice."""
         if self.is_recording:
             self.is_recording = False
-            self._profile.stop()
-            self.events = len(self._events())
+            try:
+                self._profile.stop()
+                self.events = len(self._events())
+            except Exception as error:  # a fault of torch's, which must not end the run; ``write`` tells of it
+                self.failure = error
 
     def _events(self) -> list[Any]:
         results = getattr(self._profile.profiler, "kineto_results", None)
@@ -88,6 +92,8 @@ class Recording:
         Returns:
             Its bytes before compression; None where they were more than ``max_bytes`` after all, and it isn't there.
         """
+        if self.failure is not None:
+            raise self.failure
         partial = path.with_name(path.name + ".partial")
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace-") as folder:
             plain = Path(folder) / "trace.json"

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,15 @@ class Window:
         self._update: Any = None
         self.begin_update(first)
 
-    @contextmanager
-    def within(self, phase: str) -> Iterator[None]:
-        """Entered around a phase of an update: it goes by that name in the trace, too."""
+    def within(self, phase: str) -> AbstractContextManager[None]:
+        """Make what is entered around a phase of an update: it goes by that name in the trace, too."""
         recording = self.recording
         if recording is None or not recording.is_recording:
-            with self.phases.within(phase):
-                yield
-            return
+            return self.phases.within(phase)
+        return self._recorded(phase)
+
+    @contextmanager
+    def _recorded(self, phase: str) -> Iterator[None]:
         if phase == self.counted:
             if self.limit is not None and self.count >= self.limit:
                 self.notes.append(f"The trace ends in update {self.last}: more would be over max_bytes.")

@@ -295,6 +295,21 @@ def test_a_full_disk_costs_the_profile_and_not_the_run(make_fit: MakeFit, tmp_pa
     assert fit.state.global_step == 10
 
 
+def test_a_fault_of_torchs_costs_the_profile_and_not_the_run(
+    make_fit: MakeFit, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = torch.profiler.profile.stop
+
+    def failing(self: Any) -> None:
+        stop(self)
+        raise RuntimeError("of torch's")
+
+    monkeypatch.setattr(torch.profiler.profile, "stop", failing)
+    with pytest.warns(ProfileWarning, match="The profile was lost: RuntimeError: of torch's"):
+        fit = train(make_fit, TorchProfiler(**SHORT))
+    assert fit.state.global_step == 10 and not torch.autograd._profiler_enabled()
+
+
 def test_another_profiler_is_left_alone(make_fit: MakeFit, folder: Path) -> None:
     with profile() as own:
         train(make_fit, TorchProfiler(**SHORT))
