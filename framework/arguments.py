@@ -1,6 +1,7 @@
 """FitArguments, every option of a run: the fields of argument_fields.py, checked together when they are made."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +15,28 @@ from .fields.argument_types import (
     type_problems,
     with_help,
 )
-from .fields.foreign_arguments import unknown_argument
 from .optim import optimizers, schedulers
+
+
+class ArgumentsError(ValueError):
+    """Arguments that can't work.
+
+    Args:
+        problems: (field, its value, why it can't work and what to write instead) of each of them.
+    """
+
+    def __init__(self, problems: Sequence[tuple[str, Any, str]]) -> None:
+        lines = [f"{name}={value!r}: {why}" for name, value, why in problems]
+        super().__init__("These arguments can't work:\n  " + "\n  ".join(lines))
+        self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.problems,)
 
 
 @dataclass(frozen=True)
 class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of the fields)
     __doc__ = ArgumentFields.__doc__
-
-    def __new__(cls, *values: Any, **arguments: Any) -> "FitArguments":
-        """Make the object, where all names are names of fields.
-
-        Raises:
-            TypeError: a name isn't; the message says what to write instead, or suggests the nearest name.
-        """
-        known = hints(cls)
-        for name in arguments:
-            if name not in known:
-                raise TypeError(unknown_argument(name, known))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.output_dir, str):
@@ -40,11 +44,10 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         if callable(self.optim):
             object.__setattr__(self, "optim", path_of(self.optim))
         for name, kind in hints(type(self)).items():
-            if kind is Options:
+            if kind == Options:
                 object.__setattr__(self, name, as_options(getattr(self, name)))
-        problems = [f"{name}={getattr(self, name)!r}: {why}" for name, why in self._problems()]
-        if problems:
-            raise ValueError("These arguments can't work:\n  " + "\n  ".join(problems))
+        if problems := self._problems():
+            raise ArgumentsError([(name, getattr(self, name), why) for name, why in problems])
 
     def _problems(self) -> list[tuple[str, str]]:
         """Return (field, why it can't work and what to write instead) for every field that can't work. The file of each

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
+from .configuration.configuration import Built, Configuration
+from .configuration.written_run import written_by
+from .display.describing import describe_fit
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
@@ -31,6 +34,9 @@ from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
 from .watch.requeue import check_requeue, requeued
+
+if TYPE_CHECKING:
+    from .display.summary import Summary
 
 
 class Fit(Runs):
@@ -49,7 +55,8 @@ class Fit(Runs):
             newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
         callbacks: Callback instances; they hear events in this order.
-        loggers: names ("jsonl", "tensorboard") or Logger instances.
+        loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow", "trackio", "comet") or Logger instances; see
+            docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
         profiler: "torch" (traces of some updates), "simple" (the time of each phase), or a TorchProfiler or
             SimpleProfiler with options; see docs/profiling.md. None costs nothing.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
@@ -60,6 +67,7 @@ class Fit(Runs):
             are given as that entry.
         module_init: makes the module: a function of an Optuna trial, which it may ask for parameters of its own, or of
             None where there is no trial. Each trial of a search, and each ``train()`` but the first, has a fresh one.
+        built_by: what ``from_config`` called for module and data, for the file that repeats the run.
         **arguments: fields of FitArguments; they override ``args``.
 
     Attributes:
@@ -96,6 +104,7 @@ class Fit(Runs):
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         module_init: Callable[[Any], TrainModule] | None = None,
+        built_by: Built | None = None,
         **arguments: Any,
     ) -> None:
         overriding.check_fit(type(self), Fit)
@@ -115,10 +124,10 @@ class Fit(Runs):
         self._check_overriding(own)
         if own.requeue:
             check_requeue()
-        start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
-        given_loggers = get_loggers(loggers)
+        given_loggers = get_loggers(loggers := loggers if isinstance(loggers, str | Logger) else list(loggers))
+        start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
+        self.loggers = Loggers(given_loggers if self.strategy.is_main else (), self)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -140,7 +149,40 @@ class Fit(Runs):
         if train_data is not None:
             self.follow(self.plan)
         self._has_trained = False
+        self.written = written_by(self, max_restarts, loggers, built_by)
         self.emit("on_init_end")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: "str | Path | Configuration",
+        module: TrainModule | None = None,
+        train_data: Any = None,
+        eval_data: Any = None,
+        **arguments: Any,
+    ) -> "Fit":
+        """Make a Fit as a file, or a command line, configures it.
+
+        Where the configuration names a target ("train.py:build"), its functions make the module and the data, on the
+        ranks alone, after random numbers were seeded with the run's seed. ``output_dir/config.yaml``, which every run
+        that saves or logs leaves, repeats that run, to the bit on the same machine.
+
+        Args:
+            config: the path of a file (YAML, TOML), or what ``configure`` read from a command line.
+            module, train_data, eval_data: in place of the target's, or where it names none.
+            **arguments: all others of Fit, which override the configuration.
+
+        Raises:
+            ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
+
+        Example:
+            >>> fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)
+        """
+        given = {"module": module, "train_data": train_data, "eval_data": eval_data}
+        given = {name: value for name, value in given.items() if value is not None} | arguments
+        if not isinstance(config, Configuration):
+            config = Configuration.read(config, arguments=type(arguments.get("args") or FitArguments()))
+        return cls(**config.fit_arguments(given))
 
     # Training.
 
@@ -277,6 +319,35 @@ class Fit(Runs):
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
+
+    # What it is.
+
+    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
+        """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
+        goes in and out, and the floating-point operations of a forward.
+
+        Shapes and operations are found with a copy of the module, without memory where its forward allows; weights,
+        buffers, modes, random states and the position in the data stay as they are, and no other rank is asked. Where
+        they can't be found (a module that is sharded over ranks, a forward that fails), the table says why.
+
+        Args:
+            depth: layers inside of one another that are shown.
+            batch: what forward is called with, as the data gives it, on the host. None takes one sample of
+                ``train_data``, else of ``eval_data``.
+
+        Example:
+            >>> print(fit.summary(depth=1))
+            layer      type       input   output  parameters  trainable  FLOPs
+            ------------------------------------------------------------------
+            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
+            ...
+        """
+        from .display.summary import summarize
+
+        return summarize(self, depth, batch)
+
+    def __repr__(self) -> str:
+        return describe_fit(self)
 
     # What is checked once.
 

@@ -59,7 +59,7 @@ def train(steps: Steps, run: Run) -> None:
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
-    control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
+    control.begin_training(is_finished=state.global_step >= state.max_steps)  # finished: a run that was resumed
     model.train()
     placement.mode.train()
     emit("on_train_begin")
@@ -154,7 +154,7 @@ def end_training(steps: Steps, run: Run) -> None:
     run.strategy.settle_buffers()
     placement.mode.eval()
     steps.saver.close()
-    flops_per_token = steps.module.flops_per_token(placement.parameter_count)
+    flops_per_token = steps.module.flops_per_token(placement.parameters.total)
     steps.log(run.finish(flops_per_token, steps.memory))
 
 

@@ -19,7 +19,9 @@ from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
+from .configuration.written_run import WrittenRun
 from .data import DataStream
+from .display.progress import Progress
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
@@ -36,7 +38,6 @@ from .state import TrainOutput
 from .steps import Steps
 from .switches import torch_settings
 from .switches.preparation import callbacks_of
-from .switches.progress import Progress
 from .switches.ranks_agree import RanksAgree
 from .watch.watch import Watch
 
@@ -49,6 +50,7 @@ class Runs(Steps):
         own_args: the arguments that the Fit was given, or that a search has found for it.
         own_callbacks: the callbacks that the Fit was given.
         own_trial: what ``module_init`` is asked for where a run is the Fit's own: None, or the best trial of a search.
+        written: what the run's own configuration file holds beside its arguments.
     """
 
     compute_loss_func: Callable[..., Tensor] | None
@@ -56,6 +58,7 @@ class Runs(Steps):
     own_callbacks: list[Callback]
     own_trial: Any
     profiler: Profiler | None
+    written: WrittenRun
     _trial_callbacks: tuple[Callback, ...]
 
     @property
@@ -108,6 +111,12 @@ class Runs(Steps):
             elastic.explain(args, asked, self.strategy, samples)
             self.follow(self.plan.with_batch_size(args))
 
+    def _write_configuration(self) -> None:
+        """Write down, on the main process, what repeats the run, where the run leaves anything in its directory."""
+        logs_there = bool(self.loggers.all) and Path(self.args.output_dir).is_dir()
+        if self.strategy.is_main and (self.args.save_strategy != "no" or logs_there):
+            self.written.write(self.plan.given)
+
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
         with torch_settings.of_run(self.args.full_determinism, self.args.tf32, self.strategy.device):
@@ -116,7 +125,8 @@ class Runs(Steps):
             run.begin_training(self._watch)
             self.memory.begin("train")
             try:
-                self.loggers.begin(self)
+                self.loggers.begin()
+                self._write_configuration()
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
@@ -126,9 +136,9 @@ class Runs(Steps):
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 self.saver.abandon()
+                self.loggers.flush(in_hurry=True)
                 raise
-            finally:
-                self.loggers.flush()
+            self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
 
     def _begin(self, path: Path | None) -> Run:

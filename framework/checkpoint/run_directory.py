@@ -58,6 +58,8 @@ from .remote import download
 
 Result = TypeVar("Result")
 
+CONFIGURATION = "config.yaml"  # what repeats the run: it says nothing where nothing else is left
+
 
 class RunDirectory:
     """The directory that one run saves into. Every rank makes this object; the main process alone changes the
@@ -350,6 +352,8 @@ class RunDirectory:
         self.lock.release()
         if self.newest is None:
             with contextlib.suppress(OSError):  # the directory isn't empty
+                if self.made and {path.name for path in self.path.iterdir()} <= {CONFIGURATION}:
+                    (self.path / CONFIGURATION).unlink(missing_ok=True)
                 for path in self.made:
                     path.rmdir()
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .argument_types import Options
+from .known_names import KnownNames
 
 Arguments = TypeVar("Arguments", bound="ArgumentFields")
 
 
 @dataclass(frozen=True)
-class ArgumentFields:
+class ArgumentFields(KnownNames):
     """Options of a training run.
 
     The names are those of transformers' TrainingArguments wherever the same thing exists there, and its
@@ -156,10 +157,10 @@ class ArgumentFields:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     optim: str = "adamw"
-    optim_args: Options = field(default_factory=Options)
+    optim_args: Options = field(default_factory=dict)
     optim_target_modules: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser reads the second type)
     lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: Options = field(default_factory=Options)
+    lr_scheduler_kwargs: Options = field(default_factory=dict)
     warmup_steps: float = 0
     warmup_ratio: float = 0.0
     max_grad_norm: float | None = 1.0
@@ -210,7 +211,7 @@ class ArgumentFields:
     past_index: int = -1
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
-    gradient_checkpointing_kwargs: Options = field(default_factory=Options)
+    gradient_checkpointing_kwargs: Options = field(default_factory=dict)
     torch_compile: bool = False
     torch_compile_backend: str | None = None
     torch_compile_mode: str = "default"

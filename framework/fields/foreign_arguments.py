@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 
-from ...precision.names import did_you_mean
+from ...precision.names import near_names
 
 PRECISION = "Write precision='bf16-mixed', '16-mixed', 'bf16-true', ...: how numbers are kept is one word of Fit's."
 EVALUATES_SO = "evaluation runs in the run's own precision. Write precision='bf16-true' to have weights in 16 bits"
 STRATEGY = "Where the model runs is one word of Fit's: strategy='single', 'ddp', 'fsdp2', 'tp', 'deepspeed', ..."
 DDP = "It is an option of the strategy: strategy=DDP(...), from stratagem.strategies."
 UPLOADS = "Checkpoints are uploaded by a callback: stratagem.Upload(url)."
-LOGGERS = "Where logs go is Fit's loggers=['jsonl', 'tensorboard'], or Logger instances of your own."
+LOGGERS = "Where logs go is Fit's loggers=['jsonl', 'wandb'], by word or as instances (docs/loggers.md)."
 CALLED = "What is done is what you call: fit.train(), fit.evaluate(), fit.predict(data)."
 COLUMNS = "A batch goes to forward by the names of its parameters, and what forward doesn't take stays out of it"
 LOADER = "Give Fit a DataLoader as train_data, with the collate_fn and whatever else you like."
@@ -201,6 +201,12 @@ DIFFERENT: Mapping[str, str] = {
 FOREIGN: Mapping[str, str] = {**GENERAL, **LIGHTNING, **TRANSFORMERS}
 
 
-def unknown_argument(name: str, known: Iterable[str]) -> str:
-    """Return the error text for an argument that doesn't exist: what to write instead, or the nearest name."""
-    return f"Fit has no argument {name!r}. {FOREIGN.get(name) or did_you_mean(name, known)}"
+def unknown_argument(name: str, known: Iterable[str], owner: str = "Fit") -> str:
+    """Return the error text for an argument that doesn't exist: what to write instead, or the nearest names.
+
+    Args:
+        name: what was written.
+        known: what there is.
+        owner: what has no such argument.
+    """
+    return f"{owner} has no argument {name!r}. {FOREIGN.get(name) or near_names(name, known)}"

@@ -67,6 +67,12 @@ def best_updates(args: FitArguments, state: TrainState) -> list[int]:
     return ranked if best is None else [best, *(update for update in ranked if update != best)]
 
 
+def best_checkpoint(args: FitArguments, update: int | None) -> Path | None:
+    """Return the checkpoint of the best evaluation, whose update ``best_update`` returned; None where there is none."""
+    path = Path(args.output_dir) / f"checkpoint-{update}"
+    return path if update is not None and path.is_dir() else None
+
+
 def best_checkpoints(args: FitArguments, updates: Sequence[int]) -> list[Path]:
     """Return the checkpoints of the best evaluations that have one, at most ``save_best_limit`` of them.
 
@@ -83,13 +89,13 @@ def checkpoint_to_load(args: FitArguments, state: TrainState) -> Path | None:
     they are, with a warning where they aren't the best.
     """
     update = best_update(state)
-    place = Path(args.output_dir) / f"checkpoint-{update}"
-    path = place if update is not None and place.is_dir() else None
+    path = best_checkpoint(args, update)
     if path is None and (update is None or update != state.global_step):
         why = (
             "no evaluation was made"
             if update is None
-            else f"the best evaluation was at update {update}, and there is no {place}"
+            else f"the best evaluation was at update {update}, and there is no "
+            f"{Path(args.output_dir) / f'checkpoint-{update}'}"
         )
         warnings.warn(
             f"load_best_model_at_end=True has no effect: {why}. The weights are those of the last update.", stacklevel=3

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Profiler:
         directory: where the files go; None is ``profile`` in the run's ``output_dir``.
     """
 
+    name: ClassVar[str]
     ranks: tuple[int, ...] = (0,)
     directory: str | Path | None = None
 
@@ -29,6 +31,8 @@ class SimpleProfiler(Profiler):
     Example:
         ``Fit(module, data, profiler="simple")``
     """
+
+    name = "simple"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class TorchProfiler(Profiler):
         ``Fit(module, data, profiler=TorchProfiler(wait=20, active=2, ranks=(0, 1), memory=True))``
     """
 
+    name = "torch"
     wait: int = 8
     warmup: int = 1
     active: int = 3

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback, Fit, SimpleProfiler, TorchProfiler
+from stratagem.framework.configuration import options
+from stratagem.framework.profiling import PROFILERS, get_profiler
 from stratagem.framework.profiling.callback import ProfileWarning
 from stratagem.framework.profiling.phases import OTHER, PHASES
 from stratagem.framework.profiling.recording import Recording, totals_of
@@ -350,6 +352,18 @@ class Unseen(Single):
     """Says that profilers see nothing."""
 
     unprofiled = "nothing is seen here; use another, and leave profiler out"
+
+
+def test_a_configuration_knows_the_words(make_fit: MakeFit, tmp_path: Path) -> None:
+    assert (
+        {*options.PROFILERS}
+        == {*PROFILERS}
+        == {name for name in PROFILERS if get_profiler(name, Single()).name == name}
+    )
+    for given, written in (("torch", "torch"), (TorchProfiler(), "torch"), (SimpleProfiler(), "simple"), (None, None)):
+        assert make_fit(Regressor(), profiler=given).written.words["profiler"] == written
+    special = make_fit(Regressor(), profiler=TorchProfiler(wait=3)).written
+    assert special.words["profiler"] is None and "profiler" in special.given
 
 
 def test_what_is_refused(make_fit: MakeFit) -> None:
