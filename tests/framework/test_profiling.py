@@ -366,6 +366,17 @@ def test_a_configuration_knows_the_words(make_fit: MakeFit, tmp_path: Path) -> N
     assert special.words["profiler"] is None and "profiler" in special.given
 
 
+def test_a_file_can_ask_for_one(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: {tmp_path}/out\nprogress: false\nprofiler: torch\n")
+    given = Regressor(), regression_rows(24)
+    assert Fit.from_config(file, *given).profiler == TorchProfiler()
+    assert Fit.from_config(file, *given, profiler=SimpleProfiler()).profiler == SimpleProfiler()
+    file.write_text(f"output_dir: {tmp_path}/out\nprofiler: pytorch\n")
+    with pytest.raises(ValueError, match="Unknown profiler 'pytorch'"):
+        Fit.from_config(file, *given)
+
+
 def test_what_is_refused(make_fit: MakeFit) -> None:
     def fit(profiler: Any, **arguments: Any) -> None:
         make_fit(Regressor(), regression_rows(4), profiler=profiler, **arguments)
