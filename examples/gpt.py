@@ -6,7 +6,7 @@
     stratagem fit examples/gpt.py:build --max_steps 100 --strategy fsdp2 --devices 2    # the same, without the sample
 
 It ends with its loss on files it never saw, in bits per byte, and with a continuation of ``--sample.prompt``.
-Watch it with ``tensorboard --logdir output/gpt``.
+Watch it with ``tensorboard --logdir output``.
 """
 
 import math

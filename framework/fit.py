@@ -50,7 +50,8 @@ class Fit(Runs):
             newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
         callbacks: Callback instances; they hear events in this order.
-        loggers: names ("jsonl", "tensorboard") or Logger instances.
+        loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow", "trackio", "comet") or Logger instances; see
+            docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -114,10 +115,11 @@ class Fit(Runs):
         self._check_overriding(own)
         if own.requeue:
             check_requeue()
+        loggers = loggers if isinstance(loggers, str | Logger) else list(loggers)
+        given_loggers = get_loggers(loggers)
         start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
-        given_loggers = get_loggers(loggers := list(loggers))
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
+        self.loggers = Loggers(given_loggers if self.strategy.is_main else (), self)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)

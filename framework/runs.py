@@ -121,7 +121,7 @@ class Runs(Steps):
             run.begin_training(self._watch)
             self.memory.begin("train")
             try:
-                self.loggers.begin(self)
+                self.loggers.begin()
                 self._write_configuration()
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
@@ -132,9 +132,9 @@ class Runs(Steps):
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 self.saver.abandon()
+                self.loggers.flush(in_hurry=True)
                 raise
-            finally:
-                self.loggers.flush()
+            self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
 
     def _begin(self, path: Path | None) -> Run:

@@ -187,7 +187,7 @@ class Search:
 
     def begin(self, args: FitArguments, module: TrainModule | None, *more: Callback) -> None:
         """Give the Fit other arguments, its callbacks as they were before the search, and some more."""
-        self.fit.loggers.close()  # a trial's life is over; the next has a directory of its own
+        self.fit.loggers.close(waits=False)  # a trial's life is over; the next has a directory of its own
         self.fit.begin_afresh(args, module, more)
         self.fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
 

@@ -302,9 +302,7 @@ def test_an_event_of_another_trainers_signature_is_refused_with_ours(make_fit: M
         def on_evaluate(self, trainer: Any, module: Any, *, metrics: Any) -> None:  # type: ignore[override]
             pass
 
-    with pytest.raises(
-        TypeError, match=r"Keras\.on_epoch_end is called as on_epoch_end\(args, state, control, fit="
-    ):
+    with pytest.raises(TypeError, match=r"Keras\.on_epoch_end is called as on_epoch_end\(args, state, control, fit="):
         make_fit(Regressor(), regression_rows(2), callbacks=[Keras()])
     with pytest.raises(TypeError, match=r"Write on_evaluate\(self, args, state, control, \*, metrics, \*\*context\)"):
         make_fit(Regressor(), regression_rows(2), callbacks=[Lightning()])

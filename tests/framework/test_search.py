@@ -262,7 +262,7 @@ def test_hparams_lines_table_and_pictures(
 
     for trial in found.trials:
         assert trial.directory is not None
-        events = EventAccumulator(str(trial.directory / "tensorboard")).Reload()
+        events = EventAccumulator(str(trial.directory / "search")).Reload()
         content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         hparams = HParamsPluginData.FromString(content).session_start_info.hparams
         assert hparams["learning_rate"].number_value == RATES[trial.number]
