@@ -168,7 +168,7 @@ class Fit(Runs):
             ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
 
         Example:
-            >>> fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)
+            ``fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)``
         """
         given = {"module": module, "train_data": train_data, "eval_data": eval_data}
         given = {name: value for name, value in given.items() if value is not None} | arguments
