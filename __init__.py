@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .framework.loggers.trackio import TrackioLogger
     from .framework.loggers.wandb import WandbLogger
     from .framework.uploading import Upload
+    from .strategies.sent import launch
 
 __all__ = [
     "AnotherRankFailed",
@@ -60,6 +61,7 @@ __all__ = [
     "Upload",
     "WandbLogger",
     "configure",
+    "launch",
 ]
 
 # Imported when first used: a name costs nothing that a program doesn't ask for.
@@ -78,6 +80,7 @@ FILES = {
     "Upload": "framework.uploading",
     "WandbLogger": "framework.loggers.wandb",
     "configure": "framework.configuration.command_line",
+    "launch": "strategies.sent",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, FILES)
