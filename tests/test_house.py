@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("display/", "predictions/", "ray", "switches/", "uploading", "watch/"),
     ("configuration/", "run/"),
     ("profiling/", "search/", "steps"),
-    ("loop",),
+    ("first_checks", "loop"),
     ("runs",),
     ("rate_finding",),
     ("fit",),
