@@ -21,6 +21,7 @@ from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
+from .record.recorder import Recorder
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -113,7 +114,7 @@ class Fit(Runs):
         start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
         given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main else ())
+        self.loggers = Loggers([Recorder(), *given_loggers] if self.strategy.is_main else ())
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)

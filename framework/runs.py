@@ -35,6 +35,7 @@ from .switches import torch_settings
 from .switches.preparation import callbacks_of
 from .switches.progress import Progress
 from .switches.ranks_agree import RanksAgree
+from .watch.endings import Interrupted
 from .watch.watch import Watch
 
 
@@ -116,16 +117,23 @@ class Runs(Steps):
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
+                self._tell_end("finish", "")
             except BaseException as error:
                 if run.rescue is not None:
                     run.rescue.save(error, self.state.global_step, self._save_at_once)
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 self.saver.abandon()
+                interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+                self._tell_end("interrupt" if interrupted else "fail", one_line(error))
                 raise
             finally:
                 self.loggers.flush()
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
+
+    def _tell_end(self, event: str, reason: str) -> None:
+        self.tell_of_checkpoints()
+        self.loggers.event(event, self.state.global_step, {"reason": reason} if reason else {})
 
     def _begin(self, path: Path | None) -> Run:
         """Place the module and stand where the run begins, or continues from the checkpoint at ``path``."""
@@ -312,3 +320,11 @@ class Runs(Steps):
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:
         check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func, precision)
+
+
+def one_line(error: BaseException) -> str:
+    """Write an exception in a line: its class, and the beginning of what it says."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:500]}" if said else type(error).__name__

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ class Saver:
         directory: where the checkpoints go.
         writer: writes in the background; None where nothing was written that way.
         seconds: that the longest save kept training waiting.
+        news: (what happened to a checkpoint, its path, seconds since 1970), as the thread that writes adds them on the
+            main process: "save", "remove".
     """
 
     def __init__(self, strategy: Strategy, args: FitArguments, callbacks: Callbacks) -> None:
@@ -38,6 +41,7 @@ class Saver:
         self.directory = RunDirectory(strategy, args)
         self.writer: BackgroundWriter | None = None
         self.seconds = 0.0
+        self.news: deque[tuple[str, Path, float]] = deque()
 
     def save(self, take: Callable[[], "Snapshot"], update: int, best_update: int | None) -> Path:
         """Save the run as ``checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``. Collective.
@@ -60,6 +64,7 @@ class Saver:
             def published() -> None:
                 if self.strategy.is_main:
                     self.directory.note_published(path)
+                    self.news.append(("save", path, time.time()))
                     self.callbacks.checkpoint_published(path)
                     self._rotate(best_update)
 
@@ -88,9 +93,10 @@ class Saver:
 
     def _rotate(self, best_update: int | None) -> None:
         kept = best_checkpoint(self.args, best_update)
-        self.directory.rotate(
+        removed = self.directory.rotate(
             self.args.save_total_limit, keep=[kept] if kept else [], spare=self.callbacks.checkpoints_to_keep()
         )
+        self.news.extend(("remove", path, time.time()) for path in removed)
 
     # The thread that writes.
 

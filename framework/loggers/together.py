@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .base import LoggedRun, Logger
@@ -56,6 +56,11 @@ class Loggers:
         self.open(fit)
         for logger in self.opened:
             self.call(logger, "log", logs, step)
+
+    def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        """Tell every open logger what happened at an update; see ``Logger.event``."""
+        for logger in self.opened:
+            self.call(logger, "event", event, step, details)
 
     def flush(self) -> None:
         """Have every logger make readable what was logged."""

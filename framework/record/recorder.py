@@ -1,0 +1,149 @@
+"""The logger that keeps run.json and report.html: what a run is, what it logs, and how it ends."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..loggers.base import Logger
+from ..process_memory import held
+from .describing import describe, describe_session
+from .facts import GitLook
+from .history import ENDS, History, SavedCheckpoint, iso_of
+from .log_file import LogFile
+from .run_file import RunFile
+
+LOG = "log.jsonl"
+GIT_WAIT = 0.04  # seconds that a beginning waits for git
+AFTER_LOG = 30.0  # seconds since the report was written, after which a log has it written again
+AFTER_CHECKPOINT = 3.0
+SHARE = 0.05  # of the time that writing may take, where evaluations come faster than that
+LONGEST_LOG = 64 << 20  # bytes of an earlier session's log, above which its curves aren't read again
+
+
+class Recorder(Logger):
+    """Writes ``run.json`` and ``report.html`` into ``output_dir``, with what a Fit has logged.
+
+    Nothing is done between two logs; a log adds its numbers to curves in memory. The files are written when a run
+    begins and ends, after evaluations and checkpoints, and now and then after a log. A kill leaves the last ones whole.
+    """
+
+    def __init__(self) -> None:
+        self.file: RunFile | None = None
+        self.history = History()
+        self._fit: Any = None
+        self._git: GitLook | None = None
+        self._written, self._cost = 0.0, 0.0  # when the files were written, and the seconds that it took
+        self._memory_at = 0.0
+
+    def begin(self, fit: Any) -> None:
+        """Write down what the run is. An earlier session's curves are read from its log."""
+        self._fit = None
+        if not fit.args.report:
+            return
+        directory = Path(fit.args.output_dir)
+        facts, session = describe(fit), describe_session(fit)
+        self._git = self._git or GitLook(Path(facts["program"]["script"] or facts["program"]["directory"]).parent)
+        self._fit, self.file = fit, RunFile(directory)
+        self.file.begin(fit.saver.directory.line.id, facts, session)
+        self.history = earlier_history(directory / LOG, fit.state.global_step) if fit.state.global_step else History()
+        self.history.take(
+            {
+                "step": fit.state.global_step,
+                "event": session["kind"],
+                "time": session["began"],
+                "run_name": fit.args.run_name,
+                "max_steps": fit.state.max_steps,
+            }
+        )
+        self._git.wait(GIT_WAIT)
+        self._write()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Add numbers to the curves; after an evaluation, write the files."""
+        if self._fit is None:
+            return
+        now = time.time()
+        line: dict[str, Any] = {**metrics, "step": step, "time": iso_of(now)}
+        if now - self._memory_at >= 1.0:
+            self._memory_at = now
+            line |= held(self._fit.strategy.device)
+        self.history.take(line)
+        is_evaluation = any(name.startswith("eval_") for name in metrics)
+        self._write_after(0.0 if is_evaluation else AFTER_LOG)
+
+    def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        """Take note of a checkpoint, or of the end of the run."""
+        if self._fit is None or self.file is None:
+            return
+        self.history.take({"time": iso_of(time.time()), **details, "step": step, "event": event})
+        if event in ENDS:
+            entries = {"state": ENDS[event], "ended": iso_of(time.time()), "last_update": step}
+            self.file.note_session(**entries, **{name: details[name] for name in ("reason", "signal") if name in details})
+            self._write()
+        else:
+            self._write_after(AFTER_CHECKPOINT)
+
+    def flush(self) -> None:
+        """Write the files, with what came since they were written."""
+        if self._fit is not None and self.history.time is not None and self.history.time > self._written:
+            self._write()
+
+    def close(self) -> None:
+        """The same, and let go of the Fit."""
+        try:
+            self.flush()
+        finally:
+            self._fit = self.file = None
+
+    def _write_after(self, seconds: float) -> None:
+        if time.time() - self._written >= max(seconds, self._cost / SHARE):
+            self._write()
+
+    def _write(self) -> None:
+        from .report import write_report  # a run without a report needn't import it
+
+        assert self.file is not None
+        state, began = self._fit.state, time.time()
+        self._written = began
+        totals = self.history.totals
+        evaluation = {name: value for name, value in self.history.last.items() if name.startswith("eval_")}
+        best = {"update": state.best_global_step, "name": self._fit.args.best_metric, "value": state.best_metric}
+        self.file.note(
+            git=self._git.found if self._git is not None else None,
+            update=self.history.step,
+            epoch=self.history.epoch,
+            metrics=totals,
+            evaluation=evaluation,
+            best=best if state.best_metric is not None else None,
+            checkpoints=[as_json(each) for each in self.history.checkpoints.values()],
+        )
+        self.file.note_session(last_update=self.history.step)
+        try:
+            self.file.write()
+            write_report(self.file.path.parent, self.file.content, self.history)
+        finally:
+            self._cost = time.time() - began
+
+
+def earlier_history(path: Path, update: int) -> History:
+    """What the sessions before have logged, as far as their log is there."""
+    history = History()
+    try:
+        if path.stat().st_size > LONGEST_LOG:
+            return history
+    except OSError:
+        return history
+    for line in LogFile(path).read()[1]:
+        history.take(line)
+    return history if history.sessions else History()
+
+
+def as_json(saved: SavedCheckpoint) -> dict[str, Any]:
+    """A checkpoint as run.json lists it."""
+    found: dict[str, Any] = {"update": saved.update, "name": saved.name, "evaluation": dict(saved.evaluation)}
+    if saved.time is not None:
+        found["time"] = iso_of(saved.time)
+    if saved.is_removed:
+        found["is_removed"] = True
+    return found
