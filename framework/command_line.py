@@ -14,6 +14,9 @@ from ..precision.registry import PRECISIONS
 from ..strategies.registry import STRATEGIES
 from .parity import comparing, ranks
 from .parity.recording import Recipe
+from .record.facts import version_of
+from .record.report_command import add_report
+from .record.watch_command import add_watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,10 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="stratagem", description="Tools for modules trained by stratagem.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_parity(commands)
+    parser.add_argument("--version", action="version", version=f"stratagem {version_of('stratagem')}")
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for add in (add_parity, add_watch, add_report):
+        add(commands)
     options = parser.parse_args(arguments)
-    return options.run(options)
+    return options.run(options) or 0
 
 
 def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

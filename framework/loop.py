@@ -246,4 +246,5 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
     if control.should_save:
         control.should_save = False
         steps.save_checkpoint()
+        steps.loggers.tell_of_checkpoints()
     agree_at_once(run)

@@ -80,7 +80,7 @@ class Runs(Steps):
         """
         if self._saver is not None:
             self._saver.close()
-        saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
+        saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks, self.loggers.note_checkpoint)
         launch = elastic.find_launch(self.strategy, self.args, self.run.stream)
         with Watch(self.strategy, self.args, self.state, saver) as watch:
             self._watch = watch
@@ -132,7 +132,6 @@ class Runs(Steps):
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
 
     def _tell_end(self, event: str, reason: str) -> None:
-        self.tell_of_checkpoints()
         self.loggers.event(event, self.state.global_step, {"reason": reason} if reason else {})
 
     def _begin(self, path: Path | None) -> Run:

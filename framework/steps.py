@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -277,7 +276,6 @@ class Steps:
 
     def log(self, logs: dict[str, float]) -> None:
         """Hand numbers to callbacks and loggers, as of the current update."""
-        self.tell_of_checkpoints()
         logs = {**logs, "epoch": round(self.state.epoch, 6)}
         self.emit("on_log", logs=logs)
         self.state.log_history.append({**logs, "step": self.state.global_step})
@@ -375,18 +373,8 @@ class Steps:
             )
         if run.rescue is not None:
             run.rescue.note_saved(self.state.global_step)
-        self.tell_of_checkpoints()
         self.emit("on_save", path=path)
         return path
-
-    def tell_of_checkpoints(self) -> None:
-        """Tell the loggers of the checkpoints that were saved and removed since this was called last."""
-        news = self._saver.news if self._saver is not None else None
-        while news:
-            event, path, seconds = news.popleft()
-            when = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
-            details = {"checkpoint": path.name, "time": when.replace("+00:00", "Z")}
-            self.loggers.event(event, int(path.name.rpartition("-")[2]), details)
 
     def rotate_checkpoints(self) -> None:
         """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("combinations", "objective"),
     ("measures/",),
     ("builtin_callbacks", "checkpoint/"),
-    ("display/", "ray", "switches/", "uploading", "watch/"),
+    ("display/", "ray", "record/", "switches/", "uploading", "watch/"),
     ("run/",),
     ("search/", "steps"),
     ("loop",),

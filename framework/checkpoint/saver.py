@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +26,21 @@ class Saver:
         strategy: its ranks write together.
         args: of the run.
         callbacks: are told of each checkpoint, and asked which they still need.
+        tell: called on the main process, by the thread that writes, with "save" or "remove" and a checkpoint's path.
 
     Attributes:
         directory: where the checkpoints go.
         writer: writes in the background; None where nothing was written that way.
         seconds: that the longest save kept training waiting.
-        news: (what happened to a checkpoint, its path, seconds since 1970), as the thread that writes adds them on the
-            main process: "save", "remove".
     """
 
-    def __init__(self, strategy: Strategy, args: FitArguments, callbacks: Callbacks) -> None:
-        self.strategy, self.args, self.callbacks = strategy, args, callbacks
+    def __init__(
+        self, strategy: Strategy, args: FitArguments, callbacks: Callbacks, tell: Callable[[str, Path], None]
+    ) -> None:
+        self.strategy, self.args, self.callbacks, self.tell = strategy, args, callbacks, tell
         self.directory = RunDirectory(strategy, args)
         self.writer: BackgroundWriter | None = None
         self.seconds = 0.0
-        self.news: deque[tuple[str, Path, float]] = deque()
 
     def save(self, take: Callable[[], "Snapshot"], update: int, best_update: int | None) -> Path:
         """Save the run as ``checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``. Collective.
@@ -64,7 +63,7 @@ class Saver:
             def published() -> None:
                 if self.strategy.is_main:
                     self.directory.note_published(path)
-                    self.news.append(("save", path, time.time()))
+                    self.tell("save", path)
                     self.callbacks.checkpoint_published(path)
                     self._rotate(best_update)
 
@@ -96,7 +95,8 @@ class Saver:
         removed = self.directory.rotate(
             self.args.save_total_limit, keep=[kept] if kept else [], spare=self.callbacks.checkpoints_to_keep()
         )
-        self.news.extend(("remove", path, time.time()) for path in removed)
+        for path in removed:
+            self.tell("remove", path)
 
     # The thread that writes.
 

@@ -23,8 +23,9 @@ class JsonLinesLogger(Logger):
     event "resume" where it is resumed. That line holds ``max_steps`` and the ``run_name``, too, and what the strategy's
     package was configured with. Checkpoints that are saved ("save") or removed ("remove"), and the end of a run
     ("finish", "interrupt", "fail"), have a line with that event. Once a second, a line of numbers holds the bytes of
-    memory that the process has: ``memory_cpu_resident`` and, on a GPU, ``memory_gpu_allocated`` and ``_reserved``. Numbers that aren't finite are written as strings, which JSON can hold. A line for which the disk
-    has no room is left out whole.
+    memory that the process has: ``memory_cpu_resident`` and, on a GPU, ``memory_gpu_allocated`` and ``_reserved``.
+    Numbers that aren't finite are written as strings, which JSON can hold. A line for which the disk has no room is
+    left out whole.
 
     Args:
         path: the file; None means ``<output_dir>/log.jsonl``.

@@ -2,7 +2,10 @@
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from .base import LoggedRun, Logger
@@ -31,6 +34,7 @@ class Loggers:
         self.output_dir: str | None = None  # which the loggers were opened for; None while they are closed
         self.opened: list[Logger] = []
         self.tried = 0.0  # when loggers were last opened
+        self.noted: deque[tuple[str, Path, str]] = deque()  # what became of checkpoints, and is still to be told
         self.failures: dict[int, int] = {}  # the number of calls that raised, by the place of the logger
 
     def open(self, fit: LoggedRun) -> None:
@@ -54,16 +58,33 @@ class Loggers:
     def log(self, fit: LoggedRun, logs: dict[str, float], step: int) -> None:
         """Hand the numbers of an update to every logger."""
         self.open(fit)
+        if self.noted:
+            self.tell_of_checkpoints()
         for logger in self.opened:
             self.call(logger, "log", logs, step)
 
     def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
         """Tell every open logger what happened at an update; see ``Logger.event``."""
+        self.tell_of_checkpoints()
         for logger in self.opened:
             self.call(logger, "event", event, step, details)
 
+    def note_checkpoint(self, event: str, path: Path) -> None:
+        """Note, from any thread, that a checkpoint was saved or removed, for ``tell_of_checkpoints``."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self.noted.append((event, path, now))
+
+    def tell_of_checkpoints(self) -> None:
+        """Tell the loggers of the checkpoints that were saved or removed since they were told last."""
+        while self.noted:
+            event, path, when = self.noted.popleft()
+            for logger in self.opened:
+                details = {"checkpoint": path.name, "time": when}
+                self.call(logger, "event", event, int(path.name.rpartition("-")[2]), details)
+
     def flush(self) -> None:
         """Have every logger make readable what was logged."""
+        self.tell_of_checkpoints()
         for logger in self.opened:
             self.call(logger, "flush")
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from .formats import in_bytes, nice_ticks, short, widened
+from .formats import NOTHING, in_bytes, nice_ticks, short, widened
 
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 26
+ROOM = 0.04  # of the values' range, above and below them
 COLORS = 8  # of the page's style sheet, which are taken in turn
 
 
@@ -23,6 +24,7 @@ class Line:
         steps, values: its points; a value is None where there is none.
         color: its place among the colors.
         dots: whether its points are marked, because there are few.
+        is_faint: whether it stands back behind others.
     """
 
     name: str
@@ -30,6 +32,12 @@ class Line:
     values: Sequence[float | None]
     color: int = 0
     dots: bool = False
+    is_faint: bool = False
+
+    @property
+    def style(self) -> str:
+        """Its classes in the style sheet."""
+        return f"c{self.color % COLORS}{' faint' if self.is_faint else ''}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Chart:
                     "name": line.name,
                     "x": [compact(step) for step in line.steps],
                     "y": [None if value is None else compact(value) for value in line.values],
-                    "color": line.color % COLORS,
+                    "style": line.style,
                     "dots": line.dots,
                 }
                 for line in self.lines
@@ -86,6 +94,7 @@ def draw(chart: Chart, number: int) -> str:
     values = [value for line in chart.lines for value in line.values if value is not None]
     left, right = widened(steps)
     low, high = widened(values)
+    low, high = low - ROOM * (high - low), high + ROOM * (high - low)
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (step - left) / (right - left)
@@ -97,7 +106,7 @@ def draw(chart: Chart, number: int) -> str:
     for line in chart.lines:
         parts += curve(line, x, y)
     legend = "".join(
-        f'<span class="key c{line.color % COLORS}">{escape(line.name)} <b>{last_of(chart, line)}</b></span>'
+        f'<span class="key {line.style}">{escape(line.name)} <b>{last_of(chart, line)}</b></span>'
         for line in chart.lines
     )
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
@@ -138,8 +147,8 @@ def curve(line: Line, x: Any, y: Any) -> list[str]:
             continue
         pieces[-1].append(f"{x(step):.1f},{y(value):.1f}")
         if line.dots:
-            dots.append(f'<circle class="c{line.color % COLORS}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5"/>')
-    color = f'class="c{line.color % COLORS}"'
+            dots.append(f'<circle class="{line.style}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5"/>')
+    color = f'class="{line.style}"'
     drawn = [f'<polyline {color} points="{" ".join(piece)}"/>' for piece in pieces if len(piece) > 1]
     lone = [piece[0].split(",") for piece in pieces if len(piece) == 1 and not line.dots]
     return [*drawn, *dots, *(f'<circle {color} cx="{at}" cy="{up}" r="2"/>' for at, up in lone)]
@@ -148,7 +157,7 @@ def curve(line: Line, x: Any, y: Any) -> list[str]:
 def last_of(chart: Chart, line: Line) -> str:
     """The last value of a curve, as the legend shows it."""
     found = [value for value in line.values if value is not None]
-    return escape(written(found[-1], chart.unit)) if found else "–"
+    return escape(written(found[-1], chart.unit)) if found else NOTHING
 
 
 def written(value: float, unit: str) -> str:

@@ -73,7 +73,7 @@ def chart_of(
     marks: Sequence[float],
 ) -> Chart | None:  # fmt: skip
     """One chart; None where no run has such a curve. Each run has a color, or, where there is one run, each name."""
-    lines = []
+    lines: list[Line] = []
     for place, (run, curves) in enumerate(runs.items()):
         for name in names:
             if name in curves and curves[name].finite:
@@ -81,7 +81,8 @@ def chart_of(
                 shown = line_name(name, names, run, len(runs))
                 color = place if len(runs) > 1 else len(lines)
                 is_few = len(steps) <= FEW and (len(runs) == 1 or name.startswith("eval_"))
-                lines.append(Line(shown, steps, values, color, is_few))
+                is_faint = len(runs) > 1 and name == "loss" and "eval_loss" in curves
+                lines.append(Line(shown, steps, values, color, is_few, is_faint))
     if not lines:
         return None
     nonfinite = sum(curves[name].nonfinite for curves in runs.values() for name in names if name in curves)
@@ -113,4 +114,4 @@ def with_shares(history: History) -> Named:
 
 def resumed_at(history: History) -> list[float]:
     """The updates at which the run went on after an end, the last hundred."""
-    return [session.update for session in history.sessions[1:]][-100:]
+    return [float(session.update) for session in history.sessions[1:]][-100:]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .formats import amount, in_bytes
+from .formats import NOTHING, amount, in_bytes
 from .history import number
 from .html import Section, code, folded, table, text
 
@@ -49,14 +49,16 @@ def module(record: Mapping[str, Any]) -> str:
         return ""
     rows = [[code(found.get("class")), count(found.get("trainable")), count(found.get("frozen"))]]
     for name, child in list(mapping(found.get("children")).items())[:100]:
-        rows.append(["&emsp;" + code(name), count(mapping(child).get("trainable")), count(mapping(child).get("frozen"))])
+        rows.append(
+            ["&emsp;" + code(name), count(mapping(child).get("trainable")), count(mapping(child).get("frozen"))]
+        )
     return table(["", "trainable", "frozen"], rows, numbers=[1, 2])
 
 
 def count(value: Any) -> str:
     """A number of parameters."""
     found = number(value)
-    return "–" if found is None else f"{found:,.0f}" if found < 1e6 else f"{amount(found)} ({found:,.0f})"
+    return NOTHING if found is None else f"{found:,.0f}" if found < 1e6 else f"{amount(found)} ({found:,.0f})"
 
 
 def place(record: Mapping[str, Any]) -> str:

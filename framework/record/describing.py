@@ -62,9 +62,7 @@ def describe_session(fit: Any) -> dict[str, Any]:
 def describe_module(fit: Any) -> dict[str, Any]:
     """The module's class, and the numbers of its parameters, by child, too."""
     kind, counts = type(fit.module), fit.placement.parameters
-    children = {
-        name: {"trainable": child.trainable, "frozen": child.frozen} for name, child in counts.children.items()
-    }
+    children = {name: {"trainable": child.trainable, "frozen": child.frozen} for name, child in counts.children.items()}
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "trainable": counts.trainable,

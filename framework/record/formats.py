@@ -3,16 +3,18 @@
 import math
 from collections.abc import Iterable
 
+NOTHING = "-"  # stands where there is no value
+
 
 def short(value: float | None) -> str:
     """A number in about four digits.
 
     Example:
         >>> short(12345.678), short(0.000298), short(2.5), short(None)
-        ('12,350', '2.98e-04', '2.5', '–')
+        ('12,350', '2.98e-04', '2.5', '-')
     """
     if value is None:
-        return "–"
+        return NOTHING
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e7:
@@ -33,7 +35,7 @@ def amount(value: float | None) -> str:
         ('1.24B', '85.1K', '12')
     """
     if value is None:
-        return "–"
+        return NOTHING
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -48,7 +50,7 @@ def in_bytes(value: float | None) -> str:
         '3.5 GiB'
     """
     if value is None:
-        return "–"
+        return NOTHING
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if abs(value) >= 2**power:
             return f"{value / 2**power:.3g} {unit}"
@@ -63,7 +65,7 @@ def duration(seconds: float | None) -> str:
         ('8 s', '10 min 5 s', '2 h 3 min', '2 d 7 h')
     """
     if seconds is None or not math.isfinite(seconds):
-        return "–"
+        return NOTHING
     whole = int(seconds + 0.5)
     if whole < 10 and seconds != int(seconds):
         return f"{seconds:.1f} s"

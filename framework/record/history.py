@@ -31,7 +31,7 @@ class Session:
         ended: the same; None where no end was noted.
         state: "running" (also of one that was killed), "finished", "interrupted" or "failed".
         reason: what it ended with.
-        last_update: of the last line.
+        last_update, last_time: of the last line.
     """
 
     kind: str
@@ -41,6 +41,13 @@ class Session:
     state: str = "running"
     reason: str = ""
     last_update: int = 0
+    last_time: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the end, or to the last sign of life; 0 where the log has no times."""
+        end = self.last_time if self.ended is None else self.ended
+        return end - self.began if self.began is not None and end is not None else 0.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class History:
         self.curves: dict[str, Curve] = {}
         self.last: dict[str, float] = {}
         self.totals: dict[str, float] = {}
+        self._totals_before: dict[str, float] = {}  # of the session before
         self.sessions: list[Session] = []
         self.checkpoints: dict[int, SavedCheckpoint] = {}
         self.step = self.max_steps = 0
@@ -129,7 +137,7 @@ class History:
             self.epoch = epoch if epoch is not None else self.epoch
         self.step = int(step)
         if self.sessions:
-            self.sessions[-1] = replace(self.sessions[-1], last_update=self.step)
+            self.sessions[-1] = replace(self.sessions[-1], last_update=self.step, last_time=self.time)
 
     def _begin(self, kind: str, step: int, time: float | None, line: Mapping[str, Any]) -> None:
         if kind == "begin" and (self.sessions or self.curves) and not self._has_just_begun:
@@ -138,7 +146,7 @@ class History:
         for curve in self.curves.values():
             curve.cut_after(step)
         self.checkpoints = {update: each for update, each in self.checkpoints.items() if update <= step}
-        self.totals = {}
+        self._totals_before, self.totals = self.totals or self._totals_before, {}
         name, length = line.get("run_name"), number(line.get("max_steps"))
         self.run_name = name if isinstance(name, str) else self.run_name
         self.max_steps = int(length) if length is not None and 0 < length < 2**53 else self.max_steps
@@ -169,7 +177,9 @@ class History:
     def _log(self, step: int, line: Mapping[str, Any]) -> None:
         values = {name: value for name in line if name not in KEYS and (value := number(line[name])) is not None}
         if "train_runtime" in values:
-            self.totals = values
+            did_nothing = values.get("train_steps_per_second") == 0  # a run that was finished, resumed
+            totals = {name: value for name, value in values.items() if not name.startswith("memory_")}
+            self.totals = self._totals_before if did_nothing and self._totals_before else totals
             if self.sessions and self.sessions[-1].state == "running":  # earlier versions noted no end
                 self.sessions[-1] = replace(self.sessions[-1], state="finished", ended=self.time)
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .charts import Chart, data_script, draw
+from .formats import NOTHING
 
 LONGEST_CELL = 2000
 
@@ -30,7 +31,7 @@ class Section:
 
 def text(value: Any) -> str:
     """Something as text of a page, cut where it is very long."""
-    said = value if isinstance(value, str) else "–" if value is None else str(value)
+    said = value if isinstance(value, str) else NOTHING if value is None else str(value)
     # A lone surrogate, as a file's name may hold, can't be written as UTF-8.
     said = said.encode("utf-8", "replace").decode("utf-8")
     return escape(said if len(said) <= LONGEST_CELL else said[:LONGEST_CELL] + " …")

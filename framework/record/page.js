@@ -67,9 +67,12 @@
       const height = figure.classList.contains("wide") ? Math.min(340, Math.max(220, width * 0.34)) : Math.min(240, width * 0.5);
       const shown = isLog ? values.filter((value) => value > 0) : values;
       const [left, right] = limits(chart.lines.flatMap((line) => line.x));
-      const [low, high] = limits(shown);
       const f = isLog ? Math.log : (value) => value;
-      const from = isLog && low <= 0 ? Math.min(...shown) : low;
+      const back = isLog ? Math.exp : (value) => value;
+      let [from, high] = limits(shown);
+      if (isLog && from <= 0) from = high / 10;
+      const room = 0.04 * (f(high) - f(from));
+      [from, high] = [back(f(from) - room), back(f(high) + room)];
       const x = (step) => LEFT + (width - LEFT - RIGHT) * (step - left) / (right - left);
       const y = (value) => height - BOTTOM - (height - BOTTOM - TOP) * (f(value) - f(from)) / (f(high) - f(from));
       svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -79,7 +82,7 @@
         svg.append(make("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
         svg.append(make("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, written(tick, chart.unit)));
       }
-      for (const tick of ticks(left, right, Math.max(2, Math.floor(width / 90)))) {
+      for (const tick of ticks(left, right, Math.max(2, Math.floor(width / 70)))) {
         svg.append(make("text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, short(tick)));
       }
       for (const mark of chart.marks) {
@@ -91,13 +94,13 @@
       for (const line of chart.lines) {
         let piece = [];
         const end = () => {
-          if (piece.length > 1) svg.append(make("polyline", { class: "c" + line.color, points: piece.join(" ") }));
+          if (piece.length > 1) svg.append(make("polyline", { class: line.style, points: piece.join(" ") }));
           else if (piece.length === 1 && !line.dots) dot(piece[0], 2);
           piece = [];
         };
         const dot = (place, r) => {
           const [cx, cy] = place.split(",");
-          svg.append(make("circle", { class: "c" + line.color, cx, cy, r }));
+          svg.append(make("circle", { class: line.style, cx, cy, r }));
         };
         line.x.forEach((step, place) => {
           const value = line.y[place];
@@ -153,7 +156,7 @@
         const place = found[number];
         if (Math.abs(line.x[place] - step) > reach && line.x[place] !== nearest) return;
         const row = document.createElement("div");
-        row.className = "key c" + line.color;
+        row.className = "key " + line.style;
         const value = line.y[place];
         row.append(line.name + " ");
         const number_ = document.createElement("b");
@@ -195,8 +198,8 @@
     const seconds = (Date.now() - Date.parse(each.dateTime)) / 1000;
     if (seconds >= 0) each.textContent += ` (${ago(seconds)} ago)`;
   });
-  document.querySelectorAll(".badge.running[data-written]").forEach((badge) => {
-    const seconds = (Date.now() - Date.parse(badge.dataset.written)) / 1000;
+  document.querySelectorAll(".badge.running[data-seen]").forEach((badge) => {
+    const seconds = (Date.now() - Date.parse(badge.dataset.seen)) / 1000;
     if (seconds > Number(badge.dataset.patience)) {
       badge.className = "badge silent";
       badge.textContent = "no sign of life for " + ago(seconds);

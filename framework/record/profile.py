@@ -23,7 +23,8 @@ def profile_sections(directory: Path) -> list[Section]:
         return []
     if not files:
         return []
-    room, parts = MOST_BYTES, []
+    room = MOST_BYTES
+    parts: list[str] = []
     for path in [each for each in files if each.suffix in TABLES][:MOST_FILES]:
         try:
             with path.open("rb") as file:

@@ -78,8 +78,8 @@ class Recorder(Logger):
             return
         self.history.take({"time": iso_of(time.time()), **details, "step": step, "event": event})
         if event in ENDS:
-            entries = {"state": ENDS[event], "ended": iso_of(time.time()), "last_update": step}
-            self.file.note_session(**entries, **{name: details[name] for name in ("reason", "signal") if name in details})
+            reason = {"reason": details["reason"]} if "reason" in details else {}
+            self.file.note_session(state=ENDS[event], ended=iso_of(time.time()), last_update=step, **reason)
             self._write()
         else:
             self._write_after(AFTER_CHECKPOINT)
@@ -118,7 +118,8 @@ class Recorder(Logger):
             best=best if state.best_metric is not None else None,
             checkpoints=[as_json(each) for each in self.history.checkpoints.values()],
         )
-        self.file.note_session(last_update=self.history.step)
+        last = {} if self.history.time is None else {"last_time": iso_of(self.history.time)}
+        self.file.note_session(last_update=self.history.step, **last)
         try:
             self.file.write()
             write_report(self.file.path.parent, self.file.content, self.history)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from . import configuration
-from .charts import Chart
 from .choosing import WAITING, charts_of, with_shares
-from .formats import amount, duration, in_bytes, short, words
-from .history import History, iso_of, number, seconds_of
+from .formats import NOTHING, amount, duration, in_bytes, short, words
+from .history import History, Session, iso_of, number, seconds_of
 from .html import Section, code, figures, folded, page, table, text, tiles
 from .profile import profile_sections
 from .run_file import replace_file
@@ -17,6 +16,7 @@ from .run_file import replace_file
 NAME = "report.html"
 PATIENCE = 120.0  # seconds without a new report, at least, after which a page says that the run is silent
 MOST_ROWS = 200
+SHOWN_CHECKPOINTS = 10  # of the checkpoints; more on demand
 
 
 def write_report(directory: Path, record: Mapping[str, Any], history: History, path: Path | None = None) -> Path:
@@ -45,7 +45,7 @@ def report(directory: Path, record: Mapping[str, Any], history: History) -> str:
         header(name, record, history),
         figures(main),
         folded(f"Other numbers ({len(others)})", figures(others, len(main)) + (f"<p>{text(left)}</p>" if left else "")),
-        Section("Time", times(history)),
+        Section("Totals and time", times(history)),
         *profile_sections(directory),
         Section("Checkpoints", checkpoints(record, history)),
         Section("Sessions", sessions(record, history)),
@@ -71,7 +71,7 @@ def state_of(record: Mapping[str, Any], history: History) -> str:
 
 def header(name: str, record: Mapping[str, Any], history: History) -> str:
     """The title, the state, and the numbers that are looked for first."""
-    state, now = state_of(record, history), time.time()
+    state, seen = state_of(record, history), history.time or time.time()
     patience = max(PATIENCE, 5 * longest_pause(history))
     length = history.max_steps or record.get("max_steps") or 0
     session = (record.get("sessions") or [{}])[-1]
@@ -87,10 +87,10 @@ def header(name: str, record: Mapping[str, Any], history: History) -> str:
     said = f'<p class="reason">{text(reason)}</p>' if reason and state in ("failed", "interrupted") else ""
     return (
         f"<header><h1>{text(name)}</h1>"
-        f'<span class="badge {state}" data-written="{iso_of(now)}" data-patience="{patience:.0f}">{text(state)}</span>'
+        f'<span class="badge {state}" data-seen="{iso_of(seen)}" data-patience="{patience:.0f}">{text(state)}</span>'
         f'<button id="theme" type="button" hidden>light / dark</button></header>'
         f'<p class="sub">{text(" · ".join(filter(None, where)))}</p>'
-        f'<p class="sub">as of {clock(now)}</p>'
+        f'<p class="sub">as of {clock(seen, "since")}</p>'
         f"{said}{tiles(first_numbers(record, history, length))}"
     )
 
@@ -107,10 +107,10 @@ def first_numbers(record: Mapping[str, Any], history: History, length: int) -> l
     losses = [name for name in last if name.startswith("eval_") and name.endswith("loss")]
     found += [(words(name), short(last[name])) for name in losses[:2]]
     if isinstance(best, Mapping) and number(best.get("value")) is not None:
-        found.append((f"best {words(str(best.get('name')))}", f"{short(number(best['value']))} at {best.get('update')}"))
-    if "train_runtime" in totals:
-        found.append(("run time", duration(totals["train_runtime"])))
-    elif rate and length > history.step:
+        found.append((f"best, at {best.get('update')}", short(number(best["value"]))))
+    if any(session.seconds for session in history.sessions):
+        found.append(("run time", duration(sum(session.seconds for session in history.sessions))))
+    if rate and length > history.step and state_of(record, history) == "running":
         found.append(("time left", duration((length - history.step) / rate)))
     found += [("updates / s", short(totals.get("train_steps_per_second", rate)))] if rate or totals else []
     if "train_tokens_per_second" in totals:
@@ -166,24 +166,21 @@ def checkpoints(record: Mapping[str, Any], history: History) -> str:
         values = [text(short(each.evaluation.get(name))) for name in names]
         rows.append([f"{each.update:,}", code(each.name) + text(mark + gone), clock(each.time), *values])
         classes.append("best" if mark else "gone" if gone else "")
-    return table(["update", "directory", "saved", *map(words, names)], rows, classes, numbers=[0, *range(3, 9)])
+    headings, numbers = ["update", "directory", "saved", *map(words, names)], [0, *range(3, 9)]
+    earlier = table(headings, rows[SHOWN_CHECKPOINTS:], classes[SHOWN_CHECKPOINTS:], numbers)
+    newest = table(headings, rows[:SHOWN_CHECKPOINTS], classes, numbers)
+    return newest + folded(f"Earlier ones ({len(rows) - SHOWN_CHECKPOINTS})", earlier)
 
 
 def sessions(record: Mapping[str, Any], history: History) -> str:
     """How the run began, was resumed, and ended, with the reasons."""
-    found = record.get("sessions") or [
-        {
-            "kind": each.kind, "update": each.update, "began": each.began and iso_of(each.began), "state": each.state,
-            "ended": each.ended and iso_of(each.ended), "reason": each.reason, "last_update": each.last_update,
-        }
-        for each in history.sessions
-    ]  # fmt: skip
+    found = record.get("sessions") or [as_recorded(each) for each in history.sessions]
     rows = []
     for place, each in enumerate(found):
         state, is_last = str(each.get("state", "running")), place == len(found) - 1
         if state == "running" and not is_last:
             state = "broken off: no end was noted (killed, or the machine was lost)"
-        began, ended = seconds_of(each.get("began")), seconds_of(each.get("ended"))
+        began, ended = seconds_of(each.get("began")), seconds_of(each.get("ended") or each.get("last_time"))
         changed = each.get("changed_arguments")
         said = [state, str(each.get("reason") or "")]
         if isinstance(changed, Mapping):
@@ -193,12 +190,20 @@ def sessions(record: Mapping[str, Any], history: History) -> str:
                 text(each.get("kind")),
                 text(each.get("update")) + " to " + text(each.get("last_update", "?")),
                 clock(began),
-                duration(ended - began) if began and ended else "–",
+                duration(ended - began) if began and ended else NOTHING,
                 text(f"{each.get('host', '')} {each.get('world_size', '')}".strip() or None),
                 "<br>".join(text(part) for part in said if part),
             ]
         )
     return table(["", "updates", "began", "took", "host, ranks", "how it ended"], rows[-MOST_ROWS:])
+
+
+def as_recorded(session: Session) -> dict[str, Any]:
+    """A session of a log as run.json would hold it."""
+    times = {"began": session.began, "ended": session.ended, "last_time": session.last_time}
+    found: dict[str, Any] = {name: iso_of(seconds) for name, seconds in times.items() if seconds is not None}
+    names = ("kind", "update", "state", "reason", "last_update")
+    return {**found, **{name: getattr(session, name) for name in names}}
 
 
 def pairs(changed: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -217,12 +222,12 @@ def earlier_runs(record: Mapping[str, Any]) -> str:
     return table(["run", "name", "began", "updates", "state"], rows)
 
 
-def clock(seconds: float | None) -> str:
-    """A time, in UTC; the page's script adds how long ago that was to one that says "as of"."""
+def clock(seconds: float | None, kind: str = "") -> str:
+    """A time, in UTC; the page's script adds how long ago that was to one of the kind "since"."""
     if seconds is None:
-        return "–"
+        return NOTHING
     iso = iso_of(seconds)
-    return f'<time datetime="{iso}">{iso[:10]} {iso[11:19]} UTC</time>'
+    return f'<time class="{kind}" datetime="{iso}">{iso[:10]} {iso[11:19]} UTC</time>'
 
 
 def words_of(choice: Any) -> str:
@@ -244,6 +249,3 @@ def longest_pause(history: History) -> float:
         return 0.0
     between = (steps.steps[-1] - steps.steps[0]) / max(1, steps.count - 1)
     return between / max(1e-9, min(rates.finite))
-
-
-__all__ = ["NAME", "Chart", "report", "write_report"]
