@@ -105,7 +105,7 @@ def with_shares(history: History) -> Named:
         return history.curves
     by_step = dict(zip(rates.steps, rates.values, strict=True))
     shares = Curve()
-    for step, seconds in zip(waiting.steps, waiting.values, strict=True):
+    for step, seconds in zip(*waiting.thinned(MOST_OF_A_CURVE), strict=True):
         rate = by_step.get(step)
         if seconds is not None and rate is not None:
             shares.add(step, min(1.0, seconds * rate))

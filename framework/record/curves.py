@@ -1,9 +1,9 @@
 """A curve that forgets no extreme: numbers by update, thinned out to the least and the greatest of each stretch."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-KEPT = 4096  # points of a curve, above which it is thinned out
+KEPT = 2048  # points of a curve, above which it is thinned out
 
 
 class Curve:
@@ -53,33 +53,32 @@ class Curve:
         return [value for value in self.values if value is not None]
 
     def thinned(self, most: int) -> tuple[list[float], list[float | None]]:
-        """The curve in at most so many points: of each stretch of updates the least and the greatest value, in their
-        order, and of the last one the last value, too.
-        """
-        if len(self.steps) <= most:
-            return list(self.steps), list(self.values)
-        buckets = max(1, (most - 1) // 2)
-        size = len(self.steps) / buckets
-        places: list[int] = []
-        for bucket in range(buckets):
-            stretch = range(int(bucket * size), int((bucket + 1) * size))
-            there = [place for place in stretch if self.values[place] is not None]
-            if there:
-                least = min(there, key=self._value)
-                greatest = max(there, key=self._value)
-                places += sorted({least, greatest})
-            elif stretch:
-                places.append(stretch[0])
-        places += [len(self.steps) - 1] if places[-1] != len(self.steps) - 1 else []
-        return [self.steps[place] for place in places], [self.values[place] for place in places]
-
-    def _value(self, place: int) -> float:
-        value = self.values[place]
-        assert value is not None
-        return value
+        """The curve in at most so many points; see ``thin``."""
+        return thin(self.steps, self.values, most)
 
 
-def limits(values: Iterable[float]) -> tuple[float, float] | None:
-    """The least and the greatest value; None where there is none."""
-    found = list(values)
-    return (min(found), max(found)) if found else None
+def thin(steps: Sequence[float], values: Sequence[float | None], most: int) -> tuple[list[float], list[float | None]]:
+    """Leave out points, but not extremes: of each stretch the least and the greatest value stay, in their order, and
+    the last point.
+
+    Args:
+        steps, values: of the points; a value is None where there is none.
+        most: points that are left, at least 3.
+    """
+    if len(steps) <= most:
+        return list(steps), list(values)
+    buckets = max(1, (most - 1) // 2)
+    size = len(steps) / buckets
+    places: list[int] = []
+    for bucket in range(buckets):
+        first, end = int(bucket * size), int((bucket + 1) * size)
+        stretch = values[first:end]
+        there = [value for value in stretch if value is not None]
+        if there:
+            least, greatest = first + stretch.index(min(there)), first + stretch.index(max(there))
+            places += [least, greatest] if least < greatest else [greatest, least] if greatest < least else [least]
+        elif end > first:
+            places.append(first)
+    if places[-1] != len(steps) - 1:
+        places.append(len(steps) - 1)
+    return [steps[place] for place in places], [values[place] for place in places]

@@ -191,7 +191,7 @@ class History:
             if step in self.checkpoints and not self.checkpoints[step].evaluation:
                 self.checkpoints[step] = replace(self.checkpoints[step], evaluation=evaluation)
         for name, value in values.items():
-            if not ABOUT_EVALUATION.search(name) or not evaluation:
+            if not evaluation or not ABOUT_EVALUATION.search(name):
                 self._add(name, step, value)
 
     def _rate(self, step: int) -> None:

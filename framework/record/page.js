@@ -60,7 +60,7 @@
     const svg = figure.querySelector("svg");
     const values = chart.lines.flatMap((line) => line.y.filter((value) => value !== null));
     const canLog = values.some((value) => value > 0) && chart.unit !== "bytes";
-    let isLog = chart.log && canLog, scale = null;
+    let isLog = false, scale = null;
 
     const draw = () => {
       const width = Math.max(260, figure.clientWidth - 26);

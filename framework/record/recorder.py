@@ -45,8 +45,8 @@ class Recorder(Logger):
         facts, session = describe(fit), describe_session(fit)
         self._git = self._git or GitLook(Path(facts["program"]["script"] or facts["program"]["directory"]).parent)
         self._fit, self.file = fit, RunFile(directory)
-        self.file.begin(fit.saver.directory.line.id, facts, session)
-        self.history = earlier_history(directory / LOG, fit.state.global_step) if fit.state.global_step else History()
+        self.history = earlier_history(directory / LOG) if fit.state.global_step else History()
+        self.file.begin(fit.saver.directory.line.id, facts, session, self._last_seen())
         self.history.take(
             {
                 "step": fit.state.global_step,
@@ -96,6 +96,14 @@ class Recorder(Logger):
         finally:
             self._fit = self.file = None
 
+    def _last_seen(self) -> dict[str, Any]:
+        """What the log says of the end of a session that was killed."""
+        if not self.history.sessions:
+            return {}
+        last = self.history.sessions[-1]
+        seen = {} if last.last_time is None else {"last_time": iso_of(last.last_time)}
+        return {"last_update": last.last_update, **seen}
+
     def _write_after(self, seconds: float) -> None:
         if time.time() - self._written >= max(seconds, self._cost / SHARE):
             self._write()
@@ -127,7 +135,7 @@ class Recorder(Logger):
             self._cost = time.time() - began
 
 
-def earlier_history(path: Path, update: int) -> History:
+def earlier_history(path: Path) -> History:
     """What the sessions before have logged, as far as their log is there."""
     history = History()
     try:

@@ -31,7 +31,9 @@ class RunFile:
         self.path = directory / NAME
         self.content: dict[str, Any] = {}
 
-    def begin(self, run: str, facts: Mapping[str, Any], session: Mapping[str, Any]) -> None:
+    def begin(
+        self, run: str, facts: Mapping[str, Any], session: Mapping[str, Any], last_seen: Mapping[str, Any]
+    ) -> None:
         """Take in a session that begins. What the file holds of the same run stays, but for what ``facts`` says anew;
         another run is shortened to a line.
 
@@ -39,6 +41,7 @@ class RunFile:
             run: its id.
             facts: what the run is.
             session: when, where, and at which update it began.
+            last_seen: entries of the session before, where that one noted no end.
         """
         found = read_record(self.path)
         before = found if found.get("id_of_run") == run else {}
@@ -48,12 +51,15 @@ class RunFile:
         marker = {name: found[name] for name in OF_EARLIER_MARKERS if name in found}
         changed = changed_arguments(before.get("arguments", {}), facts.get("arguments", {}))
         new = {**session, **({"changed_arguments": changed} if before and changed else {})}
+        sessions = before.get("sessions", [])
+        if sessions and sessions[-1].get("state") == "running":
+            sessions = [*sessions[:-1], {**sessions[-1], **last_seen}]
         self.content = {
             RECORD_FORMAT: FORMAT,
             "id_of_run": run,
             **before,
             **facts,
-            "sessions": [*before.get("sessions", []), new][-MOST_SESSIONS:],
+            "sessions": [*sessions, new][-MOST_SESSIONS:],
             **({"earlier_runs": earlier} if earlier else {}),
             **marker,
         }
