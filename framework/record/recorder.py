@@ -11,9 +11,9 @@ from .describing import describe, describe_session
 from .facts import GitLook
 from .history import ENDS, History, SavedCheckpoint, iso_of
 from .log_file import LogFile
-from .run_file import RunFile
+from .run_file import RunFile, remove_partial
 
-LOG = "log.jsonl"
+LOG, RECORD, REPORT = "log.jsonl", "run.json", "report.html"
 GIT_WAIT = 0.04  # seconds that a beginning waits for git
 AFTER_LOG = 30.0  # seconds since the report was written, after which a log has it written again
 AFTER_CHECKPOINT = 3.0
@@ -33,7 +33,8 @@ class Recorder(Logger):
         self.history = History()
         self._fit: Any = None
         self._git: GitLook | None = None
-        self._written, self._cost = 0.0, 0.0  # when the files were written, and the seconds that it took
+        self._written, self._cost = 0.0, 0.0  # when writing was tried last, and the seconds that it took
+        self._is_stale = False  # whether there is something new since the files were written
         self._memory_at = 0.0
 
     def begin(self, fit: Any) -> None:
@@ -45,6 +46,8 @@ class Recorder(Logger):
         facts, session = describe(fit), describe_session(fit)
         self._git = self._git or GitLook(Path(facts["program"]["script"] or facts["program"]["directory"]).parent)
         self._fit, self.file = fit, RunFile(directory)
+        for name in (RECORD, REPORT):
+            remove_partial(directory / name)
         self.history = earlier_history(directory / LOG) if fit.state.global_step else History()
         self.file.begin(fit.saver.directory.line.id, facts, session, self._last_seen())
         self.history.take(
@@ -69,6 +72,7 @@ class Recorder(Logger):
             self._memory_at = now
             line |= held(self._fit.strategy.device)
         self.history.take(line)
+        self._is_stale = True
         is_evaluation = any(name.startswith("eval_") for name in metrics)
         self._write_after(0.0 if is_evaluation else AFTER_LOG)
 
@@ -77,6 +81,7 @@ class Recorder(Logger):
         if self._fit is None or self.file is None:
             return
         self.history.take({"time": iso_of(time.time()), **details, "step": step, "event": event})
+        self._is_stale = True
         if event in ENDS:
             reason = {"reason": details["reason"]} if "reason" in details else {}
             self.file.note_session(state=ENDS[event], ended=iso_of(time.time()), last_update=step, **reason)
@@ -86,7 +91,7 @@ class Recorder(Logger):
 
     def flush(self) -> None:
         """Write the files, with what came since they were written."""
-        if self._fit is not None and self.history.time is not None and self.history.time > self._written:
+        if self._fit is not None and self._is_stale:
             self._write()
 
     def close(self) -> None:
@@ -131,6 +136,7 @@ class Recorder(Logger):
         try:
             self.file.write()
             write_report(self.file.path.parent, self.file.content, self.history)
+            self._is_stale = False
         finally:
             self._cost = time.time() - began
 

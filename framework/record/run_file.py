@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,13 @@ def replace_file(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what was written beside a file by processes that were killed before they could give it the name."""
+    for partial in path.parent.glob(f"{path.name}.*.partial"):
+        with suppress(OSError):  # another process may have been about to
+            partial.unlink()
 
 
 def in_short(record: Mapping[str, Any]) -> dict[str, Any]:
