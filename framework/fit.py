@@ -21,7 +21,6 @@ from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
-from .record.recorder import Recorder
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -114,7 +113,7 @@ class Fit(Runs):
         start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
         given_loggers = get_loggers(loggers)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers([Recorder(), *given_loggers] if self.strategy.is_main else ())
+        self.loggers = Loggers(self._with_record(given_loggers) if self.strategy.is_main else ())
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -314,6 +313,12 @@ class Fit(Runs):
                 checkpoint.check_can_write(Path(self.args.output_dir))
 
         on_all_ranks(self.strategy, check, ValueError)
+
+    def _with_record(self, given: list[Logger]) -> list[Logger]:
+        """The loggers that were given, after the record's, which reads an earlier log before they add to it."""
+        from .record.recorder import Recorder  # a Fit needs it, and who imports stratagem doesn't
+
+        return [Recorder(), *given]
 
     # The end of a Fit.
 

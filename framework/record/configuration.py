@@ -21,7 +21,8 @@ def arguments(record: Mapping[str, Any]) -> str:
     """The arguments: those that aren't the defaults first, then what became of others, then all."""
     found = record.get("arguments", {})
     given, settled = mapping(found.get("given")), mapping(found.get("settled"))
-    chosen = [name for name in found.get("not_defaults") or [] if name in given]
+    others = found.get("not_defaults")
+    chosen = [name for name in given if isinstance(others, list) and name in others]
     rows = [
         [code("strategy"), code(mapping(record.get("strategy")).get("is"))],
         [code("precision"), code(mapping(record.get("precision")).get("is"))],
@@ -70,7 +71,12 @@ def place(record: Mapping[str, Any]) -> str:
         rows.append(["in", code(program.get("directory"))])
     git = mapping(record.get("git"))
     if git:
-        state = "clean" if git.get("is_clean") else f"changed: {', '.join(map(str, git.get('changed') or []))}"
+        changed = git.get("changed")
+        state = (
+            "clean"
+            if git.get("is_clean")
+            else f"changed: {', '.join(map(str, changed if isinstance(changed, list) else []))}"
+        )
         rows.append(["commit", f"{code(git.get('commit'))} ({text(git.get('branch'))}), {text(state)}"])
     if host:
         rows.append(["host", text(f"{host.get('name')} · {host.get('system')} · {host.get('cpus')} CPUs")])

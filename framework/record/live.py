@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Sequence
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -106,9 +107,16 @@ def progress(run: Run) -> RenderableType:
     if (left := seconds_left(run)) is not None:
         told.append(f"{duration(left)} left")
     where = f"update {history.step:,}" + (f" / {length:,}" if length else "")
-    bar = ProgressBar(total=length, completed=min(history.step, length)) if length else Text()
+    bar = progress_bar(run, None) if length else Text()
     row.add_row(Text(where, style="bold"), bar, Text(" · ".join(told)))
     return row
+
+
+def progress_bar(run: Run, width: int | None) -> ProgressBar:
+    """The part of the run that is done."""
+    length = run.max_steps
+    done, color = min(run.history.step, length), STYLES[state_of(run)[0]]
+    return ProgressBar(total=length, completed=done, width=width, complete_style=color, finished_style=color)
 
 
 def seconds_left(run: Run) -> float | None:
@@ -181,12 +189,8 @@ def numbers(run: Run) -> RenderableType:
         found.append(("slowest rank", slow))
     if "data_wait_seconds" in last and rate:
         found.append(("waiting for data", f"{min(1.0, last['data_wait_seconds'] * rate):.0%}"))
-    shown = Text()
-    for place, (name, value) in enumerate(found[:24]):
-        shown.append("   " if place else "")
-        shown.append(clean(name).replace(" ", "\u00a0") + "\u00a0", style="dim")
-        shown.append(clean(value).replace(" ", "\u00a0"), style="bold")
-    return shown
+    each = (Text.assemble((clean(name) + " ", "dim"), (clean(value), "bold")) for name, value in found[:24])
+    return Columns(each, padding=(0, 3))
 
 
 def overview(runs: Sequence[Run], columns: int) -> RenderableType:
@@ -199,7 +203,7 @@ def overview(runs: Sequence[Run], columns: int) -> RenderableType:
     for run in runs:
         history, (state, said) = run.history, state_of(run)
         loss, length = history.curves.get("loss"), run.max_steps
-        bar = ProgressBar(total=length, completed=min(history.step, length), width=room) if length else Text()
+        bar = progress_bar(run, room) if length else Text()
         held_out = losses(run)
         shown.add_row(
             Text(clean(run.name), style="bold"),

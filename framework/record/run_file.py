@@ -14,6 +14,11 @@ NAME = "run.json"
 FORMAT = 1
 MOST_SESSIONS = 200
 MOST_EARLIER = 20
+LISTS = ("sessions", "checkpoints", "earlier_runs")
+MAPPINGS = (
+    "arguments", "best", "device", "evaluation", "git", "host", "metrics", "module", "precision", "program", "strategy",
+    "versions",
+)  # fmt: skip
 # What an earlier version wrote into a file of this name, and a run goes on from: see checkpoint/line.py.
 OF_EARLIER_MARKERS = ("id", "ancestors", "resumed_from", "launch", "global_batch")
 
@@ -80,16 +85,18 @@ class RunFile:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file; empty where there is none that can be read."""
+    """The record in a file; empty where there is none that can be read. Entries of a wrong kind are left out."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}
-    for name, kind in (("sessions", list), ("checkpoints", list), ("earlier_runs", list), ("arguments", dict),
-                       ("metrics", dict), ("module", dict), ("host", dict)):  # fmt: skip
-        if not isinstance(found.get(name, kind()), kind):
+    for name in LISTS:
+        if not isinstance(found.get(name, []), list):
+            del found[name]
+    for name in MAPPINGS:
+        if not isinstance(found.get(name, {}), dict):
             del found[name]
     found["sessions"] = [each for each in found.get("sessions", []) if isinstance(each, dict)]
     return found

@@ -56,7 +56,7 @@ def run_watch(options: argparse.Namespace) -> int:
         return 0 if watched.runs else 1
     from rich.live import Live
 
-    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             watched.look()
             watched.read()
