@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..loggers.base import Logger
 from ..process_memory import held
+from ..state import TrainState
 from .describing import describe, describe_session
 from .facts import GitLook
 from .history import ENDS, History, SavedCheckpoint, iso_of
@@ -31,7 +34,8 @@ class Recorder(Logger):
     def __init__(self) -> None:
         self.file: RunFile | None = None
         self.history = History()
-        self._fit: Any = None
+        # Of the run; not the Fit itself, which its loggers would then keep alive.
+        self._state, self._device, self._best_metric = TrainState(), torch.device("cpu"), ""
         self._git: GitLook | None = None
         self._written, self._cost = 0.0, 0.0  # when writing was tried last, and the seconds that it took
         self._is_stale = False  # whether there is something new since the files were written
@@ -39,13 +43,15 @@ class Recorder(Logger):
 
     def begin(self, fit: Any) -> None:
         """Write down what the run is. An earlier session's curves are read from its log."""
-        self._fit = None
+        self.file = None
         if not fit.args.report:
             return
         directory = Path(fit.args.output_dir)
         facts, session = describe(fit), describe_session(fit)
-        self._git = self._git or GitLook(Path(facts["program"]["script"] or facts["program"]["directory"]).parent)
-        self._fit, self.file = fit, RunFile(directory)
+        place, script = facts["program"]["directory"], facts["program"]["script"]
+        self._git = self._git or GitLook(Path(script).parent if script else Path(place))
+        self._state, self._device, self._best_metric = fit.state, fit.strategy.device, fit.args.best_metric
+        self.file = RunFile(directory)
         for name in (RECORD, REPORT):
             remove_partial(directory / name)
         self.history = earlier_history(directory / LOG) if fit.state.global_step else History()
@@ -64,13 +70,13 @@ class Recorder(Logger):
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Add numbers to the curves; after an evaluation, write the files."""
-        if self._fit is None:
+        if self.file is None:
             return
         now = time.time()
         line: dict[str, Any] = {**metrics, "step": step, "time": iso_of(now)}
         if now - self._memory_at >= 1.0:
             self._memory_at = now
-            line |= held(self._fit.strategy.device)
+            line |= held(self._device)
         self.history.take(line)
         self._is_stale = True
         is_evaluation = any(name.startswith("eval_") for name in metrics)
@@ -78,7 +84,7 @@ class Recorder(Logger):
 
     def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
         """Take note of a checkpoint, or of the end of the run."""
-        if self._fit is None or self.file is None:
+        if self.file is None:
             return
         self.history.take({"time": iso_of(time.time()), **details, "step": step, "event": event})
         self._is_stale = True
@@ -91,15 +97,15 @@ class Recorder(Logger):
 
     def flush(self) -> None:
         """Write the files, with what came since they were written."""
-        if self._fit is not None and self._is_stale:
+        if self.file is not None and self._is_stale:
             self._write()
 
     def close(self) -> None:
-        """The same, and let go of the Fit."""
+        """The same, and end the record."""
         try:
             self.flush()
         finally:
-            self._fit = self.file = None
+            self.file = None
 
     def _last_seen(self) -> dict[str, Any]:
         """What the log says of the end of a session that was killed."""
@@ -117,11 +123,11 @@ class Recorder(Logger):
         from .report import write_report  # a run without a report needn't import it
 
         assert self.file is not None
-        state, began = self._fit.state, time.time()
+        state, began = self._state, time.time()
         self._written = began
         totals = self.history.totals
         evaluation = {name: value for name, value in self.history.last.items() if name.startswith("eval_")}
-        best = {"update": state.best_global_step, "name": self._fit.args.best_metric, "value": state.best_metric}
+        best = {"update": state.best_global_step, "name": self._best_metric, "value": state.best_metric}
         self.file.note(
             git=self._git.found if self._git is not None else None,
             update=self.history.step,

@@ -1,5 +1,6 @@
 """run.json and report.html: what a run writes down of itself, while it goes on, when it ends, and when it can't."""
 
+import gc
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,27 @@ def test_events_of_checkpoints_are_in_the_log(make_fit: MakeFit, output: Path) -
     assert removed == {f"checkpoint-{step}" for step in (2, 4, 6)} - set(left)
     assert told[-1][0] == "finish"
     assert all(abs(seconds_of(line["time"]) - time.time()) < 3600 for line in log)  # type: ignore[operator]
+
+
+def test_a_fit_with_a_record_is_collected_as_one_without(make_fit: MakeFit, output: Path) -> None:
+    fit = train(make_fit, report=True)
+    gone = weakref.ref(fit)
+    del fit
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_program_without_a_file_is_looked_up_where_it_runs(
+    make_fit: MakeFit, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    monkeypatch.chdir(Path(__file__).parent)
+    train(make_fit)
+    record = record_in(output)
+    assert record["program"]["script"] is None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if git.returncode == 0:
+        assert record["git"]["commit"] == git.stdout.strip()
 
 
 def test_it_can_be_switched_off(make_fit: MakeFit, output: Path) -> None:
