@@ -15,43 +15,66 @@ from .framework.watch.endings import AnotherRankFailed, Interrupted
 from .precision.names import lazy_exports
 
 if TYPE_CHECKING:
-    from .framework.builtin_callbacks import EarlyStopping, EmptyCache, FirstStepTime, LearningRateMonitor, Throughput
+    from .framework.builtin_callbacks import (
+        EarlyStopping,
+        EmptyCache,
+        FirstStepTime,
+        GradientHistograms,
+        LearningRateMonitor,
+        Throughput,
+    )
     from .framework.loggers import Logger
+    from .framework.loggers.comet import CometLogger
+    from .framework.loggers.csv import CSVLogger
     from .framework.loggers.json_lines import JsonLinesLogger
+    from .framework.loggers.mlflow import MlflowLogger
     from .framework.loggers.tensorboard import TensorBoardLogger
+    from .framework.loggers.trackio import TrackioLogger
+    from .framework.loggers.wandb import WandbLogger
     from .framework.uploading import Upload
 
 __all__ = [
     "AnotherRankFailed",
+    "CSVLogger",
     "Callback",
+    "CometLogger",
     "Control",
     "EarlyStopping",
     "EmptyCache",
     "FirstStepTime",
     "Fit",
     "FitArguments",
+    "GradientHistograms",
     "Interrupted",
     "JsonLinesLogger",
     "LearningRateMonitor",
     "Logger",
+    "MlflowLogger",
     "TensorBoardLogger",
     "Throughput",
+    "TrackioLogger",
     "TrainModule",
     "TrainOutput",
     "TrainState",
     "Upload",
+    "WandbLogger",
 ]
 
 # Imported when first used: a name costs nothing that a program doesn't ask for.
 FILES = {
     **dict.fromkeys(
-        ("EarlyStopping", "EmptyCache", "FirstStepTime", "LearningRateMonitor", "Throughput"),
+        ("EarlyStopping", "EmptyCache", "FirstStepTime", "GradientHistograms", "LearningRateMonitor", "Throughput"),
         "framework.builtin_callbacks",
     ),
+    "CSVLogger": "framework.loggers.csv",
+    "CometLogger": "framework.loggers.comet",
     "JsonLinesLogger": "framework.loggers.json_lines",
     "Logger": "framework.loggers",
+    "MlflowLogger": "framework.loggers.mlflow",
     "TensorBoardLogger": "framework.loggers.tensorboard",
+    "TrackioLogger": "framework.loggers.trackio",
     "Upload": "framework.uploading",
+    "WandbLogger": "framework.loggers.wandb",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, FILES)

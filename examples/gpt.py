@@ -5,7 +5,7 @@
     python examples/gpt.py --help       # every option of the run
 
 It ends with its loss on files it never saw, in bits per byte, and with a continuation of ``--prompt``. Watch it with
-``tensorboard --logdir output/gpt``.
+``tensorboard --logdir output``.
 """
 
 import argparse

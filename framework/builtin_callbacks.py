@@ -1,4 +1,4 @@
-"""Callbacks for common needs: early stopping, monitors of rate, throughput and first step, emptying of caches."""
+"""Callbacks for common needs: early stopping, monitors of rates and gradients, emptying of caches."""
 
 import time
 from collections.abc import Mapping
@@ -47,7 +47,14 @@ class EarlyStopping(Callback):
             self.best, self.without_improvement = value, 0
         else:
             self.without_improvement += 1
-            control.should_training_stop |= self.without_improvement >= self.patience
+            if self.without_improvement >= self.patience:
+                control.stop_training(self.reason(args))
+
+    def reason(self, args: FitArguments) -> str:
+        """Say why training is stopped."""
+        count, by = self.without_improvement, f" by more than {self.threshold:g}" if self.threshold else ""
+        evaluations = f"{count} evaluation{'s' * (count != 1)}"
+        return f"{args.best_metric} hasn't improved{by} in {evaluations} (best {self.best:.4g})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, and the number of evaluations without improvement since."""
@@ -138,6 +145,60 @@ class FirstStepTime(Callback):
         if self.seconds is not None and "loss" in logs:
             logs["first_step_seconds"] = self.seconds
             self.seconds = None
+
+
+class GradientHistograms(Callback):
+    """Shows how the gradients of each parameter are spread, in loggers that can show histograms.
+
+    They are counted on the device, and read at an update that is logged anyway, where the host waits for the device as
+    it is. Gradients are clipped by then, where they are clipped.
+
+    Args:
+        every: updates from one to the next; the first log after so many shows them.
+        bins: of a histogram.
+    """
+
+    def __init__(self, every: int = 100, bins: int = 32) -> None:
+        if every < 1 or bins < 1:
+            raise ValueError(f"every and bins must be at least 1. Received: every={every}, bins={bins}")
+        self.every, self.bins = every, bins
+        self.shown_at = 0
+
+    def on_train_begin(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
+        """Refuse a run whose gradients no rank holds whole, or that isn't logged by updates."""
+        kinds = fit.strategy.parameter_kinds()
+        if kinds != {"whole"}:
+            raise ValueError(
+                f"GradientHistograms reads whole gradients, and strategy={fit.strategy.name!r} leaves each rank a part "
+                f"of them ({', '.join(sorted(kinds))}). Leave it out, or use strategy='ddp'."
+            )
+        if args.logging_strategy != "steps":
+            raise ValueError(
+                f"GradientHistograms goes by the logs of updates, and logging_strategy={args.logging_strategy!r}. "
+                "Write logging_strategy='steps'."
+            )
+        self.shown_at = state.global_step
+
+    def on_pre_optimizer_step(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
+        """Count, where the update is logged."""
+        update = state.global_step + 1
+        if update - self.shown_at < self.every or update % args.logging_steps or not fit.strategy.is_main:
+            return
+        self.shown_at = update
+        for name, parameter in fit.strategy.named_parameters().items():
+            if parameter.grad is None or parameter.grad.is_complex():
+                continue
+            values = parameter.grad.detach().float().flatten()
+            values = values[values.isfinite()]
+            if len(values):
+                least, most = values.min().item(), values.max().item()
+                counts = torch.histc(values, self.bins, least, most)
+                edges = torch.linspace(least, most, self.bins + 1)
+                fit.loggers.histogram(f"gradients/{name}", (counts, edges), update)
 
 
 class EmptyCache(Callback):

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
+from .display.describing import describe_fit
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
@@ -30,6 +31,9 @@ from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
 from .watch.requeue import check_requeue, requeued
+
+if TYPE_CHECKING:
+    from .display.summary import Summary
 
 
 class Fit(Runs):
@@ -48,7 +52,8 @@ class Fit(Runs):
             newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
         callbacks: Callback instances; they hear events in this order.
-        loggers: names ("jsonl", "tensorboard") or Logger instances.
+        loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow", "trackio", "comet") or Logger instances; see
+            docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -110,10 +115,13 @@ class Fit(Runs):
         self._check_overriding(own)
         if own.requeue:
             check_requeue()
-        start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
+        from .record.recorder import Recorder  # a Fit needs it, and who imports stratagem doesn't
+
         given_loggers = get_loggers(loggers)
+        start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(self._with_record(given_loggers) if self.strategy.is_main else ())
+        is_main = self.strategy.is_main
+        self.loggers = Loggers(given_loggers if is_main else (), self, Recorder(self) if is_main else None)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -273,6 +281,35 @@ class Fit(Runs):
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
 
+    # What it is.
+
+    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
+        """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
+        goes in and out, and the floating-point operations of a forward.
+
+        Shapes and operations are found with a copy of the module, without memory where its forward allows; weights,
+        buffers, modes, random states and the position in the data stay as they are, and no other rank is asked. Where
+        they can't be found (a module that is sharded over ranks, a forward that fails), the table says why.
+
+        Args:
+            depth: layers inside of one another that are shown.
+            batch: what forward is called with, as the data gives it, on the host. None takes one sample of
+                ``train_data``, else of ``eval_data``.
+
+        Example:
+            >>> print(fit.summary(depth=1))
+            layer      type       input   output  parameters  trainable  FLOPs
+            ------------------------------------------------------------------
+            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
+            ...
+        """
+        from .display.summary import summarize
+
+        return summarize(self, depth, batch)
+
+    def __repr__(self) -> str:
+        return describe_fit(self)
+
     # What is checked once.
 
     def _check_overriding(self, args: FitArguments) -> None:
@@ -313,12 +350,6 @@ class Fit(Runs):
                 checkpoint.check_can_write(Path(self.args.output_dir))
 
         on_all_ranks(self.strategy, check, ValueError)
-
-    def _with_record(self, given: list[Logger]) -> list[Logger]:
-        """The loggers that were given, after the record's, which reads an earlier log before they add to it."""
-        from .record.recorder import Recorder  # a Fit needs it, and who imports stratagem doesn't
-
-        return [Recorder(), *given]
 
     # The end of a Fit.
 

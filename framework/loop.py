@@ -59,7 +59,7 @@ def train(steps: Steps, run: Run) -> None:
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
-    control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
+    control.begin_training(is_finished=state.global_step >= state.max_steps)  # finished: a run that was resumed
     model.train()
     placement.mode.train()
     emit("on_train_begin")

@@ -19,6 +19,7 @@ from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
+from .display.progress import Progress
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
@@ -33,7 +34,6 @@ from .state import TrainOutput
 from .steps import Steps
 from .switches import torch_settings
 from .switches.preparation import callbacks_of
-from .switches.progress import Progress
 from .switches.ranks_agree import RanksAgree
 from .watch.endings import Interrupted
 from .watch.watch import Watch
@@ -113,7 +113,7 @@ class Runs(Steps):
             run.begin_training(self._watch)
             self.memory.begin("train")
             try:
-                self.loggers.begin(self)
+                self.loggers.begin()
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
@@ -126,9 +126,9 @@ class Runs(Steps):
                 self.saver.abandon()
                 interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
                 self._tell_end("interrupt" if interrupted else "fail", one_line(error))
+                self.loggers.flush(in_hurry=True)
                 raise
-            finally:
-                self.loggers.flush()
+            self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
 
     def _tell_end(self, event: str, reason: str) -> None:

@@ -133,6 +133,7 @@ class Control:
             when the next update begins.
         should_epoch_stop: leave the epoch after this update; cleared when the next epoch begins.
         should_training_stop: leave training after this update; cleared when training begins.
+        stop_reason: why training is left, in words for a person; see ``stop_training``. Other ranks aren't told.
     """
 
     should_log: bool = False
@@ -140,6 +141,20 @@ class Control:
     should_save: bool = False
     should_epoch_stop: bool = False
     should_training_stop: bool = False
+    stop_reason: str = ""
+
+    def stop_training(self, reason: str) -> None:
+        """Ask to leave training after this update, and say why.
+
+        Args:
+            reason: what the run's last lines say: "eval_loss hasn't improved in 3 evaluations". The first one counts.
+        """
+        self.should_training_stop = True
+        self.stop_reason = self.stop_reason or reason
+
+    def begin_training(self, is_finished: bool) -> None:
+        """Forget what was asked of the last run. One that is finished already is left before its first update."""
+        self.should_training_stop, self.stop_reason = is_finished, ""
 
     def flags(self) -> list[int]:
         """Return the flags as numbers, in the order of the fields."""
@@ -151,4 +166,4 @@ class Control:
             setattr(self, flag, bool(value))
 
 
-FLAGS = tuple(field.name for field in dataclasses.fields(Control))
+FLAGS = tuple(field.name for field in dataclasses.fields(Control) if field.name.startswith("should_"))

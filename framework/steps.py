@@ -279,7 +279,7 @@ class Steps:
         logs = {**logs, "epoch": round(self.state.epoch, 6)}
         self.emit("on_log", logs=logs)
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.loggers.log(self, logs, self.state.global_step)
+        self.loggers.log(logs, self.state.global_step)
 
     def emit(self, event: str, **context: Any) -> None:
         """Tell the callbacks that listen to an event."""

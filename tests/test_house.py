@@ -102,6 +102,7 @@ WRITTEN: dict[str, str] = {
     "nn.functional.linear": "DeepSpeed put its own there; this puts torch's back",
     "group.post_backward": "FSDP2's group of parameters, whose hook is told which of them had a gradient",
     "comm.cdb": "DeepSpeed's one global back end, which a later run makes anew",
+    "setattr(backend, attribute)": "DeepSpeed's back end keeps torch's collectives, under names of the past",
     "zero.*": "DeepSpeed's ZeRO optimizer has no other way to clip by our norm",
     "self.zero.*": "the same optimizer, told that its state was read",
     "stream.epoch": "a fault for tests gets between a run and its data",

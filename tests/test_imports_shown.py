@@ -26,7 +26,8 @@ OURS = {
     for node in ast.parse(path.read_text(encoding="utf-8")).body
     if isinstance(node, ast.ClassDef)
 }
-ALSO_THEIRS = {"TensorBoardLogger", "EarlyStopping"}  # Lightning's classes of these names stand in docs/coming_from.md
+# Lightning's classes of these names stand in docs/coming_from.md.
+ALSO_THEIRS = {"TensorBoardLogger", "WandbLogger", "EarlyStopping"}
 
 
 def spans(text: str) -> list[str]:

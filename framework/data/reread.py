@@ -184,11 +184,15 @@ class LoaderStream(RereadStream):
     """Batches of a ready DataLoader with a sampler of its own: rank r of n uses batches r, r + n, r + 2n, ...
 
     A position counts batches here.
+
+    Attributes:
+        batch_size_is_known: whether loader or batch sampler say how many samples a batch has; else one is assumed.
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int) -> None:
-        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-        super().__init__(LoaderOptions(batch_size, False, loader.drop_last, default_collate, {}), seed, rank, size)
+        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        self.batch_size_is_known = batch_size is not None
+        super().__init__(LoaderOptions(batch_size or 1, False, loader.drop_last, default_collate, {}), seed, rank, size)
         if loader.collate_fn is default_convert:
             loader = copy.copy(loader)  # the user's loader keeps its own collation
             loader.collate_fn = convert

@@ -9,7 +9,7 @@ EVALUATES_SO = "evaluation runs in the run's own precision. Write precision='bf1
 STRATEGY = "Where the model runs is one word of Fit's: strategy='single', 'ddp', 'fsdp2', 'tp', 'deepspeed', ..."
 DDP = "It is an option of the strategy: strategy=DDP(...), from stratagem.strategies."
 UPLOADS = "Checkpoints are uploaded by a callback: stratagem.Upload(url)."
-LOGGERS = "Where logs go is Fit's loggers=['jsonl', 'tensorboard'], or Logger instances of your own."
+LOGGERS = "Where logs go is Fit's loggers=['jsonl', 'wandb'], by word or as instances (docs/loggers.md)."
 CALLED = "What is done is what you call: fit.train(), fit.evaluate(), fit.predict(data)."
 COLUMNS = "A batch goes to forward by the names of its parameters, and what forward doesn't take stays out of it"
 LOADER = "Give Fit a DataLoader as train_data, with the collate_fn and whatever else you like."

@@ -1,27 +1,83 @@
-"""What a logger does: takes numbers by name at a step, on the main process."""
+"""What a logger does: takes numbers by name at a step, and what else it can show, on the main process."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from ..state import TrainState
+from .values import Array, Histogram
+
+VERBS = ("image", "text", "histogram", "table")
+"""What a logger may show besides numbers."""
 
 
-class LoggedRun(Protocol):
-    """What loggers read of the Fit that they are given."""
+class Planned(Protocol):
+    """A plan, as far as it is logged."""
+
+    @property
+    def given(self) -> FitArguments:
+        """The arguments as they were given."""
+
+
+class LoggedFit(Protocol):
+    """A Fit, as far as it is logged."""
 
     @property
     def args(self) -> FitArguments:
-        """The arguments of the run; ``output_dir`` and ``run_name`` say where its numbers belong."""
+        """The arguments as the run follows them."""
 
     @property
-    def state(self) -> TrainState:
-        """The progress; ``global_step`` is above 0 where training is resumed."""
+    def plan(self) -> Planned:
+        """The plan of the run."""
+
+    state: TrainState
+    strategy: Strategy
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What loggers are told of the Fit, as it was at that moment: they may read it later, from a thread.
+
+    Attributes:
+        args: the arguments as the run follows them; ``output_dir`` and ``run_name`` say where its numbers belong.
+        given: the arguments as they were given: epochs and fractions of the run aren't turned into updates.
+        state: the progress, without its history; ``global_step`` is above 0 where training is resumed.
+        strategy: ``configuration()`` returns what its package was configured with.
+    """
+
+    args: FitArguments
+    given: FitArguments
+    state: TrainState
+    strategy: Strategy
+
+    @classmethod
+    def of(cls, fit: LoggedFit) -> "LoggedRun":
+        """Note how a Fit is now."""
+        return cls(fit.args, fit.plan.given, replace(fit.state, log_history=[]), fit.strategy)
 
     @property
-    def strategy(self) -> Strategy:
-        """The strategy; ``configuration()`` returns what its package was configured with."""
+    def name(self) -> str:
+        """The ``run_name``; without one, the last part of ``output_dir``."""
+        return self.args.run_name or Path(self.args.output_dir).absolute().name or "run"
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether training goes on from a checkpoint."""
+        return self.state.global_step > 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return strategy, precision, the number of ranks, and every argument as it was given."""
+        strategy = self.strategy
+        placed = {"strategy": repr(strategy), "precision": strategy.precision.name, "ranks": strategy.world_size}
+        return placed | self.given.to_dict()
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the settings that differ from the defaults, without those that only name the run."""
+        usual = {**type(self.given)().to_dict(), "output_dir": self.given.output_dir, "run_name": self.given.run_name}
+        return {name: value for name, value in self.settings().items() if name not in usual or usual[name] != value}
 
 
 class Logger:
@@ -31,13 +87,21 @@ class Logger:
         begin           at each train
         log             of each log, evaluation and prediction, in training or outside of it
         event           of each checkpoint, and of the end of each train
+        image, text, histogram, table       of ``fit.loggers.image(...)`` and the like
         flush           at the end of each train, and where it fails
         close           fit.close(), the end of ``with Fit(...) as fit``, or the end of the Fit or the process
 
     So one run of W&B or MLflow, made in ``open`` and finished in ``close``, holds everything that a Fit does. In a
     search, loggers are opened for the ``output_dir`` of each trial and closed after the trial.
 
-    An exception in one of these methods doesn't end training: it is warned of, once, by a LoggerWarning.
+    All of it is called from a thread of the logger's own, in that order, while training goes on: one that stalls costs
+    training nothing. An exception doesn't end training: it is warned of, once, by a LoggerWarning. A verb that a logger
+    doesn't define is left out there, which is said once.
+
+    Attributes:
+        synchronous: whether it is called at once instead, in the loop, which waits for it: what was logged before the
+            process is killed is then written.
+        package: the package that it needs, and the extra of stratagem's that installs it.
 
     Example:
         >>> class Print(Logger):
@@ -45,11 +109,14 @@ class Logger:
         ...         print(step, metrics)
     """
 
+    synchronous: ClassVar[bool] = False
+    package: ClassVar[tuple[str, str] | None] = None
+
     def open(self, fit: LoggedRun) -> None:
         """Make files and connections: here, not in the constructor. ``fit.args.output_dir`` is where they belong.
 
         Args:
-            fit: the Fit; see LoggedRun for what a logger should read of it.
+            fit: the Fit as it is now.
         """
 
     def begin(self, fit: LoggedRun) -> None:
@@ -68,8 +135,47 @@ class Logger:
             details: JSON types by name. "time" says when it was, in ISO 8601, where it wasn't just now.
         """
 
+    def image(self, name: str, image: Array, step: int) -> None:
+        """Show an image: an array of uint8 with the shape (height, width, 3)."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text in Markdown."""
+
+    def histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        """Show how often values fall between edges."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Show a table."""
+
     def flush(self) -> None:
         """Have everything that was logged readable when this returns."""
 
     def close(self) -> None:
         """Let go of what ``open`` made, with everything that was logged readable."""
+
+
+def grouped(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Sort numbers by what they are of: "train", "eval", "test" or another prefix of an evaluation, "totals".
+
+    Example:
+        >>> grouped({"loss": 2.0, "epoch": 1.0}), grouped({"eval_loss": 3.0})
+        ({'train': {'loss': 2.0, 'epoch': 1.0}}, {'eval': {'loss': 3.0}})
+    """
+    if "train_runtime" in metrics:
+        return {"totals": {name: value for name, value in metrics.items() if name != "epoch"}}
+    groups: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        prefix, _, rest = name.partition("_")
+        of_evaluation = prefix in ("eval", "test") or ("loss" not in metrics and f"{prefix}_loss" in metrics)
+        group, tag = (prefix, rest) if rest and of_evaluation else ("train", name)
+        groups.setdefault(group, {})[tag] = value
+    if len(groups) > 1 and groups.get("train", {}).keys() == {"epoch"}:  # it comes with every evaluation
+        groups["train"].pop("epoch")
+    return {group: numbers for group, numbers in groups.items() if numbers}
+
+
+def with_groups(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Name numbers as trackers group charts: "train/loss", "eval/loss"; "epoch" stays."""
+    named = {f"{group}/{tag}": value for group, found in grouped(metrics).items() for tag, value in found.items()}
+    named.pop("train/epoch", None)
+    return named | ({"epoch": metrics["epoch"]} if "epoch" in metrics else {})

@@ -31,6 +31,8 @@ class JsonLinesLogger(Logger):
         path: the file; None means ``<output_dir>/log.jsonl``.
     """
 
+    synchronous = True
+
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path).expanduser()
         self.current: Path | None = None  # the file that was opened last

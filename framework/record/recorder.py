@@ -1,13 +1,14 @@
 """The logger that keeps run.json and report.html: what a run is, what it logs, and how it ends."""
 
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..loggers.base import Logger
+from ..loggers.base import LoggedRun, Logger
 from ..process_memory import held
 from ..state import TrainState
 from .describing import describe, describe_session
@@ -29,9 +30,15 @@ class Recorder(Logger):
 
     Nothing is done between two logs; a log adds its numbers to curves in memory. The files are written when a run
     begins and ends, after evaluations and checkpoints, and now and then after a log. A kill leaves the last ones whole.
+
+    Args:
+        fit: whose runs they are. It isn't kept from ending.
     """
 
-    def __init__(self) -> None:
+    synchronous = True  # it reads the Fit where training begins, and is told of a kill by nobody
+
+    def __init__(self, fit: Any) -> None:
+        self._fit = weakref.ref(fit)
         self.file: RunFile | None = None
         self.history = History()
         # Of the run; not the Fit itself, which its loggers would then keep alive.
@@ -41,21 +48,21 @@ class Recorder(Logger):
         self._is_stale = False  # whether there is something new since the files were written
         self._memory_at = 0.0
 
-    def begin(self, fit: Any) -> None:
+    def begin(self, fit: LoggedRun) -> None:
         """Write down what the run is. An earlier session's curves are read from its log."""
-        self.file = None
-        if not fit.args.report:
+        self.file, whole = None, self._fit()
+        if not fit.args.report or whole is None:
             return
         directory = Path(fit.args.output_dir)
-        facts, session = describe(fit), describe_session(fit)
+        facts, session = describe(whole), describe_session(whole)
         place, script = facts["program"]["directory"], facts["program"]["script"]
         self._git = self._git or GitLook(Path(script).parent if script else Path(place))
-        self._state, self._device, self._best_metric = fit.state, fit.strategy.device, fit.args.best_metric
+        self._state, self._device, self._best_metric = whole.state, fit.strategy.device, fit.args.best_metric
         self.file = RunFile(directory)
         for name in (RECORD, REPORT):
             remove_partial(directory / name)
         self.history = earlier_history(directory / LOG) if fit.state.global_step else History()
-        self.file.begin(fit.saver.directory.line.id, facts, session, self._last_seen())
+        self.file.begin(whole.saver.directory.line.id, facts, session, self._last_seen())
         self.history.take(
             {
                 "step": fit.state.global_step,

@@ -1,6 +1,7 @@
 """Reports of a search: a line for each trial, TensorBoard's HParams, a table at the end, and Optuna's pictures."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,16 @@ def print_table(output: SearchOutput) -> None:
 
 
 def write_hparams(trial: TrialResult, objectives: tuple[str, ...]) -> None:
-    """Write the parameters and objectives of a trial beside its curves, for the HParams page of TensorBoard."""
+    """Write the parameters and objectives of a trial beside its curves, for the HParams page of TensorBoard, where that
+    is installed.
+    """
+    if find_spec("tensorboard") is None:
+        return
     from torch.utils.tensorboard import SummaryWriter
 
     assert trial.directory is not None
     plain = {n: v if isinstance(v, bool | int | float | str) else repr(v) for n, v in trial.params.items()}
-    with SummaryWriter(str(trial.directory / "tensorboard")) as writer:
+    with SummaryWriter(str(trial.directory / "search")) as writer:
         metrics = {f"objective/{name}": value for name, value in zip(objectives, trial.values, strict=False)}
         writer.add_hparams(plain, metrics, run_name=".")
 

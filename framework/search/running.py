@@ -75,7 +75,8 @@ class Report(Callback):
             return
         self.report(metrics[self.options.metrics[0]], state.global_step)
         if self.trial is not None and state.global_step < state.max_steps and self.trial.should_prune():
-            self.is_pruned = control.should_training_stop = True
+            self.is_pruned = True
+            control.stop_training("the search gave the trial up")
 
     def on_train_end(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
@@ -187,7 +188,7 @@ class Search:
 
     def begin(self, args: FitArguments, module: TrainModule | None, *more: Callback) -> None:
         """Give the Fit other arguments, its callbacks as they were before the search, and some more."""
-        self.fit.loggers.close()  # a trial's life is over; the next has a directory of its own
+        self.fit.loggers.close(waits=False)  # a trial's life is over; the next has a directory of its own
         self.fit.begin_afresh(args, module, more)
         self.fit.callbacks.load_state_dict(copy.deepcopy(self.callback_states))
 

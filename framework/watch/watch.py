@@ -76,6 +76,7 @@ class Watch:
         self.others: Others | None = None
         self._thread = threading.Thread(target=self._look_after, name="stratagem watch", daemon=True)
         self._trains_in = 0  # the thread that this run is in
+        self._stacks = ""  # of all threads, when this rank was last asked where it is
         self._is_leaving = self._is_over = self._has_warned = False
         self._signal = 0  # the first that came, at this time:
         self._signalled_at = self._reported_at = 0.0
@@ -191,6 +192,8 @@ class Watch:
     def _where(self) -> Whereabouts:
         seconds = self.pulse.without_progress(time.monotonic())
         frame = whereabouts.frame_of(self._trains_in)
+        # By the time that a report is written, the first rank to end may have freed this one from where it waited.
+        self._stacks = whereabouts.stacks()
         return whereabouts.find(frame, self.strategy.rank, self.state.global_step + 1, seconds)
 
     # Hangs.
@@ -247,11 +250,10 @@ class Watch:
         return is_certain or self.args.hang_timeout is not None or (several and was_said)
 
     def _write(self, where: Whereabouts) -> None:
-        stacks = whereabouts.stacks()
         try:
-            path = hang_report.write_file(Path(self.args.output_dir), where, stacks)
+            path = hang_report.write_file(Path(self.args.output_dir), where, self._stacks)
         except OSError:
-            say(stacks, sys.stderr)
+            say(self._stacks, sys.stderr)
             return
         if self.strategy.is_main:
             say(f"Where each rank stands, with the stacks of its threads: {path.parent}", sys.stderr)

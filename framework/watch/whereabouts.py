@@ -32,7 +32,10 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/run/run.py", "clip"): "clipping the gradients",
     ("framework/run/run.py", "step"): "the optimizer's step",
     ("framework/callbacks.py", "emit"): "a callback",
+    ("framework/steps.py", "log_training"): "logging",
     ("framework/steps.py", "log"): "logging",
+    ("framework/steps.py", "export"): "exporting weights",
+    ("framework/steps.py", "save_pretrained"): "exporting weights",
     ("framework/steps.py", "evaluate"): "an evaluation",
     ("framework/steps.py", "predict"): "a prediction",
     ("framework/steps.py", "save_checkpoint"): "saving a checkpoint",
@@ -41,7 +44,7 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/checkpoint/contents.py", "load_weights"): "loading the best weights",
 }
 OUTERMOST = "framework/runs.py", "train_from"
-LONG = ("beginning the run", "saving a checkpoint", "ending the run", "loading the best weights")
+LONG = ("beginning the run", "saving a checkpoint", "exporting weights", "ending the run", "loading the best weights")
 # Other files of torch's compiler stay on the stack of what is compiled already.
 COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/")
 DEBUGGERS = ("/bdb.py", "/pdb.py", "/debugpy/")

@@ -151,14 +151,15 @@ class MismatchedCollective(Fault):
     """Has the chosen ranks do alone what all must do together, as a callback does that asks ``if fit.is_main``.
 
     Args:
-        call: "save" (``fit.save_checkpoint()``), "evaluate" (``fit.evaluate()``), "barrier", or "all_reduce".
+        call: "save" (``fit.save_checkpoint()``), "evaluate" (``fit.evaluate()``), "export" (``fit.export()``, into
+            ``output_dir``), "barrier", or "all_reduce".
         **where: see Fault; the default phase is "end".
 
     Example:
         ``MismatchedCollective("evaluate", rank=0, update=6)``
     """
 
-    CALLS = "save", "evaluate", "barrier", "all_reduce"
+    CALLS = "save", "evaluate", "export", "barrier", "all_reduce"
 
     def __init__(self, call: str = "save", **where: Unpack[Where]) -> None:
         if call not in self.CALLS:
@@ -173,6 +174,8 @@ class MismatchedCollective(Fault):
             fit.save_checkpoint()
         elif self.call == "evaluate":
             fit.evaluate()
+        elif self.call == "export":
+            fit.export(f"{fit.args.output_dir}/alone.safetensors")
         elif self.call == "barrier":
             fit.strategy.barrier()
         else:

@@ -165,7 +165,7 @@ def test_a_hanging_rank_is_named_with_its_place(tmp_path: Path) -> None:
     assert "in forward" in (tmp_path / "output" / "hang" / files[1]).read_text()
 
 
-@pytest.mark.parametrize("what", ["save", "evaluate"])
+@pytest.mark.parametrize("what", ["save", "evaluate", "export"])
 def test_ranks_in_different_collectives_are_told_apart(what: str, tmp_path: Path) -> None:
     ends = run_mortal(
         fit_and_train, 2, tmp_path, seconds=25.0, strategy="ddp", fault="MismatchedCollective", fault_arguments=(what,),
@@ -173,8 +173,12 @@ def test_ranks_in_different_collectives_are_told_apart(what: str, tmp_path: Path
     )  # fmt: skip
     assert HUNG in statuses(ends), said(ends)
     (sentence,) = [line for line in said(ends).splitlines() if "No update for" in line]
-    phase = {"save": "saving a checkpoint", "evaluate": "an evaluation"}[what]
-    assert "different collectives" in sentence and f"rank 0 in {phase}" in sentence and "; rank 1 in" in sentence
+    phase = {"save": "saving a checkpoint", "evaluate": "an evaluation", "export": "exporting weights"}[what]
+    assert "different collectives" in sentence and f"rank 0 in {phase}" in sentence
+    assert "; rank 1 in logging" in sentence, sentence
+    # The stacks are of when the rank was asked, also where another one's end has freed it meanwhile.
+    (found,) = (tmp_path / "output" / "hang").glob("*-rank-1.txt")
+    assert "all_reduce" in found.read_text().partition("Thread MainThread")[2]
 
 
 def test_a_report_alone_lets_the_run_go_on(tmp_path: Path) -> None:

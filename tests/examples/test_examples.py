@@ -68,7 +68,7 @@ def test_gpt_trains_and_leaves_its_files(tmp_path: Path) -> None:
     assert 3 < bits_per_byte(printed) < 9
     assert "\ndef " in printed  # the sample
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
-    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((run / "train").glob("events.out.tfevents.*"))
     assert [row["step"] for row in read_log(run) if "eval_loss" in row] == [4, 8, 8]
     assert (run / "weights.safetensors").is_file()
 

@@ -1,15 +1,10 @@
-"""Loggers and the progress display: numbers are found where and as they were written."""
+"""Loggers: numbers are found where and as they were written."""
 
 import gc
 import json
-import os
-import pty
 import re
 import resource
-import select
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -21,7 +16,7 @@ from stratagem.framework.loggers import Logger, LoggerWarning, get_loggers
 from stratagem.framework.loggers.json_lines import JsonLinesLogger
 from stratagem.framework.loggers.tensorboard import TensorBoardLogger
 from stratagem.precision import FP16Mixed
-from tiny import MakeFit, Regressor, StopAt, Tagger, lines_of, logs_of, regression_rows, token_rows
+from tiny import MakeFit, Regressor, StopAt, lines_of, logs_of, regression_rows
 
 RUN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -32,18 +27,24 @@ RUN: dict[str, Any] = {
 }
 
 
-def scalars_in(directory: Path) -> dict[str, dict[int, float]]:
-    """Everything in the event files of a directory, by TensorBoard's own reader: tag to update to value."""
+def events_in(directory: Path) -> Any:
+    """The event files of a directory, read by TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(directory))
-    events.Reload()
+    return EventAccumulator(str(directory)).Reload()
+
+
+def scalars_in(directory: Path) -> dict[str, dict[int, float]]:
+    """All scalars of a logger's directory: run and tag to update to value."""
     found = {}
-    for tag in events.Tags()["scalars"]:
-        steps = [event.step for event in events.Scalars(tag)]
-        # The epoch comes with every log, and an evaluation's may be that of the training log before it.
-        assert tag == "train/epoch" or steps == sorted(set(steps)), f"{tag}: {steps}"
-        found[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    for run in (path for path in directory.iterdir() if path.is_dir() and list(path.glob("events*"))):
+        events = events_in(run)
+        for tag in events.Tags()["scalars"]:
+            steps = [event.step for event in events.Scalars(tag)]
+            assert steps == sorted(set(steps)), f"{tag}: {steps}"
+            found[f"{run.name}/{tag.removeprefix('metrics/')}"] = {
+                event.step: event.value for event in events.Scalars(tag)
+            }
     return found
 
 
@@ -118,7 +119,8 @@ def test_json_lines_elsewhere(make_fit: MakeFit, tmp_path: Path) -> None:
 def test_tensorboard_events_are_read_back(make_fit: MakeFit, tmp_path: Path) -> None:
     fit = make_fit(Regressor(), regression_rows(8), regression_rows(3), loggers=["tensorboard"], **RUN)
     fit.train()
-    found = scalars_in(tmp_path / "output" / "tensorboard")
+    fit.close()
+    found = scalars_in(tmp_path / "output")
     history = fit.state.log_history
     losses = {line["step"]: line["loss"] for line in history if "loss" in line}
     assert list(losses) == [2, 4, 5]
@@ -127,7 +129,7 @@ def test_tensorboard_events_are_read_back(make_fit: MakeFit, tmp_path: Path) -> 
     assert found["eval/loss"] == pytest.approx(
         {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}, rel=1e-6
     )
-    assert set(found) >= {"train/loss", "train/learning_rate", "train/epoch", "eval/loss"}
+    assert not [name for name in found if "epoch" in name or "runtime" in name]
 
 
 def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(make_fi
     time.sleep(1.1)  # event files are ordered by the second in their names
     fit = make_fit(Regressor(), regression_rows(8), **options)
     fit.train(resume_from_checkpoint=True)
-    found = scalars_in(tmp_path / "output" / "tensorboard")["train/loss"]
+    found = scalars_in(tmp_path / "output")["train/loss"]
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert found == pytest.approx({line["step"]: line["loss"] for line in logs_of(fit)}, rel=1e-6)
 
@@ -222,7 +224,8 @@ def test_a_loggers_life_is_its_fits(make_fit: MakeFit) -> None:
     ]
     fit.close()
     fit.evaluate()  # opens it once more
-    assert logger.told[13:] == [("open", 1), ("log", "eval_loss", 1)]
+    fit.close()
+    assert logger.told[13:] == [("open", 1), ("log", "eval_loss", 1), ("close",)]
 
 
 def test_a_logger_is_closed_with_the_block_and_with_the_fit(make_fit: MakeFit) -> None:
@@ -299,7 +302,7 @@ def test_a_directory_that_is_removed_is_made_again(make_fit: MakeFit, tmp_path: 
     if logger == "jsonl":
         assert [line["step"] for line in lines_of(tmp_path / "output" / "log.jsonl")] == [*range(2, 41), 40, 40]
     else:
-        found = scalars_in(tmp_path / "output" / "tensorboard")
+        found = scalars_in(tmp_path / "output")
         assert max(found["train/loss"]) == 40 and found["eval/loss"].keys() == {40}
 
 
@@ -310,164 +313,3 @@ def test_unknown_loggers(make_fit: MakeFit) -> None:
         get_loggers("jsonl")
     with pytest.raises(TypeError, match="logger takes a name or a Logger instance"):
         get_loggers([3])  # type: ignore[list-item]
-
-
-# Progress.
-
-
-def test_outside_a_terminal_each_log_is_a_plain_line(make_fit: MakeFit, capsys: pytest.CaptureFixture[str]) -> None:
-    fit = make_fit(Tagger(), token_rows(8)[1:], token_rows(3), progress=True, **RUN)
-    fit.module.item_name = "tokens"
-    fit.train()
-    lines = capsys.readouterr().out.splitlines()
-    history = fit.state.log_history
-    assert len(lines) == 6  # three of training, two of evaluations, and the totals
-    for line, log in zip(lines, history, strict=True):
-        assert line.startswith(f"update {log['step']}/5 | ")
-        assert "\x1b" not in line
-    assert f"loss {history[0]['loss']:.4g}" in lines[0]
-    assert "learning rate 0.1" in lines[0]
-    assert re.search(r"[\d,]+ tokens/s", lines[0])
-    assert re.search(r"\d+:\d\d left$", lines[0])
-    assert f"eval loss {history[2]['eval_loss']:.4g}" in lines[2]
-
-
-def test_progress_can_be_switched_off(make_fit: MakeFit, capsys: pytest.CaptureFixture[str]) -> None:
-    make_fit(Regressor(), regression_rows(4), progress=False, max_steps=3).train()
-    assert capsys.readouterr().out == ""
-
-
-PROGRAM = """
-import time, torch
-from stratagem import Callback, Fit
-from tiny import Regressor, regression_rows
-class Slow(Callback):
-    def on_step_end(self, args, state, control, **context):
-        time.sleep(0.05)
-        if state.global_step == {fail_at}:
-            raise RuntimeError("it failed")
-rows = regression_rows(8)
-Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", output_dir="unused",
-    max_steps=12, logging_steps=5, eval_strategy="steps", eval_steps=10).train()
-print("and then")
-"""
-
-
-def in_a_terminal(program: str) -> tuple[int, str]:
-    """Run a program in a pseudo terminal of 100 columns: (status, what it showed)."""
-    controller, terminal = pty.openpty()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "TERM": "xterm-256color",
-        "COLUMNS": "100",
-        "LINES": "30",
-        "OMP_NUM_THREADS": "1",
-    }
-    child = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=terminal, stderr=terminal, stdin=terminal, env=environment
-    )
-    os.close(terminal)
-    shown = b""
-    while True:
-        ready, _, _ = select.select([controller], [], [], 300)
-        assert ready, "nothing was shown for five minutes"
-        try:
-            part = os.read(controller, 65536)
-        except OSError:  # Linux says so when the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    os.close(controller)
-    return child.wait(), shown.decode()
-
-
-@pytest.mark.slow
-def test_in_a_terminal_there_is_a_bar() -> None:
-    status, shown = in_a_terminal(PROGRAM.format(fail_at=-1))
-    assert status == 0, shown
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    assert "━" in plain
-    frames = re.findall(r"update\s+(\d+)/12", plain)
-    assert frames[-1] == "12"
-    assert len(set(frames)) > 3  # it moved on the way
-    assert "loss 0." in plain or "loss 1." in plain
-    assert "samples/s" in plain
-    assert re.search(r"update 10: eval loss", plain)
-    assert "and then" in plain
-    assert shown.rindex("\x1b[?25h") > shown.index("\x1b[?25l")  # the cursor is given back
-
-
-@pytest.mark.slow
-def test_a_failure_in_a_terminal_gives_the_cursor_back_before_the_traceback() -> None:
-    status, shown = in_a_terminal(PROGRAM.format(fail_at=6))
-    assert status == 1
-    assert shown.rindex("\x1b[?25h") < shown.index("Traceback")
-    assert "RuntimeError: it failed" in shown
-
-
-QUIET_PROGRAM = """
-import sys, time
-from stratagem import Callback, Fit
-from tiny import Regressor, regression_rows
-class Slow(Callback):
-    def on_step_end(self, args, state, control, **context):
-        time.sleep(0.05)
-rows = regression_rows(8)
-fit = Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", output_dir="unused",
-          max_steps=20, logging_steps=1)
-print("and then", fit.train().global_step)
-print(fit.state.global_step, "updates", file=sys.stderr)
-"""
-
-
-def quiet_program(**streams: Any) -> "subprocess.Popen[str]":
-    places = filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", QUIET_PROGRAM], env=environment, stderr=subprocess.PIPE, text=True, **streams
-    )
-
-
-def check_quiet_end(program: "subprocess.Popen[str]") -> None:
-    """It came to its end with status 0, having said once that nobody hears it."""
-    errors = program.communicate(timeout=300)[1]
-    assert program.returncode == 0, errors
-    assert errors.count("OutputWarning: Nothing can be written to <stdout>") == 1
-    assert errors.splitlines()[-1] == "20 updates" and "Exception ignored" not in errors
-
-
-@pytest.mark.slow
-def test_a_reader_that_leaves_doesnt_end_the_run() -> None:
-    program = quiet_program(stdout=subprocess.PIPE)
-    assert program.stdout is not None and program.stdout.readline().startswith("update 1/20")
-    program.stdout.close()
-    program.stdout = None
-    check_quiet_end(program)
-
-
-@pytest.mark.slow
-def test_a_full_disk_behind_the_progress_lines_doesnt_end_the_run() -> None:
-    with open("/dev/full", "w") as full:
-        check_quiet_end(quiet_program(stdout=full))
-
-
-@pytest.mark.slow
-def test_a_lost_terminal_doesnt_end_the_run() -> None:
-    controller, terminal = pty.openpty()
-    program = quiet_program(stdout=terminal, stdin=subprocess.DEVNULL, start_new_session=True)
-    os.close(terminal)
-    assert os.read(controller, 1000)
-    os.close(controller)
-    check_quiet_end(program)
-
-
-def test_a_stdout_that_is_closed_or_gone_is_no_reason_to_fail(
-    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    closed = (tmp_path / "closed.txt").open("w")
-    closed.close()
-    for stream in (closed, None):
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert make_fit(Regressor(), regression_rows(4), progress=True, max_steps=2, logging_steps=1).train()

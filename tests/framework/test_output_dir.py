@@ -124,7 +124,7 @@ def test_a_home_is_found_for_checkpoints_and_logs(
     fit = fit_of(make_fit, 4, output_dir="~/runs/7", loggers=loggers, logging_steps=1)
     fit.train()
     run = tmp_path / "home" / "runs" / "7"
-    assert {"checkpoint-2", "checkpoint-4", "log.jsonl", "tensorboard"} <= {path.name for path in run.iterdir()}
+    assert {"checkpoint-2", "checkpoint-4", "log.jsonl", "train"} <= {path.name for path in run.iterdir()}
     assert (tmp_path / "home" / "own.jsonl").exists()
     assert not (tmp_path / "~").exists()
     resumed = fit_of(make_fit, 6, output_dir=str(run))

@@ -189,7 +189,7 @@ def test_a_pruned_trial_ends_cleanly_and_alone(make_fit: MakeFit, tmp_path: Path
     found = fit.hyperparameter_search(fixed_grid(RATES), n_trials=3, pruner=pruner)
     assert [trial.state for trial in found.trials] == ["complete", "pruned", "complete"]
     assert found.trials[1].values == (9.0,) and found.best is not None and found.best.number == 2
-    assert script.ends == 3 and fit.loggers.all[-1].file is None  # type: ignore[attr-defined]
+    assert script.ends == 3 and fit.loggers.all[0].file is None  # type: ignore[attr-defined]
     logs = [map(json.loads, (Path(path) / "log.jsonl").read_text().splitlines()) for path in opened]
     steps = [[row["step"] for row in log] for log in logs]
     assert [max(each) for each in steps] == [6, 2, 6]
@@ -262,7 +262,7 @@ def test_hparams_lines_table_and_pictures(
 
     for trial in found.trials:
         assert trial.directory is not None
-        events = EventAccumulator(str(trial.directory / "tensorboard")).Reload()
+        events = EventAccumulator(str(trial.directory / "search")).Reload()
         content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         hparams = HParamsPluginData.FromString(content).session_start_info.hparams
         assert hparams["learning_rate"].number_value == RATES[trial.number]

@@ -667,7 +667,7 @@ def test_a_run_is_called_by_its_name(make_fit: MakeFit, tmp_path: Path, capsys: 
     fit.train()
     first = lines_of(tmp_path / "log.jsonl")[0]
     assert first == {"step": 0, "event": "begin", "max_steps": 1, "run_name": "tiny [1]"}
-    assert list((tmp_path / "tensorboard" / "tiny [1]").glob("events*"))
+    assert list((tmp_path / "tiny [1]" / "train").glob("events*"))
     assert "tiny [1] update 1/1" in capsys.readouterr().out
 
 
