@@ -10,7 +10,7 @@ from .history import History
 POINTS = 24_000  # of all curves on a page together: the page stays below a megabyte
 MOST_OF_A_CURVE = 800
 MOST_CHARTS = 60
-FEW = 60  # points, up to which each is marked
+FEW, FEW_OF_EVALUATIONS = 20, 60  # points, up to which each is marked
 
 Named = Mapping[str, Curve]
 
@@ -32,11 +32,11 @@ GROUPS: Sequence[tuple[str, Callable[[str], bool], str, str]] = (
     ("Learning rate", lambda name: name.startswith("learning_rate"), "", ""),
     ("Updates a second", lambda name: name == "updates_per_second", "", "by the clock, between two logs"),
     ("Memory", lambda name: name.startswith("memory_"), "bytes", "of the main process"),
-    ("Time waiting for data", lambda name: name == WAITING, "", "share of the time, on the rank where it is longest"),
+    ("Waiting for data", lambda name: name == WAITING, "", "% of the time, on the rank where it is longest"),
     ("Slowest rank", lambda name: name == "slowest_rank_ratio", "", "its own time, relative to the ranks' median"),
-    ("Rank that is slowest", lambda name: name == "slowest_rank", "", ""),
 )
-WAITING = "data_wait_share"
+NOT_DRAWN = ("data_wait_seconds", "slowest_rank")  # a share is drawn instead; a number of a rank is no curve
+WAITING = "data_wait_percent"
 
 
 def charts_of(runs: Mapping[str, History]) -> tuple[list[Chart], list[Chart], list[str]]:
@@ -50,7 +50,7 @@ def charts_of(runs: Mapping[str, History]) -> tuple[list[Chart], list[Chart], li
     """
     curves = {run: with_shares(history) for run, history in runs.items()}
     names = list(dict.fromkeys(name for named in curves.values() for name in named))
-    names = [name for name in names if name not in ("data_wait_seconds",)]
+    names = [name for name in names if name not in NOT_DRAWN]
     groups = [(title, [name for name in names if belongs(name)], unit, note) for title, belongs, unit, note in GROUPS]
     taken = {name for _, members, _, _ in groups for name in members}
     metrics = [name for name in names if name.startswith("eval_") and name not in taken]
@@ -80,7 +80,7 @@ def chart_of(
                 steps, values = curves[name].thinned(points)
                 shown = line_name(name, names, run, len(runs))
                 color = place if len(runs) > 1 else len(lines)
-                is_few = len(steps) <= FEW and (len(runs) == 1 or name.startswith("eval_"))
+                is_few = len(steps) <= (FEW_OF_EVALUATIONS if name.startswith("eval_") else FEW)
                 is_faint = len(runs) > 1 and name == "loss" and "eval_loss" in curves
                 lines.append(Line(shown, steps, values, color, is_few, is_faint))
     if not lines:
@@ -99,7 +99,7 @@ def line_name(name: str, names: Sequence[str], run: str, runs: int) -> str:
 
 
 def with_shares(history: History) -> Named:
-    """A run's curves, with the share of the time that is spent waiting for data, where the log tells the seconds."""
+    """A run's curves, with the percentage of the time that is spent waiting for data, where the log tells the seconds."""
     waiting, rates = history.curves.get("data_wait_seconds"), history.curves.get("updates_per_second")
     if waiting is None or rates is None:
         return history.curves
@@ -108,7 +108,7 @@ def with_shares(history: History) -> Named:
     for step, seconds in zip(*waiting.thinned(MOST_OF_A_CURVE), strict=True):
         rate = by_step.get(step)
         if seconds is not None and rate is not None:
-            shares.add(step, min(1.0, seconds * rate))
+            shares.add(step, 100 * min(1.0, seconds * rate))
     return {**history.curves, WAITING: shares}
 
 

@@ -133,8 +133,8 @@ def times(history: History) -> str:
     shares = with_shares(history).get(WAITING)
     if shares is not None and shares.finite:
         mean = sum(shares.finite) / len(shares.finite)
-        rows.append(["waiting for data", f"{mean:.1%} of the time, on the rank where it is longest"])
-        rows.append(["forward, backward, optimizer, messages and logs", f"{1 - mean:.1%} of the time"])
+        rows.append(["waiting for data", f"{mean:.1f}% of the time, on the rank where it is longest"])
+        rows.append(["forward, backward, optimizer, messages and logs", f"{100 - mean:.1f}% of the time"])
     ranks, ratios = history.curves.get("slowest_rank"), history.curves.get("slowest_rank_ratio")
     if ranks is not None and ratios is not None and ranks.finite and ratios.finite:
         often = max(set(ranks.finite), key=ranks.finite.count)
