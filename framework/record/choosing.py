@@ -99,7 +99,7 @@ def line_name(name: str, names: Sequence[str], run: str, runs: int) -> str:
 
 
 def with_shares(history: History) -> Named:
-    """A run's curves, with the percentage of the time that is spent waiting for data, where the log tells the seconds."""
+    """A run's curves, with the percentage of the time that is spent waiting for data, where the log tells seconds."""
     waiting, rates = history.curves.get("data_wait_seconds"), history.curves.get("updates_per_second")
     if waiting is None or rates is None:
         return history.curves
