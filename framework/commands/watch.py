@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .finding import Run, runs_in
+from ..record.finding import Run, runs_in
 
 LOOK = 5.0  # seconds between two looks for new runs
 
@@ -96,7 +96,7 @@ class Watched:
         """Show them; rich prints it."""
         from rich.text import Text
 
-        from .live import clean, picture
+        from ..record.live import clean, picture
 
         if not self.runs:
             names = ", ".join(clean(str(directory)) for directory in self.directories)

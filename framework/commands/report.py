@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from ..printing import say
-from .comparison import write_comparison
-from .finding import Run, runs_in
-from .report import write_report
+from ..record.comparison import write_comparison
+from ..record.finding import Run, runs_in
+from ..record.report import write_report
 
 COMPARISON = "comparison.html"
 
