@@ -124,12 +124,14 @@ class Fit(RateFinding):
         self._check_overriding(own)
         if self.args.requeue:
             check_requeue()
+        from .record.recorder import Recorder  # a Fit needs it, and who imports stratagem doesn't
+
         loggers = loggers if isinstance(loggers, str | Logger) else list(loggers)
         given_loggers = get_loggers(loggers)
         start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
         heard = self.strategy.is_main and not own.fast_dev_run
-        self.loggers = Loggers(given_loggers if heard else (), self)
+        self.loggers = Loggers(given_loggers if heard else (), self, Recorder(self) if heard else None)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)

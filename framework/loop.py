@@ -252,4 +252,5 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
         control.should_save = False
         if not run.args.fast_dev_run:  # a callback may ask for it
             steps.save_checkpoint()
+            steps.loggers.tell_of_checkpoints()
     agree_at_once(run)
