@@ -25,21 +25,22 @@ from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
 from .profiling import Profiler, get_profiler
+from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
-from .runs import Runs
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
+from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
     from .display.summary import Summary
 
 
-class Fit(Runs):
+class Fit(RateFinding):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -122,12 +123,13 @@ class Fit(Runs):
         self.plan = Plan.of(own)
         self._check_together(own, self.module, number_format)
         self._check_overriding(own)
-        if own.requeue:
+        if self.args.requeue:
             check_requeue()
         given_loggers = get_loggers(loggers := loggers if isinstance(loggers, str | Logger) else list(loggers))
         start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main else (), self)
+        heard = self.strategy.is_main and not own.fast_dev_run
+        self.loggers = Loggers(given_loggers if heard else (), self)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -137,7 +139,7 @@ class Fit(Runs):
         self._interpret_module()
         self._check_ranks_agree()
         if train_data is not None:
-            if own.save_strategy != "no":
+            if self.args.save_strategy != "no":
                 self._check_can_save()
             check_optimizer_by_name(own, self.strategy)
         if eval_data is not None:
@@ -224,6 +226,8 @@ class Fit(Runs):
                 f"train(resume_from_checkpoint={resume_from_checkpoint!r}) would begin at the same place each time. "
                 "Write train(resume_from_checkpoint=True)."
             )
+        if self.args.fast_dev_run:
+            begin_trying(self.args, self.strategy, resume_from_checkpoint)
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:

@@ -41,6 +41,9 @@ from .switches.preparation import callbacks_of
 from .switches.ranks_agree import RanksAgree
 from .watch.watch import Watch
 
+BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
+"""Arguments that a Fit is made with, and a trial can't switch on."""
+
 
 class Runs(Steps):
     """What a Fit does between two runs: begins the next, takes the last one apart, changes arguments and module.
@@ -151,10 +154,11 @@ class Runs(Steps):
         placement = self.placement
         placement.reset_optimizer()
         self.state.reset()
-        if saved is not None and not run.plan.has_global_batch_of(saved, stream):
+        if saved is not None and not run.plan.has_updates_of(saved, stream):
             stream.load_state_dict({"position": 0} if run.args.ignore_data_skip else saved["data"])
             run = self._follow(run.plan.resumed(saved, stream), stream)
-        run.begin(placement, self.eval_data is not None and run.args.eval_strategy != "no")
+        can_evaluate = self.eval_data is not None or run.args.overfit_batches is not None
+        run.begin(placement, can_evaluate and run.args.eval_strategy != "no")
         if path is None or saved is None:
             run.begin_anew()
         else:
@@ -235,6 +239,8 @@ class Runs(Steps):
             return
         if self._saver is not None:
             self._saver.let_go()
+        if self._placement is not None:
+            self._placement.reset_scaling()  # else the next placement begins with the scale that this one ended with
         # A worker process that loads data would keep this rank's connections open, as it has inherited them.
         self._placement = self._run = self._objective = None
         self.strategy.release(self.module)
@@ -309,10 +315,9 @@ class Runs(Steps):
         """
         self._check_together(args, self.module, self.strategy.precision)
         check_optimizer_by_name(args, self.strategy)
-        if args.auto_find_batch_size and not self.own_args.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size can't be switched on by a trial. Write Fit(auto_find_batch_size=True)."
-            )
+        for name in BY_FIT_ALONE:
+            if getattr(args, name) and not getattr(self.own_args, name):
+                raise ValueError(f"{name} can't be switched on by a trial. Write Fit({name}={getattr(args, name)}).")
         late = [name for name in MADE_IN_PLACING if getattr(args, name) != getattr(self.plan.given, name)]
         if self.placed and late:
             raise ValueError(

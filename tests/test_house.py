@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("profiling/", "search/", "steps"),
     ("loop",),
     ("runs",),
+    ("rate_finding",),
     ("fit",),
     ("parity/",),
     ("commands/",),

@@ -87,6 +87,8 @@ def fit_options() -> list[Option]:
             kind = Literal[ONE_OF[name]] if name in ONE_OF else kind
             default = getattr(defaults, name)
             found.append(Option(name, kind, default, said[name].replace("``", ""), subject))
+            if name == "full_determinism":
+                found.append(Option("deterministic", bool | None, None, f"the same as {name}", subject))
     return found
 
 
