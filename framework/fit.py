@@ -12,8 +12,7 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import checkpoint, overriding
-from .agreement import check_ranks_agree, on_all_ranks
+from . import first_checks, overriding
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
@@ -24,6 +23,7 @@ from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
+from .profiling import Profiler, get_profiler
 from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
@@ -57,6 +57,8 @@ class Fit(RateFinding):
         callbacks: Callback instances; they hear events in this order.
         loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow", "trackio", "comet") or Logger instances; see
             docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
+        profiler: "torch" (traces of some updates), "simple" (the time of each phase), or a TorchProfiler or
+            SimpleProfiler with options; see docs/profiling.md. None costs nothing.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -97,6 +99,7 @@ class Fit(RateFinding):
         args: FitArguments | None = None,
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
+        profiler: str | Profiler | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
@@ -106,8 +109,9 @@ class Fit(RateFinding):
     ) -> None:
         overriding.check_fit(type(self), Fit)
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
-        check_output_dir(own.output_dir)
+        first_checks.check_output_dir(own.output_dir)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
+        self.profiler = get_profiler(profiler, self.strategy)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)
         self.train_data, self.eval_data = train_data, eval_data
@@ -120,11 +124,14 @@ class Fit(RateFinding):
         self._check_overriding(own)
         if self.args.requeue:
             check_requeue()
-        given_loggers = get_loggers(loggers := loggers if isinstance(loggers, str | Logger) else list(loggers))
+        from .record.recorder import Recorder  # a Fit needs it, and who imports stratagem doesn't
+
+        loggers = loggers if isinstance(loggers, str | Logger) else list(loggers)
+        given_loggers = get_loggers(loggers)
         start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
         heard = self.strategy.is_main and not own.fast_dev_run
-        self.loggers = Loggers(given_loggers if heard else (), self)
+        self.loggers = Loggers(given_loggers if heard else (), self, Recorder(self) if heard else None)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -132,10 +139,10 @@ class Fit(RateFinding):
         self.memory = MemoryByStage(self.strategy.device)
         self._placement = self._run = self._saver = self._watch = None
         self._interpret_module()
-        self._check_ranks_agree()
+        first_checks.check_ranks_were_given_the_same(self)
         if train_data is not None:
             if self.args.save_strategy != "no":
-                self._check_can_save()
+                first_checks.check_can_save(self.strategy, self.args.output_dir)
             check_optimizer_by_name(own, self.strategy)
         if eval_data is not None:
             for data in eval_data.values() if isinstance(eval_data, Mapping) else [eval_data]:
@@ -173,7 +180,7 @@ class Fit(RateFinding):
             ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
 
         Example:
-            >>> fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)
+            ``fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)``
         """
         given = {"module": module, "train_data": train_data, "eval_data": eval_data}
         given = {name: value for name, value in given.items() if value is not None} | arguments
@@ -197,7 +204,7 @@ class Fit(RateFinding):
         Args:
             resume_from_checkpoint: True continues from the newest whole checkpoint of the last run in ``output_dir``
                 (and begins anew where there is none); a path continues from that one, a URL ("s3://...") from a copy
-                of it there.
+                of it there, and a name ("before-surgery") from the one in ``output_dir`` that was saved with it.
             trial: fields of FitArguments to change for this run, in a mapping or a trial of Optuna's (a FixedTrial, a
                 study's best one). The same on every rank. With ``module_init``, the run has a fresh module.
             ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.
@@ -363,32 +370,6 @@ class Fit(RateFinding):
         self.overrides_loss = overriding.is_overridden(kind, Fit, "compute_loss")
         self.override_divides = self.overrides_loss and overriding.reads_count(kind, Fit)
 
-    def _check_ranks_agree(self) -> None:
-        """Compare what every rank was given. Collective; fails on all ranks or on none."""
-        parameters = self.module.named_parameters()
-        check_ranks_agree(
-            self.strategy,
-            {
-                "argument": self.args.to_dict(),
-                "Fit": {"strategy": repr(self.strategy), "precision": repr(self.strategy.precision)},
-                "data": {"train_data": length(self.train_data), "eval_data": length(self.eval_data)},
-                "parameter": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in parameters},
-            },
-        )
-
-    def _check_can_save(self) -> None:
-        """Refuse an ``output_dir`` that can't be written to now, not at the first checkpoint. Collective.
-
-        Raises:
-            ValueError: on every rank; the message names the directory and the reason.
-        """
-
-        def check() -> None:
-            if self.strategy.is_main:
-                checkpoint.check_can_write(Path(self.args.output_dir))
-
-        on_all_ranks(self.strategy, check, ValueError)
-
     # The end of a Fit.
 
     def close(self) -> None:
@@ -408,23 +389,3 @@ class Fit(RateFinding):
             self.close()
         else:  # other ranks may not come here
             self.loggers.close()
-
-
-def length(data: Any) -> int | None:
-    """The number of samples, or batches of a loader; None where there is none."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Refuse an ``output_dir`` that is a file, or lies below one.
-
-    Raises:
-        ValueError: names the file.
-    """
-    path = Path(output_dir)
-    taken = next((each for each in (path, *path.parents) if each.is_file()), None)
-    if taken is not None:
-        raise ValueError(f"output_dir={output_dir!r} can't be a directory: {str(taken)!r} is a file.")

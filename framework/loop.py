@@ -104,7 +104,6 @@ def train(steps: Steps, run: Run) -> None:
                     emit("on_substep_end")
             assert update_loss is not None
 
-            strategy.prepare_gradients()
             run.clip(trainable)
             emit("on_pre_optimizer_step")
             if placement.closure is not None:
@@ -254,4 +253,5 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
         control.should_save = False
         if not run.args.fast_dev_run:  # a callback may ask for it
             steps.save_checkpoint()
+            steps.loggers.tell_of_checkpoints()
     agree_at_once(run)

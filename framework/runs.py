@@ -17,6 +17,7 @@ from . import checkpoint, loop
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
+from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
 from .configuration.written_run import WrittenRun
 from .data import DataStream
@@ -25,6 +26,8 @@ from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
+from .profiling import Profiler
+from .profiling.callback import Profiling
 from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -36,6 +39,7 @@ from .steps import Steps
 from .switches import torch_settings
 from .switches.preparation import callbacks_of
 from .switches.ranks_agree import RanksAgree
+from .watch.endings import Interrupted
 from .watch.watch import Watch
 
 BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
@@ -57,6 +61,7 @@ class Runs(Steps):
     own_args: FitArguments
     own_callbacks: list[Callback]
     own_trial: Any
+    profiler: Profiler | None
     written: WrittenRun
     _trial_callbacks: tuple[Callback, ...]
 
@@ -85,7 +90,7 @@ class Runs(Steps):
         """
         if self._saver is not None:
             self._saver.close()
-        saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
+        saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks, self.loggers.note_checkpoint)
         launch = elastic.find_launch(self.strategy, self.args, self.run.stream)
         with Watch(self.strategy, self.args, self.state, saver) as watch:
             self._watch = watch
@@ -129,16 +134,22 @@ class Runs(Steps):
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
+                self._tell_end("finish", "")
             except BaseException as error:
                 if run.rescue is not None:
                     run.rescue.save(error, self.state.global_step, self._save_at_once)
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 self.saver.abandon()
+                interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+                self._tell_end("interrupt" if interrupted else "fail", one_line(error))
                 self.loggers.flush(in_hurry=True)
                 raise
             self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
+
+    def _tell_end(self, event: str, reason: str) -> None:
+        self.loggers.event(event, self.state.global_step, {"reason": reason} if reason else {})
 
     def _begin(self, path: Path | None) -> Run:
         """Place the module and stand where the run begins, or continues from the checkpoint at ``path``."""
@@ -182,6 +193,30 @@ class Runs(Steps):
         path = self.save_checkpoint()
         self.saver.close()
         return path
+
+    # Its checkpoints, and its weights for other programs.
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
+        self.saver.rotate(best.best_updates(self.args, self.state))
+
+    def export(self, path: str | Path) -> Path:
+        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
+        with ``save_only_trainable``.
+        """
+        path = Path(path).expanduser()
+        with self.placement.mode.evaluating():
+            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
+        return path
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
+        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
+        it. ``options`` are those of the model's own ``save_pretrained``.
+        """
+        directory = Path(directory).expanduser()
+        with self.placement.mode.evaluating():
+            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
+        return directory
 
     # The length of a run, under transformers' names.
 
@@ -322,8 +357,17 @@ class Runs(Steps):
         args, strategy = self.args, self.strategy
         shown = [Progress()] if args.progress and strategy.is_main else []
         compared = [RanksAgree(args.debug == "ranks_agree")] if strategy.world_size > 1 else []
-        first = [*callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
+        profiled = [Profiling(self.profiler)] if self.profiler is not None else []
+        first = [*profiled, *callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
         self.callbacks = Callbacks(first, last=[*shown, *compared])
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:
         check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func, precision)
+
+
+def one_line(error: BaseException) -> str:
+    """Write an exception in a line: its class, and the beginning of what it says."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:500]}" if said else type(error).__name__
