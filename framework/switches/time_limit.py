@@ -15,7 +15,7 @@ from ..state import Control, TrainState
 
 UPDATES = 32  # the latest, of which the longest tells how long the next one may take
 UNMEASURED = 0.1, 120.0  # the part of the limit, and the most seconds, kept for what was never measured
-END = 0.01, 10.0  # the same, kept for what follows the last save
+END = 0.05, 10.0  # the same, kept for what follows the last save
 
 
 class TimeLimit(Callback):

@@ -85,10 +85,10 @@ def test_training_ends_in_time_with_a_checkpoint(make_fit: MakeFit, arguments: d
 
 
 def test_without_checkpoints_it_ends_as_well(make_fit: MakeFit) -> None:
-    fit = make(make_fit, Slow(0.02), max_time=timedelta(seconds=1), save_strategy="no")
+    fit = make(make_fit, Slow(0.02), max_time=timedelta(seconds=2), save_strategy="no")
     began = time.monotonic()
     assert 5 < fit.train().global_step < 1000
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 2.0
     assert checkpoints(fit) == []
 
 
