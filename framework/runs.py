@@ -117,8 +117,8 @@ class Runs(Steps):
 
     def _write_configuration(self) -> None:
         """Write down, on the main process, what repeats the run, where the run leaves anything in its directory."""
-        logs_there = bool(self.loggers.all) and Path(self.args.output_dir).is_dir()
-        if self.strategy.is_main and (self.args.save_strategy != "no" or logs_there):
+        leaves = self.args.save_strategy != "no" or self.args.report or bool(self.loggers.all)
+        if self.strategy.is_main and leaves and not self.args.fast_dev_run:
             self.written.write(self.plan.given)
 
     def train_from(self, path: Path | None) -> TrainOutput:
