@@ -12,7 +12,7 @@ from typing import Any
 import pyte
 import pytest
 from stratagem import Callback, EarlyStopping, TrainModule
-from stratagem.framework.display.numbers import format_logs, format_value
+from stratagem.framework.display.numbers import format_epoch, format_logs, format_value
 from stratagem.framework.display.screens import Status
 from stratagem.framework.display.terminal import Terminal
 from stratagem.strategies import Single
@@ -169,7 +169,7 @@ def test_outside_a_terminal_each_log_is_a_plain_line(make_fit: MakeFit, capsys: 
     *history, _ = fit.state.log_history
     assert len(lines) == 5  # three of training, two of evaluations; the totals are said in other words
     for line, log in zip(lines, history, strict=True):
-        assert line.startswith(f"update {log['step']}/5 | epoch {log['epoch']:.2f} | ")
+        assert line.startswith(f"update {log['step']}/5 | epoch {format_epoch(log['epoch'])} | ")
         assert "\x1b" not in line
     assert f"loss {history[0]['loss']:#.4g} |" in lines[0]
     assert "learning rate 1.00e-01" in lines[0]
@@ -201,6 +201,9 @@ def test_a_rate_is_named_by_what_it_counts(
 
 
 def test_numbers_of_one_kind_look_alike() -> None:
+    assert [format_epoch(epoch) for epoch in (0.0, 0.0005, 0.25, 1.0, 12.345)] == [
+        "0.00", "0.000500", "0.250", "1.00", "12.35",
+    ]  # fmt: skip
     assert [format_value("learning_rate", rate) for rate in (2e-05, 0.00802)] == ["2.00e-05", "8.02e-03"]
     assert [format_value("loss", loss) for loss in (2.5, 0.07929, 123.456, 1e-5, 0.0)] == [
         "2.500", "0.07929", "123.5", "1.000e-05", "0.000",
