@@ -1,9 +1,11 @@
-# `make train` trains the main example, `make test` runs every check; each sets up what it needs, once.
+# `make train` trains the main example, `make test` runs every check; each sets up what it needs, once: the first what
+# the examples import, the second all that the tests do, into the same .venv.
 # `make help` lists all targets.
 # Python 3.10 or newer is all that a machine must have. Another one than python3: make train PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TYPED := precision strategies framework testing examples benchmarks
 
 .PHONY: help train test fast test-xla test-zoo bench-gpu lint venv clean
@@ -11,7 +13,7 @@ TYPED := precision strategies framework testing examples benchmarks
 help:  ## lists the targets
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-train: venv  ## trains the main example; ARGS="--steps 100" passes options on, ARGS=--help lists them
+train: .venv/.examples-installed  ## trains the main example; ARGS="--max_steps 100" passes options on, ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
 
 test: lint  ## runs every check but those of XLA and the zoo; ARGS="-k resume" passes options on to pytest
@@ -39,21 +41,27 @@ lint: venv  ## ruff, ruff format and mypy
 	$(BIN)/ruff format --check --quiet .
 	MYPYPATH=.venv/typed $(BIN)/mypy -m stratagem $(TYPED:%=-p stratagem.%)
 
-venv: .venv/.installed  ## sets up .venv, once
+venv: .venv/.installed  ## sets up .venv with all that the tests need, once
 
-# DeepSpeed's set-up imports torch, so it is built when that is there, and not in isolation; nothing is compiled.
-# The stamp is made last, so a set-up that was cut off is done again.
-.venv/.installed: pyproject.toml constraints.txt
+# A stamp is made last, so a set-up that was cut off is done again.
+.venv/.examples-installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stratagem needs Python 3.10 or newer, not " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -c constraints.txt setuptools wheel ninja py-cpuinfo packaging
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[deepspeed]'
+	@echo "Setting up .venv with what the examples need: a minute or two, most of it for torch."
+	$(PIP) -e '.[examples]'
+	touch $@
+
+# DeepSpeed's set-up imports torch, so it is built when that is there, and not in isolation; nothing is compiled.
+.venv/.installed: .venv/.examples-installed
+	@echo "Setting up .venv with what the tests need."
+	$(PIP) -e '.[dev]'
+	$(PIP) setuptools wheel ninja py-cpuinfo packaging
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e '.[deepspeed]'
 	mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/stratagem
 	touch $@
 
 .venv/.zoo-installed: .venv/.installed
-	$(BIN)/python -m pip install -c constraints.txt -e '.[zoo]'
+	$(PIP) -e '.[zoo]'
 	touch $@
 
 .venv-xla/.installed: pyproject.toml constraints.txt tests/xla/requirements.txt tests/xla/make_environment.sh

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LearningRateMonitor,
         Throughput,
     )
+    from .framework.configuration.command_line import configure
     from .framework.loggers import Logger
     from .framework.loggers.comet import CometLogger
     from .framework.loggers.csv import CSVLogger
@@ -58,6 +59,7 @@ __all__ = [
     "TrainState",
     "Upload",
     "WandbLogger",
+    "configure",
 ]
 
 # Imported when first used: a name costs nothing that a program doesn't ask for.
@@ -75,6 +77,7 @@ FILES = {
     "TrackioLogger": "framework.loggers.trackio",
     "Upload": "framework.uploading",
     "WandbLogger": "framework.loggers.wandb",
+    "configure": "framework.configuration.command_line",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, FILES)

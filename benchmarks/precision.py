@@ -33,7 +33,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from formats import formats
-from gpt import GPT, datasets
+from gpt import GPT
+from gpt import data as windows
 from turns import Clock, Timing, in_turns, quartiles
 
 REFERENCE = "32-true"
@@ -167,7 +168,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     wanted = formats(dict.fromkeys([REFERENCE, *options.precisions]), options.emulate)
-    data = datasets(options.context, options.eval_windows)
+    data = windows(options.context, options.eval_windows)
     with tempfile.TemporaryDirectory() as directory:
         trained: dict[str, Format] = {}
         losses: dict[str, float] = {}

@@ -1,11 +1,11 @@
 """A small convolutional network that reads handwritten digits, with accuracy by torchmetrics. Takes seconds.
 
     python examples/digits.py           # needs scikit-learn, for its bundled images, and torchmetrics
+    python examples/digits.py --help    # every option of the run
 
 It ends with the accuracy on images it never saw.
 """
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from stratagem import Fit, TrainModule
+from stratagem import Fit, TrainModule, configure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -47,59 +47,48 @@ class DigitReader(TrainModule):
         return {"accuracy": MulticlassAccuracy(num_classes=10, average="micro")}
 
 
-def build() -> DigitReader:
-    """The model at its default size, for tools that train, time or export it."""
-    return DigitReader()
+def build(width: int = 32) -> DigitReader:
+    """The model, for tools that train, time or export it.
+
+    Args:
+        width: channels of the first convolution; the second has twice as many.
+    """
+    return DigitReader(width)
 
 
-def datasets(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
-    """Training and held-out images with their digits: 1,797 in all, a fifth of them held out, alike in digits."""
+def data(split: int = 0) -> tuple[TensorDataset, TensorDataset]:
+    """Training and held-out images with their digits: 1,797 in all, a fifth of them held out, alike in digits.
+
+    Args:
+        split: a seed: another one holds out other images.
+    """
     images, digits = load_digits(return_X_y=True)
-    parts = train_test_split(images / 16.0, digits, test_size=0.2, random_state=seed, stratify=digits)
+    parts = train_test_split(images / 16.0, digits, test_size=0.2, random_state=split, stratify=digits)
     train_images, held_out_images = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
     train_digits, held_out_digits = (torch.tensor(part) for part in parts[2:])
     return TensorDataset(train_images, train_digits), TensorDataset(held_out_images, held_out_digits)
 
 
-def parse_options() -> argparse.Namespace:
-    """Every option of the run, from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a small CNN on handwritten digits.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule")
-    parser.add_argument("--strategy", default="single", help="placement on devices")
-    parser.add_argument("--precision", default="32-true", help="number format")
-    parser.add_argument("--output-dir", default="output/digits", help="where checkpoints and logs go")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, of the split and of the order of the data")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
-    return parser.parse_args()
+ARGUMENTS = {
+    "output_dir": "output/digits",
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 256,
+    "learning_rate": 3e-3,
+    "logging_strategy": "epoch",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "seed": 0,
+}
+"""What Fit is given, unless the command line or a file says otherwise."""
 
 
 def main() -> None:
     """Train and evaluate."""
-    options = parse_options()
-    torch.manual_seed(options.seed)
-    train, held_out = datasets(options.seed)
-    fit = Fit(
-        build(),
-        train_data=train,
-        eval_data=held_out,
-        strategy=options.strategy,
-        precision=options.precision,
-        output_dir=options.output_dir,
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=256,
-        learning_rate=options.learning_rate,
-        logging_strategy="epoch",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        seed=options.seed,
-    )
-    fit.train(resume_from_checkpoint=options.resume)
+    run = configure(build, data, ARGUMENTS)
+    fit = Fit.from_config(run)
+    fit.train(resume_from_checkpoint=run.resume)
     accuracy = fit.evaluate()["eval_accuracy"]
     if fit.strategy.is_main:
         print(f"held-out accuracy: {accuracy:.4f}")

@@ -3,12 +3,12 @@
     python examples/gpt.py              # about three minutes on two CPU cores
     python examples/gpt.py --resume     # goes on from the newest checkpoint
     python examples/gpt.py --help       # every option of the run
+    stratagem fit examples/gpt.py:build --max_steps 100 --strategy fsdp2 --devices 2    # the same, without the sample
 
-It ends with its loss on files it never saw, in bits per byte, and with a continuation of ``--prompt``. Watch it with
-``tensorboard --logdir output``.
+It ends with its loss on files it never saw, in bits per byte, and with a continuation of ``--sample.prompt``.
+Watch it with ``tensorboard --logdir output``.
 """
 
-import argparse
 import math
 import sysconfig
 import zlib
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model
-from stratagem import Fit, TrainModule
+from stratagem import Fit, TrainModule, configure
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -152,7 +152,14 @@ class GPT(TrainModule):
 
 
 def build(context: int = 256, layers: int = 4, width: int = 128, heads: int = 4) -> GPT:
-    """The model at its default size, for tools that train, time or export it."""
+    """The model, for tools that train, time or export it.
+
+    Args:
+        context: bytes in a window.
+        layers: transformer blocks.
+        width: features per position.
+        heads: attention heads.
+    """
     return GPT(context, layers, width, heads)
 
 
@@ -192,11 +199,15 @@ class Windows(Dataset):
         return {"tokens": piece[:-1], "labels": piece[1:]}
 
 
-def datasets(context: int = 256, eval_windows: int | None = 256) -> tuple[Windows, Windows]:
+def data(context: int = 256, eval_windows: int | None = 256) -> tuple[Windows, Windows]:
     """Training and held-out windows of the standard library.
 
     Whole files are held out, one in twenty by a checksum of their name: a model can't have seen the other half of a
     function it is asked about, and the same files are held out on every machine and in every run.
+
+    Args:
+        context: bytes in a window.
+        eval_windows: held-out windows that an evaluation reads, at most.
     """
     train, held_out = bytearray(), bytearray()
     for name, content in standard_library().items():
@@ -207,93 +218,59 @@ def datasets(context: int = 256, eval_windows: int | None = 256) -> tuple[Window
 
 def parity_data() -> Windows:
     """Short training windows, for ``stratagem parity examples/gpt.py:build``."""
-    return datasets(context=64)[0]
+    return data(context=64)[0]
 
 
 # The run.
 
+ARGUMENTS = {
+    "loggers": ["jsonl", "tensorboard"],
+    "output_dir": "output/gpt",
+    "max_steps": 2000,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # of the run
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "logging_steps": 50,
+    "eval_strategy": "steps",
+    "eval_steps": 200,
+    "save_steps": 200,
+    "save_total_limit": 2,
+}
+"""What Fit is given, unless the command line or a file says otherwise."""
 
-def parse_options() -> argparse.Namespace:
-    """Every option of the run, from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level GPT on Python's standard library.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
 
-    def option(flag: str, default: int | float | str, meaning: str) -> None:
-        parser.add_argument(flag, type=type(default), default=default, help=meaning)
+def sample(model: GPT, /, prompt: str = "def ", length: int = 300) -> str:
+    """Continue a prompt.
 
-    option("--steps", 2000, "updates to train for")
-    option("--batch-size", 8, "windows of text in a micro-batch, per device")
-    option("--accumulation", 1, "micro-batches in an update")
-    option("--context", 256, "bytes in a window")
-    option("--layers", 4, "transformer blocks")
-    option("--width", 128, "features per position")
-    option("--heads", 4, "attention heads")
-    option("--learning-rate", 3e-3, "peak of the cosine schedule")
-    option("--warmup", 60, "updates over which the learning rate rises to its peak")
-    option("--weight-decay", 0.1, "decay of the weight matrices")
-    option("--strategy", "single", "placement on devices: single, ddp, fsdp2, ...")
-    option("--devices", 0, "processes on this machine; 0 starts one for each accelerator that the strategy can use")
-    option("--precision", "32-true", "number format: 32-true, bf16-mixed (faster where the processor has it), ...")
-    option("--log-every", 50, "updates between logs")
-    option("--eval-every", 200, "updates between evaluations")
-    option("--eval-windows", 256, "held-out windows that an evaluation reads, at most")
-    option("--save-every", 200, "updates between checkpoints")
-    option("--output-dir", "output/gpt", "where checkpoints, logs and the final weights go")
-    option("--seed", 42, "of the weights, of the order of the data and of the sample")
-    option("--prompt", "def ", "what the trained model continues")
-    option("--sample-length", 300, "bytes that it adds to the prompt")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
-    return parser.parse_args()
+    Args:
+        model: trained.
+        prompt: what the trained model continues.
+        length: bytes that it adds to the prompt.
+    """
+    return model.eval().generate(prompt.encode(), length).decode(errors="replace")
 
 
 def main() -> None:
     """Train, evaluate and sample."""
-    options = parse_options()
-    torch.manual_seed(options.seed)
-    size = (options.context, options.layers, options.width, options.heads)
-    train, held_out = datasets(options.context, options.eval_windows)
-    fit = Fit(
-        build(*size),
-        train_data=train,
-        eval_data=held_out,
-        strategy=options.strategy,
-        devices=options.devices or "auto",
-        precision=options.precision,
-        loggers=["jsonl", "tensorboard"],
-        output_dir=options.output_dir,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(options.warmup, options.steps),
-        weight_decay=options.weight_decay,
-        adam_beta2=0.95,
-        logging_steps=options.log_every,
-        eval_strategy="steps",
-        eval_steps=options.eval_every,
-        save_steps=options.save_every,
-        save_total_limit=2,
-        seed=options.seed,
-    )
+    run = configure(build, data, ARGUMENTS, sample=sample)
+    fit = Fit.from_config(run)
+    train, held_out = fit.train_data, fit.eval_data
     if fit.strategy.is_main:
         parameters = sum(parameter.numel() for parameter in fit.module.parameters())
         print(f"{parameters:,} parameters, {len(train.text):,} bytes to learn from, {len(held_out.text):,} held out,")
-        print(f"of which {len(held_out) * options.context:,} in {len(held_out)} windows are evaluated")
-    fit.train(resume_from_checkpoint=options.resume)
+        print(f"of which {len(held_out) * held_out.context:,} in {len(held_out)} windows are evaluated")
+    fit.train(resume_from_checkpoint=run.resume)
 
     # A mean over bytes in nats, divided by ln 2, is in bits: what this model would compress Python to.
     bits_per_byte = fit.evaluate()["eval_loss"] / math.log(2)
-    weights = fit.export(Path(options.output_dir) / "weights.safetensors")
+    weights = fit.export(Path(fit.args.output_dir) / "weights.safetensors")
     if fit.strategy.is_main:
         # Exported weights are whole and plain however the run was sharded: one process samples from a fresh model.
-        model = build(*size)
+        model = build(**run.section("build"))
         load_model(model, weights)
-        sample = model.eval().generate(options.prompt.encode(), options.sample_length, seed=options.seed)
-        print(f"\nheld-out loss: {bits_per_byte:.3f} bits per byte\n\n{sample.decode(errors='replace')}")
+        print(f"\nheld-out loss: {bits_per_byte:.3f} bits per byte\n\n{sample(model, **run.own['sample'])}")
 
 
 if __name__ == "__main__":

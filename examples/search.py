@@ -6,12 +6,10 @@ It ends with the held-out loss and accuracy of digits.py's own arguments and of 
 once more. A search that was interrupted goes on when it is run again.
 """
 
-import argparse
 from typing import Any
 
-import torch
-from digits import DigitReader, datasets
-from stratagem import Fit
+from digits import DigitReader, data
+from stratagem import Fit, configure
 
 
 def module_init(trial: Any) -> DigitReader:
@@ -29,49 +27,44 @@ def space(trial: Any) -> dict[str, Any]:
     }
 
 
-def parse_options() -> argparse.Namespace:
-    """Every option of the search, from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Search for a digit reader's arguments.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--trials", type=int, default=12, help="in the whole study")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images in each trial")
-    parser.add_argument("--strategy", default="single", help="placement on devices")
-    parser.add_argument("--output-dir", default="output/search", help="where the study, its runs and logs go")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, and of every trial's own seed")
-    parser.add_argument("--plot", action="store_true", help="draw history and importance; needs matplotlib")
-    return parser.parse_args()
+def build() -> dict[str, Any]:
+    """What Fit is given beside its options."""
+    return {"module_init": module_init}
+
+
+def search(fit: Fit, /, trials: int = 12, plot: bool = False) -> None:
+    """Search.
+
+    Args:
+        fit: what trains the trials; it has the best one's arguments afterwards.
+        trials: in the whole study.
+        plot: draw history and importance; needs matplotlib.
+    """
+    storage = f"sqlite:///{fit.args.output_dir}/study.db"
+    fit.hyperparameter_search(space, n_trials=trials, storage=storage, pruner="median", plot=plot)
+
+
+ARGUMENTS = {
+    "output_dir": "output/search",
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 512,
+    "learning_rate": 3e-3,
+    "logging_strategy": "epoch",
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "seed": 0,
+}
+"""What Fit is given, unless the command line or a file says otherwise."""
 
 
 def main() -> None:
     """Train with the default arguments, search, and train with the best."""
-    options = parse_options()
-    torch.manual_seed(options.seed)
-    train, held_out = datasets(options.seed)
-    fit = Fit(
-        module_init=module_init,
-        train_data=train,
-        eval_data=held_out,
-        strategy=options.strategy,
-        output_dir=options.output_dir,
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=512,
-        learning_rate=3e-3,
-        logging_strategy="epoch",
-        eval_strategy="epoch",
-        save_strategy="no",
-        seed=options.seed,
-    )
+    run = configure(build, data, ARGUMENTS, search=search)
+    fit = Fit.from_config(run)
     fit.train()
     before = best_evaluation(fit)
-    fit.hyperparameter_search(
-        space,
-        n_trials=options.trials,
-        storage=f"sqlite:///{options.output_dir}/study.db",
-        pruner="median",
-        plot=options.plot,
-    )
+    search(fit, **run.own["search"])
     fit.train()
     after = best_evaluation(fit)
     if fit.strategy.is_main:

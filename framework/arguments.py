@@ -1,10 +1,11 @@
 """FitArguments, every option of a run: the fields of argument_fields.py, checked together when they are made."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
-from .fields import argument_ranges, cadence
+from .fields import accumulation, argument_ranges, batch_limits, cadence, durations
 from .fields.argument_fields import ArgumentFields
 from .fields.argument_types import (
     Options,
@@ -14,37 +15,55 @@ from .fields.argument_types import (
     type_problems,
     with_help,
 )
-from .fields.foreign_arguments import unknown_argument
 from .optim import optimizers, schedulers
+
+
+class ArgumentsError(ValueError):
+    """Arguments that can't work.
+
+    Args:
+        problems: (field, its value, why it can't work and what to write instead) of each of them.
+    """
+
+    def __init__(self, problems: Sequence[tuple[str, Any, str]]) -> None:
+        lines = [f"{name}={value!r}: {why}" for name, value, why in problems]
+        super().__init__("These arguments can't work:\n  " + "\n  ".join(lines))
+        self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.problems,)
 
 
 @dataclass(frozen=True)
 class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of the fields)
     __doc__ = ArgumentFields.__doc__
 
-    def __new__(cls, *values: Any, **arguments: Any) -> "FitArguments":
-        """Make the object, where all names are names of fields.
+    deterministic: InitVar[bool | None] = None
+    """Lightning's name for ``full_determinism``, which it sets."""
 
-        Raises:
-            TypeError: a name isn't; the message says what to write instead, or suggests the nearest name.
-        """
-        known = hints(cls)
-        for name in arguments:
-            if name not in known:
-                raise TypeError(unknown_argument(name, known))
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
+    def __post_init__(self, deterministic: bool | None) -> None:
+        if deterministic is not None:
+            if not isinstance(deterministic, bool):
+                why = "must be True or False; an operation that has no deterministic algorithm ends training"
+                raise ArgumentsError([("deterministic", deterministic, why)])
+            object.__setattr__(self, "full_determinism", deterministic)
         if isinstance(self.output_dir, str):
             object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
         if callable(self.optim):
             object.__setattr__(self, "optim", path_of(self.optim))
         for name, kind in hints(type(self)).items():
-            if kind is Options:
+            if kind == Options:
                 object.__setattr__(self, name, as_options(getattr(self, name)))
-        problems = [f"{name}={getattr(self, name)!r}: {why}" for name, why in self._problems()]
-        if problems:
-            raise ValueError("These arguments can't work:\n  " + "\n  ".join(problems))
+        object.__setattr__(self, accumulation.NAME, accumulation.as_schedule(getattr(self, accumulation.NAME)))
+        for name in batch_limits.LIMITS:
+            object.__setattr__(self, name, batch_limits.as_limit(getattr(self, name)))
+        object.__setattr__(self, "max_time", durations.as_duration(self.max_time))
+        if self.fast_dev_run is True:
+            object.__setattr__(self, "fast_dev_run", 1)
+        elif self.fast_dev_run is False:
+            object.__setattr__(self, "fast_dev_run", 0)
+        if problems := self._problems():
+            raise ArgumentsError([(name, getattr(self, name), why) for name, why in problems])
 
     def _problems(self) -> list[tuple[str, str]]:
         """Return (field, why it can't work and what to write instead) for every field that can't work. The file of each
@@ -52,6 +71,8 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         """
         return type_problems(self) or [
             *argument_ranges.problems(self),
+            *accumulation.problems(self),
+            *batch_limits.problems(self),
             *cadence.problems(self),
             *schedulers.problems(self),
             *optimizers.problems(self),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import FitArguments
+from .foreign_events import check_callback
 from .state import Control, TrainState
 
 EVENTS = (
@@ -179,6 +180,8 @@ class Callbacks:
     def __init__(self, callbacks: Iterable[Callback], last: Iterable[Callback] = ()) -> None:
         self.first, self.last = list(callbacks), list(last)
         self.find_listeners()
+        for callback in self.first:
+            check_callback(callback, Callback, EVENTS)
 
     def find_listeners(self) -> None:
         """Collect, for each event, the methods of the callbacks that override it.
@@ -202,6 +205,7 @@ class Callbacks:
         """Add a callback, after those that were given."""
         self.first.append(callback)
         self.find_listeners()
+        check_callback(callback, Callback, EVENTS)
 
     def pop(self, callback: Callback | type[Callback]) -> Callback | None:
         """Remove a callback: the instance, or the first one of the class.

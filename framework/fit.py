@@ -17,26 +17,29 @@ from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
+from .configuration.configuration import Built, Configuration
+from .configuration.written_run import written_by
 from .display.describing import describe_fit
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
+from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
-from .runs import Runs
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
+from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
     from .display.summary import Summary
 
 
-class Fit(Runs):
+class Fit(RateFinding):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -62,6 +65,7 @@ class Fit(Runs):
             are given as that entry.
         module_init: makes the module: a function of an Optuna trial, which it may ask for parameters of its own, or of
             None where there is no trial. Each trial of a search, and each ``train()`` but the first, has a fresh one.
+        built_by: what ``from_config`` called for module and data, for the file that repeats the run.
         **arguments: fields of FitArguments; they override ``args``.
 
     Attributes:
@@ -97,6 +101,7 @@ class Fit(Runs):
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         module_init: Callable[[Any], TrainModule] | None = None,
+        built_by: Built | None = None,
         **arguments: Any,
     ) -> None:
         overriding.check_fit(type(self), Fit)
@@ -113,12 +118,13 @@ class Fit(Runs):
         self.plan = Plan.of(own)
         self._check_together(own, self.module, number_format)
         self._check_overriding(own)
-        if own.requeue:
+        if self.args.requeue:
             check_requeue()
-        given_loggers = get_loggers(loggers)
+        given_loggers = get_loggers(loggers := loggers if isinstance(loggers, str | Logger) else list(loggers))
         start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main else (), self)
+        heard = self.strategy.is_main and not own.fast_dev_run
+        self.loggers = Loggers(given_loggers if heard else (), self)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -128,7 +134,7 @@ class Fit(Runs):
         self._interpret_module()
         self._check_ranks_agree()
         if train_data is not None:
-            if own.save_strategy != "no":
+            if self.args.save_strategy != "no":
                 self._check_can_save()
             check_optimizer_by_name(own, self.strategy)
         if eval_data is not None:
@@ -140,7 +146,40 @@ class Fit(Runs):
         if train_data is not None:
             self.follow(self.plan)
         self._has_trained = False
+        self.written = written_by(self, max_restarts, loggers, built_by)
         self.emit("on_init_end")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: "str | Path | Configuration",
+        module: TrainModule | None = None,
+        train_data: Any = None,
+        eval_data: Any = None,
+        **arguments: Any,
+    ) -> "Fit":
+        """Make a Fit as a file, or a command line, configures it.
+
+        Where the configuration names a target ("train.py:build"), its functions make the module and the data, on the
+        ranks alone, after random numbers were seeded with the run's seed. ``output_dir/config.yaml``, which every run
+        that saves or logs leaves, repeats that run, to the bit on the same machine.
+
+        Args:
+            config: the path of a file (YAML, TOML), or what ``configure`` read from a command line.
+            module, train_data, eval_data: in place of the target's, or where it names none.
+            **arguments: all others of Fit, which override the configuration.
+
+        Raises:
+            ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
+
+        Example:
+            >>> fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)
+        """
+        given = {"module": module, "train_data": train_data, "eval_data": eval_data}
+        given = {name: value for name, value in given.items() if value is not None} | arguments
+        if not isinstance(config, Configuration):
+            config = Configuration.read(config, arguments=type(arguments.get("args") or FitArguments()))
+        return cls(**config.fit_arguments(given))
 
     # Training.
 
@@ -182,6 +221,8 @@ class Fit(Runs):
                 f"train(resume_from_checkpoint={resume_from_checkpoint!r}) would begin at the same place each time. "
                 "Write train(resume_from_checkpoint=True)."
             )
+        if self.args.fast_dev_run:
+            begin_trying(self.args, self.strategy, resume_from_checkpoint)
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:

@@ -18,6 +18,7 @@ from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name
+from .configuration.written_run import WrittenRun
 from .data import DataStream
 from .display.progress import Progress
 from .measures import best
@@ -37,6 +38,9 @@ from .switches.preparation import callbacks_of
 from .switches.ranks_agree import RanksAgree
 from .watch.watch import Watch
 
+BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
+"""Arguments that a Fit is made with, and a trial can't switch on."""
+
 
 class Runs(Steps):
     """What a Fit does between two runs: begins the next, takes the last one apart, changes arguments and module.
@@ -46,12 +50,14 @@ class Runs(Steps):
         own_args: the arguments that the Fit was given, or that a search has found for it.
         own_callbacks: the callbacks that the Fit was given.
         own_trial: what ``module_init`` is asked for where a run is the Fit's own: None, or the best trial of a search.
+        written: what the run's own configuration file holds beside its arguments.
     """
 
     compute_loss_func: Callable[..., Tensor] | None
     own_args: FitArguments
     own_callbacks: list[Callback]
     own_trial: Any
+    written: WrittenRun
     _trial_callbacks: tuple[Callback, ...]
 
     @property
@@ -104,6 +110,12 @@ class Runs(Steps):
             elastic.explain(args, asked, self.strategy, samples)
             self.follow(self.plan.with_batch_size(args))
 
+    def _write_configuration(self) -> None:
+        """Write down, on the main process, what repeats the run, where the run leaves anything in its directory."""
+        logs_there = bool(self.loggers.all) and Path(self.args.output_dir).is_dir()
+        if self.strategy.is_main and (self.args.save_strategy != "no" or logs_there):
+            self.written.write(self.plan.given)
+
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
         with torch_settings.of_run(self.args.full_determinism, self.args.tf32, self.strategy.device):
@@ -113,6 +125,7 @@ class Runs(Steps):
             self.memory.begin("train")
             try:
                 self.loggers.begin()
+                self._write_configuration()
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
@@ -137,10 +150,11 @@ class Runs(Steps):
         placement = self.placement
         placement.reset_optimizer()
         self.state.reset()
-        if saved is not None and not run.plan.has_global_batch_of(saved, stream):
+        if saved is not None and not run.plan.has_updates_of(saved, stream):
             stream.load_state_dict({"position": 0} if run.args.ignore_data_skip else saved["data"])
             run = self._follow(run.plan.resumed(saved, stream), stream)
-        run.begin(placement, self.eval_data is not None and run.args.eval_strategy != "no")
+        can_evaluate = self.eval_data is not None or run.args.overfit_batches is not None
+        run.begin(placement, can_evaluate and run.args.eval_strategy != "no")
         if path is None or saved is None:
             run.begin_anew()
         else:
@@ -197,6 +211,8 @@ class Runs(Steps):
             return
         if self._saver is not None:
             self._saver.let_go()
+        if self._placement is not None:
+            self._placement.reset_scaling()  # else the next placement begins with the scale that this one ended with
         # A worker process that loads data would keep this rank's connections open, as it has inherited them.
         self._placement = self._run = self._objective = None
         self.strategy.release(self.module)
@@ -271,10 +287,9 @@ class Runs(Steps):
         """
         self._check_together(args, self.module, self.strategy.precision)
         check_optimizer_by_name(args, self.strategy)
-        if args.auto_find_batch_size and not self.own_args.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size can't be switched on by a trial. Write Fit(auto_find_batch_size=True)."
-            )
+        for name in BY_FIT_ALONE:
+            if getattr(args, name) and not getattr(self.own_args, name):
+                raise ValueError(f"{name} can't be switched on by a trial. Write Fit({name}={getattr(args, name)}).")
         late = [name for name in MADE_IN_PLACING if getattr(args, name) != getattr(self.plan.given, name)]
         if self.placed and late:
             raise ValueError(

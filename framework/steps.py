@@ -14,7 +14,7 @@ from . import checkpoint, overriding
 from .arguments import FitArguments
 from .callbacks import Callbacks
 from .checkpoint import pretrained
-from .data import DataStream, make_stream
+from .data import DataStream, limit_evaluation, make_stream
 from .data.stand_in import StandIn
 from .loggers.together import Loggers
 from .measures import best
@@ -193,11 +193,7 @@ class Steps:
         return loss, outputs, {**extras, **own_extras}, is_share
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Count | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Count | None = None
     ) -> Any:
         """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise, with
         or without this method's help: training, evaluation and ``predict`` follow it (docs/overriding.md).
@@ -302,7 +298,8 @@ class Steps:
         Returns:
             ``{"eval_loss": mean over all items, "eval_<metric>": ...}``; it is logged too.
         """
-        if eval_data is None and self.eval_data is None:
+        overfits = eval_data is None and self.args.overfit_batches is not None
+        if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         placement = self.placement
         data = self.eval_data if eval_data is None else eval_data
@@ -311,7 +308,8 @@ class Steps:
         with placement.mode.evaluating():
             for name, part in named.items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-                metrics |= self.evaluation().run(self.eval_batches(part), prefix, ignore_keys or ()).metrics
+                batches = self.eval_batches(None if overfits else part, limited=True)
+                metrics |= self.evaluation().run(batches, prefix, ignore_keys or ()).metrics
         self.log(metrics)
         self.emit("on_evaluate", metrics=metrics)
         return metrics
@@ -336,25 +334,23 @@ class Steps:
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, labels, metrics)
 
-    def eval_batches(self, data: Any) -> Iterator[Any]:
-        """This rank's micro-batches of one evaluation; every rank has equally many."""
-        stream = self.stream_over(self.get_eval_dataloader(data), training=False)
+    def eval_batches(self, data: Any, limited: bool = False) -> Iterator[Any]:
+        """This rank's micro-batches of an evaluation; every rank has equally many. None: over what is trained on."""
+        given = self.get_train_dataloader() if data is None else self.get_eval_dataloader(data)
+        stream = self.stream_over(given, training=data is None)
+        if limited:
+            limit_evaluation(stream, self.args)
         return in_step(self.strategy, stream, self.batches(stream, 0), self._watch)
 
     def evaluation(self) -> Evaluation:
         """What evaluates the placed module."""
         return Evaluation(
-            strategy=self.strategy,
-            module=self.module,
-            objective=self.objective,
-            args=self.args,
-            memory=self.memory,
-            find_loss=self.find_loss,
+            self.strategy, self.module, self.objective, self.args, self.memory, self.find_loss,
             loss_name=f"{type(self).__name__}.compute_loss",
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             after_batch=partial(self.emit, "on_prediction_step"),
-        )
+        )  # fmt: skip
 
     # Checkpoints.
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 Chosen = TypeVar("Chosen")
+FEW = 20  # names that a message still lists
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -20,6 +21,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     return f"{hint}Known: {', '.join(names)}."
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """Write the same where there may be too many names to list: then the nearest ones alone.
+
+    Example:
+        >>> near_names("logging_step", [f"option_{i}" for i in range(20)] + ["logging_steps", "logging_strategy"])
+        "Did you mean 'logging_steps' or 'logging_strategy'?"
+    """
+    names = sorted(known)
+    if len(names) <= FEW:
+        return did_you_mean(name, names) if names else "It has none."
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    parts = {part for part in name.split("_") if len(part) > 3}
+    nearest += [each for each in names if parts & set(each.split("_")) and each not in nearest][: 3 - len(nearest)]
+    if not nearest:
+        return f"None of its {len(names)} names is near that."
+    *others, last = map(repr, nearest)
+    return f"Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
 
 
 def resolve(

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -77,11 +77,7 @@ def start_ranks(
             f"strategy={strategy.name!r} runs in one process, so devices={devices!r} would have no effect. "
             "Use strategy='ddp' or 'fsdp2'."
         )
-    if fewest < most and max_restarts == 0:
-        raise ValueError(
-            f"devices={devices!r} goes on with fewer ranks when it is started again, and max_restarts=0 never does "
-            f"that. Write max_restarts=, or devices={most}."
-        )
+    check_range(fewest, most, max_restarts)
     launch(fewest, most, max_restarts, signals, "" if is_quiet else explanation(most))
 
 
@@ -168,10 +164,54 @@ def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = (
         )
     if explained:
         say(explained)
+    sys.exit(run_on_ranks([sys.executable, *sys.orig_argv[1:]], fewest, most, max_restarts, signals))
+
+
+def run_on_ranks(
+    command: Sequence[str],
+    fewest: int | None,
+    most: int | None,
+    max_restarts: int = 0,
+    signals: Iterable[str] = (),
+) -> int:
+    """Run a command on several ranks of this machine, and return their status.
+
+    Args:
+        command: of each rank.
+        fewest, most: ranks; None for one for each accelerator.
+        max_restarts: how often all ranks are started again after one failed.
+        signals: names of those that are passed on to the ranks, beside SIGTERM and SIGINT.
+
+    Raises:
+        ValueError: this process is a rank already, or fewer ranks would never come about.
+    """
+    if not (place := find_place()).is_alone:
+        raise ValueError(f"This process is rank {place.rank} of {place.world_size} already, by {place.started_by}.")
+    most = most or max(1, torch.accelerator.device_count())
+    fewest = fewest or most
+    check_range(fewest, most, max_restarts)
     # Ranks that each use all cores slow one another down; torchrun does the same, with 1.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // most)))
     numbers = {signal.Signals[name] for name in ("SIGTERM", "SIGINT", *signals)}
-    sys.exit(supervise(Launch([sys.executable, *sys.orig_argv[1:]], fewest, most, max_restarts, sorted(numbers))))
+    return supervise(Launch(command, fewest, most, max_restarts, sorted(numbers)))
+
+
+def check_range(fewest: int, most: int, max_restarts: int) -> None:
+    """Refuse a range of ranks where nothing is started again.
+
+    Raises:
+        ValueError: says what to write.
+    """
+    if fewest < most and max_restarts == 0:
+        raise ValueError(
+            f"devices='{fewest}:{most}' goes on with fewer ranks when it is started again, and max_restarts=0 never "
+            f"does that. Write max_restarts=, or devices={most}."
+        )
+
+
+def local_ranks() -> int:
+    """Return the number of ranks of this run on this machine."""
+    return find_place().local_world_size
 
 
 def describe_process(process: int) -> str:

@@ -59,6 +59,7 @@ from .remote import download
 Result = TypeVar("Result")
 
 RENAMED = re.compile(rf"checkpoint-(\d+)({re.escape(SET_ASIDE)}|{re.escape(DAMAGED)})")
+CONFIGURATION = "config.yaml"  # what repeats the run: it says nothing where nothing else is left
 
 
 class RunDirectory:
@@ -350,6 +351,8 @@ class RunDirectory:
         self.lock.release()
         if self.newest is None:
             with contextlib.suppress(OSError):  # the directory isn't empty
+                if self.made and {path.name for path in self.path.iterdir()} <= {CONFIGURATION}:
+                    (self.path / CONFIGURATION).unlink(missing_ok=True)
                 for path in self.made:
                     path.rmdir()
 

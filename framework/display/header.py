@@ -19,7 +19,7 @@ from .shown_fit import ShownFit
 Rows = list[tuple[str, str]]
 """Labels, and what is said under each."""
 
-RESULTS = ("report.html", "log.jsonl", "tensorboard", "weights.safetensors")
+RESULTS = ("report.html", "log.jsonl", "metrics.csv", "weights.safetensors")
 """What may lie in ``output_dir`` beside checkpoints, and is worth a word at the end."""
 
 
@@ -177,4 +177,6 @@ def found_in(args: FitArguments) -> str:
     newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
     found = [newest.name] if newest is not None else []
     found += [name for name in RESULTS if (directory / name).exists()]
+    if any((directory / (args.run_name or "") / "train").glob("events.out.tfevents.*")):
+        found.append("curves for TensorBoard")
     return f"{args.output_dir} ({', '.join(found)})" if found else f"{args.output_dir} holds nothing: nothing was saved"

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .argument_types import Options
+from .known_names import KnownNames
 
 Arguments = TypeVar("Arguments", bound="ArgumentFields")
 
 
 @dataclass(frozen=True)
-class ArgumentFields:
+class ArgumentFields(KnownNames):
     """Options of a training run.
 
     The names are those of transformers' TrainingArguments wherever the same thing exists there, and its
@@ -21,9 +22,22 @@ class ArgumentFields:
         run_name: what the run is called in its logs and on the display; None leaves it without a name.
         max_steps: updates to train for; -1 trains for ``num_train_epochs``. Overrides the epochs.
         num_train_epochs: passes over the training data; may be a fraction.
+        max_time: training ends, saved and evaluated, before it has lasted so long: "HH:MM:SS", "DD:HH:MM:SS", seconds,
+            or a timedelta. It counts from the beginning of ``train``, and adds up over resumes. See docs/trying.md.
+        fast_dev_run: try the run: so many updates, and so many batches in each evaluation (True is 1), then stop. All
+            is as in the real run, but for checkpoints, loggers and what else is written to ``output_dir``: there is
+            none.
+        limit_train_batches: an epoch ends after so many updates; a float up to 1.0 is a fraction of them, rounded down.
+            With an order that is drawn anew each epoch, each has other samples.
+        limit_eval_batches: an evaluation ends after so many batches of ``per_device_eval_batch_size`` samples, on
+            however many ranks; a float up to 1.0 is a fraction of them, rounded down. ``predict`` has no limit.
+        overfit_batches: every epoch is the first so many updates of the data, in the data's order, and evaluations are
+            of their samples, too, in place of ``eval_data``; a float up to 1.0 is a fraction of an epoch.
         per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
         per_device_eval_batch_size: the same in evaluation and prediction.
         gradient_accumulation_steps: micro-batches per update.
+        gradient_accumulation_schedule: the same from an epoch on: {4: 2, 8: 1}; epochs count from 0. Also as JSON, or
+            as "4=2,8=1".
         auto_find_batch_size: where a run is out of memory, begin it again with half of ``per_device_train_batch_size``
             (or less) and more ``gradient_accumulation_steps``, so that an update's samples stay the same; see
             ``framework/run/batch_size.py``. Takes host memory for a copy of the module.
@@ -92,7 +106,7 @@ class ArgumentFields:
         shuffle: draw a new order of the training data each epoch.
         full_determinism: compute the same bits in every run on the same machine: torch's deterministic algorithms, from
             the beginning of training to its end. Some are slower, by a tenth up to several times, and an operation that
-            has none ends training with torch's error.
+            has none ends training with torch's error. ``deterministic=True`` is the same.
         train_sampling_strategy: "random"; "sequential", which is shuffle=False; or "group_by_length", which puts
             samples of about the same length together, in an order that is new each epoch.
         length_column_name: where "group_by_length" finds lengths: an attribute or a column of the data, or an entry of
@@ -142,9 +156,15 @@ class ArgumentFields:
 
     max_steps: int = -1
     num_train_epochs: float = 3.0
+    max_time: None | str | float = None  # noqa: RUF036 (HfArgumentParser reads the second type)
+    fast_dev_run: int = 0
+    limit_train_batches: None | str | int | float = None  # noqa: RUF036 (the same; the text becomes a number)
+    limit_eval_batches: None | str | int | float = None  # noqa: RUF036
+    overfit_batches: None | str | int | float = None  # noqa: RUF036
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    gradient_accumulation_schedule: Options = field(default_factory=dict)
     auto_find_batch_size: bool = False
 
     learning_rate: float = 5e-5
@@ -153,10 +173,10 @@ class ArgumentFields:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     optim: str = "adamw"
-    optim_args: Options = field(default_factory=Options)
+    optim_args: Options = field(default_factory=dict)
     optim_target_modules: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser reads the second type)
     lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: Options = field(default_factory=Options)
+    lr_scheduler_kwargs: Options = field(default_factory=dict)
     warmup_steps: float = 0
     warmup_ratio: float = 0.0
     max_grad_norm: float | None = 1.0
@@ -206,7 +226,7 @@ class ArgumentFields:
     past_index: int = -1
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
-    gradient_checkpointing_kwargs: Options = field(default_factory=Options)
+    gradient_checkpointing_kwargs: Options = field(default_factory=dict)
     torch_compile: bool = False
     torch_compile_backend: str | None = None
     torch_compile_mode: str = "default"

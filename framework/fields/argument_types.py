@@ -14,24 +14,17 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 if TYPE_CHECKING:
     Options = dict
 else:
-
-    class Options(dict):
-        """Options by name, from a mapping or from text as a command line gives it: JSON, or "name=value,name=value".
-
-        Raises:
-            ValueError: the text is neither.
-
-        Example:
-            >>> Options("momentum=0.9,nesterov=True")
-            {'momentum': 0.9, 'nesterov': True}
-        """
-
-        def __init__(self, given: Any = (), **named: Any) -> None:
-            super().__init__(read_options(given) if isinstance(given, str) else given, **named)
+    # What a field of options takes: a mapping, or text that is read into one when the arguments are made. Parsers are
+    # shown all of it: transformers' takes the second type, jsonargparse each in turn.
+    Options = None | str | dict[str, Any]
 
 
 def read_options(text: str) -> dict[str, Any]:
-    """Read options from text.
+    """Read options from text, as a command line gives it: JSON, or "name=value,name=value".
+
+    Example:
+        >>> read_options("momentum=0.9,nesterov=True")
+        {'momentum': 0.9, 'nesterov': True}
 
     Raises:
         ValueError: the text is neither JSON nor "name=value,name=value".
@@ -62,8 +55,10 @@ def find_allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]
     """Return (field, the types that fit it, how an error names them) of each field of a dataclass."""
     found = []
     for name, kind in hints(arguments).items():
+        if isinstance(kind, dataclasses.InitVar):
+            continue
         allowed = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
-        wanted = "dict" if kind is Options else kind.__name__ if isinstance(kind, type) else str(kind)
+        wanted = "dict" if kind == Options else kind.__name__ if isinstance(kind, type) else str(kind)
         found.append((name, (*allowed, int) if float in allowed else allowed, wanted))
     return found
 
@@ -86,11 +81,9 @@ def type_problems(arguments: Any) -> list[tuple[str, str]]:
 
 def as_options(given: Any) -> Any:
     """Return options for a mapping, a text or None, and anything else as it is."""
-    if given is None:
-        return Options()
     if isinstance(given, str):
-        return Options(read_options(given))
-    return Options(given) if isinstance(given, dict) else given
+        return read_options(given)
+    return dict(given or {}) if given is None or isinstance(given, Mapping) else given
 
 
 def path_of(made_by: Any) -> str:
@@ -129,8 +122,8 @@ def load(path: str) -> Any:
         raise ValueError(f"{path!r} can't be imported: {error}") from error
 
 
-def descriptions(arguments: type) -> dict[str, str]:
-    """Return what the docstring of a dataclass says of each field, in its section "Args"."""
+def descriptions(arguments: Any) -> dict[str, str]:
+    """Return what the docstring of a dataclass, or a function, says of each name in its section "Args"."""
     text = cleandoc(arguments.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
     found: dict[str, str] = {}
     names: list[str] = []

@@ -117,7 +117,10 @@ def after_update(args: ArgumentFields, state: TrainState, control: Control) -> N
         control.should_evaluate = True
     if args.save_strategy == "steps" and step % args.save_steps == 0:
         control.should_save = True
-    if step >= state.max_steps:
+    tries = 0 < args.fast_dev_run <= step
+    if tries and step < state.max_steps:
+        control.stop_training(f"fast_dev_run={args.fast_dev_run}")
+    if tries or step >= state.max_steps:
         control.should_training_stop = True
         control.should_log |= args.logging_strategy == "steps"
         control.should_evaluate |= evaluates

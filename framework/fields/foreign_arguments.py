@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from ...precision.names import did_you_mean
+from ...precision.names import near_names
 
 PRECISION = "Write precision='bf16-mixed', '16-mixed', 'bf16-true', ...: how numbers are kept is one word of Fit's."
 EVALUATES_SO = "evaluation runs in the run's own precision. Write precision='bf16-true' to have weights in 16 bits"
@@ -129,16 +129,12 @@ LIGHTNING: Mapping[str, str] = {
     "accelerator": "The accelerator that is there is used, else the CPU: leave it out.",
     "num_nodes": "torchrun starts the ranks of several nodes: leave it out.",
     "logger": LOGGERS,
-    "fast_dev_run": "Write max_steps=2, save_strategy='no', loggers=[].",
     "max_epochs": "Write num_train_epochs, which may be a fraction.",
     "min_epochs": "There is no minimum: write num_train_epochs, and EarlyStopping's patience.",
     "min_steps": "There is no minimum: write max_steps, and EarlyStopping's patience.",
-    "max_time": "Have a callback set control.should_training_stop when the time is over.",
-    "limit_train_batches": "Write max_steps, or give a part of the data (torch.utils.data.Subset).",
-    "limit_val_batches": "Give eval_data a part of the data (torch.utils.data.Subset).",
-    "limit_test_batches": "Give fit.predict a part of the data (torch.utils.data.Subset).",
+    "limit_val_batches": "Write limit_eval_batches.",
+    "limit_test_batches": "Write limit_eval_batches; fit.evaluate(data) follows it, too.",
     "limit_predict_batches": "Give fit.predict a part of the data (torch.utils.data.Subset).",
-    "overfit_batches": "Give train_data a part of the data (torch.utils.data.Subset), with shuffle=False.",
     "val_check_interval": "Write eval_strategy='steps' and eval_steps, a number of updates or a fraction of the run.",
     "check_val_every_n_epoch": "Write eval_strategy='epoch'.",
     "num_sanity_val_steps": "Write eval_on_start=True.",
@@ -149,7 +145,6 @@ LIGHTNING: Mapping[str, str] = {
     "accumulate_grad_batches": "Write gradient_accumulation_steps.",
     "gradient_clip_val": "Write max_grad_norm.",
     "gradient_clip_algorithm": "The 2-norm of all gradients is clipped, to max_grad_norm.",
-    "deterministic": "Write full_determinism=True.",
     "benchmark": "Set torch.backends.cudnn.benchmark before Fit.",
     "inference_mode": "Evaluation runs without gradients: leave it out.",
     "use_distributed_sampler": "Ranks share each batch of a Dataset, by strategy=: leave it out.",
@@ -199,6 +194,12 @@ DIFFERENT: Mapping[str, str] = {
 FOREIGN: Mapping[str, str] = {**GENERAL, **LIGHTNING, **TRANSFORMERS}
 
 
-def unknown_argument(name: str, known: Iterable[str]) -> str:
-    """Return the error text for an argument that doesn't exist: what to write instead, or the nearest name."""
-    return f"Fit has no argument {name!r}. {FOREIGN.get(name) or did_you_mean(name, known)}"
+def unknown_argument(name: str, known: Iterable[str], owner: str = "Fit") -> str:
+    """Return the error text for an argument that doesn't exist: what to write instead, or the nearest names.
+
+    Args:
+        name: what was written.
+        known: what there is.
+        owner: what has no such argument.
+    """
+    return f"{owner} has no argument {name!r}. {FOREIGN.get(name) or near_names(name, known)}"

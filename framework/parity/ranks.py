@@ -5,8 +5,6 @@ strategy is ``python -m stratagem.framework.parity.ranks <run.json>``.
 """
 
 import dataclasses
-import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -25,6 +23,7 @@ import torch
 from ...precision.names import did_you_mean
 from ...strategies.base import Strategy
 from ...strategies.registry import ALIASES, STRATEGIES, get_strategy
+from ..configuration.targets import load_module_and_data
 from .comparing import Difference, compare, default_tolerance
 from .forward import FailedInLayer
 from .recording import Recipe, Recording, record
@@ -218,36 +217,6 @@ def failure_of(directory: Path, printed: str) -> RunFailed:
     return RunFailed(first["error"], first["traceback"])
 
 
-def load_functions(target: str, *others: str) -> list[Callable[[], Any]]:
-    """Load the function that ``file.py:function`` or ``package.module:function`` names, and others of the same file.
-
-    Args:
-        target: a file is run once, with its own folder first on the path, as if it were started.
-        others: names of the other functions.
-
-    Raises:
-        ValueError: the target has another form, there is no such file, or it lacks one of the functions.
-    """
-    place, _, name = target.rpartition(":")
-    if not place or not name:
-        raise ValueError(f"Write path/to/file.py:function or package.module:function. Received: {target!r}")
-    if place.endswith(".py"):
-        path = Path(place).resolve()
-        if not path.is_file():
-            raise ValueError(f"There is no file {path}.")
-        sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location("stratagem_parity_target", path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    for wanted in (name, *others):
-        if not callable(getattr(module, wanted, None)):
-            raise ValueError(f"{place} has no function {wanted}().")
-    return [getattr(module, wanted) for wanted in (name, *others)]
-
-
 def short(error: BaseException) -> str:
     """Write an error in one line, with the layer where it comes from a layer."""
     if isinstance(error, FailedInLayer):
@@ -261,10 +230,10 @@ def main() -> None:
     try:
         run = json.loads(file.read_text())
         recipe, strategy = Recipe(**run["recipe"]), Case(**run["case"]).make()
-        build, data = load_functions(recipe.module, recipe.data)
         torch.manual_seed(recipe.seed)
+        module, data = load_module_and_data(recipe.module, recipe.data)
         seed_checkpoint = run["seed_checkpoint"] and Path(run["seed_checkpoint"])
-        recording = record(build(), data(), strategy, recipe, file.parent, seed_checkpoint)
+        recording = record(module, data, strategy, recipe, file.parent, seed_checkpoint)
         if strategy.is_main:
             recording.save(file.parent)
         strategy.barrier()

@@ -37,7 +37,8 @@ class Recipe:
     Args:
         module: ``path/to/file.py:function`` or ``package.module:function``, a function without arguments that returns a
             TrainModule.
-        data: the name of a function beside it, without arguments, that returns the same Dataset at every call.
+        data: the name of a function beside it, without arguments, that returns the same Dataset at every call; empty
+            for parity_data(), where there is one, else data(), which ``stratagem fit`` takes, too.
         precision: the number format.
         updates: the number of optimizer steps.
         batch_size: samples of an update over all ranks; each data-parallel rank takes an even part.
@@ -46,7 +47,7 @@ class Recipe:
     """
 
     module: str
-    data: str = "parity_data"
+    data: str = ""
     precision: str = "32-true"
     updates: int = 20
     batch_size: int = 8
@@ -179,7 +180,8 @@ def record(
         ValueError: the data-parallel ranks can't share the batch evenly.
     """
     if isinstance(data, DataLoader):
-        raise TypeError(f"{recipe.data}() returned a DataLoader; return its dataset, which parity cuts into batches.")
+        function = f"{recipe.data or 'the data function'}()"
+        raise TypeError(f"{function} returned a DataLoader; return its dataset, which parity cuts into batches.")
     silence_dropout(module)
     recorder = Recorder(saves_seed=seed_checkpoint is None)
     fit = Fit(

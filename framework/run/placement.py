@@ -48,7 +48,7 @@ class Placement:
     """
 
     def __init__(self, strategy: Strategy, module: TrainModule, args: FitArguments, trains: bool) -> None:
-        self.strategy, self.module = strategy, module
+        self.strategy, self.module, self.trains = strategy, module, trains
         self.layers: tuple[Layer, ...] = ()
         self._first_state: dict[Any, dict[str, Any]] = {}  # of an optimizer that has one from the start, as Adagrad
         self._fingerprints: dict[str, Any] = {}
@@ -98,7 +98,12 @@ class Placement:
             if group["params"]:
                 group.update(self._first_options[id(group["params"][0])])
             group.pop("initial_lr", None)  # the last run's schedule left it
-        self.strategy.precision.load_state_dict(self._first_scaling)
+        self.reset_scaling()
+
+    def reset_scaling(self) -> None:
+        """Make the loss scale what it was when the optimizer was made."""
+        if self.trains:
+            self.strategy.precision.load_state_dict(self._first_scaling)
 
     def take_options(self, args: FitArguments) -> None:
         """Have the next reset set the options that an optimizer of these arguments would have."""

@@ -519,7 +519,8 @@ Fit(Tagger(), token_rows(), strategy="deepspeed", devices=1)
 
 def test_the_example_continues_elsewhere(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "deepspeed_offload.py")]
-    command += ["--steps=4", "--batch-size=2", "--context=32", "--layers=1", f"--output-dir={tmp_path}"]
+    command += ["--max_steps=4", "--per_device_train_batch_size=2", "--build.context=32", "--build.layers=1"]
+    command += [f"--output_dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "FutureWarning" not in done.stderr  # torch's, of names that DeepSpeed calls

@@ -13,10 +13,12 @@ import torch
 from ranks import Ranks
 from rich.console import Console
 from stratagem import TrainModule
-from stratagem.framework.command_line import main, parity_table
+from stratagem.framework.command_line import main
+from stratagem.framework.commands.parity import parity_table
+from stratagem.framework.configuration.targets import load_module_and_data
 from stratagem.framework.parity.comparing import compare, default_tolerance
 from stratagem.framework.parity.forward import FailedInLayer, difference, moments
-from stratagem.framework.parity.ranks import Case, launch, load_functions
+from stratagem.framework.parity.ranks import Case, launch
 from stratagem.framework.parity.recording import Recipe, Recording, record
 from stratagem.strategies import Single, get_strategy
 from torch import Tensor, nn
@@ -324,14 +326,17 @@ def test_a_batch_that_ranks_cannot_share_and_a_loader_are_refused(tmp_path: Path
 
 def test_functions_are_found_or_their_absence_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [*sys.path])
-    build, data = load_functions(f"{__file__}:right", "parity_data")
-    assert type(build()).__name__ == "Right" and len(data()) == 37
+    for given in ("parity_data", ""):
+        module, data = load_module_and_data(f"{__file__}:right", given)
+        assert type(module).__name__ == "Right" and len(data) == 37
+    program = Path(__file__).parents[1] / "configuration" / "program.py"  # it has no parity_data(), but data()
+    assert len(load_module_and_data(f"{program}:build")[1]) == 56
     with pytest.raises(ValueError, match=r"has no function absent\(\)"):
-        load_functions(f"{__file__}:absent")
+        load_module_and_data(f"{__file__}:absent")
     with pytest.raises(ValueError, match="There is no file"):
-        load_functions(f"{tmp_path}/absent.py:build")
+        load_module_and_data(f"{tmp_path}/absent.py:build")
     with pytest.raises(ValueError, match=r"Write path/to/file\.py:function"):
-        load_functions("no_colon")
+        load_module_and_data("no_colon")
 
 
 @pytest.mark.parametrize(

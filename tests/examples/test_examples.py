@@ -16,9 +16,10 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-MODEL = {"layers": 1, "width": 32, "heads": 2, "context": 32}
-CADENCE = {"log-every": 2, "eval-every": 4, "save-every": 4, "eval-windows": 8, "sample-length": 8}
-TINY = {**MODEL, **CADENCE, "batch-size": 4, "warmup": 2, "precision": "32-true"}
+MODEL = {"build.layers": 1, "build.width": 32, "build.heads": 2, "build.context": 32}
+CADENCE = {"logging_steps": 2, "eval_steps": 4, "save_steps": 4, "data.eval_windows": 8, "sample.length": 8}
+SIZES = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+TINY = {**MODEL, **CADENCE, **SIZES, "warmup_steps": 2}
 
 
 def run_example(name: str, *options: object, directory: Path) -> str:
@@ -37,7 +38,7 @@ def run_example(name: str, *options: object, directory: Path) -> str:
 
 def run_gpt(directory: Path, *flags: str, **options: object) -> str:
     """What examples/gpt.py prints with a tiny model."""
-    chosen = TINY | {name.replace("_", "-"): value for name, value in options.items()}
+    chosen = TINY | options
     return run_example("gpt.py", *(f"--{n}={value}" for n, value in chosen.items()), *flags, directory=directory)
 
 
@@ -62,7 +63,7 @@ def gpt() -> ModuleType:
 
 @pytest.mark.slow
 def test_gpt_trains_and_leaves_its_files(tmp_path: Path) -> None:
-    printed = run_gpt(tmp_path, steps=8, output_dir="run")
+    printed = run_gpt(tmp_path, max_steps=8, output_dir="run")
     run = tmp_path / "run"
     assert "update 8/8" in printed and "tokens/s" in printed
     assert 3 < bits_per_byte(printed) < 9
@@ -75,23 +76,23 @@ def test_gpt_trains_and_leaves_its_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gpt_resumed_ends_where_an_unbroken_run_ends(tmp_path: Path) -> None:
-    whole = run_gpt(tmp_path, steps=8, output_dir="whole")
+    whole = run_gpt(tmp_path, max_steps=8, output_dir="whole")
     parts = tmp_path / "parts"
     shutil.copytree(tmp_path / "whole", parts)
     shutil.rmtree(parts / "checkpoint-8")  # as if it had been killed between updates 4 and 8
-    resumed = run_gpt(tmp_path, "--resume", steps=8, output_dir="parts")
+    resumed = run_gpt(tmp_path, "--resume", max_steps=8, output_dir="parts")
     assert "update 2/8" not in resumed and "update 6/8" in resumed
     assert resumed.partition("held-out")[2] == whole.partition("held-out")[2]
     events = [row for row in read_log(parts) if "event" in row]
     assert [(row["event"], row["step"]) for row in events] == [("begin", 0), ("resume", 4)]
-    longer = run_gpt(tmp_path, "--resume", steps=10, output_dir="parts")
+    longer = run_gpt(tmp_path, "--resume", max_steps=10, output_dir="parts")
     assert "update 6/" not in longer and "update 10/10" in longer
 
 
 @pytest.mark.slow
 def test_gpt_on_two_sharded_ranks_ends_where_one_rank_ends(tmp_path: Path) -> None:
-    one = run_gpt(tmp_path, steps=4, output_dir="one")
-    two = run_gpt(tmp_path, steps=4, output_dir="two", strategy="fsdp2", devices=2, batch_size=2)
+    one = run_gpt(tmp_path, max_steps=4, output_dir="one")
+    two = run_gpt(tmp_path, max_steps=4, output_dir="two", strategy="fsdp2", devices=2, per_device_train_batch_size=2)
     assert bits_per_byte(two) == pytest.approx(bits_per_byte(one), abs=0.002)
     assert two.partition("byte\n")[2] == one.partition("byte\n")[2]  # the sample
 
@@ -99,10 +100,12 @@ def test_gpt_on_two_sharded_ranks_ends_where_one_rank_ends(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_gpt_explains_every_option(tmp_path: Path) -> None:
     printed = run_example("gpt.py", "--help", directory=tmp_path)
-    options = re.findall(r"^  (--[\w-]+)(.*\n(?: {10,}.*\n)*)", printed, flags=re.MULTILINE)
-    assert len(options) > 15
+    options = re.findall(r"^  (--[\w.]+)(.*\n(?: {10,}.*\n)*)", printed, flags=re.MULTILINE)
+    assert len(options) > 80 and {"--learning_rate", "--build.width", "--sample.prompt"} <= {
+        flag for flag, _ in options
+    }
     for flag, rest in options:
-        assert re.search(r"[a-z]{3,} [a-z]", rest), f"{flag} has no help"
+        assert re.search(r'[a-z"]{3,},? ["a-z]', rest) and "of your function" not in rest, f"{flag} has no help"
 
 
 def test_gpt_sees_no_later_byte(gpt: ModuleType) -> None:
@@ -124,8 +127,8 @@ def test_gpt_ties_its_head_and_names_its_blocks(gpt: ModuleType) -> None:
 
 
 def test_gpt_holds_out_whole_files_the_same_ones_each_time(gpt: ModuleType) -> None:
-    train, held_out = gpt.datasets(context=64, eval_windows=50)
-    again = gpt.datasets(context=64, eval_windows=50)
+    train, held_out = gpt.data(context=64, eval_windows=50)
+    again = gpt.data(context=64, eval_windows=50)
     assert torch.equal(train.text, again[0].text) and torch.equal(held_out.text, again[1].text)
     assert len(train) > 50_000 and len(held_out) == 50
     assert 0.02 < len(held_out.text) / len(train.text) < 0.1
@@ -154,7 +157,7 @@ def test_digits_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_best_arguments_found_beat_the_defaults(tmp_path: Path) -> None:
-    printed = run_example("search.py", "--trials=5", "--epochs=4", directory=tmp_path)
+    printed = run_example("search.py", "--search.trials=5", "--num_train_epochs=4", directory=tmp_path)
     assert len(re.findall(r"^trial \d+ \(\d/5\) \| (?:complete|pruned)", printed, flags=re.MULTILINE)) == 5
     losses = {name: float(loss) for name, loss in re.findall(r"^(.+): held-out loss ([\d.]+)", printed, re.MULTILINE)}
     assert losses["best found"] < 0.8 * losses["defaults"]

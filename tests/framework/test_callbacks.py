@@ -1,6 +1,7 @@
 """Callbacks: who hears what, what flags do, and whose state is whose. The exact events are in test_event_traces.py."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from stratagem import Callback, Control, FitArguments, TrainState
 from stratagem.framework.callbacks import EVENTS, Callbacks
+from stratagem.framework.foreign_events import HOOKS
 from tiny import Float64, MakeFit, Regressor, StopAt, collate, logs_of, parameters_of, regression_rows
 
 
@@ -263,3 +265,50 @@ def test_a_callback_that_is_new_or_gone_on_resuming_is_no_error(make_fit: MakeFi
     fresh = CountsToo(100)
     make_fit(Regressor(), rows, callbacks=[fresh], **options).train(resume_from_checkpoint=True)
     assert fresh.count == 300
+
+
+# Names of other trainers.
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("on_train_start", "Mine.on_train_start is never called: that is Lightning's name. Here it is on_train_begin."),
+        ("on_train_batch_end", "that is Lightning's name. Here it is on_step_end"),
+        ("on_validation_epoch_end", "that is Lightning's name. Here it is on_evaluate."),
+        ("batch_end", "that is Composer's name. Here it is on_step_end"),
+        ("fit_start", "that is Composer's name. Here it is on_train_begin."),
+        ("on_batch_begin", "that is Keras's name. Here it is on_step_begin."),
+        ("on_test_batch_end", "that is Lightning's and Keras's name. Here it is on_prediction_step."),
+        ("on_evaluat", "no event has that name. Did you mean on_evaluate?"),
+    ],
+)
+def test_a_hook_that_isnt_called_is_warned_of_with_ours(make_fit: MakeFit, name: str, expected: str) -> None:
+    callback = type("Mine", (Callback,), {name: lambda self, *given: None})()
+    with pytest.warns(UserWarning) as caught:
+        make_fit(Regressor(), regression_rows(2), callbacks=[callback])
+    assert [expected in str(each.message) for each in caught] == [True]
+    fit = make_fit(Regressor(), regression_rows(2))
+    with pytest.warns(UserWarning, match=f"Mine.{name} is never called"):
+        fit.add_callback(callback)
+
+
+def test_an_event_of_another_trainers_signature_is_refused_with_ours(make_fit: MakeFit) -> None:
+    class Keras(Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # type: ignore[override]
+            pass
+
+    class Lightning(Callback):
+        def on_evaluate(self, trainer: Any, module: Any, *, metrics: Any) -> None:  # type: ignore[override]
+            pass
+
+    with pytest.raises(TypeError, match=r"Keras\.on_epoch_end is called as on_epoch_end\(args, state, control, fit="):
+        make_fit(Regressor(), regression_rows(2), callbacks=[Keras()])
+    with pytest.raises(TypeError, match=r"Write on_evaluate\(self, args, state, control, \*, metrics, \*\*context\)"):
+        make_fit(Regressor(), regression_rows(2), callbacks=[Lightning()])
+
+
+def test_every_foreign_hook_is_foreign() -> None:
+    assert not [name for name in HOOKS if hasattr(Callback, name)]
+    ours = {event for _, (_, text) in HOOKS.items() for event in re.findall(r"\bon_\w+", text)}
+    assert ours <= set(EVENTS)

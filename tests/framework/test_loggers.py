@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stratagem import Callback
 from stratagem.framework.loggers import Logger, LoggerWarning, get_loggers
+from stratagem.framework.loggers.base import grouped
 from stratagem.framework.loggers.json_lines import JsonLinesLogger
 from stratagem.framework.loggers.tensorboard import TensorBoardLogger
 from stratagem.precision import FP16Mixed
@@ -160,11 +162,74 @@ def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(make_fi
     assert found == pytest.approx({line["step"]: line["loss"] for line in logs_of(fit)}, rel=1e-6)
 
 
+def test_tensorboard_has_arguments_hparams_and_totals(make_fit: MakeFit, tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    options = {**RUN, "eval_steps": 2, "learning_rate": 0.25, "run_name": "mine", "loggers": ["tensorboard"]}
+    with make_fit(Regressor(), regression_rows(8), regression_rows(3), **options) as fit:
+        fit.train()
+        before = fit.evaluate()
+        fit.loggers.image("picture", torch.rand(3, 4, 5))
+        fit.loggers.histogram("spread", ([1, 2], [0.0, 1.0, 2.0]))
+        fit.loggers.table("cases", ["case", "error"], [["a|b", 0.5]])
+    events = events_in(tmp_path / "output" / "mine")
+
+    def text(tag: str) -> str:
+        return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+
+    assert "| **learning_rate** | 0.25 |" in text("arguments") and "| weight_decay | 0.0 |" in text("arguments")
+    assert "| **strategy** | Single() |" in text("arguments")
+    assert "| train_runtime | " in text("totals")
+    assert text("cases").splitlines()[-1] == "| a&#124;b | 0.5 |"
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["learning_rate"].number_value == 0.25 and hparams["precision"].string_value == "32-true"
+    assert not {"output_dir", "run_name", "weight_decay", "eval_steps"} & set(hparams)
+    assert [(each.width, each.height) for each in events.Images("picture")] == [(5, 4)]
+    assert events.Histograms("spread")[0].histogram_value.bucket == [1, 2]
+    # What is evaluated at the end is what HPARAMS shows beside.
+    last = events_in(tmp_path / "output" / "mine" / "eval").Scalars("metrics/loss")[-1]
+    assert (last.step, last.value) == (5, pytest.approx(before["eval_loss"], rel=1e-6))
+
+
+def test_tensorboard_hides_another_run_in_the_same_directory(make_fit: MakeFit, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "logging_steps": 1, "loggers": ["tensorboard"]}
+    with make_fit(Regressor(), regression_rows(8), regression_rows(2), max_steps=6, **options) as fit:
+        fit.train()
+        fit.evaluate()
+    time.sleep(1.1)  # event files are ordered by the second in their names
+    with make_fit(Regressor(), regression_rows(8), max_steps=4, **options) as fit:
+        fit.train()
+    assert list(scalars_in(tmp_path / "output")["train/loss"]) == [1, 2, 3, 4]
+    assert scalars_in(tmp_path / "output")["eval/loss"] == {}
+    time.sleep(1.1)
+    with make_fit(Regressor(), regression_rows(8), regression_rows(2), max_steps=4, **options) as fit:
+        fit.evaluate()  # no training: nothing is hidden
+    assert list(scalars_in(tmp_path / "output")["train/loss"]) == [1, 2, 3, 4]
+
+
 def test_tensorboard_elsewhere_beside_json_lines(make_fit: MakeFit, tmp_path: Path) -> None:
     events = tmp_path / "events"
     make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=["jsonl", TensorBoardLogger(events)]).train()
     assert list(scalars_in(events)["train/loss"]) == [1]
     assert (tmp_path / "output" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "groups"),
+    [
+        ({"loss": 1.0, "grad_norm": 2.0, "epoch": 3.0}, {"train": ["loss", "grad_norm", "epoch"]}),
+        ({"eval_loss": 1.0, "eval_news_loss": 2.0, "epoch": 3.0}, {"eval": ["loss", "news_loss"]}),
+        ({"val_loss": 1.0, "val_accuracy": 2.0, "epoch": 3.0}, {"val": ["loss", "accuracy"]}),
+        ({"loss": 1.0, "aux_loss": 2.0}, {"train": ["loss", "aux_loss"]}),
+        ({"first_step_seconds": 1.0}, {"train": ["first_step_seconds"]}),
+        ({"train_runtime": 1.0, "train_loss": 2.0, "epoch": 3.0}, {"totals": ["train_runtime", "train_loss"]}),
+        ({"epoch": 3.0}, {"train": ["epoch"]}),
+        ({"eval_": 1.0, "": 2.0}, {"train": ["eval_", ""]}),
+    ],
+)
+def test_numbers_are_grouped_by_what_they_are_of(metrics: dict[str, float], groups: dict[str, list[str]]) -> None:
+    assert {group: list(found) for group, found in grouped(metrics).items()} == groups
 
 
 # Loggers in general.

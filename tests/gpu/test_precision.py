@@ -45,7 +45,7 @@ def gpt() -> ModuleType:
 @pytest.fixture(scope="module")
 def data(gpt: ModuleType) -> tuple[Any, Any]:
     """Windows of the standard library, to learn from and held out."""
-    return gpt.datasets(CONTEXT, 64)
+    return gpt.data(CONTEXT, 64)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The commands of ``stratagem``, each in a file of its own."""
