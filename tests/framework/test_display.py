@@ -11,12 +11,14 @@ from typing import Any
 
 import pyte
 import pytest
+import torch
 from stratagem import Callback, EarlyStopping, TrainModule
 from stratagem.framework.display.numbers import format_epoch, format_logs, format_value
 from stratagem.framework.display.screens import Status
 from stratagem.framework.display.terminal import Terminal
 from stratagem.strategies import Single
 from tiny import MakeFit, Regressor, Tagger, regression_rows, token_rows
+from torch import Tensor, nn
 
 RUN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -198,6 +200,27 @@ def test_a_rate_is_named_by_what_it_counts(
     lines = lines_of(capsys)
     assert re.search(rf" \| [\d,]+ {name}/s", next(line for line in lines if line.startswith("update")))
     assert re.search(rf" \| [\d,]+ {name}/s", labelled(lines)["finished"])
+
+
+class Causal(nn.Module):
+    """A model that computes the loss of shifted labels itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.embed(tokens))
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+def test_a_wrapped_language_model_counts_tokens(make_fit: MakeFit, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"tokens": torch.arange(6), "labels": torch.arange(6)}] * 8
+    make_fit(TrainModule.wrap(Causal(), causal=True), rows, max_steps=4, logging_steps=2, progress=True).train()
+    lines = lines_of(capsys)
+    assert lines[0] == "module     Causal: 63 parameters"
+    assert [bool(re.search(r"[\d,]+ tokens/s", line)) for line in lines if line.startswith("update")] == [True] * 2
+    assert TrainModule.wrap(Causal(), causal=False).item_name == "samples"
 
 
 def test_numbers_of_one_kind_look_alike() -> None:
