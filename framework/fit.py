@@ -24,6 +24,7 @@ from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
+from .profiling import Profiler, get_profiler
 from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
@@ -57,6 +58,8 @@ class Fit(RateFinding):
         callbacks: Callback instances; they hear events in this order.
         loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow", "trackio", "comet") or Logger instances; see
             docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
+        profiler: "torch" (traces of some updates), "simple" (the time of each phase), or a TorchProfiler or
+            SimpleProfiler with options; see docs/profiling.md. None costs nothing.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -97,6 +100,7 @@ class Fit(RateFinding):
         args: FitArguments | None = None,
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
+        profiler: str | Profiler | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
@@ -108,6 +112,7 @@ class Fit(RateFinding):
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
         check_output_dir(own.output_dir)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
+        self.profiler = get_profiler(profiler, self.strategy)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)
         self.train_data, self.eval_data = train_data, eval_data
@@ -197,7 +202,7 @@ class Fit(RateFinding):
         Args:
             resume_from_checkpoint: True continues from the newest whole checkpoint of the last run in ``output_dir``
                 (and begins anew where there is none); a path continues from that one, a URL ("s3://...") from a copy
-                of it there.
+                of it there, and a name ("before-surgery") from the one in ``output_dir`` that was saved with it.
             trial: fields of FitArguments to change for this run, in a mapping or a trial of Optuna's (a FixedTrial, a
                 study's best one). The same on every rank. With ``module_init``, the run has a fresh module.
             ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.

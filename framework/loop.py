@@ -104,7 +104,6 @@ def train(steps: Steps, run: Run) -> None:
                     emit("on_substep_end")
             assert update_loss is not None
 
-            strategy.prepare_gradients()
             run.clip(trainable)
             emit("on_pre_optimizer_step")
             if placement.closure is not None:

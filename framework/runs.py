@@ -17,6 +17,7 @@ from . import checkpoint, loop
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
+from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
 from .configuration.written_run import WrittenRun
 from .data import DataStream
@@ -25,6 +26,8 @@ from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
+from .profiling import Profiler
+from .profiling.callback import Profiling
 from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -57,6 +60,7 @@ class Runs(Steps):
     own_args: FitArguments
     own_callbacks: list[Callback]
     own_trial: Any
+    profiler: Profiler | None
     written: WrittenRun
     _trial_callbacks: tuple[Callback, ...]
 
@@ -182,6 +186,30 @@ class Runs(Steps):
         path = self.save_checkpoint()
         self.saver.close()
         return path
+
+    # Its checkpoints, and its weights for other programs.
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
+        self.saver.rotate(best.best_updates(self.args, self.state))
+
+    def export(self, path: str | Path) -> Path:
+        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
+        with ``save_only_trainable``.
+        """
+        path = Path(path).expanduser()
+        with self.placement.mode.evaluating():
+            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
+        return path
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
+        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
+        it. ``options`` are those of the model's own ``save_pretrained``.
+        """
+        directory = Path(directory).expanduser()
+        with self.placement.mode.evaluating():
+            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
+        return directory
 
     # The length of a run, under transformers' names.
 
@@ -322,7 +350,8 @@ class Runs(Steps):
         args, strategy = self.args, self.strategy
         shown = [Progress()] if args.progress and strategy.is_main else []
         compared = [RanksAgree(args.debug == "ranks_agree")] if strategy.world_size > 1 else []
-        first = [*callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
+        profiled = [Profiling(self.profiler)] if self.profiler is not None else []
+        first = [*profiled, *callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
         self.callbacks = Callbacks(first, last=[*shown, *compared])
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:

@@ -26,6 +26,7 @@ class TrainState:
             memory; else None.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
         best_global_step: the update of the evaluation with ``best_metric``.
+        evaluations: the value of that metric in each evaluation so far, by its update, which is text as in JSON.
         evaluation_is_due: whether an evaluation was due when a signal interrupted the run; it is made first on resume.
         log_history: every log of the run.
     """
@@ -43,6 +44,7 @@ class TrainState:
     train_batch_size: int | None = None
     best_metric: float | None = None
     best_global_step: int = 0
+    evaluations: dict[str, float] = field(default_factory=dict)
     evaluation_is_due: bool = False
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -70,6 +72,10 @@ class TrainState:
     def skip_update(self) -> None:
         """Count an update that was not made."""
         self.skipped_updates += 1
+
+    def note_evaluation(self, metric: float) -> None:
+        """Note what the evaluation of now gave."""
+        self.evaluations[str(self.global_step)] = metric
 
     def note_best(self, metric: float) -> None:
         """Note that the evaluation of now is the best so far."""
@@ -110,8 +116,9 @@ class PredictionOutput(NamedTuple):
     """What ``fit.predict`` returns.
 
     Attributes:
-        predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host.
-        label_ids: the labels in the same way; None where the data has none.
+        predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host; or
+            the path that they were written to.
+        label_ids: the labels in the same way; None where the data has none, and where they were written.
         metrics: loss and metrics where the data has labels.
     """
 

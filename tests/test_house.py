@@ -22,7 +22,7 @@ FUNCTION_LENGTH = 80
 # The rooms of framework/, from the ground up. A room is a file at its top, or a folder ("run/"). A file imports from
 # its own room and from those of lower floors, never from a neighbour on the same floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "foreign_events", "overriding", "printing", "random_state", "state"),
+    ("__init__", "foreign_events", "labelling", "overriding", "printing", "random_state", "state"),
     ("agreement", "fields/", "wrapping"),
     ("optim/",),
     ("arguments",),
@@ -30,9 +30,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("combinations", "objective"),
     ("measures/",),
     ("builtin_callbacks", "checkpoint/"),
-    ("display/", "ray", "switches/", "uploading", "watch/"),
+    ("display/", "predictions/", "ray", "switches/", "uploading", "watch/"),
     ("configuration/", "run/"),
-    ("search/", "steps"),
+    ("profiling/", "search/", "steps"),
     ("loop",),
     ("runs",),
     ("rate_finding",),

@@ -163,6 +163,7 @@ class State(StateOfFormat1, kw_only=True):
     model: dict[str, TensorEntry]
     optimizer: dict[str, TensorEntry]
     callback_tensors: dict[str, TensorEntry]
+    names: list[str] | UnsetType = UNSET
 
 
 SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: State}

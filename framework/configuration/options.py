@@ -20,8 +20,10 @@ from ..loggers import LOGGERS
 from .targets import REQUIRED, Target, parameters_of
 
 PLACEMENT = "placement and number format"
-WORDS = ("strategy", "precision", "devices", "max_restarts", "loggers")
+WORDS = ("strategy", "precision", "devices", "max_restarts", "loggers", "profiler")
 """Arguments of Fit itself that a file or a command line can hold."""
+PROFILERS = "simple", "torch"
+"""The words of ``framework/profiling``, which stands above this room."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ def fit_options() -> list[Option]:
         Option("devices", devices, "auto", "ranks on this machine; auto takes one for each accelerator", PLACEMENT),
         Option("max_restarts", int, 0, "how often ranks are started again after one failed", PLACEMENT),
         Option("loggers", names, ["jsonl"], f"where logs go, with commas between them: {', '.join(LOGGERS)}",
+               "where results go"),
+        Option("profiler", Literal[PROFILERS] | None, None,
+               "where the time goes: torch (traces of some updates) or simple (the time of each phase)",
                "where results go"),
     ]  # fmt: skip
     said, kinds, defaults = descriptions(FitArguments), hints(FitArguments), FitArguments()

@@ -79,10 +79,13 @@ class ArgumentFields(KnownNames):
             reduce_lr_on_plateau schedule waits for, with or without "eval_"; None means "loss".
         greater_is_better: whether more of it is better; None means yes, unless its name ends in "loss".
         load_best_model_at_end: end with the weights of the best checkpoint. Rotation keeps that one.
-        save_strategy: "no", "steps", "epoch", or "best" after each evaluation that is the best so far.
+        save_strategy: "no", "steps", "epoch", or "best" after each evaluation that is the best so far (or among the
+            ``save_best_limit`` best).
         save_steps: updates between checkpoints, or a fraction of the run.
-        save_total_limit: checkpoints of the run kept; None keeps all. The newest whole one and that of the best
-            evaluation always stay.
+        save_total_limit: checkpoints of the run kept; None keeps all. The newest whole one, those of the best
+            evaluations (``save_best_limit``) and those with a name (``fit.save_checkpoint(name=)``) always stay.
+        save_best_limit: how many checkpoints rotation leaves because their evaluations are the best so far, by
+            ``metric_for_best_model``; with save_strategy="best", an evaluation among so many best is saved.
         other_checkpoints: what becomes of checkpoints in ``output_dir`` that the run doesn't go on from: "set_aside"
             renames them to ``checkpoint-<update>.set-aside``, "refuse" ends the run before it begins.
         save_only_trainable: checkpoints and exports hold trainable parameters and buffers, without the frozen ones (the
@@ -198,6 +201,7 @@ class ArgumentFields(KnownNames):
     save_strategy: str = "steps"
     save_steps: float = 500
     save_total_limit: int | None = None
+    save_best_limit: int = 1
     other_checkpoints: str = "set_aside"
     save_only_trainable: bool = False
     async_save: bool = False

@@ -10,6 +10,7 @@ AT_LEAST_ONE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "max_skipped_updates",
+    "save_best_limit",
 )
 AT_LEAST_ONE_OR_NONE = (
     "save_total_limit",

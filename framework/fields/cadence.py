@@ -61,6 +61,13 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
         args.save_strategy != BEST or evaluates,
         "needs evaluations to tell which is best; set eval_strategy to 'steps' or 'epoch'",
     )
+    keeps = args.save_best_limit > 1
+    require("save_best_limit", evaluates or not keeps, "needs evaluations to tell which are best; set eval_strategy")
+    require(
+        "save_best_limit",
+        not keeps or args.save_total_limit is not None or args.save_strategy == BEST,
+        "has no effect where nothing is removed; set save_total_limit",
+    )
     require(
         "load_best_model_at_end",
         not args.load_best_model_at_end or evaluates,

@@ -166,6 +166,8 @@ GENERAL: Mapping[str, str] = {
     "device": "The accelerator that is there is used, else the CPU: leave it out.",
     "num_workers": "Write dataloader_num_workers.",
     "distributed": STRATEGY,
+    "save_top_k": "Write save_best_limit, beside save_total_limit.",
+    "every_n_train_steps": "Write save_steps.",
 }
 DIFFERENT: Mapping[str, str] = {
     "optim": '"adamw" is fused where the device can; what transformers has beside ours is refused by name',

@@ -12,6 +12,7 @@ from ...strategies.base import Strategy
 from .. import checkpoint, random_state
 from ..callbacks import Callbacks
 from ..data import DataStream
+from ..labelling import Labelled
 from ..measures.averages import Averages
 from ..measures.memory import MemoryByStage
 from ..module import TrainModule
@@ -30,7 +31,7 @@ from .totals import Totals
 from .transaction import Attempt, Transaction
 
 
-class Run:
+class Run(Labelled):
     """One run, from its first update to its last. Each ``train`` makes a new one.
 
     Args:
@@ -55,6 +56,8 @@ class Run:
         epoch_index: whole passes over the data done.
         grad_norm: of the last update, on the device; None where gradients aren't clipped.
     """
+
+    PHASES = {"backward": "backward", "clip": "gradients", "step": "optimizer"}
 
     def __init__(
         self,
@@ -206,7 +209,8 @@ class Run:
         pace.end_backward()
 
     def clip(self, parameters: list[Any]) -> None:
-        """Scale the gradients down to ``max_grad_norm``, and keep their norm, on the device."""
+        """Complete the gradients, scale them down to ``max_grad_norm``, and keep their norm, on the device."""
+        self.strategy.prepare_gradients()
         limit = self.args.max_grad_norm
         if limit:
             self._measure = self.grad_norm = self.strategy.clip_grad_norm(parameters, limit)
