@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from .callbacks import Callback
 from .combinations import check_optimizer_by_name
 from .configuration.configuration import Built, Configuration
 from .configuration.written_run import written_by
-from .display.describing import describe_fit
+from .display.shown import Shown
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
@@ -36,11 +36,8 @@ from .switches import torch_settings
 from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
-if TYPE_CHECKING:
-    from .display.summary import Summary
 
-
-class Fit(RateFinding):
+class Fit(RateFinding, Shown):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -110,7 +107,7 @@ class Fit(RateFinding):
     ) -> None:
         overriding.check_fit(type(self), Fit)
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
-        check_output_dir(own.output_dir)
+        checkpoint.check_output_dir(own.output_dir)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
         self.profiler = get_profiler(profiler, self.strategy)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
@@ -324,35 +321,6 @@ class Fit(RateFinding):
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
 
-    # What it is.
-
-    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
-        """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
-        goes in and out, and the floating-point operations of a forward.
-
-        Shapes and operations are found with a copy of the module, without memory where its forward allows; weights,
-        buffers, modes, random states and the position in the data stay as they are, and no other rank is asked. Where
-        they can't be found (a module that is sharded over ranks, a forward that fails), the table says why.
-
-        Args:
-            depth: layers inside of one another that are shown.
-            batch: what forward is called with, as the data gives it, on the host. None takes one sample of
-                ``train_data``, else of ``eval_data``.
-
-        Example:
-            >>> print(fit.summary(depth=1))
-            layer      type       input   output  parameters  trainable  FLOPs
-            ------------------------------------------------------------------
-            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
-            ...
-        """
-        from .display.summary import summarize
-
-        return summarize(self, depth, batch)
-
-    def __repr__(self) -> str:
-        return describe_fit(self)
-
     # What is checked once.
 
     def _check_overriding(self, args: FitArguments) -> None:
@@ -421,15 +389,3 @@ def length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Refuse an ``output_dir`` that is a file, or lies below one.
-
-    Raises:
-        ValueError: names the file.
-    """
-    path = Path(output_dir)
-    taken = next((each for each in (path, *path.parents) if each.is_file()), None)
-    if taken is not None:
-        raise ValueError(f"output_dir={output_dir!r} can't be a directory: {str(taken)!r} is a file.")
