@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .framework.predictions import PredictionWriter, iterate_predictions, read_predictions
     from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
+    from .strategies.sent import launch
 
 __all__ = [
     "AnotherRankFailed",
@@ -66,6 +67,7 @@ __all__ = [
     "WandbLogger",
     "configure",
     "iterate_predictions",
+    "launch",
     "read_predictions",
 ]
 
@@ -87,6 +89,7 @@ FILES = {
     "Upload": "framework.uploading",
     "WandbLogger": "framework.loggers.wandb",
     "configure": "framework.configuration.command_line",
+    "launch": "strategies.sent",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, FILES)

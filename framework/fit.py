@@ -122,7 +122,8 @@ class Fit(RateFinding, Shown):
         self._check_overriding(own)
         if self.args.requeue:
             check_requeue()
-        given_loggers = get_loggers(loggers := loggers if isinstance(loggers, str | Logger) else list(loggers))
+        loggers = loggers if isinstance(loggers, str | Logger) else list(loggers)
+        given_loggers = get_loggers(loggers)
         start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
         heard = self.strategy.is_main and not own.fast_dev_run
@@ -175,7 +176,7 @@ class Fit(RateFinding, Shown):
             ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
 
         Example:
-            >>> fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)
+            ``fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)``
         """
         given = {"module": module, "train_data": train_data, "eval_data": eval_data}
         given = {name: value for name, value in given.items() if value is not None} | arguments

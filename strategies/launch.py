@@ -160,7 +160,8 @@ def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = (
     if not sys.argv[0] or hasattr(sys, "ps1"):
         raise ValueError(
             f"devices={most} runs the calling script once for each rank, but there is no script: this is an "
-            "interactive session. Write a file and run it, or leave devices at 1."
+            "interactive session. Put what makes the Fit and trains it into a function and write "
+            f"stratagem.launch(function, devices={most}), or write a file and run it."
         )
     if explained:
         say(explained)
@@ -173,6 +174,8 @@ def run_on_ranks(
     most: int | None,
     max_restarts: int = 0,
     signals: Iterable[str] = (),
+    sent: bytes | None = None,
+    inherited: tuple[int, ...] = (),
 ) -> int:
     """Run a command on several ranks of this machine, and return their status.
 
@@ -181,6 +184,7 @@ def run_on_ranks(
         fewest, most: ranks; None for one for each accelerator.
         max_restarts: how often all ranks are started again after one failed.
         signals: names of those that are passed on to the ranks, beside SIGTERM and SIGINT.
+        sent, inherited: see ``Launch``.
 
     Raises:
         ValueError: this process is a rank already, or fewer ranks would never come about.
@@ -193,7 +197,7 @@ def run_on_ranks(
     # Ranks that each use all cores slow one another down; torchrun does the same, with 1.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // most)))
     numbers = {signal.Signals[name] for name in ("SIGTERM", "SIGINT", *signals)}
-    return supervise(Launch(command, fewest, most, max_restarts, sorted(numbers)))
+    return supervise(Launch(command, fewest, most, max_restarts, sorted(numbers), sent, inherited))
 
 
 def check_range(fewest: int, most: int, max_restarts: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,8 @@ class Launch:
         fewest, most: ranks; as many as ``most``, unless some were lost.
         max_restarts: how often the ranks are started again after one has failed.
         signals: that are passed on to the ranks.
+        sent: what each rank reads from its standard input; None leaves it this process's.
+        inherited: file descriptors that the ranks have, too.
     """
 
     command: Sequence[str]
@@ -57,6 +60,8 @@ class Launch:
     most: int
     max_restarts: int = 0
     signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)
+    sent: bytes | None = None
+    inherited: tuple[int, ...] = ()
 
     def environments(
         self, size: int, lost: Sequence[int], attempt: int, port: int, run_id: str
@@ -142,7 +147,7 @@ def supervise(launch: Launch) -> int:
             size = max(launch.fewest, launch.most - len(lost))
             environments = launch.environments(size, lost[: launch.most - size], attempt, store.port, run_id)
             here = dist.PrefixStore(f"attempt{attempt}", store)
-            end = Attempt(launch.command, environments, here, events).run()
+            end = Attempt(launch.command, environments, here, events, launch.sent, launch.inherited).run()
             if end.what:
                 say(end.what)
             if end.is_final:
@@ -164,11 +169,15 @@ class Attempt:
         environments: of the ranks, in their order.
         store: of the attempt, by which the ranks meet.
         events: what the supervisor sleeps on.
+        sent, inherited: see Launch.
     """
 
     def __init__(
-        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], store: dist.Store, events: Events
-    ) -> None:
+        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], store: dist.Store, events: Events,
+        sent: bytes | None = None, inherited: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        self.sent = sent
+        self.pipes: dict[str, Any] = {"stdin": None if sent is None else subprocess.PIPE, "pass_fds": inherited}
         self.command, self.environments, self.store, self.events = command, environments, store, events
         self.host = socket.gethostname()
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -184,7 +193,9 @@ class Attempt:
         """Start the ranks, and return when all have ended."""
         try:
             for rank, environment in enumerate(self.environments):
-                self.processes[rank] = process = subprocess.Popen(self.command, env=environment, start_new_session=True)
+                self.processes[rank] = process = subprocess.Popen(
+                    self.command, env=environment, start_new_session=True, **self.pipes
+                )
                 threading.Thread(target=self._await, args=(rank, process), daemon=True).start()
             while len(self.codes) < len(self.processes):
                 self._take(self._next())
@@ -194,6 +205,9 @@ class Attempt:
         return self._end()
 
     def _await(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
+        if self.sent is not None and process.stdin is not None:
+            with contextlib.suppress(OSError), process.stdin as pipe:  # the rank may end before it has read all
+                pipe.write(self.sent)
         process.wait()
         self.events.put(Ended(rank))
 

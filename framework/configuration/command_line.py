@@ -186,10 +186,8 @@ def configure(
         The configuration, for ``Fit.from_config``, which calls ``build`` and ``data``, on the ranks alone.
 
     Example:
-        >>> run = configure(build, data, {"learning_rate": 3e-3, "max_steps": 2000}, sample=sample)
-        >>> fit = Fit.from_config(run)
-        >>> fit.train(resume_from_checkpoint=run.resume)
-        >>> sample(fit.module, **run.own["sample"])
+        ``run = configure(build, data, {"learning_rate": 3e-3, "max_steps": 2000}, sample=sample)``, then
+        ``Fit.from_config(run).train(resume_from_checkpoint=run.resume)``, and ``sample(..., **run.own["sample"])``.
     """
     from .targets import name_of, target_of
 

@@ -49,9 +49,7 @@ class Configuration:
         own: options of functions of the program's own, by the name of each; see ``configure``.
 
     Example:
-        >>> run = Configuration.read("output/first/config.yaml")
-        >>> run.values["learning_rate"]
-        0.0003
+        ``Configuration.read("output/first/config.yaml").values["learning_rate"]``
     """
 
     values: Mapping[str, Any]

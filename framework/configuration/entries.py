@@ -68,8 +68,8 @@ def read_entries(path: str | Path, sections: tuple[str, ...] = SECTIONS) -> list
         ImportError: PyYAML isn't installed.
 
     Example:
-        >>> [(entry.key, entry.value, entry.line) for entry in read_entries("run.yaml")]
-        [('learning_rate', 0.0003, 1), ('strategy', 'fsdp2', 3), ('strategy.replicas', 2, 4)]
+        Of "learning_rate: 3e-4" and "strategy: {name: fsdp2, replicas: 2}" on two lines, the entries are
+        ``learning_rate``, ``strategy`` and ``strategy.replicas``, with the lines 1, 2 and 2.
     """
     file = str(path)
     try:
