@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from .callbacks import Callback
 from .combinations import check_optimizer_by_name
 from .configuration.configuration import Built, Configuration
 from .configuration.written_run import written_by
-from .display.describing import describe_fit
+from .display.shown import Shown
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
@@ -35,11 +35,8 @@ from .switches import torch_settings
 from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
-if TYPE_CHECKING:
-    from .display.summary import Summary
 
-
-class Fit(RateFinding):
+class Fit(RateFinding, Shown):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -325,35 +322,6 @@ class Fit(RateFinding):
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
-
-    # What it is.
-
-    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
-        """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
-        goes in and out, and the floating-point operations of a forward.
-
-        Shapes and operations are found with a copy of the module, without memory where its forward allows; weights,
-        buffers, modes, random states and the position in the data stay as they are, and no other rank is asked. Where
-        they can't be found (a module that is sharded over ranks, a forward that fails), the table says why.
-
-        Args:
-            depth: layers inside of one another that are shown.
-            batch: what forward is called with, as the data gives it, on the host. None takes one sample of
-                ``train_data``, else of ``eval_data``.
-
-        Example:
-            >>> print(fit.summary(depth=1))
-            layer      type       input   output  parameters  trainable  FLOPs
-            ------------------------------------------------------------------
-            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
-            ...
-        """
-        from .display.summary import summarize
-
-        return summarize(self, depth, batch)
-
-    def __repr__(self) -> str:
-        return describe_fit(self)
 
     # What is checked once.
 
