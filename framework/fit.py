@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,8 +17,6 @@ from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
-from .configuration.configuration import Built, Configuration
-from .configuration.written_run import written_by
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
@@ -33,6 +31,9 @@ from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
 from .watch.requeue import check_requeue, requeued
 
+if TYPE_CHECKING:
+    from .configuration.configuration import Built, Configuration
+
 
 class Fit(Runs):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
@@ -44,8 +45,9 @@ class Fit(Runs):
         strategy: "single", ... or an instance from stratagem.strategies.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
         devices: ranks on this machine. Where torchrun didn't start them, the calling script is run again once for each,
-            and this process ends with their status. "auto" takes one for each accelerator. After a rank was killed, a
-            range ("1:2": the fewest and the most) goes on without it once, and then tries all again.
+            and this process ends with their status: what stands before Fit in it has run once more, unless ``stratagem
+            launch --devices 2 train.py`` started them. "auto" takes one for each accelerator. After a rank was killed,
+            a range ("1:2": the fewest and the most) goes on without it once, and then tries all again.
         max_restarts: how often the ranks are started again after one of them failed. The run then goes on from its own
             newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
@@ -96,7 +98,7 @@ class Fit(Runs):
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         module_init: Callable[[Any], TrainModule] | None = None,
-        built_by: Built | None = None,
+        built_by: "Built | None" = None,
         **arguments: Any,
     ) -> None:
         overriding.check_fit(type(self), Fit)
@@ -141,6 +143,8 @@ class Fit(Runs):
         if train_data is not None:
             self.follow(self.plan)
         self._has_trained = False
+        from .configuration.written_run import written_by
+
         self.written = written_by(self, max_restarts, loggers, built_by)
         self.emit("on_init_end")
 
@@ -170,6 +174,8 @@ class Fit(Runs):
         Example:
             ``fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)``
         """
+        from .configuration.configuration import Configuration
+
         given = {"module": module, "train_data": train_data, "eval_data": eval_data}
         given = {name: value for name, value in given.items() if value is not None} | arguments
         if not isinstance(config, Configuration):

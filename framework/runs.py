@@ -5,7 +5,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .combinations import check_combination, check_optimizer_by_name
-from .configuration.written_run import WrittenRun
 from .data import DataStream
 from .measures import best
 from .measures.tokens import TokenCounter
@@ -38,6 +37,9 @@ from .switches.progress import Progress
 from .switches.ranks_agree import RanksAgree
 from .watch.watch import Watch
 
+if TYPE_CHECKING:
+    from .configuration.written_run import WrittenRun
+
 
 class Runs(Steps):
     """What a Fit does between two runs: begins the next, takes the last one apart, changes arguments and module.
@@ -54,7 +56,7 @@ class Runs(Steps):
     own_args: FitArguments
     own_callbacks: list[Callback]
     own_trial: Any
-    written: WrittenRun
+    written: "WrittenRun"
     _trial_callbacks: tuple[Callback, ...]
 
     @property
