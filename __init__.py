@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .framework.loggers.tensorboard import TensorBoardLogger
     from .framework.loggers.trackio import TrackioLogger
     from .framework.loggers.wandb import WandbLogger
+    from .framework.predictions import PredictionWriter, iterate_predictions, read_predictions
+    from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
     from .strategies.sent import launch
 
@@ -52,8 +54,11 @@ __all__ = [
     "LearningRateMonitor",
     "Logger",
     "MlflowLogger",
+    "PredictionWriter",
+    "SimpleProfiler",
     "TensorBoardLogger",
     "Throughput",
+    "TorchProfiler",
     "TrackioLogger",
     "TrainModule",
     "TrainOutput",
@@ -61,7 +66,9 @@ __all__ = [
     "Upload",
     "WandbLogger",
     "configure",
+    "iterate_predictions",
     "launch",
+    "read_predictions",
 ]
 
 # Imported when first used: a name costs nothing that a program doesn't ask for.
@@ -75,6 +82,8 @@ FILES = {
     "JsonLinesLogger": "framework.loggers.json_lines",
     "Logger": "framework.loggers",
     "MlflowLogger": "framework.loggers.mlflow",
+    **dict.fromkeys(("PredictionWriter", "iterate_predictions", "read_predictions"), "framework.predictions"),
+    **dict.fromkeys(("SimpleProfiler", "TorchProfiler"), "framework.profiling"),
     "TensorBoardLogger": "framework.loggers.tensorboard",
     "TrackioLogger": "framework.loggers.trackio",
     "Upload": "framework.uploading",

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
-from .fields import argument_ranges, cadence
+from .fields import accumulation, argument_ranges, batch_limits, cadence, durations
 from .fields.argument_fields import ArgumentFields
 from .fields.argument_types import (
     Options,
@@ -38,7 +38,15 @@ class ArgumentsError(ValueError):
 class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of the fields)
     __doc__ = ArgumentFields.__doc__
 
-    def __post_init__(self) -> None:
+    deterministic: InitVar[bool | None] = None
+    """Lightning's name for ``full_determinism``, which it sets."""
+
+    def __post_init__(self, deterministic: bool | None) -> None:
+        if deterministic is not None:
+            if not isinstance(deterministic, bool):
+                why = "must be True or False; an operation that has no deterministic algorithm ends training"
+                raise ArgumentsError([("deterministic", deterministic, why)])
+            object.__setattr__(self, "full_determinism", deterministic)
         if isinstance(self.output_dir, str):
             object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
         if callable(self.optim):
@@ -46,6 +54,14 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         for name, kind in hints(type(self)).items():
             if kind == Options:
                 object.__setattr__(self, name, as_options(getattr(self, name)))
+        object.__setattr__(self, accumulation.NAME, accumulation.as_schedule(getattr(self, accumulation.NAME)))
+        for name in batch_limits.LIMITS:
+            object.__setattr__(self, name, batch_limits.as_limit(getattr(self, name)))
+        object.__setattr__(self, "max_time", durations.as_duration(self.max_time))
+        if self.fast_dev_run is True:
+            object.__setattr__(self, "fast_dev_run", 1)
+        elif self.fast_dev_run is False:
+            object.__setattr__(self, "fast_dev_run", 0)
         if problems := self._problems():
             raise ArgumentsError([(name, getattr(self, name), why) for name, why in problems])
 
@@ -55,6 +71,8 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         """
         return type_problems(self) or [
             *argument_ranges.problems(self),
+            *accumulation.problems(self),
+            *batch_limits.problems(self),
             *cadence.problems(self),
             *schedulers.problems(self),
             *optimizers.problems(self),

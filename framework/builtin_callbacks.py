@@ -47,7 +47,14 @@ class EarlyStopping(Callback):
             self.best, self.without_improvement = value, 0
         else:
             self.without_improvement += 1
-            control.should_training_stop |= self.without_improvement >= self.patience
+            if self.without_improvement >= self.patience:
+                control.stop_training(self.reason(args))
+
+    def reason(self, args: FitArguments) -> str:
+        """Say why training is stopped."""
+        count, by = self.without_improvement, f" by more than {self.threshold:g}" if self.threshold else ""
+        evaluations = f"{count} evaluation{'s' * (count != 1)}"
+        return f"{args.best_metric} hasn't improved{by} in {evaluations} (best {self.best:.4g})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, and the number of evaluations without improvement since."""

@@ -43,7 +43,7 @@ class Callback:
         >>> class StopBelow(Callback):
         ...     def on_log(self, args, state, control, *, logs, **context):
         ...         if logs.get("loss", 1.0) < 0.1:
-        ...             control.should_training_stop = True
+        ...             control.stop_training("the loss is below 0.1")
     """
 
     def on_init_end(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:

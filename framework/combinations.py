@@ -116,8 +116,9 @@ def check_combination(
             found.append(f"{name}={getattr(args, name)!r}{where}: {why}")
 
     nothing = "needs something to evaluate on, but eval_data is None. Pass eval_data=, or leave the argument out"
-    refuse("eval_strategy", args.eval_strategy != "no" and eval_data is None, nothing)
-    refuse("eval_on_start", args.eval_on_start and eval_data is None, nothing)
+    has_none = eval_data is None and args.overfit_batches is None
+    refuse("eval_strategy", args.eval_strategy != "no" and has_none, nothing)
+    refuse("eval_on_start", args.eval_on_start and has_none, nothing)
     refuse(
         "debug",
         args.debug == "underflow_overflow" and strategy.runs_copies,

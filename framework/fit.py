@@ -17,25 +17,29 @@ from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
+from .display.describing import describe_fit
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
+from .profiling import Profiler, get_profiler
+from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
-from .runs import Runs
 from .search.options import SearchOptions, Space
 from .search.results import SearchOutput
 from .state import Control, TrainOutput, TrainState
 from .switches import torch_settings
+from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
     from .configuration.configuration import Built, Configuration
+    from .display.summary import Summary
 
 
-class Fit(Runs):
+class Fit(RateFinding):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -54,6 +58,8 @@ class Fit(Runs):
         callbacks: Callback instances; they hear events in this order.
         loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow", "trackio", "comet") or Logger instances; see
             docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
+        profiler: "torch" (traces of some updates), "simple" (the time of each phase), or a TorchProfiler or
+            SimpleProfiler with options; see docs/profiling.md. None costs nothing.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -94,6 +100,7 @@ class Fit(Runs):
         args: FitArguments | None = None,
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
+        profiler: str | Profiler | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
@@ -105,6 +112,7 @@ class Fit(Runs):
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
         check_output_dir(own.output_dir)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
+        self.profiler = get_profiler(profiler, self.strategy)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)
         self.train_data, self.eval_data = train_data, eval_data
@@ -115,13 +123,14 @@ class Fit(Runs):
         self.plan = Plan.of(own)
         self._check_together(own, self.module, number_format)
         self._check_overriding(own)
-        if own.requeue:
+        if self.args.requeue:
             check_requeue()
         loggers = loggers if isinstance(loggers, str | Logger) else list(loggers)
         given_loggers = get_loggers(loggers)
-        start_ranks(self.strategy, devices, max_restarts, signals=names_in(own.preemption_signals))
+        start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
-        self.loggers = Loggers(given_loggers if self.strategy.is_main else (), self)
+        heard = self.strategy.is_main and not own.fast_dev_run
+        self.loggers = Loggers(given_loggers if heard else (), self)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -131,7 +140,7 @@ class Fit(Runs):
         self._interpret_module()
         self._check_ranks_agree()
         if train_data is not None:
-            if own.save_strategy != "no":
+            if self.args.save_strategy != "no":
                 self._check_can_save()
             check_optimizer_by_name(own, self.strategy)
         if eval_data is not None:
@@ -198,7 +207,7 @@ class Fit(Runs):
         Args:
             resume_from_checkpoint: True continues from the newest whole checkpoint of the last run in ``output_dir``
                 (and begins anew where there is none); a path continues from that one, a URL ("s3://...") from a copy
-                of it there.
+                of it there, and a name ("before-surgery") from the one in ``output_dir`` that was saved with it.
             trial: fields of FitArguments to change for this run, in a mapping or a trial of Optuna's (a FixedTrial, a
                 study's best one). The same on every rank. With ``module_init``, the run has a fresh module.
             ignore_keys_for_eval: entries of a mapping output that evaluation leaves out of predictions.
@@ -222,6 +231,8 @@ class Fit(Runs):
                 f"train(resume_from_checkpoint={resume_from_checkpoint!r}) would begin at the same place each time. "
                 "Write train(resume_from_checkpoint=True)."
             )
+        if self.args.fast_dev_run:
+            begin_trying(self.args, self.strategy, resume_from_checkpoint)
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:
@@ -317,6 +328,35 @@ class Fit(Runs):
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
+
+    # What it is.
+
+    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
+        """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
+        goes in and out, and the floating-point operations of a forward.
+
+        Shapes and operations are found with a copy of the module, without memory where its forward allows; weights,
+        buffers, modes, random states and the position in the data stay as they are, and no other rank is asked. Where
+        they can't be found (a module that is sharded over ranks, a forward that fails), the table says why.
+
+        Args:
+            depth: layers inside of one another that are shown.
+            batch: what forward is called with, as the data gives it, on the host. None takes one sample of
+                ``train_data``, else of ``eval_data``.
+
+        Example:
+            >>> print(fit.summary(depth=1))
+            layer      type       input   output  parameters  trainable  FLOPs
+            ------------------------------------------------------------------
+            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
+            ...
+        """
+        from .display.summary import summarize
+
+        return summarize(self, depth, batch)
+
+    def __repr__(self) -> str:
+        return describe_fit(self)
 
     # What is checked once.
 

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from .fields import cadence
+from .fields import accumulation, cadence
 from .measures import best
 from .objective import Count
 from .optim.schedulers import waits_for_metric
@@ -55,11 +55,11 @@ def train(steps: Steps, run: Run) -> None:
     args, state, control, strategy = run.args, run.state, run.control, run.strategy
     placement, rescue, emit = run.placement, run.rescue, steps.emit
     assert placement is not None
-    model, micro_batches_per_update = strategy.model, args.gradient_accumulation_steps
+    model = strategy.model
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
-    control.should_training_stop = state.global_step >= state.max_steps  # a finished run, resumed
+    control.begin_training(is_finished=state.global_step >= state.max_steps)  # finished: a run that was resumed
     model.train()
     placement.mode.train()
     emit("on_train_begin")
@@ -75,6 +75,7 @@ def train(steps: Steps, run: Run) -> None:
         if rescue is not None:
             rescue.note_position()
         run.begin_epoch(epoch)
+        micro_batches_per_update = accumulation.micro_batches_at(vars(args), epoch)
         batches = steps.batches(run.stream, epoch)
         run.restore_random_state()
         steps.objective.forget_past()
@@ -103,7 +104,6 @@ def train(steps: Steps, run: Run) -> None:
                     emit("on_substep_end")
             assert update_loss is not None
 
-            strategy.prepare_gradients()
             run.clip(trainable)
             emit("on_pre_optimizer_step")
             if placement.closure is not None:
@@ -155,7 +155,7 @@ def end_training(steps: Steps, run: Run) -> None:
     run.strategy.settle_buffers()
     placement.mode.eval()
     steps.saver.close()
-    flops_per_token = steps.module.flops_per_token(placement.parameter_count)
+    flops_per_token = steps.module.flops_per_token(placement.parameters.total)
     steps.log(run.finish(flops_per_token, steps.memory))
 
 
@@ -195,6 +195,9 @@ def evaluate(steps: Steps, run: Run) -> dict[str, float]:
 
 def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
+    early = run.control.flags()  # raised by this rank's callbacks alone, in the update
+    if run.strategy.world_size > 1 and any(early):
+        run.control.set([0] * len(early))
     cadence.after_update(run.args, run.state, run.control)
     if run.strategy.world_size == 1:
         steps.saver.raise_failure()
@@ -202,6 +205,8 @@ def end_update(steps: Steps, run: Run) -> None:
         status = run.watch.wish
     else:
         due = run.control.flags()
+        if any(early):
+            run.control.set([int(now or before) for now, before in zip(due, early, strict=True)])
         steps.emit("on_step_end")
         run.exchange.agree(due)
         if run.pace is not None:
@@ -245,5 +250,6 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
             run.scheduler.step(best.chosen_metric(run.args, metrics))  # type: ignore[arg-type]
     if control.should_save:
         control.should_save = False
-        steps.save_checkpoint()
+        if not run.args.fast_dev_run:  # a callback may ask for it
+            steps.save_checkpoint()
     agree_at_once(run)

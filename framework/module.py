@@ -40,7 +40,8 @@ class TrainModule(nn.Module):
     """Whether position i of the logits predicts label i + 1, as in a causal language model with unshifted labels."""
 
     item_name = "samples"
-    """What ``count_items`` counts, for the progress display: "tokens" for a language model."""
+    """What ``count_items`` counts, for the progress display: "tokens" for a language model. Where the default is left,
+    and a sample has another number of items than one, the display says "labels"."""
 
     def loss(self, outputs: Any, batch: Any) -> Tensor | Mapping[str, Tensor]:
         """Compute the mean loss over the items of the batch.

@@ -17,12 +17,16 @@ from . import checkpoint, loop
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
+from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
+from .display.progress import Progress
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
+from .profiling import Profiler
+from .profiling.callback import Profiling
 from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -33,12 +37,14 @@ from .state import TrainOutput
 from .steps import Steps
 from .switches import torch_settings
 from .switches.preparation import callbacks_of
-from .switches.progress import Progress
 from .switches.ranks_agree import RanksAgree
 from .watch.watch import Watch
 
 if TYPE_CHECKING:
     from .configuration.written_run import WrittenRun
+
+BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
+"""Arguments that a Fit is made with, and a trial can't switch on."""
 
 
 class Runs(Steps):
@@ -56,6 +62,7 @@ class Runs(Steps):
     own_args: FitArguments
     own_callbacks: list[Callback]
     own_trial: Any
+    profiler: Profiler | None
     written: "WrittenRun"
     _trial_callbacks: tuple[Callback, ...]
 
@@ -149,10 +156,11 @@ class Runs(Steps):
         placement = self.placement
         placement.reset_optimizer()
         self.state.reset()
-        if saved is not None and not run.plan.has_global_batch_of(saved, stream):
+        if saved is not None and not run.plan.has_updates_of(saved, stream):
             stream.load_state_dict({"position": 0} if run.args.ignore_data_skip else saved["data"])
             run = self._follow(run.plan.resumed(saved, stream), stream)
-        run.begin(placement, self.eval_data is not None and run.args.eval_strategy != "no")
+        can_evaluate = self.eval_data is not None or run.args.overfit_batches is not None
+        run.begin(placement, can_evaluate and run.args.eval_strategy != "no")
         if path is None or saved is None:
             run.begin_anew()
         else:
@@ -180,6 +188,30 @@ class Runs(Steps):
         path = self.save_checkpoint()
         self.saver.close()
         return path
+
+    # Its checkpoints, and its weights for other programs.
+
+    def rotate_checkpoints(self) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
+        self.saver.rotate(best.best_updates(self.args, self.state))
+
+    def export(self, path: str | Path) -> Path:
+        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
+        with ``save_only_trainable``.
+        """
+        path = Path(path).expanduser()
+        with self.placement.mode.evaluating():
+            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
+        return path
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
+        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
+        it. ``options`` are those of the model's own ``save_pretrained``.
+        """
+        directory = Path(directory).expanduser()
+        with self.placement.mode.evaluating():
+            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
+        return directory
 
     # The length of a run, under transformers' names.
 
@@ -209,6 +241,8 @@ class Runs(Steps):
             return
         if self._saver is not None:
             self._saver.let_go()
+        if self._placement is not None:
+            self._placement.reset_scaling()  # else the next placement begins with the scale that this one ended with
         # A worker process that loads data would keep this rank's connections open, as it has inherited them.
         self._placement = self._run = self._objective = None
         self.strategy.release(self.module)
@@ -283,10 +317,9 @@ class Runs(Steps):
         """
         self._check_together(args, self.module, self.strategy.precision)
         check_optimizer_by_name(args, self.strategy)
-        if args.auto_find_batch_size and not self.own_args.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size can't be switched on by a trial. Write Fit(auto_find_batch_size=True)."
-            )
+        for name in BY_FIT_ALONE:
+            if getattr(args, name) and not getattr(self.own_args, name):
+                raise ValueError(f"{name} can't be switched on by a trial. Write Fit({name}={getattr(args, name)}).")
         late = [name for name in MADE_IN_PLACING if getattr(args, name) != getattr(self.plan.given, name)]
         if self.placed and late:
             raise ValueError(
@@ -319,7 +352,8 @@ class Runs(Steps):
         args, strategy = self.args, self.strategy
         shown = [Progress()] if args.progress and strategy.is_main else []
         compared = [RanksAgree(args.debug == "ranks_agree")] if strategy.world_size > 1 else []
-        first = [*callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
+        profiled = [Profiling(self.profiler)] if self.profiler is not None else []
+        first = [*profiled, *callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
         self.callbacks = Callbacks(first, last=[*shown, *compared])
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:

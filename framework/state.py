@@ -26,6 +26,7 @@ class TrainState:
             memory; else None.
         best_metric: the best value of ``metric_for_best_model`` so far; None before the first evaluation.
         best_global_step: the update of the evaluation with ``best_metric``.
+        evaluations: the value of that metric in each evaluation so far, by its update, which is text as in JSON.
         evaluation_is_due: whether an evaluation was due when a signal interrupted the run; it is made first on resume.
         log_history: every log of the run.
     """
@@ -43,6 +44,7 @@ class TrainState:
     train_batch_size: int | None = None
     best_metric: float | None = None
     best_global_step: int = 0
+    evaluations: dict[str, float] = field(default_factory=dict)
     evaluation_is_due: bool = False
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -70,6 +72,10 @@ class TrainState:
     def skip_update(self) -> None:
         """Count an update that was not made."""
         self.skipped_updates += 1
+
+    def note_evaluation(self, metric: float) -> None:
+        """Note what the evaluation of now gave."""
+        self.evaluations[str(self.global_step)] = metric
 
     def note_best(self, metric: float) -> None:
         """Note that the evaluation of now is the best so far."""
@@ -110,8 +116,9 @@ class PredictionOutput(NamedTuple):
     """What ``fit.predict`` returns.
 
     Attributes:
-        predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host.
-        label_ids: the labels in the same way; None where the data has none.
+        predictions: the module's outputs over the whole data, concatenated along the first dimension, on the host; or
+            the path that they were written to.
+        label_ids: the labels in the same way; None where the data has none, and where they were written.
         metrics: loss and metrics where the data has labels.
     """
 
@@ -133,6 +140,7 @@ class Control:
             when the next update begins.
         should_epoch_stop: leave the epoch after this update; cleared when the next epoch begins.
         should_training_stop: leave training after this update; cleared when training begins.
+        stop_reason: why training is left, in words for a person; see ``stop_training``. Other ranks aren't told.
     """
 
     should_log: bool = False
@@ -140,6 +148,20 @@ class Control:
     should_save: bool = False
     should_epoch_stop: bool = False
     should_training_stop: bool = False
+    stop_reason: str = ""
+
+    def stop_training(self, reason: str) -> None:
+        """Ask to leave training after this update, and say why.
+
+        Args:
+            reason: what the run's last lines say: "eval_loss hasn't improved in 3 evaluations". The first one counts.
+        """
+        self.should_training_stop = True
+        self.stop_reason = self.stop_reason or reason
+
+    def begin_training(self, is_finished: bool) -> None:
+        """Forget what was asked of the last run. One that is finished already is left before its first update."""
+        self.should_training_stop, self.stop_reason = is_finished, ""
 
     def flags(self) -> list[int]:
         """Return the flags as numbers, in the order of the fields."""
@@ -151,4 +173,4 @@ class Control:
             setattr(self, flag, bool(value))
 
 
-FLAGS = tuple(field.name for field in dataclasses.fields(Control))
+FLAGS = tuple(field.name for field in dataclasses.fields(Control) if field.name.startswith("should_"))

@@ -13,16 +13,19 @@ from ..strategies.base import Strategy
 from . import checkpoint, overriding
 from .arguments import FitArguments
 from .callbacks import Callbacks
-from .checkpoint import pretrained
-from .data import DataStream, make_stream
+from .data import DataStream, limit_evaluation, make_stream
 from .data.stand_in import StandIn
+from .labelling import Labelled
 from .loggers.together import Loggers
 from .measures import best
 from .measures.evaluation import Evaluation
 from .measures.memory import MemoryByStage
+from .measures.outputs import KeptOutputs
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
+from .predictions.options import PredictionWriter
+from .predictions.writing import written
 from .run.in_step import in_step
 from .run.micro_batches import read_update
 from .run.placement import Placement
@@ -33,7 +36,7 @@ from .state import Control, PredictionOutput, TrainState
 from .watch.watch import Watch
 
 
-class Steps:
+class Steps(Labelled):
     """The verbs of a Fit. ``overriding.OVERRIDABLE`` lists those that are called by name wherever they are needed.
 
     Attributes:
@@ -43,6 +46,10 @@ class Steps:
         state, control: progress, and the flags that callbacks set.
     """
 
+    PHASES = {
+        "get_batch_samples": "data", "compute_loss": "forward", "evaluate": "evaluation",
+        "save_checkpoint": "saving", "log_training": "logging",
+    }  # fmt: skip
     strategy: Strategy
     plan: Plan
     train_data: Any
@@ -193,11 +200,7 @@ class Steps:
         return loss, outputs, {**extras, **own_extras}, is_share
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Count | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Count | None = None
     ) -> Any:
         """Forward and loss of one micro-batch, in the run's precision. Override it to compute the loss otherwise, with
         or without this method's help: training, evaluation and ``predict`` follow it (docs/overriding.md).
@@ -302,7 +305,8 @@ class Steps:
         Returns:
             ``{"eval_loss": mean over all items, "eval_<metric>": ...}``; it is logged too.
         """
-        if eval_data is None and self.eval_data is None:
+        overfits = eval_data is None and self.args.overfit_batches is not None
+        if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         placement = self.placement
         data = self.eval_data if eval_data is None else eval_data
@@ -311,7 +315,8 @@ class Steps:
         with placement.mode.evaluating():
             for name, part in named.items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-                metrics |= self.evaluation().run(self.eval_batches(part), prefix, ignore_keys or ()).metrics
+                batches = self.eval_batches(None if overfits else part, limited=True)
+                metrics |= self.evaluation().run(batches, prefix, ignore_keys or ()).metrics
         self.log(metrics)
         self.emit("on_evaluate", metrics=metrics)
         return metrics
@@ -321,79 +326,70 @@ class Steps:
         return self.evaluate(ignore_keys=self.ignore_keys_for_eval)
 
     def predict(
-        self, data: Any, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "test"
+        self,
+        data: Any,
+        ignore_keys: Iterable[str] | None = None,
+        metric_key_prefix: str = "test",
+        output: str | Path | PredictionWriter | None = None,
     ) -> PredictionOutput:
-        """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has
-        them.
+        """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has them.
+
+        Args:
+            data: a Dataset, an IterableDataset or a ready DataLoader.
+            ignore_keys, metric_key_prefix: see ``evaluate``.
+            output: writes them instead, batch by batch, and ``predictions`` is the path: of a Parquet file
+                ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
-        placement = self.placement
-        batches = self.eval_batches(data)
-        with placement.mode.evaluating():
-            found = self.evaluation().run(batches, metric_key_prefix, ignore_keys or (), predict=True)
-        metrics, predictions, labels = found
+        placement, batches = self.placement, self.eval_batches(data)
+        with placement.mode.evaluating(), written(output, self) as writing:
+            evaluation = self.evaluation(KeptOutputs if writing is None else writing.keep)
+            metrics, predictions, labels = evaluation.run(batches, metric_key_prefix, ignore_keys or (), predict=True)
+            if writing is not None:
+                predictions = writing.finish(predictions)
         if metrics:
             self.log(metrics)
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, labels, metrics)
 
-    def eval_batches(self, data: Any) -> Iterator[Any]:
-        """This rank's micro-batches of one evaluation; every rank has equally many."""
-        stream = self.stream_over(self.get_eval_dataloader(data), training=False)
+    def eval_batches(self, data: Any, limited: bool = False) -> Iterator[Any]:
+        """This rank's micro-batches of an evaluation; every rank has equally many. None: over what is trained on."""
+        given = self.get_train_dataloader() if data is None else self.get_eval_dataloader(data)
+        stream = self.stream_over(given, training=data is None)
+        if limited:
+            limit_evaluation(stream, self.args)
         return in_step(self.strategy, stream, self.batches(stream, 0), self._watch)
 
-    def evaluation(self) -> Evaluation:
-        """What evaluates the placed module."""
+    def evaluation(self, keep: Any = KeptOutputs) -> Evaluation:
+        """What evaluates the placed module; ``keep`` makes what keeps its outputs."""
         return Evaluation(
-            strategy=self.strategy,
-            module=self.module,
-            objective=self.objective,
-            args=self.args,
-            memory=self.memory,
-            find_loss=self.find_loss,
+            self.strategy, self.module, self.objective, self.args, self.memory, self.find_loss,
             loss_name=f"{type(self).__name__}.compute_loss",
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             after_batch=partial(self.emit, "on_prediction_step"),
-        )
+            keep=keep,
+        )  # fmt: skip
 
     # Checkpoints.
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self, name: str | None = None) -> Path:
         """Save the run as ``<output_dir>/checkpoint-<update>``, then remove the oldest of its line beyond
         ``save_total_limit``. Outside of ``train`` it is there when this returns, with ``async_save`` too.
+
+        Args:
+            name: rotation never removes a checkpoint with a name, and ``resume_from_checkpoint=name`` finds it.
         """
         run, saver = self.run, self.saver
         run.settle_schedule()
         with self.placement.mode.evaluating():
-            # The best evaluation is that of now: what is written in the background is published later.
+            # The best evaluations are those of now: what is written in the background is published later.
             path = saver.save(
                 partial(checkpoint.take, run, saver.directory.line),
                 self.state.global_step,
-                best.best_update(self.state),
+                best.best_updates(self.args, self.state),
+                name,
             )
         if run.rescue is not None:
             run.rescue.note_saved(self.state.global_step)
         self.emit("on_save", path=path)
         return path
-
-    def rotate_checkpoints(self) -> None:
-        """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
-        self.saver.rotate(best.best_update(self.state))
-
-    def export(self, path: str | Path) -> Path:
-        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
-        with ``save_only_trainable``.
-        """
-        path = Path(path).expanduser()
-        with self.placement.mode.evaluating():
-            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
-        return path
-
-    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
-        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
-        it. ``options`` are those of the model's own ``save_pretrained``.
-        """
-        directory = Path(directory).expanduser()
-        with self.placement.mode.evaluating():
-            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
-        return directory

@@ -42,6 +42,8 @@ def wrap_model(model: nn.Module, train_module: type[Trained], causal: bool | Non
             "which predict it, and causal=True where they are keys and values (prefix tuning)."
         )
     declared: dict[str, Any] = {"__module__": own.__module__, "wraps": own, "causal": shifts}
+    if shifts:
+        declared["item_name"] = "tokens"
     model.__class__ = type(own.__name__, (own, train_module), declared)
     assert isinstance(model, train_module)
     return model

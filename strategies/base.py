@@ -120,6 +120,8 @@ class Strategy(Updating):
     """The likely cause, where ranks hold other numbers of what they hold alike."""
     refused_arguments: ClassVar[Mapping[str, str]] = {}
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
+    unprofiled: ClassVar[str] = ""
+    """Why profilers don't see what runs here, and what to use instead; "" where they do."""
     device: torch.device = torch.device("cpu")
 
     # For one strategy: DP runs copies of the module, and XLASPMD recomputes by a function of its own.

@@ -16,14 +16,16 @@ import torch
 
 from .base import Strategy
 from .environment import TORCHRUN, find_place, warn_of_missing_srun
-from .supervisor import ELASTIC, LAUNCHER, Launch, supervise
+from .supervisor import ELASTIC, LAUNCHER, Launch, say, supervise
 
 UNNAMED = "none"  # what torchrun calls every run that it wasn't given a name for
 RUN = "STRATAGEM_RUN"  # environment variable: the name of a run that others than a launcher start again
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
-def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signals: Iterable[str] = ()) -> None:
+def start_ranks(
+    strategy: Strategy, devices: int | str, max_restarts: int, signals: Iterable[str] = (), is_quiet: bool = True
+) -> None:
     """Make sure that the ranks exist that the strategy is to run on.
 
     Returns where this process is such a rank (torchrun, srun, mpirun or a launch from here started it) or where one is
@@ -35,6 +37,7 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
             goes without ranks that were killed, in the attempt after.
         max_restarts: how often all ranks are started again after one failed.
         signals: names of those that the launcher passes on to the ranks, beside SIGTERM and SIGINT.
+        is_quiet: leave unsaid that ranks are started, and what that means for the script.
 
     Raises:
         ValueError: the strategy runs on one rank, the ranks that run are not as many as asked for, or the environment
@@ -75,7 +78,7 @@ def start_ranks(strategy: Strategy, devices: int | str, max_restarts: int, signa
             "Use strategy='ddp' or 'fsdp2'."
         )
     check_range(fewest, most, max_restarts)
-    launch(fewest, most, max_restarts, signals)
+    launch(fewest, most, max_restarts, signals, "" if is_quiet else explanation(most))
 
 
 def range_of(devices: int | str) -> tuple[int, int] | None:
@@ -137,13 +140,22 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     return Launched(run, attempt, again, most or int(environment["WORLD_SIZE"]) * (LAUNCHER in environment), most > 0)
 
 
-def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = ()) -> NoReturn:
+def explanation(ranks: int) -> str:
+    """Say what becomes of a script that is run again for each rank."""
+    script = Path(sys.argv[0]).name
+    by_file = script.endswith(".py") and sys.argv[0] in sys.orig_argv  # a module has its file's path in argv alone
+    instead = f" `stratagem launch --devices {ranks} {script}` runs it on the ranks alone." if by_file else ""
+    return f"Starting {ranks} ranks: what stands before Fit has run here, and runs once more on each of them.{instead}"
+
+
+def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = (), explained: str = "") -> NoReturn:
     """Run this process's command line on several ranks of this machine, and exit with their status.
 
     Args:
         fewest, most: ranks; see ``Launch``.
         max_restarts: how often all ranks are started again after one failed.
         signals: names of those that are passed on to the ranks, beside SIGTERM and SIGINT.
+        explained: what is said before the ranks are started.
     """
     if not sys.argv[0] or hasattr(sys, "ps1"):
         raise ValueError(
@@ -151,6 +163,8 @@ def launch(fewest: int, most: int, max_restarts: int, signals: Iterable[str] = (
             "interactive session. Put what makes the Fit and trains it into a function and write "
             f"stratagem.launch(function, devices={most}), or write a file and run it."
         )
+    if explained:
+        say(explained)
     sys.exit(run_on_ranks([sys.executable, *sys.orig_argv[1:]], fewest, most, max_restarts, signals))
 
 

@@ -22,7 +22,7 @@ FUNCTION_LENGTH = 80
 # The rooms of framework/, from the ground up. A room is a file at its top, or a folder ("run/"). A file imports from
 # its own room and from those of lower floors, never from a neighbour on the same floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "foreign_events", "overriding", "printing", "random_state", "state"),
+    ("__init__", "foreign_events", "labelling", "overriding", "printing", "random_state", "state"),
     ("agreement", "fields/", "wrapping"),
     ("optim/",),
     ("arguments",),
@@ -30,11 +30,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("combinations", "objective"),
     ("measures/",),
     ("builtin_callbacks", "checkpoint/"),
-    ("ray", "switches/", "uploading", "watch/"),
+    ("display/", "predictions/", "ray", "switches/", "uploading", "watch/"),
     ("configuration/", "run/"),
-    ("search/", "steps"),
+    ("profiling/", "search/", "steps"),
     ("loop",),
     ("runs",),
+    ("rate_finding",),
     ("fit",),
     ("parity/",),
     ("commands/",),
@@ -103,6 +104,7 @@ WRITTEN: dict[str, str] = {
     "nn.functional.linear": "DeepSpeed put its own there; this puts torch's back",
     "group.post_backward": "FSDP2's group of parameters, whose hook is told which of them had a gradient",
     "comm.cdb": "DeepSpeed's one global back end, which a later run makes anew",
+    "setattr(backend, attribute)": "DeepSpeed's back end keeps torch's collectives, under names of the past",
     "zero.*": "DeepSpeed's ZeRO optimizer has no other way to clip by our norm",
     "self.zero.*": "the same optimizer, told that its state was read",
     "stream.epoch": "a fault for tests gets between a run and its data",

@@ -17,7 +17,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,13 @@ class Snapshot:
         return {"model": self.model, "optimizer": self.optimizer, "callbacks": self.callbacks}
 
 
-def take(run: SavedRun, line: Line) -> Snapshot:
+def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
     """Take a snapshot of a run as it stands between two updates. Collective.
 
     Args:
         run: placed.
         line: of the run, see ``line.py``.
+        names: that the checkpoint is given, see ``naming.py``.
 
     Raises:
         CheckpointError: on every rank, where the weights or the optimizer's state aren't finite.
@@ -88,8 +89,8 @@ def take(run: SavedRun, line: Line) -> Snapshot:
     strategy = run.strategy
     strategy.settle_buffers()
     model = untied_state(strategy)
-    names = left_out(strategy, run.args.save_only_trainable).intersection(model)
-    frozen = run.fingerprints({name: tensor for name, tensor in model.items() if name in names})
+    absent = left_out(strategy, run.args.save_only_trainable).intersection(model)
+    frozen = run.fingerprints({name: tensor for name, tensor in model.items() if name in absent})
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, entries in strategy.optimizer_state().items():
@@ -102,7 +103,7 @@ def take(run: SavedRun, line: Line) -> Snapshot:
                 numbers[f"{name}/{key}"] = value
     check_finite(strategy, model, tensors)
     callbacks, callback_tensors = callback_states.split_tensors(run.callbacks.state_dict())
-    model = leave_out(model, names)
+    model = leave_out(model, absent)
     state = {
         "run": line.to_dict(),
         "torch": torch.__version__,
@@ -122,6 +123,8 @@ def take(run: SavedRun, line: Line) -> Snapshot:
         "optimizer": forms(tensors),
         "callback_tensors": forms(callback_tensors),
     }
+    if names:
+        state["names"] = [*names]
     random = {**random_state.capture(), **strategy.random_state()}
     mine = callback_states.tensors_to_write(callback_tensors, strategy)
     return Snapshot(model, tensors, as_json(state), json.dumps(random), mine)

@@ -73,10 +73,12 @@ class Origin:
     Attributes:
         line: the line of the run that saved it.
         update: the update that it was saved after.
+        names: that it was given, beside its place.
     """
 
     line: Line
     update: int
+    names: tuple[str, ...] = ()
 
     def is_of(self, line: Line) -> bool:
         """Return whether the checkpoint belongs to a line."""
@@ -99,7 +101,7 @@ def _origin_of(checkpoint: Path, stamps: tuple[tuple[int, ...], ...]) -> Origin 
             return None
         state = read_json(checkpoint / STATE)
         line = Line.from_dict(state["run"]) if "run" in state else Line(BEFORE_IDS)
-        return Origin(line, int(state["progress"]["global_step"]))
+        return Origin(line, int(state["progress"]["global_step"]), tuple(str(name) for name in state.get("names", ())))
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
 

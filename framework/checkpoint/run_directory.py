@@ -15,7 +15,6 @@ A run that saves nothing changes nothing in the directory, and needs no lock.
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -54,11 +53,11 @@ from .line import (
     write_marker,
 )
 from .locking import DirectoryLock
+from .naming import find_place, renamed_checkpoints, without_names
 from .remote import download
 
 Result = TypeVar("Result")
 
-RENAMED = re.compile(rf"checkpoint-(\d+)({re.escape(SET_ASIDE)}|{re.escape(DAMAGED)})")
 CONFIGURATION = "config.yaml"  # what repeats the run: it says nothing where nothing else is left
 
 
@@ -102,8 +101,9 @@ class RunDirectory:
 
         Args:
             wanted: True takes the newest whole checkpoint of the line of the directory's last run. A path takes the
-                checkpoint there, and so does a URL, from which it is first copied into the directory. None and False
-                take none. A run that its launcher has started again takes its own newest, whatever it began with.
+                checkpoint there, and so does a URL, from which it is first copied into the directory. A name takes the
+                checkpoint in the directory that has it. None and False take none. A run that its launcher has started
+                again takes its own newest, whatever it began with.
             launch: the run as its launcher knows it; None where nobody starts it again.
 
         Raises:
@@ -156,12 +156,13 @@ class RunDirectory:
 
     def rotate(self, limit: int | None, keep: Iterable[Path] = (), spare: Iterable[Path] = ()) -> list[Path]:
         """Remove the oldest checkpoints of the run's line beyond ``limit``, but not the newest whole one, nor those
-        that ``directory.rotate`` is told to leave. Call it on the main process.
+        with a name, which don't count, nor those that ``directory.rotate`` is told to leave. Call it on the main
+        process.
         """
         if limit is None:
             return []
         newest = [self.newest] if self.newest is not None else []
-        return self.plainly(lambda: rotate(self.checkpoints(), limit, [*keep, *newest], spare))
+        return self.plainly(lambda: rotate(without_names(self.checkpoints()), limit, [*keep, *newest], spare))
 
     def note_published(self, path: Path) -> None:
         """Note that a checkpoint of the run is published: rotation leaves it until the next one is published."""
@@ -179,7 +180,7 @@ class RunDirectory:
             path = self.on_main(lambda: download(wanted, self.path))
             check_is_whole(self.strategy, path)
         elif wanted is not None and wanted is not False:
-            path = Path(wanted).expanduser()
+            path = self.on_main(lambda: find_place(wanted, self.path))
             check_is_whole(self.strategy, path)
         found = path
         self.line, self.resumed_from = self.on_main(lambda: self.line_from(found, by_path=wanted is not True))
@@ -377,13 +378,6 @@ class RunDirectory:
             return action()
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror} ({error.filename or 'no file'})") from error
-
-
-def renamed_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoints in a directory that were set aside, or renamed as damaged, oldest first."""
-    found = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
-    matched = [(RENAMED.match(path.name), path) for path in found if path.is_dir()]
-    return [path for _, path in sorted((int(match.group(1)), path) for match, path in matched if match)]
 
 
 def format_names(paths: Iterable[Path]) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,8 @@ from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from ..arguments import FitArguments
 from ..callbacks import Callbacks
-from ..measures.best import best_checkpoint
+from ..measures.best import best_checkpoints
+from . import naming
 from .directory import CheckpointError
 from .run_directory import RunDirectory
 
@@ -38,30 +39,42 @@ class Saver:
         self.directory = RunDirectory(strategy, args)
         self.writer: BackgroundWriter | None = None
         self.seconds = 0.0
+        self.names: dict[int, tuple[str, ...]] = {}  # that were given to the checkpoint of an update
 
-    def save(self, take: Callable[[], "Snapshot"], update: int, best_update: int | None) -> Path:
+    def save(
+        self, take: Callable[[Sequence[str]], "Snapshot"], update: int, best: Sequence[int], name: str | None = None
+    ) -> Path:
         """Save the run as ``checkpoint-<update>``, then remove the oldest beyond ``save_total_limit``. Collective.
 
         Args:
-            take: takes the snapshot of now.
+            take: takes the snapshot of now, with the names of the checkpoint.
             update: that the run stands at.
-            best_update: that of the best evaluation so far; None before the first.
+            best: the updates of the evaluations so far, the best first.
+            name: gives the checkpoint a name, beside those that it may have; rotation leaves it.
 
         Raises:
-            CheckpointError: on every rank, where one could not write, or where ``take`` refuses: then nothing in the
-                directory has changed.
+            CheckpointError: on every rank, where one could not write, or where ``take`` refuses, or another checkpoint
+                of the run has the name: then nothing in the directory has changed.
+            ValueError: it can't be a name.
         """
         from .writing import BackgroundWriter, write
 
         began = time.monotonic()
-        snapshot = take()
+        directory = self.directory
+        had = self.names.get(update, ()) or naming.names_at(directory.path, directory.line, update)
+        if name is not None:
+            naming.check_name(name)
+            directory.on_main(lambda: naming.check_is_free(name, directory.path, directory.line, update, self.names))
+        names = tuple(dict.fromkeys([*had, *([name] if name is not None else [])]))
+        snapshot = take(names)
+        self.names[update] = names
         with self.directory.saving(update) as path:
 
             def published() -> None:
                 if self.strategy.is_main:
                     self.directory.note_published(path)
                     self.callbacks.checkpoint_published(path)
-                    self._rotate(best_update)
+                    self._rotate(best)
 
             if self.args.async_save:
                 if self.writer is None:
@@ -75,21 +88,22 @@ class Saver:
         self.seconds = max(self.seconds, time.monotonic() - began)
         return path
 
-    def rotate(self, best_update: int | None) -> None:
-        """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best one, the newest
-        and those that a callback still needs. Collective.
+    def rotate(self, best: Sequence[int]) -> None:
+        """Remove the oldest checkpoints of the run's line beyond ``save_total_limit``, but for the best, the newest,
+        those with a name and those that a callback still needs. Collective.
         """
 
         def rotate() -> None:
             if self.strategy.is_main:
-                self._rotate(best_update)
+                self._rotate(best)
 
         on_all_ranks(self.strategy, rotate, CheckpointError)
 
-    def _rotate(self, best_update: int | None) -> None:
-        kept = best_checkpoint(self.args, best_update)
+    def _rotate(self, best: Sequence[int]) -> None:
         self.directory.rotate(
-            self.args.save_total_limit, keep=[kept] if kept else [], spare=self.callbacks.checkpoints_to_keep()
+            self.args.save_total_limit,
+            keep=best_checkpoints(self.args, best),
+            spare=self.callbacks.checkpoints_to_keep(),
         )
 
     # The thread that writes.

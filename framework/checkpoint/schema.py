@@ -163,6 +163,7 @@ class State(StateOfFormat1, kw_only=True):
     model: dict[str, TensorEntry]
     optimizer: dict[str, TensorEntry]
     callback_tensors: dict[str, TensorEntry]
+    names: list[str] | UnsetType = UNSET
 
 
 SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: State}
@@ -268,6 +269,13 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
     require(world % data == 0, "data_size", f"it doesn't divide world_size, {world}")
     accumulation = state["arguments"].get("gradient_accumulation_steps")
     require(type(accumulation) is int and accumulation > 0, "arguments.gradient_accumulation_steps", "it is a count")
+    schedule = state["arguments"].get("gradient_accumulation_schedule", {})  # earlier versions had none
+    require(
+        isinstance(schedule, dict)
+        and all(epoch.isdecimal() and type(steps) is int and steps > 0 for epoch, steps in schedule.items()),
+        "arguments.gradient_accumulation_schedule",
+        "it holds counts by epoch",
+    )
     for name, value in state["progress"].items():
         # Metrics may be infinite. A best metric of NaN is possible: the first evaluation may have given it.
         finite = name == "best_metric" or not isinstance(value, float) or math.isfinite(value)

@@ -17,6 +17,7 @@ from .entries import ConfigurationError, Entry, read_entries
 from .options import Option, defaults_under, devices, flat, known_options, make_precision, make_strategy
 from .targets import GIVEN, Target, load_target
 
+OF_FIT = "args", "loggers", "profiler"  # taken as they are given
 UNUSED = {"strategy": "single", "precision": "32-true"}  # what is taken where there is no word
 TARGET, GIVEN_BY_PROGRAM = "target", "given_by_program"  # what a file holds beside options
 
@@ -118,7 +119,7 @@ class Configuration:
         base = given.get("args") or FitArguments()
         own = {name: given[name] for name in GIVEN if given.get(name) is not None}
         made = {name: value for name, value in given.items() if isinstance(value, Strategy | Precision)}
-        rest = {name: value for name, value in given.items() if name not in (*GIVEN, *made, "args", "loggers")}
+        rest = {name: value for name, value in given.items() if name not in (*GIVEN, *made, *OF_FIT)}
         run = self.with_values({**flat(rest), **{name: UNUSED[name] for name in made}})
         strategy, precision, args = run._check(base)
         words: dict[str, Any] = {
@@ -127,6 +128,7 @@ class Configuration:
             "devices": devices(run.values.get("devices", "auto")),
             "max_restarts": run.values.get("max_restarts", 0),
             "loggers": given.get("loggers", run.values.get("loggers", ("jsonl",))),
+            "profiler": given.get("profiler", run.values.get("profiler")),
         }
         built = None
         if run.target is not None and not own.keys() & {"module", "module_init"}:

@@ -20,8 +20,10 @@ from ..loggers import LOGGERS
 from .targets import REQUIRED, Target, parameters_of
 
 PLACEMENT = "placement and number format"
-WORDS = ("strategy", "precision", "devices", "max_restarts", "loggers")
+WORDS = ("strategy", "precision", "devices", "max_restarts", "loggers", "profiler")
 """Arguments of Fit itself that a file or a command line can hold."""
+PROFILERS = "simple", "torch"
+"""The words of ``framework/profiling``, which stands above this room."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ def fit_options() -> list[Option]:
         Option("max_restarts", int, 0, "how often ranks are started again after one failed", PLACEMENT),
         Option("loggers", names, ["jsonl"], f"where logs go, with commas between them: {', '.join(LOGGERS)}",
                "where results go"),
+        Option("profiler", Literal[PROFILERS] | None, None,
+               "where the time goes: torch (traces of some updates) or simple (the time of each phase)",
+               "where results go"),
     ]  # fmt: skip
     said, kinds, defaults = descriptions(FitArguments), hints(FitArguments), FitArguments()
     for subject, fields in by_subject(FitArguments).items():
@@ -82,6 +87,8 @@ def fit_options() -> list[Option]:
             kind = Literal[ONE_OF[name]] if name in ONE_OF else kind
             default = getattr(defaults, name)
             found.append(Option(name, kind, default, said[name].replace("``", ""), subject))
+            if name == "full_determinism":
+                found.append(Option("deterministic", bool | None, None, f"the same as {name}", subject))
     return found
 
 

@@ -102,7 +102,7 @@ def values_of_run(
     Args:
         args: all fields are in it, defaults too, which another version may have others of.
         strategy, precision: "name", and options.
-        words: devices, max_restarts, loggers.
+        words: devices, max_restarts, loggers, profiler.
     """
     found: dict[str, Any] = {}
     for section, chosen in (("strategy", strategy), ("precision", precision)):

@@ -16,7 +16,7 @@ from ..arguments import FitArguments
 from ..checkpoint.run_directory import CONFIGURATION
 from ..loggers import LOGGERS
 from .configuration import Built
-from .options import options_of_precision, options_of_strategy
+from .options import PROFILERS, options_of_precision, options_of_strategy
 from .targets import GIVEN
 from .writing import can_be_written, text_of, values_of_run, write_whole
 
@@ -34,7 +34,7 @@ class WrittenRun:
 
     Attributes:
         strategy, precision: "name" and options.
-        words: devices, max_restarts, loggers.
+        words: devices, max_restarts, loggers, profiler.
         built: what made the module and the data; None where the program did.
         given: arguments of Fit that a program alone can give.
     """
@@ -76,6 +76,10 @@ def written_by(fit: Any, max_restarts: int, loggers: Sequence[Any], built: Built
     words = [logger for logger in loggers if isinstance(logger, str) and logger in LOGGERS]
     if len(words) < len(loggers):
         given.append("loggers")
+    profiler = fit.profiler
+    word = None if profiler is None or profiler != type(profiler)() else profiler.name
+    if profiler is not None and word not in PROFILERS:
+        given.append("profiler")
     chosen: dict[str, dict[str, Any]] = {"strategy": {}, "precision": {}}
     for section, made, table, options in (
         ("strategy", fit.strategy, STRATEGIES, options_of_strategy),
@@ -89,7 +93,7 @@ def written_by(fit: Any, max_restarts: int, loggers: Sequence[Any], built: Built
     if len(dataclasses.fields(fit.args)) > len(dataclasses.fields(FitArguments)):  # fields of the user's own
         given.append("args")
     devices = local_ranks() if fit.strategy.needs_ranks else 1
-    others = {"devices": devices, "max_restarts": max_restarts, "loggers": words}
+    others = {"devices": devices, "max_restarts": max_restarts, "loggers": words, "profiler": word}
     return WrittenRun(chosen["strategy"], chosen["precision"], others, built, tuple(given))
 
 

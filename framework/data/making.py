@@ -16,6 +16,7 @@ from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from .collating import CollatePinnable, collate, with_tuples
 from .lengths import LengthGroups
+from .limits import limit_epochs
 from .mapped import MapStream
 from .reread import IterableStream, LoaderStream
 from .stream import DataStream, LoaderOptions
@@ -23,7 +24,17 @@ from .worker import OutliveSignal
 
 
 def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: bool) -> DataStream:
-    """Make the stream over a Dataset, an IterableDataset or a ready DataLoader.
+    """Make the stream over a Dataset, an IterableDataset or a ready DataLoader, see ``make_whole_stream``; one to train
+    on ends its epochs where the arguments limit them.
+    """
+    stream = make_whole_stream(data, args, strategy, training=training)
+    if training:
+        limit_epochs(stream, args)
+    return stream
+
+
+def make_whole_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: bool) -> DataStream:
+    """Make the stream over all of the data.
 
     Args:
         data: what the user gave. A DataLoader brings its own batch size, order, collation and workers.
@@ -39,9 +50,10 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
     seed = args.seed if args.data_seed is None else args.data_seed
     rank, size = strategy.data_rank, strategy.data_size
     per_device = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+    shuffles = training and not args.overfit_batches
     options = LoaderOptions(
         batch_size=per_device * strategy.devices_per_rank,
-        shuffle=args.shuffle and training and args.train_sampling_strategy != "sequential",
+        shuffle=shuffles and args.shuffle and args.train_sampling_strategy != "sequential",
         drop_last=args.dataloader_drop_last and training,
         collate_fn=collate,
         workers={
@@ -50,6 +62,7 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
             "persistent_workers": args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
             "prefetch_factor": args.dataloader_prefetch_factor,
         },
+        per_device=per_device,
     )
     groups = training and args.train_sampling_strategy == "group_by_length"
     if groups and isinstance(data, DataLoader | IterableDataset):
@@ -63,7 +76,8 @@ def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: 
         options = LoaderOptions(
             # Where auto_find_batch_size is at work, its first batch size was the loader's.
             batch_size=options.batch_size if training and args.auto_find_batch_size else data.batch_size or 1,
-            shuffle=isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True,
+            shuffle=(isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True)
+            and not (training and args.overfit_batches),
             drop_last=data.drop_last,
             collate_fn=with_tuples(data.collate_fn),
             workers={

@@ -51,14 +51,15 @@ class MapStream(DataStream):
 
     def order(self, epoch: int) -> Sequence[int]:
         """Return the sample indices of an epoch, in its order."""
-        assert self.num_examples is not None
+        samples = self.data_length()  # of which an epoch may take the first ones alone
+        assert samples is not None
         if not self.options.shuffle:
-            return range(self.num_examples)
+            return range(samples)
         generator = torch.Generator().manual_seed(self.seed + epoch)
         if self.groups is not None:
             return self.groups.order(generator, self.group_size or self.groups.group_size)  # type: ignore[return-value]
         # A numpy array takes 8 bytes a sample; a list of ints would take 36.
-        return torch.randperm(self.num_examples, generator=generator).numpy()  # type: ignore[return-value]
+        return torch.randperm(samples, generator=generator).numpy()  # type: ignore[return-value]
 
     def indices(self, epoch: int, begin: int, end: int) -> Sequence[int]:
         """The samples at some positions of an epoch's order."""
@@ -71,7 +72,7 @@ class MapStream(DataStream):
         assert self.num_examples is not None
         order, step, shuffled = self.order(self.epoch_number), self.global_micro_batch, self.options.shuffle
         for start in range(self.position, self.num_examples - (step - 1 if self.options.drop_last else 0), step):
-            samples = order[start : start + step]
+            samples = order[start : min(start + step, self.num_examples)]
             mine = share(samples, self.rank, self.size, self.options.batch_size)
             if not len(mine):
                 mine = samples[:1]

@@ -25,10 +25,6 @@ class RereadStream(DataStream):
     generators_at_start: list[str] | None = None  # the states of ``generators`` when the current epoch began
     generators_to_restore: list[str] | None = None
 
-    def generators(self) -> list[torch.Generator]:
-        """Return the generators of the data that its order may be drawn from. Their states are saved."""
-        return []
-
     def read(self, epoch: int, skip: int) -> Iterator[Any]:
         """Yield the batches from a position on."""
         raise NotImplementedError
@@ -40,6 +36,7 @@ class RereadStream(DataStream):
                 generator.set_state(random_state.decode(state))
             self.generators_to_restore = None
         self.generators_at_start = self.generator_states()
+        epoch = 0 if self.repeats else epoch
         own = random_state.OwnRandomState(batch_seed(self.seed, epoch, 0))
         with own.entered():
             batches = self.read(epoch, self.begin())
@@ -98,7 +95,7 @@ class IterableStream(RereadStream):
 
     def epoch(self, epoch: int) -> Iterator[Any]:
         """Return an iterator over this rank's micro-batches. The shares draw random numbers in states of their own."""
-        return self.hand_out(self.read(epoch, self.begin()))
+        return self.hand_out(self.read(0 if self.repeats else epoch, self.begin()))
 
     def read(self, epoch: int, skip: int) -> Iterator[Share]:
         """Return an iterator over this rank's shares from a position on."""
@@ -109,7 +106,7 @@ class IterableStream(RereadStream):
             workers["worker_init_fn"] = BeginWorker(workers.get("worker_init_fn"))
         collate: Callable[[Any], Any] = CollateShare(self.options.collate_fn)
         loader: DataLoader[Any] = DataLoader(
-            Shares(self.dataset, self.options, self.seed, epoch, self.rank, self.size, skip),
+            Shares(self.dataset, self.options, self.seed, epoch, self.rank, self.size, skip, self.end),
             batch_size=None,
             collate_fn=collate,
             generator=torch.Generator().manual_seed(self.seed + epoch),
@@ -166,9 +163,12 @@ class IterableStream(RereadStream):
 
     def hand_out(self, shares: Iterator[Share]) -> Iterator[Any]:
         """Yield the batches of shares, and count their samples."""
-        for batch, _, size, is_mine, _ in shares:
-            self.position += size
-            yield batch if is_mine else StandIn(batch)
+        while self.end is None or self.position < self.end:  # asked before one more is read
+            share = next(shares, None)
+            if share is None:
+                return
+            self.position += share.size
+            yield share.batch if share.is_mine else StandIn(share.batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and how many workers the dataset shared its samples among; 0 where this stream does."""
@@ -184,11 +184,15 @@ class LoaderStream(RereadStream):
     """Batches of a ready DataLoader with a sampler of its own: rank r of n uses batches r, r + n, r + 2n, ...
 
     A position counts batches here.
+
+    Attributes:
+        batch_size_is_known: whether loader or batch sampler say how many samples a batch has; else one is assumed.
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int) -> None:
-        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-        super().__init__(LoaderOptions(batch_size, False, loader.drop_last, default_collate, {}), seed, rank, size)
+        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        self.batch_size_is_known = batch_size is not None
+        super().__init__(LoaderOptions(batch_size or 1, False, loader.drop_last, default_collate, {}), seed, rank, size)
         if loader.collate_fn is default_convert:
             loader = copy.copy(loader)  # the user's loader keeps its own collation
             loader.collate_fn = convert
@@ -196,8 +200,43 @@ class LoaderStream(RereadStream):
         if hasattr(loader.dataset, "__len__"):
             self.num_examples = len(loader.dataset)
 
+    @property
+    def positions_of_micro_batch(self) -> int:
+        """How far a micro-batch over all ranks moves the position."""
+        return self.size
+
+    @property
+    def positions_of_batch(self) -> int:
+        """How far a batch of the loader moves the position."""
+        return 1
+
+    def cut_to(self, samples: int) -> None:
+        """Note that an epoch has no more than so many batches."""
+        super().cut_to(samples * self.options.batch_size)
+
+    def repeat(self) -> None:
+        """Have every epoch be like the first.
+
+        Raises:
+            ValueError: its order is drawn from a generator of its own.
+        """
+        if self.generators():
+            raise ValueError(
+                "overfit_batches trains on the same batches each epoch, and train_data is a DataLoader whose order is "
+                "drawn from a generator of its own. Give it no generator, or give Fit the dataset itself."
+            )
+        super().repeat()
+
+    def batches(self) -> int:
+        """The number of batches of an epoch, over all ranks.
+
+        Raises:
+            TypeError: the loader has no length.
+        """
+        return len(self.loader) if self.end is None else min(len(self.loader), self.end)
+
     def __len__(self) -> int:
-        return -(-len(self.loader) // self.size)
+        return -(-self.batches() // self.size)
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators of the loader and its samplers."""
@@ -215,6 +254,8 @@ class LoaderStream(RereadStream):
         batches: Iterator[Any] = iter(self.loader)
         for _ in range(skip):
             next(batches, None)
+        if self.end is not None:
+            batches = itertools.islice(batches, max(0, self.end - skip))
         if self.loader.collate_fn is default_collate:
             batches = map(columns, batches)
         return self._hand_out(batches)
@@ -231,11 +272,11 @@ class LoaderStream(RereadStream):
 
     def fraction(self) -> float:
         """The part of the epoch that was handed out, from 0 to 1; 0 where its length is unknown."""
-        return self.position / len(self.loader) if self.num_examples is not None else 0.0
+        return self.position / self.batches() if self.num_examples is not None else 0.0
 
     def capacity(self) -> int | None:
         """The number of batches in an epoch; None where it is unknown."""
-        return len(self.loader) if self.num_examples is not None else None
+        return self.batches() if self.num_examples is not None else None
 
     @property
     def samples(self) -> int:

@@ -58,11 +58,14 @@ class Shares(IterableDataset):
         rank, size: this rank among the data-parallel ranks.
         skip: samples over all ranks to leave out. Where the dataset shares its samples, none are left out here, since
             which samples of a worker were used depends on the other workers.
+        end: samples over all ranks after which to end; None reads to the end. Where the dataset shares its samples, the
+            reader ends by itself, for the same reason.
     """
 
     def __init__(
-        self, dataset: IterableDataset, options: LoaderOptions, seed: int, epoch: int, rank: int, size: int, skip: int
-    ) -> None:
+        self, dataset: IterableDataset, options: LoaderOptions, seed: int, epoch: int, rank: int, size: int, skip: int,
+        end: int | None = None,
+    ) -> None:  # fmt: skip
         self.dataset = dataset
         self.batch_size = options.batch_size
         self.drop_last = options.drop_last
@@ -71,6 +74,7 @@ class Shares(IterableDataset):
         self.rank = rank
         self.size = size
         self.skip = skip
+        self.end = end
 
     def __iter__(self) -> Iterator[Share]:
         own = random_state.OwnRandomState(batch_seed(self.seed, self.epoch, 0))
@@ -85,6 +89,7 @@ class Shares(IterableDataset):
                 samples = itertools.chain(first, samples)
                 sharing, index, workers = asking.sharing(), asking.info.id, asking.info.num_workers
             if sharing == "ours":
+                samples = itertools.islice(samples, self.end)
                 for _ in itertools.islice(samples, self.skip):
                     pass
                 return self.cut(samples, own, self.skip, index, workers)

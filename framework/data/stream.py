@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import random_state
 from .fingerprint import fingerprint
 
@@ -18,6 +20,7 @@ class LoaderOptions:
         drop_last: leave out a short last global micro-batch.
         collate_fn: a function of a list of samples to a batch.
         workers: options that are handed to torch's DataLoader as they are.
+        per_device: samples per micro-batch and device, where a rank feeds several; None means ``batch_size``.
     """
 
     batch_size: int
@@ -25,6 +28,7 @@ class LoaderOptions:
     drop_last: bool
     collate_fn: Callable[[list[Any]], Any]
     workers: dict[str, Any]
+    per_device: int | None = None
 
 
 class DataStream:
@@ -39,9 +43,15 @@ class DataStream:
         num_examples: samples in an epoch, over all ranks; None where it is unknown.
         position: samples of the current epoch that were handed out, over all ranks.
         dataset: the data, where its samples can be read in any order; else None.
+        end: the position after which every epoch ends, where it ends before the data does; else None.
+        whole: samples of the data, where an epoch may take fewer; else None.
+        repeats: whether every epoch is like the first.
     """
 
     num_examples: int | None = None
+    end: int | None = None
+    whole: int | None = None
+    repeats = False
     is_equal_on_ranks = False
     """Whether it is certain that every rank has equally many micro-batches."""
     dataset: Any = None
@@ -60,6 +70,35 @@ class DataStream:
     def global_micro_batch(self) -> int:
         """The number of samples in one micro-batch over all ranks."""
         return self.options.batch_size * self.size
+
+    @property
+    def positions_of_micro_batch(self) -> int:
+        """How far a micro-batch over all ranks moves the position."""
+        return self.global_micro_batch
+
+    @property
+    def positions_of_batch(self) -> int:
+        """How far the batch of one device moves the position, whatever ranks share it."""
+        return self.options.per_device or self.options.batch_size
+
+    def end_after(self, position: int) -> None:
+        """Have every epoch end at a position, where the data reaches so far; called before the first epoch."""
+        self.end = position if self.end is None else min(position, self.end)
+        self.cut_to(self.end)
+
+    def cut_to(self, samples: int) -> None:
+        """Note that an epoch has no more than so many samples."""
+        if self.num_examples is not None:
+            self.whole = self.data_length()
+            self.num_examples = min(self.num_examples, samples)
+
+    def repeat(self) -> None:
+        """Have every epoch be like the first.
+
+        Raises:
+            ValueError: it can't be.
+        """
+        self.repeats = True
 
     def __len__(self) -> int:
         """Return the number of micro-batches of a whole epoch on this rank.
@@ -129,13 +168,21 @@ class DataStream:
             "shuffle": self.options.shuffle,
             "batch_size": self.options.batch_size,
             "workers": self.options.workers.get("num_workers") or 0,
-            "length": self.num_examples,
+            "length": self.data_length(),
             "fingerprint": self.fingerprint,
         }
+
+    def data_length(self) -> int | None:
+        """The number of samples of the data, however many of them an epoch takes; None where it is unknown."""
+        return self.num_examples if self.whole is None else self.whole
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators of the data that its order may be drawn from."""
+        return []
 
     def rewind(self) -> None:
         """Stand at the beginning of the next epoch."""

@@ -22,9 +22,22 @@ class ArgumentFields(KnownNames):
         run_name: what the run is called in its logs and on the display; None leaves it without a name.
         max_steps: updates to train for; -1 trains for ``num_train_epochs``. Overrides the epochs.
         num_train_epochs: passes over the training data; may be a fraction.
+        max_time: training ends, saved and evaluated, before it has lasted so long: "HH:MM:SS", "DD:HH:MM:SS", seconds,
+            or a timedelta. It counts from the beginning of ``train``, and adds up over resumes. See docs/trying.md.
+        fast_dev_run: try the run: so many updates, and so many batches in each evaluation (True is 1), then stop. All
+            is as in the real run, but for checkpoints, loggers and what else is written to ``output_dir``: there is
+            none.
+        limit_train_batches: an epoch ends after so many updates; a float up to 1.0 is a fraction of them, rounded down.
+            With an order that is drawn anew each epoch, each has other samples.
+        limit_eval_batches: an evaluation ends after so many batches of ``per_device_eval_batch_size`` samples, on
+            however many ranks; a float up to 1.0 is a fraction of them, rounded down. ``predict`` has no limit.
+        overfit_batches: every epoch is the first so many updates of the data, in the data's order, and evaluations are
+            of their samples, too, in place of ``eval_data``; a float up to 1.0 is a fraction of an epoch.
         per_device_train_batch_size: samples per micro-batch on each data-parallel rank.
         per_device_eval_batch_size: the same in evaluation and prediction.
         gradient_accumulation_steps: micro-batches per update.
+        gradient_accumulation_schedule: the same from an epoch on: {4: 2, 8: 1}; epochs count from 0. Also as JSON, or
+            as "4=2,8=1".
         auto_find_batch_size: where a run is out of memory, begin it again with half of ``per_device_train_batch_size``
             (or less) and more ``gradient_accumulation_steps``, so that an update's samples stay the same; see
             ``framework/run/batch_size.py``. Takes host memory for a copy of the module.
@@ -66,10 +79,13 @@ class ArgumentFields(KnownNames):
             reduce_lr_on_plateau schedule waits for, with or without "eval_"; None means "loss".
         greater_is_better: whether more of it is better; None means yes, unless its name ends in "loss".
         load_best_model_at_end: end with the weights of the best checkpoint. Rotation keeps that one.
-        save_strategy: "no", "steps", "epoch", or "best" after each evaluation that is the best so far.
+        save_strategy: "no", "steps", "epoch", or "best" after each evaluation that is the best so far (or among the
+            ``save_best_limit`` best).
         save_steps: updates between checkpoints, or a fraction of the run.
-        save_total_limit: checkpoints of the run kept; None keeps all. The newest whole one and that of the best
-            evaluation always stay.
+        save_total_limit: checkpoints of the run kept; None keeps all. The newest whole one, those of the best
+            evaluations (``save_best_limit``) and those with a name (``fit.save_checkpoint(name=)``) always stay.
+        save_best_limit: how many checkpoints rotation leaves because their evaluations are the best so far, by
+            ``metric_for_best_model``; with save_strategy="best", an evaluation among so many best is saved.
         other_checkpoints: what becomes of checkpoints in ``output_dir`` that the run doesn't go on from: "set_aside"
             renames them to ``checkpoint-<update>.set-aside``, "refuse" ends the run before it begins.
         save_only_trainable: checkpoints and exports hold trainable parameters and buffers, without the frozen ones (the
@@ -93,7 +109,7 @@ class ArgumentFields(KnownNames):
         shuffle: draw a new order of the training data each epoch.
         full_determinism: compute the same bits in every run on the same machine: torch's deterministic algorithms, from
             the beginning of training to its end. Some are slower, by a tenth up to several times, and an operation that
-            has none ends training with torch's error.
+            has none ends training with torch's error. ``deterministic=True`` is the same.
         train_sampling_strategy: "random"; "sequential", which is shuffle=False; or "group_by_length", which puts
             samples of about the same length together, in an order that is new each epoch.
         length_column_name: where "group_by_length" finds lengths: an attribute or a column of the data, or an entry of
@@ -143,9 +159,15 @@ class ArgumentFields(KnownNames):
 
     max_steps: int = -1
     num_train_epochs: float = 3.0
+    max_time: None | str | float = None  # noqa: RUF036 (HfArgumentParser reads the second type)
+    fast_dev_run: int = 0
+    limit_train_batches: None | str | int | float = None  # noqa: RUF036 (the same; the text becomes a number)
+    limit_eval_batches: None | str | int | float = None  # noqa: RUF036
+    overfit_batches: None | str | int | float = None  # noqa: RUF036
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    gradient_accumulation_schedule: Options = field(default_factory=dict)
     auto_find_batch_size: bool = False
 
     learning_rate: float = 5e-5
@@ -179,6 +201,7 @@ class ArgumentFields(KnownNames):
     save_strategy: str = "steps"
     save_steps: float = 500
     save_total_limit: int | None = None
+    save_best_limit: int = 1
     other_checkpoints: str = "set_aside"
     save_only_trainable: bool = False
     async_save: bool = False

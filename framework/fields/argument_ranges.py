@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from . import durations
 from .argument_fields import ArgumentFields
 
 AT_LEAST_ONE = (
@@ -9,6 +10,7 @@ AT_LEAST_ONE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "max_skipped_updates",
+    "save_best_limit",
 )
 AT_LEAST_ONE_OR_NONE = (
     "save_total_limit",
@@ -66,6 +68,8 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     require("output_dir", not unknown_home, "this user's home isn't known; write the path, or './~...' for a name")
     require("max_steps", args.max_steps == -1 or args.max_steps > 0, "give a number of updates, or -1 for epochs")
     require("num_train_epochs", args.num_train_epochs > 0, "must be above 0")
+    why_not = durations.problem(args.max_time)
+    require("max_time", why_not is None, why_not or "")
     for name in AT_LEAST_ONE:
         require(name, getattr(args, name) >= 1, "must be at least 1")
     for name in AT_LEAST_ONE_OR_NONE:

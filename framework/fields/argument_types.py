@@ -55,6 +55,8 @@ def find_allowed_types(arguments: type) -> list[tuple[str, tuple[Any, ...], str]
     """Return (field, the types that fit it, how an error names them) of each field of a dataclass."""
     found = []
     for name, kind in hints(arguments).items():
+        if isinstance(kind, dataclasses.InitVar):
+            continue
         allowed = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
         wanted = "dict" if kind == Options else kind.__name__ if isinstance(kind, type) else str(kind)
         found.append((name, (*allowed, int) if float in allowed else allowed, wanted))

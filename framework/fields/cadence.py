@@ -61,6 +61,13 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
         args.save_strategy != BEST or evaluates,
         "needs evaluations to tell which is best; set eval_strategy to 'steps' or 'epoch'",
     )
+    keeps = args.save_best_limit > 1
+    require("save_best_limit", evaluates or not keeps, "needs evaluations to tell which are best; set eval_strategy")
+    require(
+        "save_best_limit",
+        not keeps or args.save_total_limit is not None or args.save_strategy == BEST,
+        "has no effect where nothing is removed; set save_total_limit",
+    )
     require(
         "load_best_model_at_end",
         not args.load_best_model_at_end or evaluates,
@@ -117,7 +124,10 @@ def after_update(args: ArgumentFields, state: TrainState, control: Control) -> N
         control.should_evaluate = True
     if args.save_strategy == "steps" and step % args.save_steps == 0:
         control.should_save = True
-    if step >= state.max_steps:
+    tries = 0 < args.fast_dev_run <= step
+    if tries and step < state.max_steps:
+        control.stop_training(f"fast_dev_run={args.fast_dev_run}")
+    if tries or step >= state.max_steps:
         control.should_training_stop = True
         control.should_log |= args.logging_strategy == "steps"
         control.should_evaluate |= evaluates

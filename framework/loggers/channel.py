@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from .base import VERBS, LoggedRun, Logger
@@ -26,17 +27,18 @@ class Channel:
 
     Args:
         logger: it may raise.
+        when_open: called, from whichever thread, when the logger is open for the first time.
 
     Attributes:
         notes: what the main thread is to warn of.
     """
 
-    def __init__(self, logger: Logger) -> None:
-        self.logger = logger
+    def __init__(self, logger: Logger, when_open: Callable[[], object]) -> None:
+        self.logger, self.when_open = logger, when_open
         self.notes: deque[str] = deque()
         self.run: LoggedRun | None = None  # which the logger is, or is to be, opened for
         self.begun: LoggedRun | None = None  # the run whose training has begun
-        self.is_open = False
+        self.is_open = self.has_been_open = False
         self.tried = 0.0
         self.failed = self.left_out = 0
 
@@ -44,7 +46,7 @@ class Channel:
         """Have a method of the logger called."""
         self.call(method, *arguments)
 
-    def unfinished(self, seconds: float) -> int:
+    def unfinished(self, seconds: float, is_last: bool = False) -> int:
         """Wait for the calls that were handed over, at most so long, and return how many aren't made."""
         return 0
 
@@ -81,6 +83,9 @@ class Channel:
     def _open(self) -> bool:
         self.tried = time.monotonic()
         self.is_open = self._try("open", self.run)
+        if self.is_open and not self.has_been_open:
+            self.has_been_open = True
+            self.when_open()
         return self.is_open
 
     def _try(self, method: str, *arguments: Any) -> bool:
@@ -108,8 +113,8 @@ class BackgroundChannel(Channel):
     process from ending.
     """
 
-    def __init__(self, logger: Logger) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Logger, when_open: Callable[[], object]) -> None:
+        super().__init__(logger, when_open)
         self._waiting: deque[tuple[str, tuple[Any, ...], int]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -146,14 +151,20 @@ class BackgroundChannel(Channel):
         for called, given, _ in calls:
             self.call(called, *given)
 
-    def unfinished(self, seconds: float) -> int:
-        """Wait for the calls that were handed over, at most so long, and return how many aren't made. Where nothing has
-        moved since somebody last waited in vain, a short while tells whether something does.
+    def unfinished(self, seconds: float, is_last: bool = False) -> int:
+        """Wait for the calls that were handed over, at most so long, and return how many aren't made.
+
+        Args:
+            seconds: at most.
+            is_last: whether nobody will wait again. Otherwise, where nothing has moved since somebody waited in vain, a
+                short while tells whether something does.
         """
         until = time.monotonic() + seconds
         with self._changed:
-            if self._made != self._given_up_at or self._changed.wait_for(
-                lambda: self._made != self._given_up_at, timeout=min(seconds, STILL_STUCK)
+            if (
+                is_last
+                or self._made != self._given_up_at
+                or self._changed.wait_for(lambda: self._made != self._given_up_at, timeout=min(seconds, STILL_STUCK))
             ):
                 self._changed.wait_for(
                     lambda: not self._waiting and not self._is_busy, timeout=max(0.0, until - time.monotonic())

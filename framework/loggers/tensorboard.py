@@ -43,6 +43,10 @@ class TensorBoardLogger(Logger):
         if is_first or 0 < step < (self.last_step or 0):
             self.close()
             self.hides_from = step + 1 if step else 0
+            for group in ("train", "eval", "test"):
+                if any(self.current.glob(f"{group}/events.out.tfevents.*")):
+                    with self._writing(group):  # it hides what was there, even where nothing is written
+                        pass
         self.last_step = step
         if is_first and not fit.is_resumed:
             with self._writing("") as writer:

@@ -1,10 +1,12 @@
 """The loggers of a Fit together: opened when they are first needed, told, flushed and closed, whatever one raises."""
 
+import atexit
 import os
 import time
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ..printing import say
@@ -45,9 +47,7 @@ class Loggers:
     """
 
     def __init__(self, loggers: Iterable[Logger], fit: LoggedFit) -> None:
-        self._channels: list[Channel] = [
-            Channel(logger) if logger.synchronous else BackgroundChannel(logger) for logger in loggers
-        ]
+        self._channels = self._make_channels(loggers)
         self._fit = weakref.ref(fit)
         self._output_dir: str | None = None  # which the loggers were opened for; None while they are closed
         self._process = os.getpid()
@@ -135,7 +135,14 @@ class Loggers:
         self._output_dir = None
         self._hand("close")
         if waits:
-            self._wait(IN_HURRY if self._is_hurried else AT_THE_END, "If the process ends now, they are lost there.")
+            self._wait(
+                IN_HURRY if self._is_hurried else AT_THE_END, "If the process ends now, they are lost there.", True
+            )
+
+    def _make_channels(self, loggers: Iterable[Logger]) -> list[Channel]:
+        # What a package does at the end of the process, it has asked for by then: this is done before.
+        when_open = partial(atexit.register, close_if_there, weakref.ref(self))
+        return [(Channel if each.synchronous else BackgroundChannel)(each, when_open) for each in loggers]
 
     def _open(self) -> LoggedFit | None:
         """Open the loggers, unless they are open for the ``output_dir`` of the Fit, which is returned."""
@@ -143,7 +150,7 @@ class Loggers:
         if fit is None or not self._channels:
             return None
         if self._process != os.getpid():  # a fork has neither the threads nor what the loggers have opened
-            self._channels = [type(channel)(channel.logger) for channel in self._channels]
+            self._channels = self._make_channels(self.all)
             self._process, self._output_dir = os.getpid(), None
         if fit.args.output_dir != self._output_dir:
             self.close(waits=False)
@@ -172,18 +179,24 @@ class Loggers:
                 channel.hand(verb, *arguments, fit.state.global_step if step is None else step, size=size)
         self._warn()
 
-    def _wait(self, seconds: float, otherwise: str) -> None:
+    def _wait(self, seconds: float, otherwise: str, is_last: bool = False) -> None:
         """Wait for all loggers together, and say what is missing then."""
         until = time.monotonic() + seconds
         for channel in self._channels:
-            if left := channel.unfinished(max(0.0, until - time.monotonic())):
-                channel.notes.append(f"is behind: {left} calls of it weren't made within {seconds:g} s. {otherwise}")
+            if left := channel.unfinished(max(0.0, until - time.monotonic()), is_last):
+                channel.notes.append(f"is behind: {left} of its calls weren't made within {seconds:g} s. {otherwise}")
         self._warn()
 
     def _warn(self) -> None:
         for channel in self._channels:
             while channel.notes:
                 warn(channel.logger, channel.notes.popleft())
+
+
+def close_if_there(loggers: "weakref.ref[Loggers]") -> None:
+    """Close the loggers of a Fit that is still there."""
+    if (found := loggers()) is not None:
+        found.close()
 
 
 def is_able(logger: Logger, verb: str) -> bool:

@@ -23,7 +23,7 @@ class Tracker(Logger):
     """
 
     word: ClassVar[str]
-    id: str | None = None
+    id: str = ""
 
     @abstractmethod
     def start(self, fit: LoggedRun, kept: str | None) -> str:
@@ -39,7 +39,6 @@ class Tracker(Logger):
         if kept is not None and kept != self.id:
             self.close()
             self.id = self.start(fit, kept)
-        assert self.id is not None, "a logger is opened first"
         path = Path(fit.args.output_dir, FILE)
         if read_ids(path).get(self.word) != self.id:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,9 @@ class TrackioLogger(Tracker):
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Log a table."""
-        self.run.log({name: self.package_itself.Table(columns=list(columns), data=rows)}, step=step)
+        self.run.log(
+            {name: self.package_itself.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step
+        )
 
     def close(self) -> None:
         """Finish the run."""

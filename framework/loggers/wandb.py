@@ -48,12 +48,12 @@ class WandbLogger(Tracker):
 
     def histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Log a histogram."""
-        self.run.log({name: self.package_itself.Histogram(np_histogram=tuple(histogram)), "update": step})
+        counted = self.package_itself.Histogram(np_histogram=(histogram.counts, histogram.edges))
+        self.run.log({name: counted, "update": step})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Log a table."""
-        table = self.package_itself.Table(columns=list(columns), data=[list(row) for row in rows])
-        self.run.log({name: table, "update": step})
+        self.run.log({name: self.package_itself.Table(columns=list(columns), data=list(rows)), "update": step})
 
     def close(self) -> None:
         """Finish the run."""

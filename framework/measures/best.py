@@ -1,8 +1,9 @@
 """The best evaluation of a run, and the checkpoint that belongs to it."""
 
+import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..arguments import FitArguments
@@ -32,19 +33,21 @@ def is_better(args: FitArguments, value: float, than: float | None, by: float = 
 
 
 def note_evaluation(args: FitArguments, state: TrainState, metrics: Mapping[str, float]) -> bool:
-    """Note an evaluation in the state where it is the best so far. Where no metric was chosen, the loss decides.
+    """Note an evaluation in the state. Where no metric was chosen, the loss decides.
 
     Returns:
-        Whether the evaluation is the best so far.
+        Whether the evaluation is among the ``save_best_limit`` best so far.
     """
     needs_best = args.metric_for_best_model is not None or args.load_best_model_at_end or args.save_strategy == BEST
     if args.best_metric not in metrics and not needs_best:
         return False
     value = chosen_metric(args, metrics)
-    if not is_better(args, value, state.best_metric):
-        return False
-    state.note_best(value)
-    return True
+    as_good = sum(not is_better(args, value, earlier) for earlier in state.evaluations.values())
+    state.note_evaluation(value)
+    if is_better(args, value, state.best_metric):
+        state.note_best(value)
+        return True
+    return as_good < args.save_best_limit and args.save_best_limit > 1
 
 
 def best_update(state: TrainState) -> int | None:
@@ -52,15 +55,33 @@ def best_update(state: TrainState) -> int | None:
     return state.best_global_step if state.best_metric is not None else None
 
 
+def best_updates(args: FitArguments, state: TrainState) -> list[int]:
+    """Return the updates of all evaluations so far, from the best to the worst; of equal ones the earlier first."""
+
+    def badness(update: str) -> tuple[bool, float]:
+        value = state.evaluations[update]
+        return math.isnan(value), -value if args.more_is_better else value
+
+    ranked = [int(update) for update in sorted(state.evaluations, key=lambda u: (badness(u), int(u)))]
+    best = best_update(state)
+    return ranked if best is None else [best, *(update for update in ranked if update != best)]
+
+
 def best_checkpoint(args: FitArguments, update: int | None) -> Path | None:
-    """Return the checkpoint of the best evaluation, or None where there is none.
+    """Return the checkpoint of the best evaluation, whose update ``best_update`` returned; None where there is none."""
+    path = Path(args.output_dir) / f"checkpoint-{update}"
+    return path if update is not None and path.is_dir() else None
+
+
+def best_checkpoints(args: FitArguments, updates: Sequence[int]) -> list[Path]:
+    """Return the checkpoints of the best evaluations that have one, at most ``save_best_limit`` of them.
 
     Args:
         args: the arguments of the run.
-        update: what ``best_update`` returned, which with ``async_save`` may have been earlier.
+        updates: what ``best_updates`` returned, which with ``async_save`` may have been earlier.
     """
-    path = Path(args.output_dir) / f"checkpoint-{update}"
-    return path if update is not None and path.is_dir() else None
+    paths = (Path(args.output_dir) / f"checkpoint-{update}" for update in updates)
+    return list(itertools.islice((path for path in paths if path.is_dir()), args.save_best_limit))
 
 
 def checkpoint_to_load(args: FitArguments, state: TrainState) -> Path | None:

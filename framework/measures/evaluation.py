@@ -1,7 +1,7 @@
 """Evaluation and prediction: one pass over data in evaluation mode, one exchange among ranks, one report."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -33,7 +33,8 @@ class Results(NamedTuple):
 
     Attributes:
         metrics: numbers by name.
-        predictions, labels: whole and on the host, of a prediction; None of an evaluation.
+        predictions, labels: whole and on the host, of a prediction; None of an evaluation. Where they are written,
+            what each rank says it has written, and None.
     """
 
     metrics: dict[str, float]
@@ -84,6 +85,7 @@ class Evaluation:
         compute_metrics: (predictions, labels) of all data to numbers by name; None computes none.
         preprocess_logits: (outputs, labels) of a batch to what is kept of the outputs; None keeps them as they are.
         after_batch: called after each batch.
+        keep: makes what keeps outputs, or writes them.
     """
 
     strategy: Strategy
@@ -96,6 +98,7 @@ class Evaluation:
     compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None
     preprocess_logits: Callable[[Any, Any], Any] | None = None
     after_batch: Callable[[], None] = lambda: None
+    keep: Callable[[Collection[str], int, Callable[[Any, Any], Any] | None], KeptOutputs] = KeptOutputs
 
     @torch.no_grad()
     def run(
@@ -122,6 +125,8 @@ class Evaluation:
         metrics = self._join_metrics(reports, totals.metrics, prefix)
         if totals.outputs is None:
             return Results(metrics, None, None)
+        if totals.outputs.are_written:
+            return Results(metrics, [report["outputs"] for report in reports], None)
         predictions, labels = self._join_outputs([report["outputs"] for report in reports])
         if self.compute_metrics is not None and isinstance(labels, Tensor):
             own = self.compute_metrics(predictions, labels)
@@ -138,7 +143,7 @@ class Evaluation:
         config = getattr(self.module, "config", None)
         ignored = {*ignore_keys} or {*getattr(config, "keys_to_ignore_at_inference", ())}
         together = self.args.eval_accumulation_steps or 1
-        return PassTotals(metrics, KeptOutputs(ignored, together, self.preprocess_logits))
+        return PassTotals(metrics, self.keep(ignored, together, self.preprocess_logits))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -175,6 +180,8 @@ class Evaluation:
                     metric.update(*self.module.metric_inputs(outputs, inputs))
                 if totals.outputs is not None:
                     totals.outputs.add(outputs, labels_of(inputs))
+            elif totals.outputs is not None:
+                totals.outputs.pass_by()
             strategy.flush()
             self.after_batch()
 

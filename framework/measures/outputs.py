@@ -16,6 +16,9 @@ class KeptOutputs:
         preprocess: (outputs, labels) to what is kept of the outputs; None keeps them as they are.
     """
 
+    are_written = False
+    """Whether they are handed on, and not kept."""
+
     def __init__(
         self, ignored: Collection[str], batches: int, preprocess: Callable[[Any, Any], Any] | None = None
     ) -> None:
@@ -31,12 +34,15 @@ class KeptOutputs:
         if len(self.on_device) >= self.batches:
             self.move()
 
+    def pass_by(self) -> None:
+        """Note that other ranks have a batch here, and this one has none."""
+
     def move(self) -> None:
         """Move what is on the device to the host."""
         self.moved += [(to_host(outputs, self.ignored), to_host(labels)) for outputs, labels in self.on_device]
         self.on_device = []
 
-    def on_host(self) -> list[Any]:
+    def on_host(self) -> Any:
         """Return (outputs, labels) of every batch, on the host."""
         self.move()
         return self.moved

@@ -195,7 +195,7 @@ def argument_problems(args: ArgumentFields) -> list[tuple[str, str]]:
                 "(AdaLOMO bounds each update; LOMO takes optim_args={'clip_grad_value': ...})",
             )
         )
-    if args.gradient_accumulation_steps > 1:
+    if args.gradient_accumulation_steps > 1 or args.gradient_accumulation_schedule:
         found.append(
             (
                 "gradient_accumulation_steps",

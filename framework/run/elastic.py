@@ -34,6 +34,11 @@ def find_launch(strategy: Strategy, args: FitArguments, stream: DataStream) -> L
     number, here = next(RUNS), launched()
     if here is None:
         return None
+    if here.has_range and args.gradient_accumulation_schedule:
+        raise ValueError(
+            f"gradient_accumulation_schedule={args.gradient_accumulation_schedule!r}: updates of several sizes can't "
+            "be shared by a range of ranks. Write devices= as one number, or leave the schedule out."
+        )
     # An agent of torchrun that came later counts anew, so the ranks' counts differ.
     attempts = strategy.gather(here.attempt)
     samples = stream.global_micro_batch * args.gradient_accumulation_steps
@@ -62,6 +67,12 @@ def with_global_batch(args: FitArguments, stream: DataStream, global_batch: int,
     Raises:
         ValueError: these ranks can't share so many samples evenly; the message has the numbers.
     """
+    if args.gradient_accumulation_schedule:
+        raise ValueError(
+            "This run goes on with another number of ranks, and gradient_accumulation_schedule="
+            f"{args.gradient_accumulation_schedule!r} has updates of several sizes for the number it began with. Start "
+            "it with as many ranks as before."
+        )
     asked = args.per_device_train_batch_size
     own_size = isinstance(train_data, DataLoader)
     places = stream.global_micro_batch if own_size else stream.global_micro_batch // asked

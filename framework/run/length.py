@@ -5,6 +5,8 @@ import sys
 from typing import Any, NamedTuple
 
 from ..arguments import FitArguments
+from ..fields.accumulation import micro_batches_at
+from .passes import Passes
 
 
 class RunLength(NamedTuple):
@@ -45,19 +47,30 @@ def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int)
     try:
         micro_batches = len(dataloader)
     except TypeError:
+        per_pass = args.overfit_batches if args.limit_train_batches is None else args.limit_train_batches
+        if epoch_based and isinstance(per_pass, int):
+            max_steps = math.ceil(args.num_train_epochs * per_pass)
+            samples = per_pass * total_train_batch_size
+            return RunLength(
+                sys.maxsize, per_pass, samples, max_steps * total_train_batch_size, epoch_based, None, max_steps
+            )
         if epoch_based:
             raise ValueError(
                 "train_data has no length, so epochs can't be counted in advance. Set max_steps to the number of "
-                f"updates. Received: max_steps={args.max_steps}"
+                f"updates, or limit_train_batches to that of an epoch. Received: max_steps={args.max_steps}"
             ) from None
         samples = args.max_steps * total_train_batch_size
         return RunLength(sys.maxsize, args.max_steps, samples, samples, epoch_based, None, args.max_steps)
     samples = getattr(dataloader, "num_examples", None) or len(dataloader.dataset)
-    updates = max(1, -(-micro_batches // args.gradient_accumulation_steps))
+    passes = Passes(args, micro_batches)
+    updates = passes.updates(0)
     if not epoch_based:
-        epochs, all_samples = -(-args.max_steps // updates), args.max_steps * total_train_batch_size
+        epochs, all_samples = passes.passes_of(args.max_steps), args.max_steps * total_train_batch_size
         return RunLength(epochs, updates, samples, all_samples, epoch_based, micro_batches, args.max_steps)
     max_steps = math.ceil(args.num_train_epochs * updates)
+    if args.gradient_accumulation_schedule:
+        whole, part = divmod(args.num_train_epochs, 1)
+        max_steps = passes.updates_between(0, int(whole)) + math.ceil(round(part * passes.updates(int(whole)), 9))
     epochs = math.ceil(args.num_train_epochs)
     return RunLength(epochs, updates, samples, samples * args.num_train_epochs, epoch_based, micro_batches, max_steps)
 
@@ -82,21 +95,26 @@ def length_of_resumed(
     updates, passes, fraction = done
     if length.len_dataloader is None:
         return length.num_train_epochs, length.max_steps
-    per_pass, accumulation = length.num_update_steps_per_epoch, args.gradient_accumulation_steps
+    accumulation, all_passes = args.gradient_accumulation_steps, Passes(args, length.len_dataloader)
     # A short last micro-batch counts by the samples in it, and one that is dropped doesn't count.
     micro_batches = min(length.num_examples * accumulation / total_train_batch_size, length.len_dataloader)
 
     def updates_in(part: float) -> int:
-        """Count the updates in a part of a pass that reaches its end; rounding must not make an update of nothing."""
-        return math.ceil(part * micro_batches / accumulation - 1e-9)
+        """Count the updates in a part of the pass under way that reaches its end; rounding must not make an update of
+        nothing.
+        """
+        return math.ceil(part * micro_batches / micro_batches_at(vars(args), passes) - 1e-9)
 
     rest_of_pass = updates_in(1.0 - fraction)
     if args.max_steps > 0:
         beyond = max(0, args.max_steps - updates - rest_of_pass)
-        return passes + 1 + -(-beyond // per_pass), args.max_steps
+        return passes + 1 + all_passes.passes_of(beyond, first=passes + 1), args.max_steps
     passes_left = args.num_train_epochs - passes
     if passes_left <= 1.0:
         left = updates_in(max(0.0, passes_left - fraction))
     else:
-        left = rest_of_pass + math.ceil((passes_left - 1.0) * per_pass - 1e-9)
+        whole, part = divmod(passes_left - 1.0, 1)
+        last = passes + 1 + int(whole)
+        left = rest_of_pass + all_passes.updates_between(passes + 1, last)
+        left += math.ceil(part * all_passes.updates(last) - 1e-9)
     return length.num_train_epochs, updates + left

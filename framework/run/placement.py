@@ -10,6 +10,7 @@ from ...strategies.base import Strategy
 from .. import random_state
 from ..arguments import FitArguments
 from ..combinations import check_optimizer
+from ..measures.parameters import Layer, ParameterCounts, counts_of, layers_of
 from ..module import TrainModule
 from ..optim.closure import Closure, needs_closure
 from ..optim.mode import OptimizerMode
@@ -41,19 +42,19 @@ class Placement:
         trains: whether there is something to train on; without, no optimizer is made.
 
     Attributes:
-        parameter_count: parameters of the whole module.
+        layers: of the whole module, with the numbers of their parameters, before any of it was cut or wrapped.
         mode: tells the optimizer whether training or evaluation comes.
         closure: hands an optimizer that evaluates the loss several times in a step what it needs; None for others.
     """
 
     def __init__(self, strategy: Strategy, module: TrainModule, args: FitArguments, trains: bool) -> None:
-        self.strategy, self.module = strategy, module
-        self.parameter_count = 0
+        self.strategy, self.module, self.trains = strategy, module, trains
+        self.layers: tuple[Layer, ...] = ()
         self._first_state: dict[Any, dict[str, Any]] = {}  # of an optimizer that has one from the start, as Adagrad
         self._fingerprints: dict[str, Any] = {}
 
         def prepare(whole: nn.Module) -> None:  # called when all layers are there
-            self.parameter_count = sum(parameter.numel() for parameter in whole.parameters())
+            self.layers = layers_of(whole)
             prepare_module(module, args, strategy)
 
         def configure_optimizer(whole: nn.Module) -> Optimizer:  # called when the parameters are final
@@ -79,6 +80,11 @@ class Placement:
         assert self.strategy.optimizer is not None, "the optimizer is made when training begins"
         return self.strategy.optimizer
 
+    @property
+    def parameters(self) -> ParameterCounts:
+        """The numbers of the module's parameters, whatever part of them this rank holds."""
+        return counts_of(self.layers)
+
     def reset_optimizer(self) -> None:
         """Make the optimizer what it was when it was made: no moments, no gradients, its first learning rates and loss
         scale. A second ``train`` begins here too.
@@ -92,7 +98,12 @@ class Placement:
             if group["params"]:
                 group.update(self._first_options[id(group["params"][0])])
             group.pop("initial_lr", None)  # the last run's schedule left it
-        self.strategy.precision.load_state_dict(self._first_scaling)
+        self.reset_scaling()
+
+    def reset_scaling(self) -> None:
+        """Make the loss scale what it was when the optimizer was made."""
+        if self.trains:
+            self.strategy.precision.load_state_dict(self._first_scaling)
 
     def take_options(self, args: FitArguments) -> None:
         """Have the next reset set the options that an optimizer of these arguments would have."""

@@ -7,7 +7,11 @@ from typing import Any
 from ..arguments import FitArguments
 from ..data import DataStream
 from ..fields import cadence
+from ..fields.accumulation import epochs_of, micro_batches_at
 from .length import length_of_resumed, run_length
+
+LIMITS = ("limit_train_batches", "overfit_batches")
+"""Arguments that set the length of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +20,9 @@ class Plan:
 
     Attributes:
         given: the arguments as the Fit, or a trial, was given them.
-        args: the same as the run follows them: with the batch size that was found to fit into memory, and, once the
-            plan is settled, with epochs and fractions of the run turned into updates.
+        args: the same as the run follows them: without what ``fast_dev_run`` leaves out, with the batch size that was
+            found to fit into memory, and, once the plan is settled, with epochs and fractions of the run turned into
+            updates.
         num_train_epochs: passes over the data; 0 before the plan is settled.
 
     Example:
@@ -32,12 +37,12 @@ class Plan:
     @classmethod
     def of(cls, given: FitArguments) -> "Plan":
         """The plan of a run whose length isn't known yet."""
-        return cls(given, given)
+        return cls(given, tried(given))
 
     @property
     def unsettled(self) -> FitArguments:
         """The arguments as they were given, with the batch size that was found: epochs and fractions as they are."""
-        return self.given.replace(
+        return tried(self.given).replace(
             per_device_train_batch_size=self.args.per_device_train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
         )
@@ -62,13 +67,24 @@ class Plan:
         length = run_length(args, stream, stream.global_micro_batch * args.gradient_accumulation_steps)
         return self._of_length(args, length.num_train_epochs, length.max_steps)
 
-    def has_global_batch_of(self, saved: Mapping[str, Any], stream: DataStream) -> bool:
-        """Whether an update takes as many samples as in the run that saved a checkpoint; see ``resumed``."""
-        before = saved["data"]["global_micro_batch"] * saved["arguments"]["gradient_accumulation_steps"]
-        return bool(before == stream.global_micro_batch * self.args.gradient_accumulation_steps)
+    def has_updates_of(self, saved: Mapping[str, Any], stream: DataStream) -> bool:
+        """Whether an update takes as many samples, and an epoch as many updates, as in the run that saved a checkpoint;
+        see ``resumed``.
+        """
+        arguments = saved["arguments"]
+        if any(arguments.get(name) != getattr(self.args, name) for name in LIMITS):
+            return False
+        sizes = (
+            (
+                saved["data"]["global_micro_batch"] * micro_batches_at(arguments, epoch),
+                stream.global_micro_batch * micro_batches_at(vars(self.args), epoch),
+            )
+            for epoch in epochs_of(arguments) | epochs_of(vars(self.args))
+        )
+        return all(before == now for before, now in sizes)
 
     def resumed(self, saved: Mapping[str, Any], stream: DataStream) -> "Plan":
-        """The plan of a run that goes on from a checkpoint whose global batch was another.
+        """The plan of a run that goes on from a checkpoint whose global batch, or whose epochs' length, was another.
 
         Args:
             saved: the checkpoint's state, see ``checkpoint.read_state``.
@@ -82,3 +98,14 @@ class Plan:
 
     def _of_length(self, unsettled: FitArguments, num_train_epochs: int, max_steps: int) -> "Plan":
         return Plan(self.given, cadence.resolve(unsettled, max_steps), num_train_epochs)
+
+
+def tried(given: FitArguments) -> FitArguments:
+    """The arguments of a run that is only tried, where ``fast_dev_run`` says so: it saves nothing, and no evaluation
+    waits for a later update.
+    """
+    if not given.fast_dev_run:
+        return given
+    return given.replace(
+        save_strategy="no", load_best_model_at_end=False, save_on_exception=False, requeue=False, eval_delay=0
+    )

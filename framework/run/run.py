@@ -12,6 +12,7 @@ from ...strategies.base import Strategy
 from .. import checkpoint, random_state
 from ..callbacks import Callbacks
 from ..data import DataStream
+from ..labelling import Labelled
 from ..measures.averages import Averages
 from ..measures.memory import MemoryByStage
 from ..module import TrainModule
@@ -30,7 +31,7 @@ from .totals import Totals
 from .transaction import Attempt, Transaction
 
 
-class Run:
+class Run(Labelled):
     """One run, from its first update to its last. Each ``train`` makes a new one.
 
     Args:
@@ -51,9 +52,12 @@ class Run:
         totals: adds up the run's numbers; None before training begins.
         watch: sees signals, hangs and other ranks' failures; there from the beginning of training.
         results: the numbers at the run's end.
+        resumed_from: the checkpoint that it went on from; None where it began anew.
         epoch_index: whole passes over the data done.
         grad_norm: of the last update, on the device; None where gradients aren't clipped.
     """
+
+    PHASES = {"backward": "backward", "clip": "gradients", "step": "optimizer"}
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class Run:
         self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
         self.totals: Totals | None = None
         self.results: dict[str, float] = {}
+        self.resumed_from: Path | None = None
         self.epoch_index = 0
         self.grad_norm: Tensor | None = None
         self.watch: Watch
@@ -109,6 +114,11 @@ class Run:
         assert self._scheduler is not None, "the schedule is made when training begins"
         return self._scheduler
 
+    @property
+    def samples(self) -> int:
+        """The samples that it handed out; those before a resume are not among them."""
+        return self._earlier_samples + self.stream.samples
+
     # Where it begins.
 
     def begin(self, placement: Placement, has_evaluations: bool) -> None:
@@ -139,6 +149,7 @@ class Run:
         Raises:
             CheckpointError: it belongs to another model or run.
         """
+        self.resumed_from = path
         self._random_to_restore = checkpoint.restore(self, path, saved)
         if self.args.ignore_data_skip:
             self.stream.load_state_dict({"position": 0})
@@ -198,7 +209,8 @@ class Run:
         pace.end_backward()
 
     def clip(self, parameters: list[Any]) -> None:
-        """Scale the gradients down to ``max_grad_norm``, and keep their norm, on the device."""
+        """Complete the gradients, scale them down to ``max_grad_norm``, and keep their norm, on the device."""
+        self.strategy.prepare_gradients()
         limit = self.args.max_grad_norm
         if limit:
             self._measure = self.grad_norm = self.strategy.clip_grad_norm(parameters, limit)
@@ -315,8 +327,7 @@ class Run:
             memory: its report is part of them.
         """
         assert self.totals is not None
-        samples = self._earlier_samples + self.stream.samples  # those before a resume are not among them
-        self.results = self.totals.final_metrics(samples, flops_per_token) | memory.report()
+        self.results = self.totals.final_metrics(self.samples, flops_per_token) | memory.report()
         return self.results
 
     # What a checkpoint holds of it.

@@ -75,7 +75,8 @@ class Report(Callback):
             return
         self.report(metrics[self.options.metrics[0]], state.global_step)
         if self.trial is not None and state.global_step < state.max_steps and self.trial.should_prune():
-            self.is_pruned = control.should_training_stop = True
+            self.is_pruned = True
+            control.stop_training("the search gave the trial up")
 
     def on_train_end(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
@@ -101,6 +102,11 @@ class Search:
     def __init__(self, fit: SearchedFit, options: SearchOptions) -> None:
         if fit.train_data is None or fit.eval_data is None:
             raise ValueError("A search trains and evaluates. Pass train_data= and eval_data= to Fit.")
+        if fit.own_args.fast_dev_run:
+            raise ValueError(
+                f"fast_dev_run={fit.own_args.fast_dev_run} makes a few updates, by which a search can't choose. Try "
+                "fit.train() with it, and leave it out for the search."
+            )
         if options.pruner is not None and fit.own_args.eval_strategy == "no":
             raise ValueError(
                 f"pruner={options.pruner!r} compares evaluations in the middle of runs, and eval_strategy='no'. Write "

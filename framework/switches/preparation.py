@@ -8,6 +8,7 @@ from ...precision.quantized import keep_trainable
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from ..callbacks import Callback
+from ..fields import durations
 from ..module import TrainModule
 from .forwards import wrap_forward
 from .gradient_checkpointing import enable_gradient_checkpointing
@@ -63,6 +64,10 @@ def callbacks_of(args: FitArguments) -> list[Callback]:
         from ..builtin_callbacks import EmptyCache
 
         found.append(EmptyCache(args.torch_empty_cache_steps))
+    if args.max_time is not None:
+        from .time_limit import TimeLimit
+
+        found.append(TimeLimit(durations.seconds(args.max_time) or 0.0))
     if args.auto_find_batch_size:
         from ..builtin_callbacks import LogBatchSize
 

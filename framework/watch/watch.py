@@ -64,12 +64,14 @@ class Watch:
         batches: of evaluations, done so far.
         may_break: whether a signal may end the evaluation that is under way.
         problem: why the run can't go on as it is configured; None where it can.
+        began: when ``train`` did, by the monotonic clock.
     """
 
     def __init__(self, strategy: Strategy, args: FitArguments, state: TrainState, saver: "Saver") -> None:
         self.strategy, self.args, self.state, self.saver = strategy, args, state, saver
         self.wish, self.batches, self.may_break = 0, 0, False
         self.problem: str | None = None
+        self.began = 0.0
         self.host = socket.gethostname()
         self.signals = Signals(names_in(args.preemption_signals))
         self.pulse = Pulse(args.hang_timeout)
@@ -82,6 +84,7 @@ class Watch:
         self._signalled_at = self._reported_at = 0.0
 
     def __enter__(self) -> "Watch":
+        self.began = time.monotonic()
         self._trains_in = threading.get_ident()
         self.signals.catch()
         self._thread.start()

@@ -18,6 +18,9 @@ from .state import ScalarsAsBytes
 # Engines of this process that nothing has destroyed, with the attributes that each parameter had before.
 ENGINES: WeakKeyDictionary[Any, list[set[str]]] = WeakKeyDictionary()
 
+# What DeepSpeed's back end keeps functions of torch in, and what newer versions of torch call them.
+NEW_NAMES = {"all_gather_function": "all_gather_single", "reduce_scatter_function": "reduce_scatter_single"}
+
 
 @contextmanager
 def environment() -> Iterator[None]:
@@ -60,12 +63,24 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     names = [set(vars(parameter)) for parameter in module.parameters()]
     try:
         with environment(), ScalarsAsBytes():
+            back_end = deepspeed.accelerator.get_accelerator().communication_backend_name()
+            deepspeed.init_distributed(back_end, dist_init_required=False)  # as initialize would
+            use_new_names(deepspeed.comm.comm.cdb)
             engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
     except BaseException:
         restore_linear()
         raise
     ENGINES[engine] = names
     return engine
+
+
+def use_new_names(backend: Any) -> None:
+    """Have DeepSpeed's back end call torch's collectives by the names that torch has for them now. By the old ones,
+    each call warns of its deprecation: six warnings an update.
+    """
+    for attribute, name in NEW_NAMES.items():
+        if getattr(backend, attribute, None) is not None and hasattr(torch.distributed, name):
+            setattr(backend, attribute, getattr(torch.distributed, name))
 
 
 class EngineLinear:

@@ -84,6 +84,10 @@ class XLASPMD(Strategy):
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",
     }
+    unprofiled = (
+        "the host only writes programs down, and the devices run them later, where torch's profiler doesn't see them; "
+        "use torch_xla.debug.profiler, and leave profiler out"
+    )
     reorders_sums = True  # the compiler has kernels of its own
 
     mesh: Any

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from ranks import Ranks
 from safetensors.torch import load_file
-from stratagem import TrainModule
+from stratagem import TrainModule, read_predictions
 from stratagem.framework.module import IGNORED_LABEL
 from stratagem.precision import get_precision
 from torch import Tensor, nn
@@ -250,6 +250,21 @@ def test_predictions_are_whole_and_in_order(ranks: dict[int, Ranks], world: int)
     expected = torch.tensor(predict())
     for found in ranks[world].run(predict, strategy="fsdp2", options={"context_parallel": 2}):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def write_predictions(output: str, **arguments: Any) -> None:
+    torch.manual_seed(0)
+    fit = make_fit(Writer(), None, per_device_eval_batch_size=2, **arguments)
+    fit.predict(text_rows(5), output=output)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_written_predictions_are_whole_and_in_order(ranks: dict[int, Ranks], tmp_path: Path, world: int) -> None:
+    expected = torch.tensor(predict())
+    ranks[world].run(
+        write_predictions, output=str(tmp_path / "d"), strategy="fsdp2", options={"context_parallel": 2}
+    )  # on four ranks the second pair has no rows in the last batch
+    torch.testing.assert_close(read_predictions(tmp_path / "d")["predictions"], expected, rtol=1e-5, atol=1e-5)
 
 
 # Batches.

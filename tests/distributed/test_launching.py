@@ -76,9 +76,13 @@ def test_plain_script(tmp_path: Path) -> None:
     assert done.status == 0, done.errors
     check_end(tmp_path)
     assert logged_steps(tmp_path) == list(range(1, 9))
-    # One display: its last lines, of the update and of the totals, are shown by one process.
-    shown = [line for line in (done.output + done.errors).splitlines() if re.search(r"\b8\s*/\s*8\b", line)]
-    assert len(shown) == 2, done.output + done.errors
+    # One display: what the run is, its last update, and how it ended are shown by one process.
+    for shown in ("module     Tagger: .* parameters", "world      2 ranks$", r"update 8/8 \|", "finished   8 updates"):
+        assert len(re.findall(f"^{shown}", done.output + done.errors, re.M)) == 1, (shown, done.output + done.errors)
+    assert re.search(r"^batch      \d+ samples in an update = \d+ per device x 2 ranks$", done.output, re.M)
+    said = "Starting 2 ranks: what stands before Fit has run here, and runs once more on each of them. "
+    said += "`stratagem launch --devices 2 launched.py` runs it on the ranks alone."
+    assert done.errors.count(said) == 1, done.errors
     assert "Traceback" not in done.errors and "terminate called" not in done.errors
 
 

@@ -200,6 +200,9 @@ class RaiseOn(Callback):
         if event == self.event and state.global_step == self.step and int(os.environ["RANK"]) == self.rank:
             setattr(control, self.flag, True)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ask("on_step_begin", state, control)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.ask("on_step_end", state, control)
 
@@ -226,6 +229,11 @@ def test_flag_of_one_rank_is_obeyed_by_all(ranks: dict[int, Ranks], tmp_path: An
     assert [steps for steps, _, _ in stopped] == [4] * world
     saved = ranks[world].run(train_with_flag, event="on_step_end", flag="should_save", step=5, max_steps=8, **arguments)
     assert [(steps, at) for steps, _, at in saved] == [(8, [6])] * world
+    # And so does what an earlier event of the update, the fifth, asks for.
+    early = ranks[world].run(
+        train_with_flag, event="on_step_begin", flag="should_save", step=4, max_steps=8, **arguments
+    )
+    assert [(steps, at) for steps, _, at in early] == [(8, [6])] * world
     # At a log the ranks talk anyway.
     at_log = ranks[world].run(train_with_flag, event="on_log", flag="should_training_stop", step=4, **arguments)
     assert [steps for steps, _, _ in at_log] == [4] * world

@@ -9,11 +9,12 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from stratagem import Control, Fit, FitArguments, TrainModule
+from stratagem import Fit, FitArguments, TrainModule
 from stratagem.framework import loop
 from stratagem.framework.arguments_table import arguments_table
 from stratagem.framework.builtin_callbacks import EarlyStopping
 from stratagem.framework.callbacks import EVENTS
+from stratagem.framework.state import FLAGS
 from stratagem.strategies.matrix_page import page
 
 DOCUMENTS = Path(__file__).parents[2] / "docs"
@@ -57,7 +58,7 @@ def test_every_event_is_in_the_order_of_events() -> None:
 
 def test_every_flag_is_in_the_table_of_flags() -> None:
     table = LOOP.partition("## Flags")[2].partition("## When")[0]
-    assert set(re.findall(r"should_[a-z_]+", table)) == {field.name for field in dataclasses.fields(Control)}
+    assert set(re.findall(r"should_[a-z_]+", table)) == set(FLAGS)
 
 
 def names(pattern: str) -> list[str]:
@@ -69,7 +70,7 @@ def names(pattern: str) -> list[str]:
 
 def test_arguments_that_others_are_mapped_to_are_there() -> None:
     taken = {field.name for field in dataclasses.fields(FitArguments)}
-    for function in (Fit.__init__, Fit.train, EarlyStopping.__init__):
+    for function in (Fit.__init__, Fit.train, Fit.predict, EarlyStopping.__init__):
         taken |= set(inspect.signature(function).parameters)
     assert [name for name in names(r"\b(\w+)=") if name not in taken] == []
 

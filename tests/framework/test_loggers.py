@@ -1,27 +1,24 @@
-"""Loggers and the progress display: numbers are found where and as they were written."""
+"""Loggers: numbers are found where and as they were written."""
 
 import gc
 import json
-import os
-import pty
 import re
 import resource
-import select
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stratagem import Callback
 from stratagem.framework.loggers import Logger, LoggerWarning, get_loggers
+from stratagem.framework.loggers.base import grouped
 from stratagem.framework.loggers.json_lines import JsonLinesLogger
 from stratagem.framework.loggers.tensorboard import TensorBoardLogger
 from stratagem.precision import FP16Mixed
-from tiny import MakeFit, Regressor, StopAt, Tagger, logs_of, regression_rows, token_rows
+from tiny import MakeFit, Regressor, StopAt, logs_of, regression_rows
 
 RUN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -165,11 +162,74 @@ def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(make_fi
     assert found == pytest.approx({line["step"]: line["loss"] for line in logs_of(fit)}, rel=1e-6)
 
 
+def test_tensorboard_has_arguments_hparams_and_totals(make_fit: MakeFit, tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    options = {**RUN, "eval_steps": 2, "learning_rate": 0.25, "run_name": "mine", "loggers": ["tensorboard"]}
+    with make_fit(Regressor(), regression_rows(8), regression_rows(3), **options) as fit:
+        fit.train()
+        before = fit.evaluate()
+        fit.loggers.image("picture", torch.rand(3, 4, 5))
+        fit.loggers.histogram("spread", ([1, 2], [0.0, 1.0, 2.0]))
+        fit.loggers.table("cases", ["case", "error"], [["a|b", 0.5]])
+    events = events_in(tmp_path / "output" / "mine")
+
+    def text(tag: str) -> str:
+        return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+
+    assert "| **learning_rate** | 0.25 |" in text("arguments") and "| weight_decay | 0.0 |" in text("arguments")
+    assert "| **strategy** | Single() |" in text("arguments")
+    assert "| train_runtime | " in text("totals")
+    assert text("cases").splitlines()[-1] == "| a&#124;b | 0.5 |"
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["learning_rate"].number_value == 0.25 and hparams["precision"].string_value == "32-true"
+    assert not {"output_dir", "run_name", "weight_decay", "eval_steps"} & set(hparams)
+    assert [(each.width, each.height) for each in events.Images("picture")] == [(5, 4)]
+    assert events.Histograms("spread")[0].histogram_value.bucket == [1, 2]
+    # What is evaluated at the end is what HPARAMS shows beside.
+    last = events_in(tmp_path / "output" / "mine" / "eval").Scalars("metrics/loss")[-1]
+    assert (last.step, last.value) == (5, pytest.approx(before["eval_loss"], rel=1e-6))
+
+
+def test_tensorboard_hides_another_run_in_the_same_directory(make_fit: MakeFit, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "logging_steps": 1, "loggers": ["tensorboard"]}
+    with make_fit(Regressor(), regression_rows(8), regression_rows(2), max_steps=6, **options) as fit:
+        fit.train()
+        fit.evaluate()
+    time.sleep(1.1)  # event files are ordered by the second in their names
+    with make_fit(Regressor(), regression_rows(8), max_steps=4, **options) as fit:
+        fit.train()
+    assert list(scalars_in(tmp_path / "output")["train/loss"]) == [1, 2, 3, 4]
+    assert scalars_in(tmp_path / "output")["eval/loss"] == {}
+    time.sleep(1.1)
+    with make_fit(Regressor(), regression_rows(8), regression_rows(2), max_steps=4, **options) as fit:
+        fit.evaluate()  # no training: nothing is hidden
+    assert list(scalars_in(tmp_path / "output")["train/loss"]) == [1, 2, 3, 4]
+
+
 def test_tensorboard_elsewhere_beside_json_lines(make_fit: MakeFit, tmp_path: Path) -> None:
     events = tmp_path / "events"
     make_fit(Regressor(), regression_rows(4), max_steps=1, loggers=["jsonl", TensorBoardLogger(events)]).train()
     assert list(scalars_in(events)["train/loss"]) == [1]
     assert (tmp_path / "output" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "groups"),
+    [
+        ({"loss": 1.0, "grad_norm": 2.0, "epoch": 3.0}, {"train": ["loss", "grad_norm", "epoch"]}),
+        ({"eval_loss": 1.0, "eval_news_loss": 2.0, "epoch": 3.0}, {"eval": ["loss", "news_loss"]}),
+        ({"val_loss": 1.0, "val_accuracy": 2.0, "epoch": 3.0}, {"val": ["loss", "accuracy"]}),
+        ({"loss": 1.0, "aux_loss": 2.0}, {"train": ["loss", "aux_loss"]}),
+        ({"first_step_seconds": 1.0}, {"train": ["first_step_seconds"]}),
+        ({"train_runtime": 1.0, "train_loss": 2.0, "epoch": 3.0}, {"totals": ["train_runtime", "train_loss"]}),
+        ({"epoch": 3.0}, {"train": ["epoch"]}),
+        ({"eval_": 1.0, "": 2.0}, {"train": ["eval_", ""]}),
+    ],
+)
+def test_numbers_are_grouped_by_what_they_are_of(metrics: dict[str, float], groups: dict[str, list[str]]) -> None:
+    assert {group: list(found) for group, found in grouped(metrics).items()} == groups
 
 
 # Loggers in general.
@@ -321,164 +381,3 @@ def test_unknown_loggers(make_fit: MakeFit) -> None:
         get_loggers("jsonl")
     with pytest.raises(TypeError, match="logger takes a name or a Logger instance"):
         get_loggers([3])  # type: ignore[list-item]
-
-
-# Progress.
-
-
-def test_outside_a_terminal_each_log_is_a_plain_line(make_fit: MakeFit, capsys: pytest.CaptureFixture[str]) -> None:
-    fit = make_fit(Tagger(), token_rows(8)[1:], token_rows(3), progress=True, **RUN)
-    fit.module.item_name = "tokens"
-    fit.train()
-    lines = capsys.readouterr().out.splitlines()
-    history = fit.state.log_history
-    assert len(lines) == 6  # three of training, two of evaluations, and the totals
-    for line, log in zip(lines, history, strict=True):
-        assert line.startswith(f"update {log['step']}/5 | ")
-        assert "\x1b" not in line
-    assert f"loss {history[0]['loss']:.4g}" in lines[0]
-    assert "learning rate 0.1" in lines[0]
-    assert re.search(r"[\d,]+ tokens/s", lines[0])
-    assert re.search(r"\d+:\d\d left$", lines[0])
-    assert f"eval loss {history[2]['eval_loss']:.4g}" in lines[2]
-
-
-def test_progress_can_be_switched_off(make_fit: MakeFit, capsys: pytest.CaptureFixture[str]) -> None:
-    make_fit(Regressor(), regression_rows(4), progress=False, max_steps=3).train()
-    assert capsys.readouterr().out == ""
-
-
-PROGRAM = """
-import time, torch
-from stratagem import Callback, Fit
-from tiny import Regressor, regression_rows
-class Slow(Callback):
-    def on_step_end(self, args, state, control, **context):
-        time.sleep(0.05)
-        if state.global_step == {fail_at}:
-            raise RuntimeError("it failed")
-rows = regression_rows(8)
-Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", output_dir="unused",
-    max_steps=12, logging_steps=5, eval_strategy="steps", eval_steps=10).train()
-print("and then")
-"""
-
-
-def in_a_terminal(program: str) -> tuple[int, str]:
-    """Run a program in a pseudo terminal of 100 columns: (status, what it showed)."""
-    controller, terminal = pty.openpty()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "TERM": "xterm-256color",
-        "COLUMNS": "100",
-        "LINES": "30",
-        "OMP_NUM_THREADS": "1",
-    }
-    child = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=terminal, stderr=terminal, stdin=terminal, env=environment
-    )
-    os.close(terminal)
-    shown = b""
-    while True:
-        ready, _, _ = select.select([controller], [], [], 300)
-        assert ready, "nothing was shown for five minutes"
-        try:
-            part = os.read(controller, 65536)
-        except OSError:  # Linux says so when the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    os.close(controller)
-    return child.wait(), shown.decode()
-
-
-@pytest.mark.slow
-def test_in_a_terminal_there_is_a_bar() -> None:
-    status, shown = in_a_terminal(PROGRAM.format(fail_at=-1))
-    assert status == 0, shown
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    assert "━" in plain
-    frames = re.findall(r"update\s+(\d+)/12", plain)
-    assert frames[-1] == "12"
-    assert len(set(frames)) > 3  # it moved on the way
-    assert "loss 0." in plain or "loss 1." in plain
-    assert "samples/s" in plain
-    assert re.search(r"update 10: eval loss", plain)
-    assert "and then" in plain
-    assert shown.rindex("\x1b[?25h") > shown.index("\x1b[?25l")  # the cursor is given back
-
-
-@pytest.mark.slow
-def test_a_failure_in_a_terminal_gives_the_cursor_back_before_the_traceback() -> None:
-    status, shown = in_a_terminal(PROGRAM.format(fail_at=6))
-    assert status == 1
-    assert shown.rindex("\x1b[?25h") < shown.index("Traceback")
-    assert "RuntimeError: it failed" in shown
-
-
-QUIET_PROGRAM = """
-import sys, time
-from stratagem import Callback, Fit
-from tiny import Regressor, regression_rows
-class Slow(Callback):
-    def on_step_end(self, args, state, control, **context):
-        time.sleep(0.05)
-rows = regression_rows(8)
-fit = Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", output_dir="unused",
-          max_steps=20, logging_steps=1)
-print("and then", fit.train().global_step)
-print(fit.state.global_step, "updates", file=sys.stderr)
-"""
-
-
-def quiet_program(**streams: Any) -> "subprocess.Popen[str]":
-    places = filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", QUIET_PROGRAM], env=environment, stderr=subprocess.PIPE, text=True, **streams
-    )
-
-
-def check_quiet_end(program: "subprocess.Popen[str]") -> None:
-    """It came to its end with status 0, having said once that nobody hears it."""
-    errors = program.communicate(timeout=300)[1]
-    assert program.returncode == 0, errors
-    assert errors.count("OutputWarning: Nothing can be written to <stdout>") == 1
-    assert errors.splitlines()[-1] == "20 updates" and "Exception ignored" not in errors
-
-
-@pytest.mark.slow
-def test_a_reader_that_leaves_doesnt_end_the_run() -> None:
-    program = quiet_program(stdout=subprocess.PIPE)
-    assert program.stdout is not None and program.stdout.readline().startswith("update 1/20")
-    program.stdout.close()
-    program.stdout = None
-    check_quiet_end(program)
-
-
-@pytest.mark.slow
-def test_a_full_disk_behind_the_progress_lines_doesnt_end_the_run() -> None:
-    with open("/dev/full", "w") as full:
-        check_quiet_end(quiet_program(stdout=full))
-
-
-@pytest.mark.slow
-def test_a_lost_terminal_doesnt_end_the_run() -> None:
-    controller, terminal = pty.openpty()
-    program = quiet_program(stdout=terminal, stdin=subprocess.DEVNULL, start_new_session=True)
-    os.close(terminal)
-    assert os.read(controller, 1000)
-    os.close(controller)
-    check_quiet_end(program)
-
-
-def test_a_stdout_that_is_closed_or_gone_is_no_reason_to_fail(
-    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    closed = (tmp_path / "closed.txt").open("w")
-    closed.close()
-    for stream in (closed, None):
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert make_fit(Regressor(), regression_rows(4), progress=True, max_steps=2, logging_steps=1).train()

@@ -362,6 +362,36 @@ def test_a_killed_search_goes_on_with_no_trial_lost_or_repeated(tmp_path: Path) 
     assert not list((tmp_path / "killed").rglob("claim"))
 
 
+def test_each_trial_begins_with_the_first_loss_scale(make_fit: MakeFit) -> None:
+    """A loss whose scaled gradients overflow halves the scale in each trial alike."""
+
+    class Steep(Regressor):
+        def loss(self, outputs: Any, batch: Any) -> Any:
+            return 1e4 * super().loss(outputs, batch)
+
+    fit = make_fit(
+        Steep(),
+        regression_rows(40),
+        regression_rows(16),
+        precision="16-mixed",
+        logging_steps=1,
+        **{**RUN, "max_steps": 2},
+    )
+    scales: list[list[float]] = []
+
+    class Scales(Callback):
+        def on_train_begin(self, *context: Any, **_: Any) -> None:
+            scales.append([])
+
+        def on_log(self, *context: Any, logs: dict[str, float], **_: Any) -> None:
+            scales[-1] += [logs["loss_scale"]] if "loss_scale" in logs else []
+
+    fit.add_callback(Scales())
+    fit.hyperparameter_search(fixed(0.01, 0.01), n_trials=2)
+    assert scales[0][-1] < 65536.0
+    assert scales[0] == scales[1]
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     both = [start(tmp_path / "shared", 5) for _ in range(2)]

@@ -1,0 +1,87 @@
+"""RateFinding: looks for a learning rate before a run, and leaves the run as it was."""
+
+import sys
+
+from . import checkpoint, random_state
+from .loggers.together import Loggers
+from .measures.memory import MemoryByStage
+from .printing import say
+from .runs import Runs
+from .search.learning_rates import LearningRates, RateSweep, check_sweep, sweep_arguments
+from .watch.watch import Watch
+
+
+class RateFinding(Runs):
+    """What a Fit does to find a learning rate."""
+
+    _has_trained: bool
+
+    def find_learning_rate(
+        self, min: float = 1e-7, max: float = 1.0, updates: int = 100, *, diverged: float = 4.0
+    ) -> LearningRates:
+        """Train for some updates while the learning rate rises, and see where the loss falls fastest (Smith, 2017).
+
+        They are updates of the run as it will be: its strategy, precision, optimizer, batches and clipping. Afterwards
+        all is as before, and ``train()`` computes the same bits as without this: module and buffers are given back from
+        a copy on the host, random states too, and the optimizer, loss scale and data begin anew. Your callbacks and
+        loggers hear nothing of it, and nothing is written. See docs/trying.md.
+
+        Args:
+            min, max: the first and the last rate; the rates between them rise by the same factor each.
+            updates: how many.
+            diverged: the sweep ends where the loss is more than so many times the lowest before, or isn't finite.
+
+        Returns:
+            The curve, a ``suggestion`` and ``plot(path)``; the same on every rank.
+
+        Raises:
+            ValueError: the module is placed already: this comes before ``train``, ``evaluate`` and ``predict``.
+            TypeError: the module can't be copied.
+
+        Example:
+            >>> found = fit.find_learning_rate(updates=50)
+            >>> found.plot("rates.png")
+            PosixPath('rates.png')
+            >>> better = Fit(Regressor(), train_data=dataset, learning_rate=found.suggestion)
+        """
+        check_sweep(min, max, updates, diverged)
+        if self.placed or self._has_trained:
+            raise ValueError(
+                "find_learning_rate gives the module back as Fit was given it, and this one is placed already. Call it "
+                "before train(), evaluate() and predict(), or on another Fit."
+            )
+        generators = [(each, each.get_state()) for each in self.run.stream.generators()]  # refuses to go without data
+        random = {**random_state.capture(), **self.strategy.random_state()}
+        if self.source.module_init is None:
+            self.source.keep_copy()
+        sweep = RateSweep(min, max, updates, diverged)
+        try:
+            self._sweep(sweep)
+        finally:
+            for generator, before in generators:
+                generator.set_state(before)
+            random_state.restore(random)
+            self.strategy.restore_random_state(random)
+        found = sweep.found()
+        if self.strategy.is_main:
+            suggestion = "none: the loss never fell" if found.suggestion is None else f"{found.suggestion:.2g}"
+            end = f"diverged at {found.rates[-1]:.2g}" if found.diverged else f"the last rate was {found.rates[-1]:.2g}"
+            say(f"Learning rate: {len(found.rates)} updates, {end}; suggestion {suggestion}", sys.stderr)
+        return found
+
+    def _sweep(self, sweep: RateSweep) -> None:
+        """Run a sweep on a module that isn't placed, which it is given back as."""
+        own_args, own_callbacks, loggers = self.own_args, self.own_callbacks, self.loggers
+        self.own_callbacks, self.loggers = [], Loggers((), self)
+        try:
+            self.begin_afresh(sweep_arguments(own_args, sweep.updates), callbacks=[sweep])
+            self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
+            with Watch(self.strategy, self.args, self.state, self._saver) as self._watch:
+                self.train_from(None)
+        finally:
+            self.take_apart()
+            self._watch = self._saver = None
+            self.own_callbacks, self.loggers = own_callbacks, loggers
+            self.memory = MemoryByStage(self.strategy.device)
+            self.state.reset()
+            self.begin_afresh(own_args, self.make_module(self.own_trial, own_args.seed))
