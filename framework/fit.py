@@ -16,14 +16,15 @@ from . import checkpoint, overriding
 from .agreement import check_ranks_agree, on_all_ranks
 from .arguments import FitArguments
 from .callbacks import Callback
+from .checkpoint.output_dir import check_output_dir
 from .combinations import check_optimizer_by_name
+from .configured import Configured
 from .display.describing import describe_fit
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
 from .profiling import Profiler, get_profiler
-from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -35,11 +36,11 @@ from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
-    from .configuration.configuration import Built, Configuration
+    from .configuration.configuration import Built
     from .display.summary import Summary
 
 
-class Fit(RateFinding):
+class Fit(Configured):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -156,40 +157,6 @@ class Fit(RateFinding):
 
         self.written = written_by(self, max_restarts, loggers, built_by)
         self.emit("on_init_end")
-
-    @classmethod
-    def from_config(
-        cls,
-        config: "str | Path | Configuration",
-        module: TrainModule | None = None,
-        train_data: Any = None,
-        eval_data: Any = None,
-        **arguments: Any,
-    ) -> "Fit":
-        """Make a Fit as a file, or a command line, configures it.
-
-        Where the configuration names a target ("train.py:build"), its functions make the module and the data, on the
-        ranks alone, after random numbers were seeded with the run's seed. ``output_dir/config.yaml``, which every run
-        that saves or logs leaves, repeats that run, to the bit on the same machine.
-
-        Args:
-            config: the path of a file (YAML, TOML), or what ``configure`` read from a command line.
-            module, train_data, eval_data: in place of the target's, or where it names none.
-            **arguments: all others of Fit, which override the configuration.
-
-        Raises:
-            ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
-
-        Example:
-            ``fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)``
-        """
-        from .configuration.configuration import Configuration
-
-        given = {"module": module, "train_data": train_data, "eval_data": eval_data}
-        given = {name: value for name, value in given.items() if value is not None} | arguments
-        if not isinstance(config, Configuration):
-            config = Configuration.read(config, arguments=type(arguments.get("args") or FitArguments()))
-        return cls(**config.fit_arguments(given))
 
     # Training.
 
@@ -426,15 +393,3 @@ def length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Refuse an ``output_dir`` that is a file, or lies below one.
-
-    Raises:
-        ValueError: names the file.
-    """
-    path = Path(output_dir)
-    taken = next((each for each in (path, *path.parents) if each.is_file()), None)
-    if taken is not None:
-        raise ValueError(f"output_dir={output_dir!r} can't be a directory: {str(taken)!r} is a file.")

@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loop",),
     ("runs",),
     ("rate_finding",),
+    ("configured",),
     ("fit",),
     ("parity/",),
     ("commands/",),
