@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,15 +16,13 @@ from . import first_checks, overriding
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
-from .configuration.configuration import Built, Configuration
-from .configuration.written_run import written_by
+from .configured import Configured
 from .display.shown import Shown
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
 from .profiling import Profiler, get_profiler
-from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -35,8 +33,11 @@ from .switches import torch_settings
 from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
+if TYPE_CHECKING:
+    from .configuration.configuration import Built
 
-class Fit(RateFinding, Shown):
+
+class Fit(Configured, Shown):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -46,8 +47,9 @@ class Fit(RateFinding, Shown):
         strategy: "single", ... or an instance from stratagem.strategies.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
         devices: ranks on this machine. Where torchrun didn't start them, the calling script is run again once for each,
-            and this process ends with their status. "auto" takes one for each accelerator. After a rank was killed, a
-            range ("1:2": the fewest and the most) goes on without it once, and then tries all again.
+            and this process ends with their status: what stands before Fit in it has run once more, unless ``stratagem
+            launch --devices 2 train.py`` started them. "auto" takes one for each accelerator. After a rank was killed,
+            a range ("1:2": the fewest and the most) goes on without it once, and then tries all again.
         max_restarts: how often the ranks are started again after one of them failed. The run then goes on from its own
             newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
@@ -101,7 +103,7 @@ class Fit(RateFinding, Shown):
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         module_init: Callable[[Any], TrainModule] | None = None,
-        built_by: Built | None = None,
+        built_by: "Built | None" = None,
         **arguments: Any,
     ) -> None:
         overriding.check_fit(type(self), Fit)
@@ -150,40 +152,10 @@ class Fit(RateFinding, Shown):
         if train_data is not None:
             self.follow(self.plan)
         self._has_trained = False
+        from .configuration.written_run import written_by
+
         self.written = written_by(self, max_restarts, loggers, built_by)
         self.emit("on_init_end")
-
-    @classmethod
-    def from_config(
-        cls,
-        config: "str | Path | Configuration",
-        module: TrainModule | None = None,
-        train_data: Any = None,
-        eval_data: Any = None,
-        **arguments: Any,
-    ) -> "Fit":
-        """Make a Fit as a file, or a command line, configures it.
-
-        Where the configuration names a target ("train.py:build"), its functions make the module and the data, on the
-        ranks alone, after random numbers were seeded with the run's seed. ``output_dir/config.yaml``, which every run
-        that saves or logs leaves, repeats that run, to the bit on the same machine.
-
-        Args:
-            config: the path of a file (YAML, TOML), or what ``configure`` read from a command line.
-            module, train_data, eval_data: in place of the target's, or where it names none.
-            **arguments: all others of Fit, which override the configuration.
-
-        Raises:
-            ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
-
-        Example:
-            ``fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)``
-        """
-        given = {"module": module, "train_data": train_data, "eval_data": eval_data}
-        given = {name: value for name, value in given.items() if value is not None} | arguments
-        if not isinstance(config, Configuration):
-            config = Configuration.read(config, arguments=type(arguments.get("args") or FitArguments()))
-        return cls(**config.fit_arguments(given))
 
     # Training.
 
