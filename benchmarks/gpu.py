@@ -134,6 +134,7 @@ class ByFit(Loop, Callback):
             precision=precision,
             callbacks=[self],
             loggers=(),
+            report=False,
             output_dir=directory,
             max_steps=self.clock.updates_of_a_turn,
             per_device_train_batch_size=options.batch_size,

@@ -60,6 +60,7 @@ class Format(Callback):
             precision=precision,
             callbacks=[self],
             loggers=(),
+            report=False,
             output_dir=f"{directory}/{name}",
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=options.batch_size,

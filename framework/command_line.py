@@ -8,6 +8,9 @@ from .commands.completion import add_completion
 from .commands.fit import add_fit
 from .commands.launch import add_launch
 from .commands.parity import add_parity
+from .commands.report import add_report
+from .commands.watch import add_watch
+from .record.facts import version_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,11 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="stratagem", description="Tools for modules trained by stratagem.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_fit, add_launch, add_parity, add_completion):
+    parser.add_argument("--version", action="version", version=f"stratagem {version_of('stratagem')}")
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for add in (add_fit, add_launch, add_watch, add_report, add_parity, add_completion):
         add(commands)
     options = parser.parse_args(arguments)
-    return options.run(options)
+    return options.run(options) or 0
 
 
 if __name__ == "__main__":

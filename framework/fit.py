@@ -12,8 +12,7 @@ from ..precision.registry import get_precision
 from ..strategies.base import Strategy
 from ..strategies.launch import start_ranks
 from ..strategies.registry import get_strategy
-from . import checkpoint, overriding
-from .agreement import check_ranks_agree, on_all_ranks
+from . import first_checks, overriding
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
@@ -107,7 +106,7 @@ class Fit(RateFinding, Shown):
     ) -> None:
         overriding.check_fit(type(self), Fit)
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
-        checkpoint.check_output_dir(own.output_dir)
+        first_checks.check_output_dir(own.output_dir)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
         self.profiler = get_profiler(profiler, self.strategy)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
@@ -122,12 +121,14 @@ class Fit(RateFinding, Shown):
         self._check_overriding(own)
         if self.args.requeue:
             check_requeue()
+        from .record.recorder import Recorder  # a Fit needs it, and who imports stratagem doesn't
+
         loggers = loggers if isinstance(loggers, str | Logger) else list(loggers)
         given_loggers = get_loggers(loggers)
         start_ranks(self.strategy, devices, max_restarts, names_in(own.preemption_signals), is_quiet=not own.progress)
         self.strategy.set_up(number_format)
         heard = self.strategy.is_main and not own.fast_dev_run
-        self.loggers = Loggers(given_loggers if heard else (), self)
+        self.loggers = Loggers(given_loggers if heard else (), self, Recorder(self) if heard else None)
         weakref.finalize(self, self.loggers.close)  # where nobody calls close()
         if own.tf32:
             torch_settings.check_tf32(self.strategy.device)
@@ -135,10 +136,10 @@ class Fit(RateFinding, Shown):
         self.memory = MemoryByStage(self.strategy.device)
         self._placement = self._run = self._saver = self._watch = None
         self._interpret_module()
-        self._check_ranks_agree()
+        first_checks.check_ranks_were_given_the_same(self)
         if train_data is not None:
             if self.args.save_strategy != "no":
-                self._check_can_save()
+                first_checks.check_can_save(self.strategy, self.args.output_dir)
             check_optimizer_by_name(own, self.strategy)
         if eval_data is not None:
             for data in eval_data.values() if isinstance(eval_data, Mapping) else [eval_data]:
@@ -337,32 +338,6 @@ class Fit(RateFinding, Shown):
         self.overrides_loss = overriding.is_overridden(kind, Fit, "compute_loss")
         self.override_divides = self.overrides_loss and overriding.reads_count(kind, Fit)
 
-    def _check_ranks_agree(self) -> None:
-        """Compare what every rank was given. Collective; fails on all ranks or on none."""
-        parameters = self.module.named_parameters()
-        check_ranks_agree(
-            self.strategy,
-            {
-                "argument": self.args.to_dict(),
-                "Fit": {"strategy": repr(self.strategy), "precision": repr(self.strategy.precision)},
-                "data": {"train_data": length(self.train_data), "eval_data": length(self.eval_data)},
-                "parameter": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in parameters},
-            },
-        )
-
-    def _check_can_save(self) -> None:
-        """Refuse an ``output_dir`` that can't be written to now, not at the first checkpoint. Collective.
-
-        Raises:
-            ValueError: on every rank; the message names the directory and the reason.
-        """
-
-        def check() -> None:
-            if self.strategy.is_main:
-                checkpoint.check_can_write(Path(self.args.output_dir))
-
-        on_all_ranks(self.strategy, check, ValueError)
-
     # The end of a Fit.
 
     def close(self) -> None:
@@ -382,11 +357,3 @@ class Fit(RateFinding, Shown):
             self.close()
         else:  # other ranks may not come here
             self.loggers.close()
-
-
-def length(data: Any) -> int | None:
-    """The number of samples, or batches of a loader; None where there is none."""
-    try:
-        return len(data)
-    except TypeError:
-        return None

@@ -71,17 +71,17 @@ class RateFinding(Runs):
 
     def _sweep(self, sweep: RateSweep) -> None:
         """Run a sweep on a module that isn't placed, which it is given back as."""
-        own_args, own_callbacks, loggers = self.own_args, self.own_callbacks, self.loggers
-        self.own_callbacks, self.loggers = [], Loggers((), self)
+        own_args, own_callbacks, loggers, profiler = self.own_args, self.own_callbacks, self.loggers, self.profiler
+        self.own_callbacks, self.loggers, self.profiler = [], Loggers((), self), None
         try:
             self.begin_afresh(sweep_arguments(own_args, sweep.updates), callbacks=[sweep])
-            self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
+            self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks, self.loggers.note_checkpoint)
             with Watch(self.strategy, self.args, self.state, self._saver) as self._watch:
                 self.train_from(None)
         finally:
             self.take_apart()
             self._watch = self._saver = None
-            self.own_callbacks, self.loggers = own_callbacks, loggers
+            self.own_callbacks, self.loggers, self.profiler = own_callbacks, loggers, profiler
             self.memory = MemoryByStage(self.strategy.device)
             self.state.reset()
             self.begin_afresh(own_args, self.make_module(self.own_trial, own_args.seed))

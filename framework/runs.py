@@ -39,6 +39,7 @@ from .steps import Steps
 from .switches import torch_settings
 from .switches.preparation import callbacks_of
 from .switches.ranks_agree import RanksAgree
+from .watch.endings import Interrupted
 from .watch.watch import Watch
 
 BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
@@ -89,7 +90,7 @@ class Runs(Steps):
         """
         if self._saver is not None:
             self._saver.close()
-        saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
+        saver = self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks, self.loggers.note_checkpoint)
         launch = elastic.find_launch(self.strategy, self.args, self.run.stream)
         with Watch(self.strategy, self.args, self.state, saver) as watch:
             self._watch = watch
@@ -116,8 +117,8 @@ class Runs(Steps):
 
     def _write_configuration(self) -> None:
         """Write down, on the main process, what repeats the run, where the run leaves anything in its directory."""
-        logs_there = bool(self.loggers.all) and Path(self.args.output_dir).is_dir()
-        if self.strategy.is_main and (self.args.save_strategy != "no" or logs_there):
+        leaves = self.args.save_strategy != "no" or self.args.report or bool(self.loggers.all)
+        if self.strategy.is_main and leaves and not self.args.fast_dev_run:
             self.written.write(self.plan.given)
 
     def train_from(self, path: Path | None) -> TrainOutput:
@@ -133,16 +134,22 @@ class Runs(Steps):
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
+                self._tell_end("finish", "")
             except BaseException as error:
                 if run.rescue is not None:
                     run.rescue.save(error, self.state.global_step, self._save_at_once)
                 with contextlib.suppress(Exception):  # the first error is the one to show
                     self.emit("on_exception", exception=error)
                 self.saver.abandon()
+                interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+                self._tell_end("interrupt" if interrupted else "fail", one_line(error))
                 self.loggers.flush(in_hurry=True)
                 raise
             self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
+
+    def _tell_end(self, event: str, reason: str) -> None:
+        self.loggers.event(event, self.state.global_step, {"reason": reason} if reason else {})
 
     def _begin(self, path: Path | None) -> Run:
         """Place the module and stand where the run begins, or continues from the checkpoint at ``path``."""
@@ -356,3 +363,11 @@ class Runs(Steps):
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:
         check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func, precision)
+
+
+def one_line(error: BaseException) -> str:
+    """Write an exception in a line: its class, and the beginning of what it says."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:500]}" if said else type(error).__name__

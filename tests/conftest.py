@@ -54,6 +54,7 @@ def make_fit(tmp_path: Path) -> MakeFit:
         quiet: dict[str, Any] = {
             "output_dir": str(tmp_path / "output"),
             "progress": False,
+            "report": False,
             "loggers": (),
             "save_strategy": "no",
             "shuffle": False,

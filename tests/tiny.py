@@ -1,7 +1,9 @@
 """Small models and data that test files share: ``from tiny import Regressor``."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -91,6 +93,16 @@ class Dropping(TrainModule):
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         error = outputs - batch["y"]
         return {"loss": error.square().mean(), "absolute_error": error.abs().mean()}
+
+
+def lines_of(log: Path) -> list[dict[str, Any]]:
+    """The beginnings and the numbers in a log.jsonl, without what is another in each run: times and memory."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name != "time" and not name.startswith("memory_")}
+        for line in lines
+        if line.get("event") in (None, "begin", "resume")
+    ]
 
 
 def regression_rows(count: int, features: int = 3, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:

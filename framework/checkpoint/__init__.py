@@ -10,7 +10,6 @@ HOMES = {
     "RunDirectory": "run_directory",
     "Saver": "saver",
     "check_can_write": "directory",
-    "check_output_dir": "directory",
     "export": "exporting",
     "check_states": "callback_states",
     "checkpoints_of_last_run": "line",

@@ -3,7 +3,7 @@
 A run that is resumed from its newest checkpoint keeps its id. A run that begins anew has a new id and no ancestors. A
 run that goes on from an older checkpoint, or from one of another directory, has a new id, and its ancestors are the run
 of that checkpoint, up to the update of the checkpoint, and the ancestors of that run. Each checkpoint has the line of
-its run in its state.json. The run that works in a directory leaves its line in ``run.json`` there: the marker.
+its run in its state.json. The run that works in a directory leaves its line in ``line.json`` there: the marker.
 """
 
 import json
@@ -27,7 +27,9 @@ from .directory import (
 )
 
 STATE = "state.json"
-MARKER = "run.json"
+MARKER = "line.json"
+EARLIER_MARKER = "run.json"  # where earlier versions wrote it; now a run's record (record/run_file.py), which keeps it
+RECORD_FORMAT = "record_format"  # the entry that a record has, and a marker hasn't
 BEFORE_IDS = ""  # the id of every run of a version that gave no ids
 
 
@@ -159,8 +161,12 @@ def read_marker(output_dir: Path) -> Marker | None:
     """
     path = output_dir / MARKER
     if not path.exists():
-        return None
+        path = output_dir / EARLIER_MARKER
+        if not path.exists():
+            return None
     saved = read_json(path)
+    if isinstance(saved, dict) and RECORD_FORMAT in saved and "ancestors" not in saved:
+        return None
     try:
         came_from = saved.get("resumed_from")
         launch, global_batch = str(saved.get("launch", "")), int(saved.get("global_batch", 0))

@@ -27,6 +27,7 @@ class Saver:
         strategy: its ranks write together.
         args: of the run.
         callbacks: are told of each checkpoint, and asked which they still need.
+        tell: called on the main process, by the thread that writes, with "save" or "remove" and a checkpoint's path.
 
     Attributes:
         directory: where the checkpoints go.
@@ -34,8 +35,10 @@ class Saver:
         seconds: that the longest save kept training waiting.
     """
 
-    def __init__(self, strategy: Strategy, args: FitArguments, callbacks: Callbacks) -> None:
-        self.strategy, self.args, self.callbacks = strategy, args, callbacks
+    def __init__(
+        self, strategy: Strategy, args: FitArguments, callbacks: Callbacks, tell: Callable[[str, Path], None]
+    ) -> None:
+        self.strategy, self.args, self.callbacks, self.tell = strategy, args, callbacks, tell
         self.directory = RunDirectory(strategy, args)
         self.writer: BackgroundWriter | None = None
         self.seconds = 0.0
@@ -73,6 +76,7 @@ class Saver:
             def published() -> None:
                 if self.strategy.is_main:
                     self.directory.note_published(path)
+                    self.tell("save", path)
                     self.callbacks.checkpoint_published(path)
                     self._rotate(best)
 
@@ -100,11 +104,13 @@ class Saver:
         on_all_ranks(self.strategy, rotate, CheckpointError)
 
     def _rotate(self, best: Sequence[int]) -> None:
-        self.directory.rotate(
+        removed = self.directory.rotate(
             self.args.save_total_limit,
             keep=best_checkpoints(self.args, best),
             spare=self.callbacks.checkpoints_to_keep(),
         )
+        for path in removed:
+            self.tell("remove", path)
 
     # The thread that writes.
 

@@ -145,6 +145,8 @@ class ArgumentFields(KnownNames):
         debug: "underflow_overflow" ends training at the first layer that computes an inf or NaN; "ranks_agree" compares
             what several ranks hold alike at each log, and not after the first update alone.
         progress: show a progress display on the main process.
+        report: keep what the run is and was in ``output_dir``: run.json, and report.html with its curves, which a
+            browser shows. See docs/record.md.
 
     Raises:
         ValueError: a value is out of its range, or two contradict each other; all of them are listed.
@@ -244,6 +246,7 @@ class ArgumentFields(KnownNames):
     debug: str = ""
 
     progress: bool = True
+    report: bool = True
 
     @property
     def best_metric(self) -> str:

@@ -86,6 +86,7 @@ class Logger:
         open            at the first train, evaluate or predict of the Fit
         begin           at each train
         log             of each log, evaluation and prediction, in training or outside of it
+        event           of each checkpoint, and of the end of each train
         image, text, histogram, table       of ``fit.loggers.image(...)`` and the like
         flush           at the end of each train, and where it fails
         close           fit.close(), the end of ``with Fit(...) as fit``, or the end of the Fit or the process
@@ -123,6 +124,16 @@ class Logger:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Write down numbers that belong to an update."""
+
+    def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        """Write down what happened at an update, where that is of interest; most loggers leave this out.
+
+        Args:
+            event: "save" and "remove" of a checkpoint, whose directory's name is ``details["checkpoint"]``; "finish",
+                "interrupt" (by a signal) and "fail" of the run, with ``details["reason"]``.
+            step: the update.
+            details: JSON types by name. "time" says when it was, in ISO 8601, where it wasn't just now.
+        """
 
     def image(self, name: str, image: Array, step: int) -> None:
         """Show an image: an array of uint8 with the shape (height, width, 3)."""

@@ -5,8 +5,11 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..printing import say
@@ -39,6 +42,7 @@ class Loggers:
     Args:
         loggers: of the main process; other processes have none.
         fit: whose loggers they are. It isn't kept from ending.
+        record: what keeps the run's record, which is told everything first, and isn't one of those that were given.
 
     Example:
         >>> class Samples(Callback):
@@ -46,13 +50,15 @@ class Loggers:
         ...         fit.loggers.image("sample", fit.module.draw())
     """
 
-    def __init__(self, loggers: Iterable[Logger], fit: LoggedFit) -> None:
-        self._channels = self._make_channels(loggers)
+    def __init__(self, loggers: Iterable[Logger], fit: LoggedFit, record: Logger | None = None) -> None:
+        self._given = list(loggers)
+        self._channels = self._make_channels([*([record] if record is not None else []), *self._given])
         self._fit = weakref.ref(fit)
         self._output_dir: str | None = None  # which the loggers were opened for; None while they are closed
         self._process = os.getpid()
         self._is_hurried = False
         self._said: set[str] = set()
+        self._noted: deque[tuple[str, Path, str]] = deque()  # what became of checkpoints, and is still to be told
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Loggers":
         return self  # of a module that was given it
@@ -60,7 +66,7 @@ class Loggers:
     @property
     def all(self) -> list[Logger]:
         """The loggers, in their order; none on other ranks than the main one."""
-        return [channel.logger for channel in self._channels]
+        return list(self._given)
 
     def begin(self) -> None:
         """Tell the loggers that training begins, or is resumed."""
@@ -71,7 +77,25 @@ class Loggers:
     def log(self, logs: dict[str, float], step: int) -> None:
         """Hand the numbers of an update to every logger."""
         if self._open() is not None:
+            if self._noted:
+                self.tell_of_checkpoints()
             self._hand("log", logs, step)
+
+    def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        """Tell the loggers that are open what happened at an update; see ``Logger.event``."""
+        self.tell_of_checkpoints()
+        self._tell(event, step, details)
+
+    def note_checkpoint(self, event: str, path: Path) -> None:
+        """Note, from any thread, that a checkpoint was saved or removed, for ``tell_of_checkpoints``."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self._noted.append((event, path, now))
+
+    def tell_of_checkpoints(self) -> None:
+        """Tell the loggers of the checkpoints that were saved or removed since they were told last."""
+        while self._noted:
+            event, path, when = self._noted.popleft()
+            self._tell(event, int(path.name.rpartition("-")[2]), {"checkpoint": path.name, "time": when})
 
     def image(self, name: str, image: Any, step: int | None = None) -> None:
         """Show an image.
@@ -121,6 +145,7 @@ class Loggers:
         """
         self._is_hurried = in_hurry
         if self._output_dir is not None and self._process == os.getpid():
+            self.tell_of_checkpoints()
             self._hand("flush")
             self._wait(IN_HURRY if in_hurry else AFTER_TRAINING, "It goes on in the background.")
 
@@ -132,6 +157,7 @@ class Loggers:
         """
         if self._output_dir is None or self._process != os.getpid():
             return
+        self.tell_of_checkpoints()
         self._output_dir = None
         self._hand("close")
         if waits:
@@ -150,13 +176,21 @@ class Loggers:
         if fit is None or not self._channels:
             return None
         if self._process != os.getpid():  # a fork has neither the threads nor what the loggers have opened
-            self._channels = self._make_channels(self.all)
+            self._channels = self._make_channels([channel.logger for channel in self._channels])
             self._process, self._output_dir = os.getpid(), None
         if fit.args.output_dir != self._output_dir:
             self.close(waits=False)
             self._output_dir = fit.args.output_dir
             self._hand("open", LoggedRun.of(fit))
         return fit
+
+    def _tell(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        if self._output_dir is None or self._process != os.getpid():
+            return
+        for channel in self._channels:
+            if is_able(channel.logger, "event"):
+                channel.hand("event", event, step, details)
+        self._warn()
 
     def _hand(self, method: str, *arguments: Any) -> None:
         for channel in self._channels:
@@ -165,11 +199,11 @@ class Loggers:
 
     def _are_there(self, verb: str) -> bool:
         """Whether a logger knows a verb. Those that don't are named, once."""
-        unable = [type(channel.logger).__name__ for channel in self._channels if not is_able(channel.logger, verb)]
+        unable = [type(logger).__name__ for logger in self._given if not is_able(logger, verb)]
         if unable and verb not in self._said:
             self._said.add(verb)
             say(f"fit.loggers.{verb}: left out by {', '.join(unable)}, which can't show it.")
-        return len(unable) < len(self._channels)
+        return len(unable) < len(self._given)
 
     def _show(self, verb: str, step: int | None, *arguments: Any, size: int) -> None:
         if (fit := self._open()) is None:

@@ -1,11 +1,11 @@
 """The memory that each stage of a run takes, read at the end of the stage from counters of the system."""
 
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from ..process_memory import resident
 
 
 class MemoryByStage:
@@ -65,19 +65,3 @@ class MemoryByStage:
         """
         self.begin(self.stage)
         return dict(self.found)
-
-
-def resident() -> tuple[int, int]:
-    """Return the bytes of host memory that this process holds, and the most that it has held. Where the system doesn't
-    say the first (there is no /proc), both are the second.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            kilobytes = {name: text.split() for name, _, text in (line.partition(":") for line in file)}
-        held, peak = (int(kilobytes[name][0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return held, max(held, peak)
-    except (OSError, KeyError):
-        # On Linux this count would begin with what the parent process held when it started this one.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return peak, peak

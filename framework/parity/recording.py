@@ -192,6 +192,7 @@ def record(
         callbacks=[recorder],
         loggers=(),
         progress=False,
+        report=False,
         output_dir=str(directory),
         max_steps=recipe.updates,
         learning_rate=recipe.learning_rate,

@@ -97,7 +97,7 @@ class Window:
             is_first_rank: the other ranks' names end in theirs: ``phases-rank1.json``.
 
         Returns:
-            A line for the screen.
+            Lines for the screen.
         """
         directory.mkdir(parents=True, exist_ok=True)
         ending = "" if is_first_rank else f"-rank{self.rank}"
@@ -136,13 +136,13 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def summary_of(found: dict[str, Any], table: Path) -> str:
-    """Say in a line what a window has found."""
+    """Say what a window has found, in the lines of a run's display: a word, and what it has to say."""
     ranked = sorted(found["phases"].items(), key=lambda item: -item[1]["seconds"])
-    shares = ", ".join(f"{phase} {of['share']:.0%}" for phase, of in ranked if of["share"] >= 0.005)
+    shares = ", ".join(f"{phase} {of['share']:.0%}" for phase, of in ranked if of["share"] >= 0.01)
     first, last = found["updates"]
-    trace = f", {table.with_name(found['trace'])} (for https://ui.perfetto.dev)" if found["trace"] else ""
-    notes = "".join(f" {note}" for note in found["notes"])
-    return f"Profile of updates {first} to {last}: {shares}. See {table}{trace}.{notes}"
+    trace = f" and {found['trace']} (for https://ui.perfetto.dev)" if found["trace"] else ""
+    lines = [f"updates {first} to {last}: {shares}", *found["notes"], f"{table}{trace}"]
+    return "\n".join(f"{'' if index else 'profile':<10} {line}" for index, line in enumerate(lines))
 
 
 def table_of(found: dict[str, Any]) -> str:

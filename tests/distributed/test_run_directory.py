@@ -55,7 +55,7 @@ def test_ranks_that_dont_share_the_directory_are_refused_before_the_first_update
         place.mkdir()
     told = ranks[2].run(train_in, output="output", directories=[str(place) for place in places])
     for said in told:
-        assert said.startswith(f"rank 1: {places[1]}/output isn't the directory that rank 0 writes to: run.json")
+        assert said.startswith(f"rank 1: {places[1]}/output isn't the directory that rank 0 writes to: line.json")
         assert "on a filesystem that all machines share" in said
     assert [all_in(place) for place in places] == [[], []]
     # A run of before lies there on both.

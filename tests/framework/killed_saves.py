@@ -61,6 +61,7 @@ def make_fit(directory: Path, max_steps: int = 4, **more: Any) -> Fit:
         "per_device_train_batch_size": 4,
         "loggers": (),
         "progress": False,
+        "report": False,
     }
     return Fit(Dropping(), regression_rows(22), max_steps=max_steps, output_dir=str(directory), **{**options, **more})
 

@@ -1,6 +1,5 @@
 """Callbacks: who hears what, what flags do, and whose state is whose. The exact events are in test_event_traces.py."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from stratagem import Callback, Control, FitArguments, TrainState
 from stratagem.framework.callbacks import EVENTS, Callbacks
 from stratagem.framework.foreign_events import HOOKS
-from tiny import Float64, MakeFit, Regressor, StopAt, collate, logs_of, parameters_of, regression_rows
+from tiny import Float64, MakeFit, Regressor, StopAt, collate, lines_of, logs_of, parameters_of, regression_rows
 
 
 def spy(events: list[str], name: str = "") -> Callback:
@@ -182,7 +181,7 @@ def test_what_is_logged_may_be_changed(make_fit: MakeFit, tmp_path: Path) -> Non
     fit = make_fit(Regressor(), regression_rows(4), callbacks=[Adds()], max_steps=1, loggers=["jsonl"])
     fit.train()
     assert fit.state.log_history[0]["perplexity"] == 7.5
-    line = json.loads((tmp_path / "output" / "log.jsonl").read_text().splitlines()[1])
+    line = lines_of(tmp_path / "output" / "log.jsonl")[1]
     assert set(line) == {"step", "loss", "perplexity", "epoch"}
 
 

@@ -108,7 +108,9 @@ def test_other_names_are_nobodys(make_fit: MakeFit, output: Path) -> None:
         (output / name).mkdir()
     fit_of(make_fit, 4, save_total_limit=1).train()
     fit_of(make_fit, 6, save_total_limit=1).train(resume_from_checkpoint=True)
-    assert sorted(path.name for path in output.iterdir()) == sorted([*names, "checkpoint-6", "config.yaml", "run.json"])
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        [*names, "checkpoint-6", "config.yaml", "line.json"]
+    )
 
 
 # Where it is.

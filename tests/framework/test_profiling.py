@@ -354,6 +354,14 @@ class Unseen(Single):
     unprofiled = "nothing is seen here; use another, and leave profiler out"
 
 
+def test_a_search_for_a_learning_rate_is_not_looked_at(make_fit: MakeFit, folder: Path) -> None:
+    fit = make_fit(Regressor(), regression_rows(24), max_steps=8, profiler=TorchProfiler(**SHORT))
+    fit.find_learning_rate(updates=10)
+    assert not folder.exists()
+    fit.train()
+    assert (folder / "trace-rank0-update4.json.gz").exists()
+
+
 def test_a_configuration_knows_the_words(make_fit: MakeFit, tmp_path: Path) -> None:
     assert (
         {*options.PROFILERS}

@@ -1,7 +1,6 @@
 """A resumed run equals, bit for bit, the run that never stopped: parameters, optimizer, random state and logs."""
 
 import itertools
-import json
 import math
 import random
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework import random_state
@@ -103,8 +103,7 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 
 def lines_of(directory: Path) -> list[dict[str, Any]]:
     """What was logged, without the totals of the run, which tell its time."""
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "train_runtime" not in line]
+    return [line for line in tiny.lines_of(directory / "log.jsonl") if "train_runtime" not in line]
 
 
 def check_resume(
@@ -141,7 +140,7 @@ def check_resume(
         assert random_state.capture() == expected_random
     after = [line for line in lines_of(tmp_path / "unbroken") if line["step"] > stop]
     begin, *rest = lines_of(tmp_path / "resumed")
-    assert begin == {"step": stop, "event": "resume"}
+    assert begin == {"step": stop, "event": "resume", "max_steps": UPDATES}
     assert rest == after
     return resumed
 

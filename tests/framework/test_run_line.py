@@ -260,7 +260,7 @@ def test_what_was_copied_in_while_the_run_was_under_way_is_left_alone(
 
 def test_checkpoints_from_before_runs_had_ids(make_fit: MakeFit, output: Path) -> None:
     fit_of(make_fit, 4).train()
-    (output / "run.json").unlink()
+    (output / "line.json").unlink()
     for step in (2, 4):
         change_state(output / f"checkpoint-{step}", run=None)
     fit = fit_of(make_fit, 8, save_total_limit=3)
@@ -284,8 +284,8 @@ def test_without_a_marker_the_highest_number_is_taken(make_fit: MakeFit, output:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "ab"}', '{"id": "ab", "ancestors": [3]}'])
 def test_a_marker_that_cant_be_read_is_an_error(make_fit: MakeFit, output: Path, content: str) -> None:
     fit_of(make_fit, 4).train()
-    (output / "run.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"run\.json"):
+    (output / "line.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"line\.json"):
         fit_of(make_fit, 6).train(resume_from_checkpoint=True)
     fit_of(make_fit, 6).train(resume_from_checkpoint=output / "checkpoint-4")  # by path it goes on, and mends it
     assert names_in(output) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]

@@ -18,7 +18,7 @@ from stratagem.framework.arguments_table import training_arguments_table
 from stratagem.framework.fields.foreign_arguments import FOREIGN
 from stratagem.framework.optim.greedy import GreedyLR
 from stratagem.framework.optim.schedulers import SCHEDULERS, make_scheduler
-from tiny import MakeFit, Regressor, parameters_of, regression_rows
+from tiny import MakeFit, Regressor, lines_of, parameters_of, regression_rows
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -665,8 +665,8 @@ def test_a_run_is_called_by_its_name(make_fit: MakeFit, tmp_path: Path, capsys: 
         save_strategy="no",
     )
     fit.train()
-    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert first == {"step": 0, "event": "begin", "run_name": "tiny [1]"}
+    first = lines_of(tmp_path / "log.jsonl")[0]
+    assert first == {"step": 0, "event": "begin", "max_steps": 1, "run_name": "tiny [1]"}
     assert list((tmp_path / "tiny [1]" / "train").glob("events*"))
     assert "tiny [1] update 1/1" in capsys.readouterr().out
 
@@ -674,7 +674,7 @@ def test_a_run_is_called_by_its_name(make_fit: MakeFit, tmp_path: Path, capsys: 
 def test_totals_are_the_last_log(make_fit: MakeFit, tmp_path: Path) -> None:
     fit = make_fit(Regressor(), regression_rows(8), max_steps=4, loggers=["jsonl"], output_dir=str(tmp_path))
     output = fit.train()
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    last = lines_of(tmp_path / "log.jsonl")[-1]
     assert last["train_loss"] == output.training_loss == fit.state.log_history[-1]["train_loss"]
     assert last["train_runtime"] == output.metrics["train_runtime"]
     assert last["step"] == 4

@@ -1,0 +1,88 @@
+"""What run.json says of a run when it begins: arguments, module, strategy, precision, host, versions."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ..arguments import FitArguments
+from .facts import device_of, host, program, versions
+from .history import iso_of
+
+
+def describe(fit: Any) -> dict[str, Any]:
+    """Describe the run that a Fit is about to begin, as JSON types but for options that are objects.
+
+    Args:
+        fit: placed, with its run begun.
+    """
+    args, strategy, plan = fit.args, fit.strategy, fit.plan
+    return {
+        "run_name": args.run_name,
+        "output_dir": os.path.abspath(args.output_dir),
+        "module": describe_module(fit),
+        "strategy": {"name": strategy.name, "options": options_of(strategy.options), "is": repr(strategy)},
+        "precision": {"name": strategy.precision.name, "is": repr(strategy.precision)},
+        "world_size": strategy.world_size,
+        "max_steps": fit.state.max_steps,
+        "num_train_epochs": fit.state.num_train_epochs,
+        "samples_per_update": fit.stream.global_micro_batch * args.gradient_accumulation_steps,
+        "arguments": {
+            "given": plan.given.to_dict(),
+            "settled": args.to_dict(),
+            "not_defaults": other_than_defaults(plan.given),
+        },
+        "host": host(),
+        "device": device_of(strategy.device),
+        "program": program(),
+        "versions": versions(),
+    }
+
+
+def describe_session(fit: Any) -> dict[str, Any]:
+    """Describe a session that begins: when, where, from which update."""
+    directory, state = fit.saver.directory, fit.state
+    here, run_by = host(), program()
+    session = {
+        "kind": "resume" if state.global_step else "begin",
+        "began": iso_of(time.time()),
+        "update": state.global_step,
+        "state": "running",
+        "host": here["name"],
+        "process": here["process"],
+        "world_size": fit.strategy.world_size,
+        "command": run_by["command"],
+    }
+    if directory.resumed_from is not None:
+        session["resumed_from"] = directory.resumed_from
+    return session
+
+
+def describe_module(fit: Any) -> dict[str, Any]:
+    """The module's class, and the numbers of its parameters, by child, too."""
+    kind, counts = type(fit.module), fit.placement.parameters
+    children = {name: {"trainable": child.trainable, "frozen": child.frozen} for name, child in counts.children.items()}
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "trainable": counts.trainable,
+        "frozen": counts.frozen,
+        "children": children,
+    }
+
+
+def options_of(options: Any) -> Mapping[str, Any]:
+    """The fields of a strategy's options, as they are."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def other_than_defaults(args: FitArguments) -> list[str]:
+    """The names of the arguments that were given another value than their default."""
+    found = []
+    for field in dataclasses.fields(args):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if default is dataclasses.MISSING or getattr(args, field.name) != default:
+            found.append(field.name)
+    return found
