@@ -2,10 +2,12 @@
 
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from ...strategies.base import Strategy
+from .. import checkpoint
 from ..arguments import FitArguments
 from ..data import DataStream
 from ..data.reread import LoaderStream
@@ -19,8 +21,10 @@ from .shown_fit import ShownFit
 Rows = list[tuple[str, str]]
 """Labels, and what is said under each."""
 
-RESULTS = ("report.html", "log.jsonl", "metrics.csv", "weights.safetensors")
+RESULTS = ("report.html", "log.jsonl", "metrics.csv", "weights.safetensors", "config.yaml")
 """What may lie in ``output_dir`` beside checkpoints, and is worth a word at the end."""
+
+CLOCKS_DIFFER = 2.0  # seconds, between this machine and its disk, that don't matter
 
 
 def beginning(fit: ShownFit) -> Rows:
@@ -67,7 +71,7 @@ def ending(fit: ShownFit, first: int, seconds: float, item_name: str) -> Rows:
     if args.load_best_model_at_end and (path := best_checkpoint(args, best_update(state))) is not None:
         value = format_value("loss", state.best_metric or 0.0)
         rows.append(("best", f"loading {path.name} (update {state.best_global_step}, {args.best_metric} {value})"))
-    rows.append(("results", found_in(args)))
+    rows.append(("results", found_in(args, time.time() - seconds - CLOCKS_DIFFER)))
     return rows
 
 
@@ -154,9 +158,9 @@ def stopped(control: Control, state: TrainState) -> str:
 
 def totals(state: TrainState, done: int, results: Mapping[str, float], seconds: float, item_name: str) -> str:
     """What a run did, in what time."""
-    time = format_duration(seconds) if seconds >= 60 else f"{seconds:.1f} s"
+    duration = format_duration(seconds) if seconds >= 60 else f"{seconds:.1f} s"
     before = f", {format_count(state.global_step)} in all" if done < state.global_step else ""
-    told = [f"{format_count(done)} update{'s' * (done != 1)} in {time}{before}"]
+    told = [f"{format_count(done)} update{'s' * (done != 1)} in {duration}{before}"]
     if math.isfinite(results.get("train_loss", math.nan)):
         told.append(f"train loss {format_value('loss', results['train_loss'])}")
     if results.get("train_items_per_second"):
@@ -170,13 +174,26 @@ def totals(state: TrainState, done: int, results: Mapping[str, float], seconds: 
     return " | ".join(told)
 
 
-def found_in(args: FitArguments) -> str:
-    """Where what a run made lies: its directory, and what is in there. Looks at the disk."""
+def found_in(args: FitArguments, since: float) -> str:
+    """Where what a run made lies: its directory, and what is in there. Looks at the disk.
+
+    Args:
+        args: of the run.
+        since: when it began, as the disk tells the time; what is older is of other runs.
+    """
     directory = Path(args.output_dir)
-    checkpoints = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-    found = [newest.name] if newest is not None else []
-    found += [name for name in RESULTS if (directory / name).exists()]
-    if any((directory / (args.run_name or "") / "train").glob("events.out.tfevents.*")):
+    saved = checkpoint.published(directory) if args.save_strategy != "no" else []
+    found = [path.name for path in saved[-1:]]
+    found += [name for name in RESULTS if written_at(directory / name) >= since]
+    curves = (directory / (args.run_name or "") / "train").glob("events.out.tfevents.*")
+    if any(written_at(path) >= since for path in curves):
         found.append("curves for TensorBoard")
-    return f"{args.output_dir} ({', '.join(found)})" if found else f"{args.output_dir} holds nothing: nothing was saved"
+    return f"{args.output_dir} ({', '.join(found)})" if found else "none: neither checkpoints nor logs were written"
+
+
+def written_at(path: Path) -> float:
+    """When a file was last written; 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

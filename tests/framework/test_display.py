@@ -74,7 +74,7 @@ def test_a_run_says_what_it_is(make_fit: MakeFit, tmp_path: Path, capsys: pytest
         r"\| peak memory [\d.]+ GiB",
         said["finished"],
     )
-    assert said["results"] == f"{tmp_path / 'output'} (checkpoint-8, log.jsonl)"
+    assert said["results"] == f"{tmp_path / 'output'} (checkpoint-8, log.jsonl, config.yaml)"
     assert "resumed" not in said and "stopped" not in said and "best" not in said
 
 
@@ -95,7 +95,7 @@ def test_a_resumed_run_says_from_where_and_a_finished_one_that_it_is(
         f"already finished: update 6 of 6, in {tmp_path / 'output' / 'checkpoint-6'}; "
         "a larger max_steps or num_train_epochs goes on"
     )
-    assert "finished" not in said and said["results"].endswith("(checkpoint-6)")
+    assert "finished" not in said and said["results"].endswith("(checkpoint-6, config.yaml)")
 
 
 def test_early_stopping_says_why_and_the_best_checkpoint_is_named(
@@ -145,7 +145,17 @@ def test_checkpoints_that_follow_closely_are_said_once(make_fit: MakeFit, capsys
     make_fit(Regressor(), regression_rows(8), max_steps=6, save_strategy="steps", save_steps=1, progress=True).train()
     lines = lines_of(capsys)
     assert len([line for line in lines if line.startswith("saved")]) == 1
-    assert labelled(lines)["results"].endswith("(checkpoint-6)")
+    assert labelled(lines)["results"].endswith("(checkpoint-6, config.yaml)")
+
+
+def test_what_other_runs_left_is_no_result_of_this_one(
+    make_fit: MakeFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_fit(Regressor(), regression_rows(8), max_steps=1, save_strategy="steps", loggers=["jsonl"]).train()
+    for path in (tmp_path / "output").iterdir():
+        os.utime(path, (1e9, 1e9))
+    make_fit(Regressor(), regression_rows(8), max_steps=1, progress=True).train()
+    assert labelled(lines_of(capsys))["results"] == "none: neither checkpoints nor logs were written"
 
 
 def test_a_run_that_cant_be_described_goes_on(make_fit: MakeFit, capsys: pytest.CaptureFixture[str]) -> None:
