@@ -75,7 +75,7 @@ class RateFinding(Runs):
         self.own_callbacks, self.loggers, self.profiler = [], Loggers((), self), None
         try:
             self.begin_afresh(sweep_arguments(own_args, sweep.updates), callbacks=[sweep])
-            self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks)
+            self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks, self.loggers.note_checkpoint)
             with Watch(self.strategy, self.args, self.state, self._saver) as self._watch:
                 self.train_from(None)
         finally:
