@@ -16,15 +16,13 @@ from . import first_checks, overriding
 from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
-from .configuration.configuration import Built, Configuration
-from .configuration.written_run import written_by
-from .display.describing import describe_fit
+from .configured import Configured
+from .display.shown import Shown
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
 from .profiling import Profiler, get_profiler
-from .rate_finding import RateFinding
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -36,10 +34,10 @@ from .switches.trying import begin_trying
 from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
-    from .display.summary import Summary
+    from .configuration.configuration import Built
 
 
-class Fit(RateFinding):
+class Fit(Configured, Shown):
     """Trains a module: give it the module and the data, and pick placement and number format by a word each.
 
     Args:
@@ -49,8 +47,9 @@ class Fit(RateFinding):
         strategy: "single", ... or an instance from stratagem.strategies.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
         devices: ranks on this machine. Where torchrun didn't start them, the calling script is run again once for each,
-            and this process ends with their status. "auto" takes one for each accelerator. After a rank was killed, a
-            range ("1:2": the fewest and the most) goes on without it once, and then tries all again.
+            and this process ends with their status: what stands before Fit in it has run once more, unless ``stratagem
+            launch --devices 2 train.py`` started them. "auto" takes one for each accelerator. After a rank was killed,
+            a range ("1:2": the fewest and the most) goes on without it once, and then tries all again.
         max_restarts: how often the ranks are started again after one of them failed. The run then goes on from its own
             newest checkpoint, with as many samples in an update as before.
         args: options; their defaults are FitArguments'.
@@ -104,7 +103,7 @@ class Fit(RateFinding):
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         module_init: Callable[[Any], TrainModule] | None = None,
-        built_by: Built | None = None,
+        built_by: "Built | None" = None,
         **arguments: Any,
     ) -> None:
         overriding.check_fit(type(self), Fit)
@@ -153,40 +152,10 @@ class Fit(RateFinding):
         if train_data is not None:
             self.follow(self.plan)
         self._has_trained = False
+        from .configuration.written_run import written_by
+
         self.written = written_by(self, max_restarts, loggers, built_by)
         self.emit("on_init_end")
-
-    @classmethod
-    def from_config(
-        cls,
-        config: "str | Path | Configuration",
-        module: TrainModule | None = None,
-        train_data: Any = None,
-        eval_data: Any = None,
-        **arguments: Any,
-    ) -> "Fit":
-        """Make a Fit as a file, or a command line, configures it.
-
-        Where the configuration names a target ("train.py:build"), its functions make the module and the data, on the
-        ranks alone, after random numbers were seeded with the run's seed. ``output_dir/config.yaml``, which every run
-        that saves or logs leaves, repeats that run, to the bit on the same machine.
-
-        Args:
-            config: the path of a file (YAML, TOML), or what ``configure`` read from a command line.
-            module, train_data, eval_data: in place of the target's, or where it names none.
-            **arguments: all others of Fit, which override the configuration.
-
-        Raises:
-            ConfigurationError: what can't work, all of it, with files and lines; it is a ValueError.
-
-        Example:
-            ``fit = Fit.from_config("run.yaml", module, dataset, learning_rate=3e-4)``
-        """
-        given = {"module": module, "train_data": train_data, "eval_data": eval_data}
-        given = {name: value for name, value in given.items() if value is not None} | arguments
-        if not isinstance(config, Configuration):
-            config = Configuration.read(config, arguments=type(arguments.get("args") or FitArguments()))
-        return cls(**config.fit_arguments(given))
 
     # Training.
 
@@ -325,35 +294,6 @@ class Fit(RateFinding):
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
         """Have a callback hear no more events; see ``pop_callback``."""
         self.pop_callback(callback)
-
-    # What it is.
-
-    def summary(self, depth: int = 2, batch: Any = None) -> "Summary":
-        """Describe the module's layers in a table: type, parameters and how many of them are trained, shapes of what
-        goes in and out, and the floating-point operations of a forward.
-
-        Shapes and operations are found with a copy of the module, without memory where its forward allows; weights,
-        buffers, modes, random states and the position in the data stay as they are, and no other rank is asked. Where
-        they can't be found (a module that is sharded over ranks, a forward that fails), the table says why.
-
-        Args:
-            depth: layers inside of one another that are shown.
-            batch: what forward is called with, as the data gives it, on the host. None takes one sample of
-                ``train_data``, else of ``eval_data``.
-
-        Example:
-            >>> print(fit.summary(depth=1))
-            layer      type       input   output  parameters  trainable  FLOPs
-            ------------------------------------------------------------------
-            Regressor  Regressor  [1, 3]  [1, 1]          21      100 %     32
-            ...
-        """
-        from .display.summary import summarize
-
-        return summarize(self, depth, batch)
-
-    def __repr__(self) -> str:
-        return describe_fit(self)
 
     # What is checked once.
 

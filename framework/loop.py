@@ -195,11 +195,12 @@ def evaluate(steps: Steps, run: Run) -> dict[str, float]:
 
 def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
-    early = run.control.flags()  # raised by this rank's callbacks alone, in the update
-    if run.strategy.world_size > 1 and any(early):
+    several = run.strategy.world_size > 1
+    early = run.control.flags() if several else []  # raised by this rank's callbacks alone, in the update
+    if any(early):
         run.control.set([0] * len(early))
     cadence.after_update(run.args, run.state, run.control)
-    if run.strategy.world_size == 1:
+    if not several:
         steps.saver.raise_failure()
         steps.emit("on_step_end")
         status = run.watch.wish

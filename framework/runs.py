@@ -5,7 +5,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from .arguments import FitArguments
 from .callbacks import Callback, Callbacks
 from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
-from .configuration.written_run import WrittenRun
 from .data import DataStream
 from .display.progress import Progress
 from .measures import best
@@ -42,6 +41,9 @@ from .switches.ranks_agree import RanksAgree
 from .watch.endings import Interrupted
 from .watch.watch import Watch
 
+if TYPE_CHECKING:
+    from .configuration.written_run import WrittenRun
+
 BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
 """Arguments that a Fit is made with, and a trial can't switch on."""
 
@@ -62,7 +64,7 @@ class Runs(Steps):
     own_callbacks: list[Callback]
     own_trial: Any
     profiler: Profiler | None
-    written: WrittenRun
+    written: "WrittenRun"
     _trial_callbacks: tuple[Callback, ...]
 
     @property
@@ -117,8 +119,8 @@ class Runs(Steps):
 
     def _write_configuration(self) -> None:
         """Write down, on the main process, what repeats the run, where the run leaves anything in its directory."""
-        logs_there = bool(self.loggers.all) and Path(self.args.output_dir).is_dir()
-        if self.strategy.is_main and (self.args.save_strategy != "no" or logs_there):
+        leaves = self.args.save_strategy != "no" or self.args.report or bool(self.loggers.all)
+        if self.strategy.is_main and leaves and not self.args.fast_dev_run:
             self.written.write(self.plan.given)
 
     def train_from(self, path: Path | None) -> TrainOutput:

@@ -1,5 +1,6 @@
 """What every number format promises: dtypes, a forward context, loss scaling, state."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .device_flag import takes_flag
+from .names import near_names
 
 MaxReduce = Callable[[Tensor], None]  # replaces a tensor by its largest value over all ranks, in place
 ShapesOnRank = Mapping[str, tuple[int, ...]]  # layer name to its weight's shape on this rank, where it is cut
@@ -47,6 +49,23 @@ class Precision:
     computes_by_itself: ClassVar[bool] = False
     refused_arguments: Mapping[str, str] = {}
     refused_parameters: Mapping[str, str] = {}
+
+    def __new__(cls, *values: Any, **options: Any) -> Any:
+        """Make the object, where all names are names of options.
+
+        Raises:
+            TypeError: a name isn't; the message says which there are.
+        """
+        has_none = cls.__init__ is object.__init__
+        parameters = [] if has_none else list(inspect.signature(cls.__init__).parameters.values())
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            known = [each.name for each in parameters[1:]]
+            for option in options:
+                if option not in known:
+                    raise TypeError(f"{cls.__name__} has no option {option!r}. {near_names(option, known)}")
+        if has_none and values:
+            raise TypeError(f"{cls.__name__} has no options. Received: {', '.join(map(repr, values))}")
+        return super().__new__(cls)
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
         """Prepare for a device. A strategy calls it once, when the process group exists and before a module is placed.

@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("first_checks", "loop"),
     ("runs",),
     ("rate_finding",),
+    ("configured",),
     ("fit",),
     ("parity/",),
     ("commands/",),

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .numbers import format_epoch
+
 
 def describe_fit(fit: Any) -> str:
     """Describe a Fit. What isn't there yet, or not any more, is left out."""
@@ -33,7 +35,9 @@ def strategy(fit: Any) -> str:
 def progress(fit: Any) -> str:
     """How far the run is; nothing where there is no training data."""
     state = fit.state
-    return f"update {state.global_step} of {state.max_steps or fit.run.args.max_steps}, epoch {state.epoch:.2f}"
+    return (
+        f"update {state.global_step} of {state.max_steps or fit.run.args.max_steps}, epoch {format_epoch(state.epoch)}"
+    )
 
 
 def output(fit: Any) -> str:

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from .header import Rows
+from .numbers import format_epoch
 from .screens import Lines, Status
 
 MOST_ROWS = 100  # of the table; older logs make way
@@ -60,7 +61,7 @@ class Notebook(Lines):
 
     def log(self, status: Status, shown: Mapping[str, str], is_training: bool) -> None:
         """Add the numbers of a log to the table, in the row of its update."""
-        self.logs.setdefault(status.update, {"epoch": f"{status.epoch:.2f}"}).update(shown)
+        self.logs.setdefault(status.update, {"epoch": format_epoch(status.epoch)}).update(shown)
         while len(self.logs) > MOST_ROWS:
             del self.logs[next(iter(self.logs))]
             self.left_out += 1
@@ -90,7 +91,7 @@ class Notebook(Lines):
         percent = 100 * status.fraction
         texts = [
             f"{status.place} ({percent:.0f} %)",
-            f"epoch {status.epoch:.2f}",
+            f"epoch {format_epoch(status.epoch)}",
             status.rate,
             *status.times,
             status.note,

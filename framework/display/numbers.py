@@ -50,6 +50,16 @@ def format_logs(logs: Mapping[str, float]) -> dict[str, str]:
     return {name.replace("_", " "): format_value(name, logs[name]) for name in logs if name not in left_out}
 
 
+def format_epoch(epoch: float) -> str:
+    """Write how many passes over the data were made.
+
+    Example:
+        >>> format_epoch(2.5), format_epoch(0.000512)
+        ('2.50', '0.000512')
+    """
+    return f"{epoch:#.3g}" if 0 < epoch < 1 else f"{epoch:.2f}"
+
+
 def format_duration(seconds: float) -> str:
     """Write a duration in minutes and seconds, and from one hour on in hours, too.
 

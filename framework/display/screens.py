@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .header import Rows
-from .numbers import format_duration
+from .numbers import format_duration, format_epoch
 
 LABEL = 10  # columns of a label
 
@@ -103,7 +103,7 @@ class Lines:
 
 def line_of(status: Status, shown: Mapping[str, str], is_training: bool, with_left: bool) -> str:
     """Write a log as one line that ``grep`` and ``cut -d'|'`` can take apart."""
-    parts = [status.place, f"epoch {status.epoch:.2f}"] if status.updates else []
+    parts = [status.place, f"epoch {format_epoch(status.epoch)}"] if status.updates else []
     parts += [f"{name} {number}" for name, number in shown.items()]
     if is_training and status.rate:
         parts.append(status.rate)

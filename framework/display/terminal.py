@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .header import Rows
+from .numbers import format_epoch
 from .screens import LABEL, Lines, Status, line_of
 
 if TYPE_CHECKING:
@@ -89,13 +90,20 @@ def fitting(status: Status, room: int) -> list[str]:
     """The texts beside the bar, in order, without those for which there is no room: the least important go first."""
     names = [name for name in ("loss", "grad norm", "learning rate") if name in status.logs]
     numbers = [f"{SHORT.get(name, name)} {status.logs[name]}" for name in names]
-    texts = [*reversed(status.times), *numbers[:1], f"epoch {status.epoch:.2f}", status.rate, status.note, *numbers[1:]]
+    texts = [
+        *reversed(status.times),
+        *numbers[:1],
+        f"epoch {format_epoch(status.epoch)}",
+        status.rate,
+        status.note,
+        *numbers[1:],
+    ]
     taken: list[str] = []
     for text in filter(None, texts):
         if len("  ".join([*taken, text])) > room:
             break
         taken.append(text)
-    order = [f"epoch {status.epoch:.2f}", *numbers, status.rate, *status.times, status.note]
+    order = [f"epoch {format_epoch(status.epoch)}", *numbers, status.rate, *status.times, status.note]
     return [text for text in order if text in taken]
 
 

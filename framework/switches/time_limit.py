@@ -43,6 +43,7 @@ class TimeLimit(Callback):
         self.evaluation = self.save = min(UNMEASURED[0] * limit, UNMEASURED[1])
         self.has_evaluated = self.has_saved = False
         self.evaluated_at = self.saved_at = -1
+        self.save_began = 0.0
 
     # What is measured.
 
@@ -67,13 +68,14 @@ class TimeLimit(Callback):
 
     def on_save(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Note how long training waited for a checkpoint."""
-        self.saved_at = state.global_step
-        self.note_save(self.lap())
+        taken = self.lap()
+        self.save_began, self.saved_at = self.since - taken, state.global_step
+        self.note_save(taken)
 
     def checkpoint_published(self, path: Path) -> None:
         """Note how long a checkpoint took that was written in the background."""
         if self.saved_at >= 0 and path.name == f"checkpoint-{self.saved_at}":
-            self.note_save(time.monotonic() - self.since)
+            self.note_save(time.monotonic() - self.save_began)
 
     def note_save(self, seconds: float) -> None:
         """Keep the longest time that a save took."""

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback, TrainModule
+from stratagem.precision import BF16Mixed, BF16True
 from stratagem.strategies import Single
 from tiny import MakeFit, Numbers, Regressor, parameters_of, regression_rows
 from torch import Tensor, nn
@@ -133,6 +134,12 @@ def test_values_of_the_wrong_type(make_fit: MakeFit, argument: str, value: Any, 
 
 
 def test_options_of_a_strategy() -> None:
+    with pytest.raises(TypeError, match=r"BF16True has no option 'master_weight'\. Did you mean 'master_weights'\?"):
+        BF16True(master_weight=False)
+    with pytest.raises(TypeError, match=r"BF16Mixed has no option 'skip'\. It has none\."):
+        BF16Mixed(skip=())
+    with pytest.raises(TypeError, match=r"BF16Mixed has no options\. Received: 3"):
+        BF16Mixed(3)
     with pytest.raises(TypeError, match=r"Single has no option 'devise'\. Did you mean 'device'\?"):
         Single(devise="cpu")
     with pytest.raises(ValueError, match=r"Single\(device=\.\.\.\) takes 'auto', 'cpu'.*Received: 'gpu'"):

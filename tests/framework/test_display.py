@@ -11,12 +11,14 @@ from typing import Any
 
 import pyte
 import pytest
+import torch
 from stratagem import Callback, EarlyStopping, TrainModule
-from stratagem.framework.display.numbers import format_logs, format_value
+from stratagem.framework.display.numbers import format_epoch, format_logs, format_value
 from stratagem.framework.display.screens import Status
 from stratagem.framework.display.terminal import Terminal
 from stratagem.strategies import Single
 from tiny import MakeFit, Regressor, Tagger, regression_rows, token_rows
+from torch import Tensor, nn
 
 RUN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -169,7 +171,7 @@ def test_outside_a_terminal_each_log_is_a_plain_line(make_fit: MakeFit, capsys: 
     *history, _ = fit.state.log_history
     assert len(lines) == 5  # three of training, two of evaluations; the totals are said in other words
     for line, log in zip(lines, history, strict=True):
-        assert line.startswith(f"update {log['step']}/5 | epoch {log['epoch']:.2f} | ")
+        assert line.startswith(f"update {log['step']}/5 | epoch {format_epoch(log['epoch'])} | ")
         assert "\x1b" not in line
     assert f"loss {history[0]['loss']:#.4g} |" in lines[0]
     assert "learning rate 1.00e-01" in lines[0]
@@ -200,7 +202,31 @@ def test_a_rate_is_named_by_what_it_counts(
     assert re.search(rf" \| [\d,]+ {name}/s", labelled(lines)["finished"])
 
 
+class Causal(nn.Module):
+    """A model that computes the loss of shifted labels itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.embed(tokens))
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+def test_a_wrapped_language_model_counts_tokens(make_fit: MakeFit, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"tokens": torch.arange(6), "labels": torch.arange(6)}] * 8
+    make_fit(TrainModule.wrap(Causal(), causal=True), rows, max_steps=4, logging_steps=2, progress=True).train()
+    lines = lines_of(capsys)
+    assert lines[0] == "module     Causal: 63 parameters"
+    assert [bool(re.search(r"[\d,]+ tokens/s", line)) for line in lines if line.startswith("update")] == [True] * 2
+    assert TrainModule.wrap(Causal(), causal=False).item_name == "samples"
+
+
 def test_numbers_of_one_kind_look_alike() -> None:
+    assert [format_epoch(epoch) for epoch in (0.0, 0.0005, 0.25, 1.0, 12.345)] == [
+        "0.00", "0.000500", "0.250", "1.00", "12.35",
+    ]  # fmt: skip
     assert [format_value("learning_rate", rate) for rate in (2e-05, 0.00802)] == ["2.00e-05", "8.02e-03"]
     assert [format_value("loss", loss) for loss in (2.5, 0.07929, 123.456, 1e-5, 0.0)] == [
         "2.500", "0.07929", "123.5", "1.000e-05", "0.000",

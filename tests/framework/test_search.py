@@ -253,7 +253,7 @@ def test_hparams_lines_table_and_pictures(
     printed = capsys.readouterr().out
     assert printed.count("\ntrial ") + printed.startswith("trial ") == 3 and "trial 2 (3/3) | complete" in printed
     assert "Search 'search'" in printed and "0.001" in printed
-    assert "update 2/6" not in printed  # a line a trial, not a line a log
+    assert "update 2/6" not in printed and "module " not in printed  # a line a trial, not a line a log
     for name in ("history.png", "importance.png"):
         assert (tmp_path / "output" / "search" / name).read_bytes()[:4] == b"\x89PNG"
 

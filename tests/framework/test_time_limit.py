@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from stratagem import Callback, Fit, FitArguments
+from stratagem import Callback, Control, Fit, FitArguments
 from stratagem.framework.fields import durations
+from stratagem.framework.state import TrainState
+from stratagem.framework.switches.time_limit import TimeLimit
 from tiny import MakeFit, Regressor, StopAt, parameters_of, regression_rows
 
 
@@ -88,6 +90,21 @@ def test_without_checkpoints_it_ends_as_well(make_fit: MakeFit) -> None:
     assert 5 < fit.train().global_step < 1000
     assert time.monotonic() - began < 1.0
     assert checkpoints(fit) == []
+
+
+def test_a_checkpoint_takes_until_it_is_there(tmp_path: Path) -> None:
+    """Updates go on while it is written in the background."""
+    limit = TimeLimit(1000.0)
+    limit.lap()
+    limit.on_save(FitArguments(), TrainState(global_step=3), Control())
+    assert limit.save < 0.1
+    for _ in range(5):
+        time.sleep(0.05)
+        limit.lap()
+    limit.checkpoint_published(tmp_path / "checkpoint-2")  # an earlier one
+    assert limit.save < 0.1
+    limit.checkpoint_published(tmp_path / "checkpoint-3")
+    assert limit.save >= 0.25
 
 
 def test_what_was_used_counts_after_a_resume(make_fit: MakeFit) -> None:
