@@ -61,11 +61,13 @@ def duration(seconds: float | None) -> str:
     """Seconds as hours, minutes and seconds.
 
     Example:
-        >>> duration(8), duration(605), duration(7384), duration(200_000)
-        ('8 s', '10 min 5 s', '2 h 3 min', '2 d 7 h')
+        >>> duration(0.025), duration(8), duration(605), duration(7384), duration(200_000)
+        ('25 ms', '8 s', '10 min 5 s', '2 h 3 min', '2 d 7 h')
     """
     if seconds is None or not math.isfinite(seconds):
         return NOTHING
+    if 0 < seconds < 0.95:
+        return f"{1000 * seconds:.3g} ms"
     whole = int(seconds + 0.5)
     if whole < 10 and seconds != int(seconds):
         return f"{seconds:.1f} s"

@@ -56,7 +56,7 @@ def phases(path: Path) -> str:
     seconds = {
         str(name): value
         for name, each in shares.items()
-        if isinstance(each, Mapping) and (value := number(each.get("seconds"))) is not None and value >= 0
+        if isinstance(each, Mapping) and (value := number(each.get("seconds"))) is not None and value > 0
     }
     whole = sum(seconds.values())
     if not whole:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import stratagem.framework.record.recorder  # noqa: F401 (every Fit imports it, and would do so in each child)
 import torch
 import torch._dynamo  # every optimizer imports it, which takes a second and would do so in each child
 from stratagem import Callback, Fit

@@ -270,7 +270,7 @@ def test_a_directory_that_is_removed_is_made_again(make_fit: MakeFit, output: Pa
 
 def test_it_needs_no_log_and_no_checkpoints(make_fit: MakeFit, output: Path) -> None:
     train(make_fit, save_strategy="no", loggers=(), eval_strategy="no", eval_steps=None)
-    assert sorted(path.name for path in output.iterdir()) == ["report.html", "run.json"]
+    assert {path.name for path in output.iterdir()} - {"config.yaml"} == {"report.html", "run.json"}
     assert "Loss" in page_in(output).text
 
 
