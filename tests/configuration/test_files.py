@@ -255,6 +255,11 @@ def test_a_run_leaves_a_file_that_repeats_it_to_the_bit(make_fit: MakeFit, tmp_p
     assert {**again, "output_dir": held["output_dir"]} == held
 
 
+def test_an_unknown_argument_beside_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"Fit has no argument 'lr'\. Write learning_rate\."):
+        Fit.from_config(written(tmp_path, "seed: 1\n"), Regressor(), ROWS, lr=0.1)
+
+
 def test_what_a_program_gave_must_be_given_again(make_fit: MakeFit, tmp_path: Path) -> None:
     given = {"callbacks": [Callback()], "compute_loss_func": lambda outputs, labels: outputs.sum()}
     make_fit(Regressor(), ROWS, loggers=["jsonl"], max_steps=1, **given).train()
