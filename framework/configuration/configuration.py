@@ -17,6 +17,7 @@ from .entries import ConfigurationError, Entry, read_entries
 from .options import Option, defaults_under, devices, flat, known_options, make_precision, make_strategy
 from .targets import GIVEN, Target, load_target
 
+WORDS = "strategy", "precision", "devices", "max_restarts"  # of Fit itself
 OF_FIT = "args", "loggers", "profiler"  # taken as they are given
 UNUSED = {"strategy": "single", "precision": "32-true"}  # what is taken where there is no word
 TARGET, GIVEN_BY_PROGRAM = "target", "given_by_program"  # what a file holds beside options
@@ -115,11 +116,15 @@ class Configuration:
 
         Raises:
             ConfigurationError: what can't work, all of it, with files and lines.
+            TypeError: Fit has no argument of a name in ``given``.
         """
         base = given.get("args") or FitArguments()
         own = {name: given[name] for name in GIVEN if given.get(name) is not None}
         made = {name: value for name, value in given.items() if isinstance(value, Strategy | Precision)}
         rest = {name: value for name, value in given.items() if name not in (*GIVEN, *made, *OF_FIT)}
+        known = {*hints(type(base)), *WORDS, *GIVEN, *OF_FIT}
+        if unknown := [name for name in rest if name not in known]:
+            raise TypeError(unknown_argument(unknown[0], known))
         run = self.with_values({**flat(rest), **{name: UNUSED[name] for name in made}})
         strategy, precision, args = run._check(base)
         words: dict[str, Any] = {

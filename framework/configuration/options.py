@@ -20,8 +20,6 @@ from ..loggers import LOGGERS
 from .targets import REQUIRED, Target, parameters_of
 
 PLACEMENT = "placement and number format"
-WORDS = ("strategy", "precision", "devices", "max_restarts", "loggers", "profiler")
-"""Arguments of Fit itself that a file or a command line can hold."""
 PROFILERS = "simple", "torch"
 """The words of ``framework/profiling``, which stands above this room."""
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stratagem import Callback, Fit, FitArguments
 from stratagem.framework.configuration.configuration import Configuration
@@ -192,10 +194,11 @@ def test_a_file_that_isnt_there(tmp_path: Path) -> None:
     assert problems_of(tmp_path / "absent.yaml")[0].startswith("absent.yaml can't be read: ")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_is_read_or_refused(text: str) -> None:
     for name in ("any.yaml", "any.toml"):
-        path = Path("/dev/shm") / f"stratagem-{name}"
+        path = Path(tempfile.gettempdir()) / f"{os.getpid()}-{name}"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         try:
             entries = read_entries(path)
@@ -215,9 +218,10 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_what_is_written_is_read_again(value: Any) -> None:
-    path = Path("/dev/shm") / "stratagem-written.yaml"
+    path = Path(tempfile.gettempdir()) / f"{os.getpid()}-written.yaml"
     try:
         path.write_text(text_of({"optim_args": value}), encoding="utf-8")
         [entry] = read_entries(path)
@@ -253,6 +257,11 @@ def test_a_run_leaves_a_file_that_repeats_it_to_the_bit(make_fit: MakeFit, tmp_p
     assert same(parameters_of(first.module), parameters_of(second.module))
     again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
     assert {**again, "output_dir": held["output_dir"]} == held
+
+
+def test_an_unknown_argument_beside_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"Fit has no argument 'lr'\. Write learning_rate\."):
+        Fit.from_config(written(tmp_path, "seed: 1\n"), Regressor(), ROWS, lr=0.1)
 
 
 def test_what_a_program_gave_must_be_given_again(make_fit: MakeFit, tmp_path: Path) -> None:
