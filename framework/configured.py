@@ -29,7 +29,7 @@ class Configured(RateFinding):
 
         Where the configuration names a target ("train.py:build"), its functions make the module and the data, on the
         ranks alone, after random numbers were seeded with the run's seed. ``output_dir/config.yaml``, which every run
-        that saves or logs leaves, repeats that run, to the bit on the same machine.
+        that saves or has a report leaves, repeats that run, to the bit on the same machine.
 
         Args:
             config: the path of a file (YAML, TOML), or what ``configure`` read from a command line.

@@ -119,7 +119,7 @@ class Runs(Steps):
 
     def _write_configuration(self) -> None:
         """Write down, on the main process, what repeats the run, where the run leaves anything in its directory."""
-        leaves = self.args.save_strategy != "no" or self.args.report or bool(self.loggers.all)
+        leaves = self.args.save_strategy != "no" or self.args.report
         if self.strategy.is_main and leaves and not self.args.fast_dev_run:
             self.written.write(self.plan.given)
 

@@ -266,7 +266,7 @@ def test_an_unknown_argument_beside_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_program_gave_must_be_given_again(make_fit: MakeFit, tmp_path: Path) -> None:
     given = {"callbacks": [Callback()], "compute_loss_func": lambda outputs, labels: outputs.sum()}
-    make_fit(Regressor(), ROWS, loggers=["jsonl"], max_steps=1, **given).train()
+    make_fit(Regressor(), ROWS, report=True, max_steps=1, **given).train()
     file = tmp_path / "output" / "config.yaml"
     assert "the run was given callbacks, compute_loss_func by its program" in problems_of(file)[0]
     Fit.from_config(file, Regressor(), ROWS, callbacks=(), compute_loss_func=None)
