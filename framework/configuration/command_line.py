@@ -15,6 +15,7 @@ from .configuration import (
     Configuration,
     names_problems,
     options_under,
+    standing,
     unknown_name,
     words_in,
 )
@@ -68,7 +69,8 @@ class Command:
             target = load_target(str(named[-1].value)) if named else None
         defaults = flat(target.defaults) if target is not None else {}
         typed = [Entry(word, values[-1], TYPED) for word in UNUSED if (values := values_of(words, word))]
-        chosen = [*entries, *typed]
+        chosen = standing([*entries, *typed])
+        entries = [entry for entry in chosen if entry not in typed]
         options = [*options_under(chosen, defaults, target), *self.own_options()]
         parser = self.parser(options)
         if {"-h", "--help"} & set(words):
@@ -78,7 +80,7 @@ class Command:
         known = [option.name for option in options]
         held = {entry.key: entry.value for entry in entries if entry.key in known}
         places = {entry.key: entry.place for entry in entries}
-        problems = [*line.problems, *names_problems(entries, defaults, options, target)]
+        problems = [*line.problems, *names_problems(entries, defaults, options, target, words_in(chosen, defaults))]
         problems += types_problems(parser, held, places)
         if problems:
             files = Configuration({**defaults, **held}, target, places)

@@ -72,13 +72,13 @@ class Configuration:
         Raises:
             ConfigurationError: what is wrong, all of it, with files and lines.
         """
-        entries = [entry for path in paths for entry in read_entries(path)]
+        entries = standing([entry for path in paths for entry in read_entries(path)])
         held = {entry.key: entry for entry in entries}
         if target is None and TARGET in held:
             target = target_at(held[TARGET])
         defaults = flat(target.defaults) if target is not None else {}
         options = options_under(entries, defaults, target)
-        problems = names_problems(entries, defaults, options, target, arguments)
+        problems = names_problems(entries, defaults, options, target, words_in(entries, defaults), arguments)
         values = {key: entry.value for key, entry in held.items() if key not in (TARGET, GIVEN_BY_PROGRAM)}
         given = held[GIVEN_BY_PROGRAM].value if GIVEN_BY_PROGRAM in held else ()
         places = {key: entry.place for key, entry in held.items()}
@@ -201,6 +201,17 @@ def target_at(entry: Entry) -> Target:
         raise ConfigurationError([f"{entry.place}: {error}"]) from error
 
 
+def standing(entries: Iterable[Entry]) -> list[Entry]:
+    """Return entries without the options of a strategy, or precision, that a later file, or an option, replaces."""
+    kept, words = list[Entry](), dict[str, Any]()
+    for entry in entries:
+        if entry.key in UNUSED and words.setdefault(entry.key, entry.value) != entry.value:
+            words[entry.key] = entry.value
+            kept = [each for each in kept if each.file == entry.file or not each.key.startswith(f"{entry.key}.")]
+        kept.append(entry)
+    return kept
+
+
 def words_in(entries: Iterable[Entry], defaults: Mapping[str, Any]) -> dict[str, str]:
     """Return the strategy and the precision that entries choose; the last one counts."""
     chosen = {entry.key: entry.value for entry in entries if entry.key in UNUSED}
@@ -226,6 +237,7 @@ def names_problems(
     defaults: Mapping[str, Any],
     options: Iterable[Option],
     target: Target | None,
+    words: Mapping[str, str],
     arguments: type = FitArguments,
 ) -> list[str]:
     """Say which entries have the name of no option, and what to write instead.
@@ -235,9 +247,9 @@ def names_problems(
         defaults: of the target's file.
         options: that there are.
         target: what makes the module and the data.
+        words: the strategy and the precision that count.
         arguments: FitArguments, or a class that derives from it.
     """
-    words = words_in(entries, defaults)
     known = {option.name for option in options} | set(hints(arguments))
     has_target = target is not None
     own = [name for name in defaults_under(defaults, **words) if name not in known]

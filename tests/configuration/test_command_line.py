@@ -77,6 +77,24 @@ def test_options_override_files_and_files_the_programs_own(tmp_path: Path) -> No
     )
 
 
+def test_another_strategy_drops_the_options_of_the_one_that_it_replaces(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("strategy: {bucket_cap_mb: 5, name: ddp}\nprecision: {name: 16-mixed, initial_scale: 8}\n")
+    second.write_text("strategy: fsdp2\n")
+    files = ["--config", str(first), "--config", str(second)]
+    for words in (["--config", str(first), "--strategy", "fsdp2"], files):
+        values = read(*words).values
+        assert (
+            values["strategy"] == "fsdp2"
+            and values["strategy.replicas"] == 1
+            and values["precision.initial_scale"] == 8
+        )
+        assert "strategy.bucket_cap_mb" not in values
+    assert dict(Configuration.read(first, second).values)["strategy"] == "fsdp2"
+    own = configure(lambda: None, None, {"strategy": "deepspeed", "strategy.stage": 3}, ["--strategy", "ddp"])
+    assert own.values["strategy"] == "ddp" and "strategy.stage" not in own.values
+
+
 def test_a_file_names_the_target(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"target: {TARGET}\nbuild: {{width: 3}}\n")
