@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .clip_factor import clip_factor
 from .placed import PlacedModule
 from .ranks import Ranks
 
@@ -64,7 +65,10 @@ class Updating(Ranks, PlacedModule):
         with torch.no_grad():  # torch.nn.utils.clip_grad_norm_ to the bit, without its sorting by device and dtype
             each = norms(gradients)
             norm: Tensor = torch.linalg.vector_norm(torch.stack(each))
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            if not self.reads_at_once:
+                torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            elif (factor := clip_factor(norm, max_norm)) != 1.0:
+                torch._foreach_mul_(gradients, factor)
         self.note_norms(parameters, each)
         return norm
 
