@@ -165,7 +165,8 @@ def totals(state: TrainState, done: int, results: Mapping[str, float], seconds: 
         told.append(f"train loss {format_value('loss', results['train_loss'])}")
     if results.get("train_items_per_second"):
         told.append(f"{format_count(results['train_items_per_second'])} {item_name}/s")
-        told.append(f"{results['train_steps_per_second']:.3g} updates/s")
+        rate = results["train_steps_per_second"]
+        told.append(f"{format_count(rate) if rate >= 1000 else f'{rate:.3g}'} updates/s")
     if "mfu" in results:
         told.append(f"MFU {100 * results['mfu']:.1f} %")
     peaks = [value for name, value in results.items() if name.startswith("train_memory_") and name.endswith("_peak")]

@@ -70,7 +70,7 @@ def test_a_run_says_what_it_is(make_fit: MakeFit, tmp_path: Path, capsys: pytest
     said = labelled(lines)
     assert said["saved"] == f"{tmp_path / 'output' / 'checkpoint-4'}"
     assert re.fullmatch(
-        r"8 updates in \d+\.\d s \| train loss [\d.]+ \| [\d,]+ samples/s \| [\d.e+]+ updates/s "
+        r"8 updates in \d+\.\d s \| train loss [\d.]+ \| [\d,]+ samples/s \| [\d.,]+ updates/s "
         r"\| peak memory [\d.]+ GiB",
         said["finished"],
     )
