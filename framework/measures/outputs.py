@@ -70,6 +70,8 @@ def to_host(outputs: Any, ignored: Collection[str] = ()) -> Any:
         return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
     if isinstance(outputs, dict):
         return {name: to_host(value, ignored) for name, value in leave_out(outputs, ignored).items()}
+    if isinstance(outputs, list) and not any(isinstance(value, Tensor | dict | tuple | list) for value in outputs):
+        return list(outputs)  # one entry a sample: texts, for instance
     if isinstance(outputs, tuple | list):
         return tuple(to_host(value, ignored) for value in outputs)
     return outputs
@@ -98,6 +100,8 @@ def concatenate(parts: list[Any], pad_index: int) -> Any:
         return {key: concatenate([part[key] for part in parts], pad_index) for key in first}
     if isinstance(first, tuple):
         return tuple(concatenate([part[i] for part in parts], pad_index) for i in range(len(first)))
+    if isinstance(first, list):
+        return [entry for part in parts for entry in part]
     return parts
 
 

@@ -273,6 +273,18 @@ def test_predictions_come_in_the_datas_order(make_fit: MakeFit, batch_size: int)
     assert result.metrics == {}
 
 
+class Named(Doubler):
+    """Gives a text for each sample, too."""
+
+    def forward(self, samples: Tensor) -> dict[str, Any]:
+        return {"doubled": samples * self.weight, "names": [f"sample {int(each)}" for each in samples]}
+
+
+def test_a_list_that_has_an_entry_for_each_sample_is_joined(make_fit: MakeFit) -> None:
+    result = make_fit(Named(), per_device_eval_batch_size=4).predict(Numbers(10))  # the last batch is short
+    assert result.predictions["names"] == [f"sample {number}" for number in range(10)]
+
+
 def test_keys_may_be_left_out_of_predictions(make_fit: MakeFit) -> None:
     result = make_fit(Doubler()).predict(Numbers(3), ignore_keys=["pair", "name"])
     assert set(result.predictions) == {"doubled"}
