@@ -136,7 +136,7 @@ class Runs(Steps):
                 loop.train(self, run)
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
-                self._tell_end("finish", "")
+                self._tell_end("finish", self.control.stop_reason)
             except BaseException as error:
                 if run.rescue is not None:
                     run.rescue.save(error, self.state.global_step, self._save_at_once)

@@ -84,7 +84,7 @@ def header(name: str, record: Mapping[str, Any], history: History) -> str:
     if isinstance(record.get("module"), Mapping):
         where.insert(0, str(record["module"].get("class", "")).rpartition(".")[2])
     reason = session.get("reason") or (history.sessions[-1].reason if history.sessions else "")
-    said = f'<p class="reason">{text(reason)}</p>' if reason and state in ("failed", "interrupted") else ""
+    said = f'<p class="reason">{text(reason)}</p>' if reason and state != "running" else ""
     return (
         f"<header><h1>{text(name)}</h1>"
         f'<span class="badge {state}" data-seen="{iso_of(seen)}" data-patience="{patience:.0f}">{text(state)}</span>'

@@ -186,6 +186,19 @@ def fail() -> None:
     raise RuntimeError("<b>no</b> more data")
 
 
+class StopAt3(Callback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        if state.global_step == 3:
+            control.stop_training("it is <good> enough")
+
+
+def test_why_a_run_was_stopped_early_is_written_down(make_fit: MakeFit, output: Path) -> None:
+    train(make_fit, StopAt3())
+    (session,) = record_in(output)["sessions"]
+    assert (session["state"], session["reason"], session["last_update"]) == ("finished", "it is <good> enough", 3)
+    assert "it is <good> enough" in page_in(output).text
+
+
 def test_a_failure_is_written_down(make_fit: MakeFit, output: Path) -> None:
     with pytest.raises(RuntimeError, match="more data"):
         train(make_fit, At(3, fail))
