@@ -22,7 +22,6 @@ from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
 from .measures.memory import MemoryByStage
 from .module import TrainModule
-from .profiling import Profiler, get_profiler
 from .run import batch_size
 from .run.plan import Plan
 from .run.source import Source
@@ -35,6 +34,7 @@ from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
     from .configuration.configuration import Built
+    from .profiling import Profiler
 
 
 class Fit(Configured, Shown):
@@ -98,7 +98,7 @@ class Fit(Configured, Shown):
         args: FitArguments | None = None,
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
-        profiler: str | Profiler | None = None,
+        profiler: "str | Profiler | None" = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
@@ -110,7 +110,7 @@ class Fit(Configured, Shown):
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
         first_checks.check_output_dir(own.output_dir)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
-        self.profiler = get_profiler(profiler, self.strategy)
+        self.profiler = self._find_profiler(profiler)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)
         self.train_data, self.eval_data = train_data, eval_data
@@ -296,6 +296,13 @@ class Fit(Configured, Shown):
         self.pop_callback(callback)
 
     # What is checked once.
+
+    def _find_profiler(self, choice: "str | Profiler | None") -> "Profiler | None":
+        if choice is None:
+            return None
+        from .profiling import get_profiler  # who measures nothing needn't import it
+
+        return get_profiler(choice, self.strategy)
 
     def _check_overriding(self, args: FitArguments) -> None:
         """Warn of what a subclass, or the module's class, defines in vain, and note what it overrides."""

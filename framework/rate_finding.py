@@ -1,14 +1,17 @@
 """RateFinding: looks for a learning rate before a run, and leaves the run as it was."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from . import checkpoint, random_state
 from .loggers.together import Loggers
 from .measures.memory import MemoryByStage
 from .printing import say
 from .runs import Runs
-from .search.learning_rates import LearningRates, RateSweep, check_sweep, sweep_arguments
 from .watch.watch import Watch
+
+if TYPE_CHECKING:
+    from .search.learning_rates import LearningRates, RateSweep
 
 
 class RateFinding(Runs):
@@ -18,7 +21,7 @@ class RateFinding(Runs):
 
     def find_learning_rate(
         self, min: float = 1e-7, max: float = 1.0, updates: int = 100, *, diverged: float = 4.0
-    ) -> LearningRates:
+    ) -> "LearningRates":
         """Train for some updates while the learning rate rises, and see where the loss falls fastest (Smith, 2017).
 
         They are updates of the run as it will be: its strategy, precision, optimizer, batches and clipping. Afterwards
@@ -44,6 +47,8 @@ class RateFinding(Runs):
             PosixPath('rates.png')
             >>> better = Fit(Regressor(), train_data=dataset, learning_rate=found.suggestion)
         """
+        from .search.learning_rates import RateSweep, check_sweep  # who looks for none needn't import it
+
         check_sweep(min, max, updates, diverged)
         if self.placed or self._has_trained:
             raise ValueError(
@@ -69,8 +74,10 @@ class RateFinding(Runs):
             say(f"Learning rate: {len(found.rates)} updates, {end}; suggestion {suggestion}", sys.stderr)
         return found
 
-    def _sweep(self, sweep: RateSweep) -> None:
+    def _sweep(self, sweep: "RateSweep") -> None:
         """Run a sweep on a module that isn't placed, which it is given back as."""
+        from .search.learning_rates import sweep_arguments
+
         own_args, own_callbacks, loggers, profiler = self.own_args, self.own_callbacks, self.loggers, self.profiler
         self.own_callbacks, self.loggers, self.profiler = [], Loggers((), self), None
         try:

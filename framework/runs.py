@@ -20,13 +20,10 @@ from .callbacks import Callback, Callbacks
 from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
-from .display.progress import Progress
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
-from .profiling import Profiler
-from .profiling.callback import Profiling
 from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -43,6 +40,7 @@ from .watch.watch import Watch
 
 if TYPE_CHECKING:
     from .configuration.written_run import WrittenRun
+    from .profiling import Profiler
 
 BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
 """Arguments that a Fit is made with, and a trial can't switch on."""
@@ -63,7 +61,7 @@ class Runs(Steps):
     own_args: FitArguments
     own_callbacks: list[Callback]
     own_trial: Any
-    profiler: Profiler | None
+    profiler: "Profiler | None"
     written: "WrittenRun"
     _trial_callbacks: tuple[Callback, ...]
 
@@ -357,11 +355,19 @@ class Runs(Steps):
     def _collect_callbacks(self) -> None:
         """Gather the callbacks: what arguments stand for, those given, what shows progress and what compares ranks."""
         args, strategy = self.args, self.strategy
-        shown = [Progress()] if args.progress and strategy.is_main else []
-        compared = [RanksAgree(args.debug == "ranks_agree")] if strategy.world_size > 1 else []
-        profiled = [Profiling(self.profiler)] if self.profiler is not None else []
-        first = [*profiled, *callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
-        self.callbacks = Callbacks(first, last=[*shown, *compared])
+        first = [*callbacks_of(args), *self.own_callbacks, *self._trial_callbacks]
+        last: list[Callback] = []
+        if self.profiler is not None:
+            from .profiling.callback import Profiling
+
+            first.insert(0, Profiling(self.profiler))
+        if args.progress and strategy.is_main:
+            from .display.progress import Progress
+
+            last.append(Progress())
+        if strategy.world_size > 1:
+            last.append(RanksAgree(args.debug == "ranks_agree"))
+        self.callbacks = Callbacks(first, last)
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:
         check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func, precision)

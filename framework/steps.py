@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ from .measures.outputs import KeptOutputs
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
-from .predictions.options import PredictionWriter
-from .predictions.writing import written
 from .run.in_step import in_step
 from .run.micro_batches import read_update
 from .run.placement import Placement
@@ -34,6 +32,9 @@ from .run.run import Run
 from .run.source import Source
 from .state import Control, PredictionOutput, TrainState
 from .watch.watch import Watch
+
+if TYPE_CHECKING:
+    from .predictions.options import PredictionWriter
 
 
 class Steps(Labelled):
@@ -330,7 +331,7 @@ class Steps(Labelled):
         data: Any,
         ignore_keys: Iterable[str] | None = None,
         metric_key_prefix: str = "test",
-        output: str | Path | PredictionWriter | None = None,
+        output: "str | Path | PredictionWriter | None" = None,
     ) -> PredictionOutput:
         """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has them.
 
@@ -341,11 +342,15 @@ class Steps(Labelled):
                 ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
         placement, batches = self.placement, self.eval_batches(data)
-        with placement.mode.evaluating(), written(output, self) as writing:
+        written: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if output is not None:
+            from .predictions import writing as of_predictions  # who writes none needn't import it
+
+            written = of_predictions.written(output, self)
+        with placement.mode.evaluating(), written as writing:
             evaluation = self.evaluation(KeptOutputs if writing is None else writing.keep)
             metrics, predictions, labels = evaluation.run(batches, metric_key_prefix, ignore_keys or (), predict=True)
-            if writing is not None:
-                predictions = writing.finish(predictions)
+            predictions = predictions if writing is None else writing.finish(predictions)
         if metrics:
             self.log(metrics)
         self.emit("on_predict", metrics=metrics)

@@ -178,11 +178,8 @@ class Predicting(Protocol):
 
 
 @contextmanager
-def written(output: "str | Path | PredictionWriter | None", fit: Predicting) -> Iterator["Writing | None"]:
-    """Entered around a prediction that is written where ``output`` says; gives None where that is None. Collective."""
-    if output is None:
-        yield None
-        return
+def written(output: "str | Path | PredictionWriter", fit: Predicting) -> Iterator["Writing"]:
+    """Entered around a prediction that is written where ``output`` says. Collective."""
     writer = writer_of(output)
     if fit.compute_metrics is not None and fit.strategy.is_main:
         warnings.warn(

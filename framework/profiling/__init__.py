@@ -14,15 +14,13 @@ PROFILERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def get_profiler(choice: "str | Profiler | None", strategy: Strategy) -> Profiler | None:
-    """Return the profiler for a name or an instance; None for None.
+def get_profiler(choice: "str | Profiler", strategy: Strategy) -> Profiler:
+    """Return the profiler for a name or an instance.
 
     Raises:
         TypeError: it is neither.
         ValueError: no profiler goes by that name, or it doesn't see what runs under the strategy.
     """
-    if choice is None:
-        return None
     found = resolve("profiler", choice, Profiler, PROFILERS, {}, __name__)
     if strategy.unprofiled:
         raise ValueError(f"profiler={choice!r} under strategy={strategy.name!r}: {strategy.unprofiled}.")
