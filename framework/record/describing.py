@@ -61,7 +61,9 @@ def describe_session(fit: Any) -> dict[str, Any]:
 
 def describe_module(fit: Any) -> dict[str, Any]:
     """The module's class, and the numbers of its parameters, by child, too."""
-    kind, counts = type(fit.module), fit.placement.parameters
+    name, counts = fit.placement.layers[0].kind, fit.placement.parameters
+    # FSDP2 puts a class of its own before the user's.
+    kind = next((each for each in type(fit.module).__mro__ if each.__name__ == name), type(fit.module))
     children = {name: {"trainable": child.trainable, "frozen": child.frozen} for name, child in counts.children.items()}
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",

@@ -113,7 +113,7 @@ def make_fit(
     options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Fit:
-    """A silent Fit that logs each update, saves nothing, and clips so that it shows."""
+    """A silent Fit that logs each update, writes nothing, and clips so that it shows."""
     defaults: dict[str, Any] = {
         "max_steps": 20,
         "logging_steps": 1,
@@ -122,6 +122,7 @@ def make_fit(
         "max_grad_norm": 0.5,
         "progress": False,
         "loggers": (),
+        "report": False,
     }
     return Fit(module, train_data, eval_data, strategy=make_strategy(strategy, options), **{**defaults, **arguments})
 

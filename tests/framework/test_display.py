@@ -264,7 +264,7 @@ class Slow(Callback):
         if state.global_step == {fail_at}:
             raise RuntimeError("it failed")
 rows = regression_rows(8)
-Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", output_dir="unused",
+Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", report=False,
     max_steps=12, logging_steps=5, eval_strategy="steps", eval_steps=10).train()
 print("and then")
 """
@@ -371,7 +371,7 @@ class Slow(Callback):
     def on_step_end(self, args, state, control, **context):
         time.sleep(0.05)
 rows = regression_rows(8)
-fit = Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", output_dir="unused",
+fit = Fit(Regressor(), rows, rows[:2], callbacks=[Slow()], loggers=(), save_strategy="no", report=False,
           max_steps=20, logging_steps=1)
 print("and then", fit.train().global_step)
 print(fit.state.global_step, "updates", file=sys.stderr)
