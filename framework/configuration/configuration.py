@@ -14,7 +14,17 @@ from ..fields.argument_types import hints
 from ..fields.foreign_arguments import unknown_argument
 from ..random_state import seed_everything
 from .entries import ConfigurationError, Entry, read_entries
-from .options import Option, defaults_under, devices, flat, known_options, make_precision, make_strategy
+from .options import (
+    Option,
+    defaults_under,
+    devices,
+    flat,
+    known_options,
+    make_precision,
+    make_strategy,
+    precision_class,
+    strategy_class,
+)
 from .targets import GIVEN, Target, load_target
 
 WORDS = "strategy", "precision", "devices", "max_restarts"  # of Fit itself
@@ -222,14 +232,25 @@ def options_under(entries: Sequence[Entry], defaults: Mapping[str, Any], target:
     """Return the options of a run under the strategy and precision that entries choose.
 
     Raises:
-        ConfigurationError: there is no such strategy or precision.
+        ConfigurationError: there is no such strategy or precision. What else is wrong is said with it, but for options
+            of what isn't there.
     """
-    words = words_in(entries, defaults)
-    try:
-        return known_options(target, words["strategy"], words["precision"])
-    except (ValueError, ImportError) as error:
-        places = ", ".join(entry.place for entry in entries if entry.key in UNUSED)
-        raise ConfigurationError([f"{places}: {error}" if places else str(error)]) from error
+    words, problems = words_in(entries, defaults), list[str]()
+    for word, find in (("strategy", strategy_class), ("precision", precision_class)):
+        try:
+            find(words[word])
+        except (ValueError, ImportError) as error:
+            places = [entry.place for entry in entries if entry.key == word]
+            problems.append(f"{places[-1]}: {error}" if places else str(error))
+            words[word] = UNUSED[word]
+    options = known_options(target, words["strategy"], words["precision"])
+    if problems:
+        rest = [entry for entry in entries if entry.key.partition(".")[0] not in UNUSED]
+        places_of = {entry.key: entry.place for entry in rest}
+        others = Configuration({entry.key: entry.value for entry in rest}, target, places_of)
+        problems += names_problems(rest, {}, options, target, words)
+        raise ConfigurationError([*problems, *others.argument_problems(FitArguments())])
+    return options
 
 
 def names_problems(

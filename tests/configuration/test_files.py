@@ -162,6 +162,17 @@ def test_all_that_is_wrong_is_said_together_with_lines(tmp_path: Path, suffix: s
     ]
 
 
+def test_a_word_that_isnt_there_hides_no_other_mistake(tmp_path: Path) -> None:
+    text = "max_stepz: 5\nlearning_rate: fast\nstrategy: ddq\nprecision: bf17\n"
+    found = problems_of(written(tmp_path, text))
+    assert [line.partition(".")[0] for line in (each.partition("run.yaml, ")[2] for each in found)] == [
+        "line 3: Unknown strategy 'ddq'",
+        "line 4: Unknown precision 'bf17'",
+        "line 1: Fit has no argument 'max_stepz'",
+        "line 2: learning_rate='fast': must be float, not str",
+    ]
+
+
 def test_what_contradicts_itself_is_said_with_the_line_of_each(tmp_path: Path) -> None:
     text = "seed: 1\ntorch_compile_mode: max-autotune\ndataloader_prefetch_factor: 2\nload_best_model_at_end: true\n"
     found = problems_of(written(tmp_path, text))
