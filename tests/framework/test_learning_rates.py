@@ -54,7 +54,7 @@ def own_sampler(rows: Any) -> DataLoader:
         (regression_rows(40), {}),
         (NoisyRows(40), {"precision": "16-mixed"}),
         (NoisyRows(40), {"dataloader_num_workers": 1}),
-        (RowStream(regression_rows(40), shuffle=True), {"precision": "bf16-true"}),
+        (RowStream(regression_rows(40), shuffle=True), {"precision": "bf16-mixed"}),
         (own_sampler(regression_rows(40)), {"optim": "adagrad"}),
         (regression_rows(40), {"optim": "lion", "gradient_accumulation_steps": 1}),
         (regression_rows(40), {"auto_find_batch_size": True, "neftune_noise_alpha": None}),

@@ -335,6 +335,7 @@ def test_no_recording_outlives_its_window(make_fit: MakeFit, monkeypatch: pytest
     assert fit.state.global_step == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_that_are_forked_while_it_records(make_fit: MakeFit, folder: Path, persistent: bool) -> None:
     """Each epoch has 3 updates, so that workers are started within the window."""

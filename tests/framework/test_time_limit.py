@@ -63,11 +63,16 @@ def checkpoints(fit: Fit) -> list[int]:
     "arguments",
     [
         {},
-        {"async_save": True},
-        {"save_strategy": "epoch"},
-        {"eval_strategy": "steps", "eval_steps": 7},
-        {"eval_strategy": "epoch", "save_strategy": "best"},
-        {"eval_strategy": "steps", "eval_steps": 2000, "save_steps": 3, "load_best_model_at_end": False},
+        *(
+            pytest.param(arguments, marks=pytest.mark.slow)
+            for arguments in (
+                {"async_save": True},
+                {"save_strategy": "epoch"},
+                {"eval_strategy": "steps", "eval_steps": 7},
+                {"eval_strategy": "epoch", "save_strategy": "best"},
+                {"eval_strategy": "steps", "eval_steps": 2000, "save_steps": 3, "load_best_model_at_end": False},
+            )
+        ),
     ],
     ids=str,
 )
@@ -140,6 +145,7 @@ def test_a_run_that_is_done_in_time_says_nothing(make_fit: MakeFit) -> None:
     assert fit.control.stop_reason == ""
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_never_was_measured_has_time_kept_for_it(make_fit: MakeFit) -> None:
     """A tenth of the limit, as for a save."""
     slow = Slow(0.02, 0.1)
