@@ -38,7 +38,7 @@ def test_a_second_process_is_refused_or_takes_over(tmp_path: Path) -> None:
         assert f"is in use by process {first['pid']} on " in refusal and f", run {first['run']}, since 20" in refusal
     assert told["only reads"] == {"gave": 4, "said": ""}
     # None of them touched what the first one was writing, and it came to its end.
-    assert told["left"] == ["checkpoint-2", "checkpoint-4.partial", "line.json", "run.lock"]
+    assert told["left"] == ["checkpoint-2", "checkpoint-4.partial", "config.yaml", "line.json", "run.lock"]
     assert (first["ended at"], first["left"]) == ("6", [2, 4, 6])
     assert told["after it"] == {"gave": 8, "said": ""}
     # One that was killed has let go, also where its forked children live on; one that is about to end is waited for.
