@@ -58,10 +58,8 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
         for name in batch_limits.LIMITS:
             object.__setattr__(self, name, batch_limits.as_limit(getattr(self, name)))
         object.__setattr__(self, "max_time", durations.as_duration(self.max_time))
-        if self.fast_dev_run is True:
-            object.__setattr__(self, "fast_dev_run", 1)
-        elif self.fast_dev_run is False:
-            object.__setattr__(self, "fast_dev_run", 0)
+        if isinstance(self.fast_dev_run, bool):
+            object.__setattr__(self, "fast_dev_run", int(self.fast_dev_run))
         if problems := self._problems():
             raise ArgumentsError([(name, getattr(self, name), why) for name, why in problems])
 

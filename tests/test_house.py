@@ -22,7 +22,17 @@ FUNCTION_LENGTH = 80
 # The rooms of framework/, from the ground up. A room is a file at its top, or a folder ("run/"). A file imports from
 # its own room and from those of lower floors, never from a neighbour on the same floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "foreign_events", "labelling", "overriding", "printing", "process_memory", "random_state", "state"),
+    (
+        "__init__",
+        "foreign_events",
+        "labelling",
+        "overriding",
+        "printing",
+        "process_memory",
+        "random_state",
+        "replacing",
+        "state",
+    ),
     ("agreement", "fields/", "wrapping"),
     ("optim/",),
     ("arguments",),

@@ -59,6 +59,13 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"{path} can't be written: {error}") from error
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step, flushed: a reader sees the old one or the new one."""
+    partial = path.with_name(path.name + PARTIAL)
+    write_text(partial, text)
+    os.replace(partial, path)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 

@@ -7,7 +7,6 @@ its run in its state.json. The run that works in a directory leaves its line in 
 """
 
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +16,12 @@ from typing import Any
 
 from .directory import (
     MANIFEST,
-    PARTIAL,
     CheckpointError,
     flush,
     hash_file,
     published,
     read_json,
-    write_text,
+    replace_text,
 )
 
 STATE = "state.json"
@@ -206,13 +204,10 @@ def of_checkpoint(launch: Launch, checkpoint: Path | None) -> Launch:
 
 def write_marker(output_dir: Path, marker: Marker) -> None:
     """Write a marker in one step. It is on the disk when this returns."""
-    path = output_dir / MARKER
-    partial = path.with_name(path.name + PARTIAL)
     saved = {**marker.line.to_dict(), "resumed_from": marker.resumed_from}
     if marker.launch:
         saved |= {"launch": marker.launch, "global_batch": marker.global_batch}
-    write_text(partial, json.dumps(saved) + "\n")
-    os.replace(partial, path)
+    replace_text(output_dir / MARKER, json.dumps(saved) + "\n")
     flush(output_dir)
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ..arguments import FitArguments
@@ -109,11 +108,3 @@ def values_of_run(
         options = dict(chosen)
         found |= described(section, options.pop("name"), options)
     return {**found, **words, **args.to_dict()}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

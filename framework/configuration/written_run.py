@@ -15,10 +15,11 @@ from ...strategies.registry import STRATEGIES
 from ..arguments import FitArguments
 from ..checkpoint.run_directory import CONFIGURATION
 from ..loggers import LOGGERS
+from ..replacing import replace_file
 from .configuration import Built
 from .options import PROFILERS, options_of_precision, options_of_strategy
 from .targets import GIVEN
-from .writing import can_be_written, text_of, values_of_run, write_whole
+from .writing import can_be_written, text_of, values_of_run
 
 REPEATS = "What this run was configured with. stratagem fit --config {file} runs it again."
 REPEATS_WITH = "What this run was configured with. Fit.from_config({file!r}, ...) runs it again."
@@ -49,7 +50,7 @@ class WrittenRun:
         """Write ``config.yaml`` into the run's directory. Where that fails it is warned of: a run can do without."""
         path = Path(args.output_dir) / CONFIGURATION
         try:
-            write_whole(path, self.text(args, path))
+            replace_file(path, self.text(args, path))
         except (OSError, TypeError) as error:
             warnings.warn(f"{path} can't be written: {error}. The run goes on.", ConfigurationWarning, stacklevel=2)
 

@@ -1,7 +1,6 @@
 """A window: some updates of a run that a profiler looks at from beginning to end, and the files that tell of them."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from torch.autograd.profiler import record_function
 
-from ..checkpoint.directory import write_text
+from ..checkpoint.directory import replace_text
 from .phases import Phases
 from .recording import STEP, Recording
 
@@ -126,13 +125,6 @@ class Window:
         table = directory / f"table{ending}.txt"
         replace_text(table, table_of(found))
         return summary_of(found, table)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    write_text(partial, text)
-    os.replace(partial, path)
 
 
 def summary_of(found: dict[str, Any], table: Path) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..replacing import replace_file
 from .choosing import charts_of
 from .configuration import mapping
 from .finding import Run
@@ -12,7 +13,6 @@ from .formats import NOTHING, duration, short, words
 from .history import seconds_of
 from .html import Section, code, figures, folded, page, table, text
 from .report import PATIENCE, clock, floats, longest_pause, state_of, told
-from .run_file import replace_file
 
 # Arguments that say where a run's results go and what it is called, and not what it computes.
 BESIDE = ("output_dir", "run_name")

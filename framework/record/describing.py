@@ -40,19 +40,18 @@ def describe(fit: Any) -> dict[str, Any]:
     }
 
 
-def describe_session(fit: Any) -> dict[str, Any]:
-    """Describe a session that begins: when, where, from which update."""
+def describe_session(fit: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a session that begins: when, where, from which update. ``facts`` are what ``describe`` returned."""
     directory, state = fit.saver.directory, fit.state
-    here, run_by = host(), program()
     session = {
         "kind": "resume" if state.global_step else "begin",
         "began": iso_of(time.time()),
         "update": state.global_step,
         "state": "running",
-        "host": here["name"],
-        "process": here["process"],
-        "world_size": fit.strategy.world_size,
-        "command": run_by["command"],
+        "host": facts["host"]["name"],
+        "process": facts["host"]["process"],
+        "world_size": facts["world_size"],
+        "command": facts["program"]["command"],
     }
     if directory.resumed_from is not None:
         session["resumed_from"] = directory.resumed_from

@@ -10,12 +10,13 @@ import torch
 
 from ..loggers.base import LoggedRun, Logger
 from ..process_memory import held
+from ..replacing import remove_partial
 from ..state import TrainState
 from .describing import describe, describe_session
 from .facts import GitLook
 from .history import ENDS, History, SavedCheckpoint, iso_of
 from .log_file import LogFile
-from .run_file import RunFile, remove_partial
+from .run_file import RunFile
 
 LOG, RECORD, REPORT = "log.jsonl", "run.json", "report.html"
 GIT_WAIT = 0.04  # seconds that a beginning waits for git
@@ -54,7 +55,8 @@ class Recorder(Logger):
         if not fit.args.report or whole is None:
             return
         directory = Path(fit.args.output_dir)
-        facts, session = describe(whole), describe_session(whole)
+        facts = describe(whole)
+        session = describe_session(whole, facts)
         place, script = facts["program"]["directory"], facts["program"]["script"]
         self._git = self._git or GitLook(Path(script).parent if script else Path(place))
         self._state, self._device, self._best_metric = whole.state, fit.strategy.device, fit.args.best_metric

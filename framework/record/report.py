@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..replacing import replace_file
 from . import configuration
 from .choosing import WAITING, charts_of, with_shares
 from .formats import NOTHING, amount, duration, in_bytes, short, words
 from .history import History, Session, iso_of, number, seconds_of
 from .html import Section, code, figures, folded, page, table, text, tiles
 from .profile import profile_sections
-from .run_file import replace_file
 
 NAME = "report.html"
 PATIENCE = 120.0  # seconds without a new report, at least, after which a page says that the run is silent

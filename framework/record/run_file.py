@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.line import RECORD_FORMAT
+from ..replacing import replace_file
 
 NAME = "run.json"
 FORMAT = 1
@@ -100,25 +99,6 @@ def read_record(path: Path) -> dict[str, Any]:
             del found[name]
     found["sessions"] = [each for each in found.get("sessions", []) if isinstance(each, dict)]
     return found
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file beside its name and then give it the name. The directory is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def remove_partial(path: Path) -> None:
-    """Remove what was written beside a file by processes that were killed before they could give it the name."""
-    for partial in path.parent.glob(f"{path.name}.*.partial"):
-        with suppress(OSError):  # another process may have been about to
-            partial.unlink()
 
 
 def in_short(record: Mapping[str, Any]) -> dict[str, Any]:
