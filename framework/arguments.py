@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import MISSING, InitVar, dataclass, fields
 from typing import Any
 
 from .fields import accumulation, argument_ranges, batch_limits, cadence, durations
@@ -78,3 +78,15 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
 
 
 with_help(FitArguments)
+
+
+def other_than_defaults(args: FitArguments) -> list[str]:
+    """The names of the arguments that were given another value than their default."""
+    found = []
+    for field in fields(args):
+        default = field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        if default is MISSING or getattr(args, field.name) != default:
+            found.append(field.name)
+    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from ...strategies.base import Strategy
-from ..arguments import FitArguments
+from ..arguments import FitArguments, other_than_defaults
 from ..state import TrainState
 from .values import Array, Histogram
 
@@ -76,8 +76,8 @@ class LoggedRun:
 
     def chosen(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults, without those that only name the run."""
-        usual = {**type(self.given)().to_dict(), "output_dir": self.given.output_dir, "run_name": self.given.run_name}
-        return {name: value for name, value in self.settings().items() if name not in usual or usual[name] != value}
+        chosen, arguments = set(other_than_defaults(self.given)) - {"output_dir", "run_name"}, self.given.to_dict()
+        return {name: value for name, value in self.settings().items() if name not in arguments or name in chosen}
 
 
 class Logger:

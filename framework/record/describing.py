@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..arguments import FitArguments
+from ..arguments import other_than_defaults
 from .facts import device_of, host, program, versions
 from .history import iso_of
 
@@ -75,15 +75,3 @@ def describe_module(fit: Any) -> dict[str, Any]:
 def options_of(options: Any) -> Mapping[str, Any]:
     """The fields of a strategy's options, as they are."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-
-
-def other_than_defaults(args: FitArguments) -> list[str]:
-    """The names of the arguments that were given another value than their default."""
-    found = []
-    for field in dataclasses.fields(args):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if default is dataclasses.MISSING or getattr(args, field.name) != default:
-            found.append(field.name)
-    return found
