@@ -60,7 +60,7 @@ class Saver:
                 of the run has the name: then nothing in the directory has changed.
             ValueError: it can't be a name.
         """
-        from .writing import BackgroundWriter, write
+        from .writing import BackgroundWriter, share_of, write
 
         began = time.monotonic()
         directory = self.directory
@@ -87,7 +87,7 @@ class Saver:
                 if not self.directory.is_at_work:
                     self.writer.finish()
             else:
-                write(snapshot, path, self.strategy)
+                write(share_of(snapshot, self.strategy), path, self.strategy)
                 on_all_ranks(self.strategy, published, CheckpointError)
         self.seconds = max(self.seconds, time.monotonic() - began)
         return path
