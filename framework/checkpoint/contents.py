@@ -143,15 +143,16 @@ def as_json(state: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: names the part that JSON can't hold.
     """
+    parts = []
     for name, part in state.items():
         try:
-            json.dumps(part)
+            parts.append(f"{json.dumps(name)}: {json.dumps(part)}")
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
                 "mappings with string keys; nothing in a checkpoint is pickled."
             ) from error
-    return json.dumps(state)
+    return "{" + ", ".join(parts) + "}"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from ..agreement import on_all_ranks
 from .directory import PARTIAL, CheckpointError
 from .finite import check_finite
 from .frozen import leave_out, left_out
-from .streaming import form_of, write_file
+from .streaming import check_is_storable, form_of, write_file
 
 
 def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> None:
@@ -32,7 +32,9 @@ def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> N
     # Dtypes of most bytes come first, as safetensors has them: each tensor is aligned then.
     sizes = sorted({tensor.itemsize for tensor in weights.values()}, reverse=True)
     passes = [{name for name, tensor in weights.items() if tensor.itemsize == size} for size in sizes]
-    forms = {name: form_of(name, weights[name]) for names in passes for name in weights if name in names}
+    for name, tensor in weights.items():
+        check_is_storable(name, tensor)
+    forms = {name: form_of(weights[name]) for names in passes for name in weights if name in names}
 
     def whole() -> Iterator[Tensor]:
         for names in passes:

@@ -43,7 +43,7 @@ class Parts:
     def of(self, name: str, tensor: Tensor) -> Part:
         """Return this rank's part of a tensor; an empty one where it has none. Call it without gradients."""
         if not isinstance(tensor, DTensor):
-            return Part(name, tensor.detach(), (0,) * tensor.ndim, WHOLE)
+            return Part(name, tensor.detach() if tensor.requires_grad else tensor, (0,) * tensor.ndim, WHOLE)
         if not tensor.numel():  # no rank has a part that says how it is shaped
             return Part(name, torch.empty(tensor.shape, dtype=tensor.dtype), (0,) * tensor.ndim, WHOLE)
         spec = id(tensor.device_mesh), tensor.placements, tensor.shape

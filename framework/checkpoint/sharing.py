@@ -17,7 +17,7 @@ from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from .directory import CheckpointError
 from .shards import WHOLE, Coordinates, Part, Parts
-from .streaming import Form, form_of
+from .streaming import Form, check_is_storable, form_of
 
 FILE_BYTES = 1 << 30  # ranks that compare a checkpoint with its manifest share the files, which may be of one rank
 FILE_TENSORS = 100_000  # a header may have 100 MB
@@ -61,11 +61,12 @@ def share_out(folders: Mapping[str, Mapping[str, Tensor]], strategy: Strategy, g
     def describe() -> list[tuple[str, dict[str, Coordinates]]]:
         found = []
         for folder, tensors in folders.items():
-            parts = Parts()
+            parts, digest = Parts(), hashlib.sha256()
             held[folder] = [parts.of(name, tensor) for name, tensor in tensors.items()]
-            forms = [(part.name, tuple(tensors[part.name].shape), part.kind) for part in held[folder]]
-            dtypes = [form_of(part.name, part.tensor)[0] for part in held[folder]]
-            found.append((hashlib.sha256(repr((forms, dtypes)).encode()).hexdigest(), parts.coordinates))
+            for part, tensor in zip(held[folder], tensors.values(), strict=True):
+                check_is_storable(part.name, part.tensor)
+                digest.update(f"{part.name}\0{tensor.dtype} {tensor.shape} {part.kind}\n".encode())
+            found.append((digest.hexdigest(), parts.coordinates))
         return found
 
     everyones = on_all_ranks(strategy, describe, CheckpointError, group)
@@ -131,17 +132,18 @@ def files_of(folder: str, parts: Iterable[Part], rank: int) -> list[TensorFile]:
     has them: each tensor is aligned then.
     """
     files: list[list[Part]] = []
-    size = FILE_BYTES
+    size = 0
     for part in sorted(parts, key=lambda part: -part.tensor.itemsize):
-        if not files or size + part.tensor.nbytes > FILE_BYTES or len(files[-1]) == FILE_TENSORS:
+        nbytes = part.tensor.nbytes
+        if not files or size + nbytes > FILE_BYTES or len(files[-1]) == FILE_TENSORS:
             files.append([])
             size = 0
         files[-1].append(part)
-        size += part.tensor.nbytes
+        size += nbytes
     return [
         TensorFile(
             f"{folder}/shard-{rank + 1:05d}-model-{number:05d}-of-{len(files):05d}.safetensors",
-            {part.name: form_of(part.name, part.tensor) for part in held},
+            {part.name: form_of(part.tensor) for part in held},
             {part.name: part.begin for part in held},
             [part.tensor for part in held],
         )

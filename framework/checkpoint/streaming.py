@@ -7,6 +7,7 @@ can't be written from there (tensors of a GPU, or with strides) passes through a
 import ctypes
 import hashlib
 import json
+import math
 import os
 import queue
 import struct
@@ -47,19 +48,22 @@ class Written:
     header: str
 
 
-def form_of(name: str, tensor: Tensor) -> Form:
-    """Return a tensor's dtype and shape as the header of a file has them.
+def form_of(tensor: Tensor) -> Form:
+    """Return a tensor's dtype and shape as the header of a file has them."""
+    return NAMES[tensor.dtype], tuple(tensor.shape)
+
+
+def check_is_storable(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that no safetensors file can hold.
 
     Raises:
-        CheckpointError: a file can't hold such a tensor.
+        CheckpointError: the message says what it is.
     """
-    kind = NAMES.get(tensor.dtype)
-    if kind is None or tensor.layout is not torch.strided:
+    if tensor.dtype not in NAMES or tensor.layout is not torch.strided:
         raise CheckpointError(
             f"{name} can't be saved: it is a tensor of {tensor.dtype}, {tensor.layout}, and a safetensors file holds "
             f"dense ones of {', '.join(str(dtype).removeprefix('torch.') for dtype in NAMES)}."
         )
-    return kind, tuple(tensor.shape)
 
 
 class SafetensorsFile:
@@ -82,7 +86,7 @@ class SafetensorsFile:
         self.path = path
         entries, place = {}, 0
         for name, (kind, shape) in forms.items():
-            end = place + DTYPES[kind].itemsize * torch.Size(shape).numel()
+            end = place + DTYPES[kind].itemsize * math.prod(shape)
             entries[name] = {"dtype": kind, "shape": shape, "data_offsets": (place, end)}
             place = end
         self.header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"))
@@ -123,9 +127,10 @@ class SafetensorsFile:
 
     def _add_memory(self, tensor: Tensor) -> None:
         """Write what lies in a row in the memory of the host."""
-        if tensor.nbytes <= SMALL:
-            self._small.append(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
-            self._small_bytes += tensor.nbytes
+        size = tensor.nbytes
+        if size <= SMALL:
+            self._small.append(ctypes.string_at(tensor.data_ptr(), size))
+            self._small_bytes += size
             if self._small_bytes >= PIECE:
                 self._write_small()
             return
