@@ -14,10 +14,10 @@ STATE, MOMENTS = 96, 64  # MiB
 SHARDS = [f"checkpoint-2/{folder}/shard-00001-model-00001-of-00001.safetensors" for folder in ("model", "optimizer")]
 
 
-def run_program(*arguments: object) -> dict[str, Any]:
+def run_program(directory: Path) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, str(HERE / "costs_of_saves.py"), *map(str, arguments)],
+        [sys.executable, str(HERE / "costs_of_saves.py"), str(directory)],
         capture_output=True,
         text=True,
         env={**environment, "OMP_NUM_THREADS": "1"},
@@ -29,27 +29,19 @@ def run_program(*arguments: object) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_state_is_written_once_and_read_twice_and_never_held_twice(tmp_path: Path) -> None:
-    saved = run_program("save", tmp_path)
+    costs = run_program(tmp_path)
+    saved, restored = costs["saved"], costs["restored"]
     for cost in (*saved["sync"], *saved["async"]):
         assert cost["written"] == pytest.approx(STATE, abs=0.5)
         assert cost["read"] < 1  # nothing is read again to be hashed
     assert all(cost["peak"] < 32 for cost in saved["sync"])
     first, second = saved["async"]
-    assert STATE <= first["peak"] < STATE + 32  # one copy, whose memory the next one has
+    assert 32 < first["peak"] < STATE + 32  # one copy, whose memory the next one has
     assert second["peak"] < 32
 
-    restored = run_program("restore", tmp_path)
     assert restored["read"] == pytest.approx(2 * STATE, abs=1)  # compared with the manifest, then loaded
     assert restored["peak"] < MOMENTS + 32  # the weights are there already
     assert [restored["opened"][shard] for shard in SHARDS] == [2, 2]
     assert restored["opened"]["checkpoint-2/tensors.json"] == 2
-
     # An earlier version's checkpoint has no table: each header is read once more.
-    path = tmp_path / "sync" / "checkpoint-2"
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["files"]["tensors.json"]
-    for entry in manifest["files"].values():
-        entry.pop("header", None)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    (path / "tensors.json").unlink()
-    assert [run_program("restore", tmp_path)["opened"][shard] for shard in SHARDS] == [3, 3]
+    assert [costs["earlier"]["opened"][shard] for shard in SHARDS] == [3, 3]
