@@ -24,10 +24,11 @@ Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Listed(Struct):
-    """A file in the manifest."""
+    """A file in the manifest; of a safetensors file also the hash of its header, where tensors.json has a copy."""
 
     bytes: Count
     sha256: Digest
+    header: Digest | UnsetType = UNSET
 
 
 class Manifest(Struct):
