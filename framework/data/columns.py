@@ -20,8 +20,8 @@ class Columns(Dataset):
 
     Example:
         >>> rows = Columns({"x": torch.zeros(10, 3), "labels": numpy.arange(10)})
-        >>> len(rows), rows[2]
-        (10, {'x': tensor([0., 0., 0.]), 'labels': 2})
+        >>> len(rows), rows[2]["x"]
+        (10, tensor([0., 0., 0.]))
     """
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
