@@ -34,8 +34,13 @@ def same(one: Any, other: Any) -> None:
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape and one.requires_grad == other.requires_grad
-        assert one.resolve_conj().detach().contiguous().reshape(-1).view(torch.uint8).equal(
-            other.resolve_conj().detach().contiguous().reshape(-1).view(torch.uint8)
+        assert (
+            one.resolve_conj()
+            .detach()
+            .contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .equal(other.resolve_conj().detach().contiguous().reshape(-1).view(torch.uint8))
         )
     elif isinstance(one, dict):
         assert list(one) == list(other)
