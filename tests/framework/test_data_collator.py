@@ -50,8 +50,11 @@ def test_every_batch_is_made_by_it(kind: str, workers: int) -> None:
 
 @pytest.mark.parametrize("sampler", [None, WeightedRandomSampler([1.0] * 10, 10)])
 def test_a_loader_with_a_collation_of_its_own_is_refused(sampler: Any) -> None:
-    with pytest.raises(ValueError, match=r"data_collator=<function total.*> makes a batch of samples, and the DataL.*"
-                       r"has a collate_fn of its own. Leave data_collator out, or give Fit the dataset itself"):  # fmt: skip
+    why = (
+        r"data_collator=<function total.*> makes a batch of samples, and the DataLoader that Fit was given has a "
+        "collate_fn of its own. Leave data_collator out, or give Fit the dataset itself"
+    )
+    with pytest.raises(ValueError, match=why):
         stream_of(DataLoader(Numbers(10), collate_fn=list, sampler=sampler), total)
     with pytest.raises(ValueError, match="the DataLoader that Fit was given hands on what its dataset gives"):
         stream_of(DataLoader(Numbers(10), batch_size=None), total)
@@ -64,8 +67,11 @@ def test_what_workers_cannot_be_sent_is_said_where_they_are_sent_it() -> None:
     }
     by_lambda: Any = lambda samples: total(samples)  # noqa: E731
     assert [batch["count"] for batch in stream_of(loaders["fork"], by_lambda).epoch(0)] == [4, 4, 2]
-    with pytest.raises(TypeError, match=r"data_collator=<function.* can't be sent to the worker processes that load "
-                       r"data, which start by 'spawn': .*[Pp]ickle.*Define the function, or the class, at the top"):  # fmt: skip
+    why = (
+        r"data_collator=<function.* can't be sent to the worker processes that load data, which start by 'spawn': "
+        ".*[Pp]ickle.*Define the function, or the class, at the top"
+    )
+    with pytest.raises(TypeError, match=why):
         stream_of(loaders["spawn"], by_lambda)
 
 

@@ -296,12 +296,12 @@ def test_a_run_on_columns_is_that_on_rows(make_fit: MakeFit, form: str, workers:
         "max_steps": 9, "per_device_train_batch_size": 4, "shuffle": True, "dataloader_num_workers": workers,
     }  # fmt: skip
     results = []
-    for given in (rows, data):
+    for form_of in (rows, data):
         torch.manual_seed(0)
-        fit = make_fit(Regressor(), given, eval_data=given, **arguments)
+        fit = make_fit(Regressor(), form_of, eval_data=form_of, **arguments)
         fit.train()
-        predictions = fit.predict(given).predictions
-        results.append((parameters_of(fit.module), fit.evaluate(), fit.evaluate({"part": given}), predictions))
+        predictions = fit.predict(form_of).predictions
+        results.append((parameters_of(fit.module), fit.evaluate(), fit.evaluate({"part": form_of}), predictions))
     for name, value in results[0][0].items():
         assert value.equal(results[1][0][name])
     assert results[0][1] == results[1][1] and results[0][2] == results[1][2]
