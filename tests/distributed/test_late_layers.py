@@ -239,3 +239,52 @@ def test_no_rank_holds_the_whole_model(
         assert local == pytest.approx(share, rel=0.02)
         assert peak < share + 2.5 * block  # a block, whole, on its way into shards
         assert peak < 0.75 * whole
+
+
+class Pretrained(LateTagger):
+    """The values of its blocks are given; ``asked`` holds what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, int] = {}
+        self.filled: list[str] = []
+
+    def initial_values(self, name: str, part: tuple[slice, ...]) -> Tensor | None:
+        if not name.startswith("blocks.") or name == "blocks.1.up.bias":
+            return None
+        whole = torch.arange(float(self.get_parameter(name).shape.numel()), dtype=torch.float64)
+        values = whole.view(self.get_parameter(name).shape)[part]
+        self.asked[name] = self.asked.get(name, 0) + values.numel()
+        return values
+
+    def init_weights(self, layer: nn.Module) -> None:
+        self.filled += [name for name, module in self.named_modules() if module is layer]
+        super().init_weights(layer)
+
+
+def place_pretrained(file: Path, **arguments: Any) -> dict[str, Any]:
+    """Numbers of values that this rank was given, the layers that it filled, and its local number of parameters."""
+    module = Pretrained()
+    fit = make_fit(module, token_rows(20), **arguments)
+    fit.export(file)
+    assert all(p.dtype == torch.float32 for p in fit.module.parameters())
+    return {"asked": sum(module.asked.values()), "filled": module.filled}
+
+
+@everywhere
+def test_given_values_are_asked_for_by_part(
+    ranks: dict[int, Ranks], tmp_path: Path, world: int, strategy: str, options: dict[str, Any]
+) -> None:
+    place_pretrained(tmp_path / "single.safetensors")
+    found = ranks[world].run(place_pretrained, file=tmp_path / "it.safetensors", strategy=strategy, options=options)
+    expected, weights = load_file(tmp_path / "single.safetensors"), load_file(tmp_path / "it.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+    up = weights["blocks.0.up.weight"]
+    assert torch.equal(up, torch.arange(float(up.numel())).view(up.shape))
+    assert not torch.equal(weights["blocks.1.up.bias"], torch.arange(float(len(weights["blocks.1.up.bias"]))))
+    for rank in found:
+        assert set(rank["filled"]) == {"", "embed", "mix", "head", "blocks.1.up"}
+    if strategy == "fsdp2" and "tensor_parallel" not in options:
+        given = sum(weight.numel() for name, weight in weights.items() if name.startswith("blocks."))
+        given -= weights["blocks.1.up.bias"].numel()
+        assert sum(rank["asked"] for rank in found) == given * options.get("replicas", 1)
