@@ -146,6 +146,17 @@ class TrainModule(nn.Module):
             )
         reset()
 
+    def initial_values(self, name: str, part: tuple[slice, ...]) -> Tensor | None:
+        """Return the values of a part of a late parameter, as they are in a file for instance; None where
+        ``init_weights`` fills it. A rank asks for the parts that it holds, so that none reads or holds a whole model.
+        ``init_weights`` is called for layers of which some parameter was not given.
+
+        Args:
+            name: of the parameter, as ``named_parameters()`` has it, made in ``build``.
+            part: a slice, with begin and end, for each dimension of the whole parameter. It may be empty.
+        """
+        return None
+
     def shard_units(self) -> Sequence[nn.Module]:
         """Return the blocks that fully sharded strategies gather one at a time, and that activation checkpointing
         recomputes.
