@@ -110,7 +110,7 @@ def wrap_late(
 
     def init_weights(self: Trained, layer: nn.Module) -> None:
         if not initialise_by_model(self, layer):
-            train_module.init_weights(self, layer)  # type: ignore[operator]
+            train_module.init_weights(self, layer)  # type: ignore[attr-defined]
 
     return wrap_model(
         model,

@@ -89,5 +89,5 @@ def put_together(name: str, held: Mapping[str, Sequence[Source]], converter: Any
             )
     before, _, after = name.partition(next((target for target in sources if target in name), name))
     if len(sources) == 1:
-        return {name: source for (source,) in sources.values()}
+        return {name: next(iter(sources.values()))[0]}
     return {before + target + after: source for target, (source,) in sources.items()}

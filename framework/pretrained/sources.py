@@ -67,7 +67,8 @@ class Joined:
 
     def read(self, part: Part) -> Tensor:
         """Read what the part meets of each."""
-        d, pieces, begun = self.dimension, [], 0
+        pieces: list[Tensor] = []
+        d, begun = self.dimension, 0
         first, end, _ = part[d].indices(self.shape[d])
         for member in self.members:
             size = member.shape[d]

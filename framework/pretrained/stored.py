@@ -41,7 +41,7 @@ class Reader:
         if self._path != path:
             self._path, self._file = path, FileIO(path)
         assert self._file is not None
-        view, done = memoryview(into.numpy()), 0
+        view, done = into.numpy().data, 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], begin + done)
             if not count:
@@ -143,15 +143,21 @@ def stored_tensor(reader: Reader, path: Path, name: str, entry: object, first: i
         ValueError: it makes no sense.
     """
     problem = f"{path} can't be read: its header says of {name!r}: {entry!r:.200}"
-    if not isinstance(entry, dict):
+    shape, offsets = (
+        sizes_in(entry.get(key)) if isinstance(entry, dict) else None for key in ("shape", "data_offsets")
+    )
+    if shape is None or offsets is None or len(offsets) != 2:
         raise ValueError(problem)
-    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or len(offsets) != 2:
-        raise ValueError(problem)
-    if not isinstance(kind, str) or kind not in DTYPES:
+    dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
+    if dtype is None:
         raise ValueError(f"{problem}. Numbers of that dtype aren't read.")
     begin, end = offsets
-    if end - begin != math.prod(shape) * DTYPES[kind].itemsize or first + end > size:
+    if end - begin != math.prod(shape) * dtype.itemsize or first + end > size:
         raise ValueError(f"{problem}. The file has {size} bytes, of which {first} come before the numbers.")
-    return StoredTensor(reader, path, name, first + begin, tuple(shape), DTYPES[kind])
+    return StoredTensor(reader, path, name, first + begin, shape, dtype)
+
+
+def sizes_in(value: object) -> tuple[int, ...] | None:
+    """The whole numbers from 0 in a list; None where it is something else."""
+    known = isinstance(value, list) and all(type(number) is int and 0 <= number < 2**62 for number in value)
+    return tuple(value) if known and isinstance(value, list) else None
