@@ -16,7 +16,9 @@ def qwen2() -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))
+    return Qwen2ForCausalLM(
+        Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    )
 
 
 def gpt2() -> Any:

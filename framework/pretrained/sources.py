@@ -43,7 +43,10 @@ class Stacked:
     def read(self, part: Part) -> Tensor:
         """Read the members that the part meets."""
         taken = [member.read(part[1:]) for member in self.members[part[0]]]
-        return torch.stack(taken) if taken else self.members[0].read((slice(0), *part[2:]))[None][:0]
+        if taken:
+            return torch.stack(taken)
+        nothing = self.members[0].read((slice(0, 0),) * (len(part) - 1))  # a rank may hold nothing, in their dtype
+        return nothing.new_empty([len(range(*p.indices(n))) for p, n in zip(part, self.shape, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pretrained_models import loaded, save
 from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import TrainModule
-from torch import nn
 from training import make_fit, token_rows
 
 pytestmark = pytest.mark.slow
