@@ -106,7 +106,7 @@ def local_shape(parts: Sequence[HeldPart]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def cut_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Cut a whole tensor, which every rank holds, as a parameter is cut. No rank sends anything.
+    """Cut this rank's shard out of a whole tensor, which every rank holds. No rank sends anything.
 
     Args:
         whole: of the parameter's shape.
@@ -119,7 +119,7 @@ def cut_like(whole: Tensor, parameter: Tensor) -> Tensor:
     local = whole.new_empty(local_shape(parts))
     for part in parts:
         local[part.local] = whole[part.whole]
-    return from_local(local, parameter)
+    return local
 
 
 def from_local(local: Tensor, parameter: DTensor) -> Tensor:

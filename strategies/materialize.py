@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .held_parts import cut_like, from_local, held_parts, local_shape
+from .recording import StandIn, loops_recorded
+from .tiles import do
 
 
 def build_on_meta(module: nn.Module) -> list[nn.Module]:
@@ -58,9 +60,11 @@ def parameters_on_meta(kept: set[int]) -> Iterator[None]:
 def materialize(module: nn.Module, layers: list[nn.Module], device: torch.device) -> None:
     """Give meta parameters memory and initial values.
 
-    A parameter whose values ``module.initial_values`` gives takes this rank's parts of them. A layer that has others is
-    made whole on every rank for a moment, initialised by ``module.init_weights(layer)``, and cut to this rank's shards.
-    Its random numbers follow from its name, so the values are the same under every sharding and order.
+    A parameter whose values ``module.initial_values`` gives takes this rank's parts of them. The others of its layer
+    are filled by ``module.init_weights(layer)``, whose random numbers follow from the seed, names and places alone, so
+    the values are the same under every strategy. A rank computes its own parts of them, but for a layer whose
+    ``init_weights`` does what can't be done on a part (an orthogonal matrix, values that are read): that one is made
+    whole for a moment on every rank, and cut.
 
     Args:
         module: the user's module, placed.
@@ -80,26 +84,62 @@ def materialize(module: nn.Module, layers: list[nn.Module], device: torch.device
             elif id(parameter) not in filled:
                 values = given_values(module, prefix + key, parameter, device)
                 if values is not None:
-                    filled[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                    filled[id(parameter)] = like(parameter, values)
         if any(id(parameter) not in filled for parameter in placed.values()):
-            initialise(module, layer, names[id(layer)], device)
+            missing = {key: p for key, p in placed.items() if id(p) not in filled}
+            for key, values in initialised(module, layer, prefix, missing, device):
+                filled[id(placed[key])] = like(placed[key], values)
         for key, parameter in placed.items():
-            initial = layer._parameters[key]
-            assert initial is not None
-            if id(parameter) not in filled:
-                whole = cut_like(initial, parameter)
-                filled[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
             layer._parameters[key] = filled[id(parameter)]
 
 
-def initialise(module: nn.Module, layer: nn.Module, name: str, device: torch.device) -> None:
-    """Make a layer's parameters whole, and have ``init_weights`` fill them."""
-    for key, parameter in layer._parameters.items():
-        if parameter is not None:
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            layer._parameters[key] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+def like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Make a parameter of this rank's values that takes gradients where ``parameter`` does, and is placed as it is."""
+    placed = from_local(values, parameter) if isinstance(parameter, DTensor) else values
+    return nn.Parameter(placed, requires_grad=parameter.requires_grad)
+
+
+def initialised(
+    module: nn.Module, layer: nn.Module, prefix: str, missing: dict[str, nn.Parameter], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Have ``init_weights`` fill a layer, and yield this rank's values of its parameters, one at a time.
+
+    Args:
+        module: the user's.
+        layer: of it, whose parameters are exchanged.
+        prefix: of the parameters' names.
+        missing: the parameters that are needed; others keep the values that they have.
+        device: of the values.
+    """
+    given = {key: parameter for key, parameter in layer._parameters.items() if parameter is not None}
+    stand_ins = {key: StandIn(parameter, device) for key, parameter in given.items()}
+    recorded = {key: nn.Parameter(stand_ins[key], requires_grad=p.requires_grad) for key, p in given.items()}
+    layer._parameters.update(recorded)
+    try:
+        with loops_recorded():
+            call_init_weights(module, layer, prefix, device)
+        by_parts = all(layer._parameters.get(key) is parameter for key, parameter in recorded.items())
+    except Exception:  # whatever it is that a stand-in can't do; what is wrong with init_weights itself is met again
+        by_parts = False
+    if by_parts:
+        for key, parameter in missing.items():
+            parts = held_parts(parameter)
+            yield key, do(stand_ins[key].operations, parts, parameter, prefix + key, device)
+        return
+    for key, parameter in given.items():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        layer._parameters[key] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    call_init_weights(module, layer, prefix, device)
+    for key, parameter in missing.items():
+        initial = layer._parameters[key]
+        assert initial is not None
+        yield key, cut_like(initial, parameter)
+
+
+def call_init_weights(module: nn.Module, layer: nn.Module, prefix: str, device: torch.device) -> None:
+    """Call the user's ``init_weights`` with random numbers that follow from the seed and the layer's name."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
+        torch.manual_seed(torch.initial_seed() + zlib.crc32(prefix.rstrip(".").encode()))
         module.init_weights(layer)  # type: ignore[operator]
 
 
@@ -131,4 +171,4 @@ def given_values(module: nn.Module, name: str, parameter: Tensor, device: torch.
             local = torch.empty(local_shape(parts), dtype=parameter.dtype, device=device)
         local[part.local] = values.to(device, parameter.dtype)
     assert local is not None, "a shard has at least one part"
-    return from_local(local, parameter) if isinstance(parameter, DTensor) else local
+    return local

@@ -88,6 +88,33 @@ class HalfLate(Tagger):
         self.head.weight = self.embed.weight
 
 
+class Initialised(LateTagger):
+    """Its layers are filled in ways that work on a part of a layer, and in ways that need the whole of it."""
+
+    def build(self) -> None:
+        super().build()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH, padding_idx=2)
+        self.head.weight = self.embed.weight
+        self.register_buffer("count", torch.zeros(()))
+
+    def init_weights(self, layer: nn.Module) -> None:
+        if layer is self.mix:
+            nn.init.trunc_normal_(layer.weight, std=0.5)
+            nn.init.normal_(layer.bias).mul_(2).add_(1)
+        elif layer is self.blocks[0].up:
+            nn.init.orthogonal_(layer.weight)
+            nn.init.uniform_(layer.bias)
+        elif layer is self.blocks[1].up:
+            layer.weight = nn.Parameter(torch.randn_like(layer.weight, dtype=torch.float32).t().contiguous().t())
+            nn.init.uniform_(layer.bias)
+        elif layer is self.blocks[1].down:
+            layer.weight.data.normal_()[:2] = 0.5
+            layer.bias.copy_(torch.arange(float(len(layer.bias))))
+        else:
+            super().init_weights(layer)
+        self.count += 1
+
+
 class LateTower(TrainModule):
     """Big enough (16 blocks of 128 KiB) that one layer is little beside the whole."""
 
@@ -106,7 +133,7 @@ class LateTower(TrainModule):
 def place_and_export(directory: Path, **arguments: Any) -> list[bool]:
     """Place each module and export it at once; whether its tie held."""
     ties = []
-    for module in (LateTagger, LateVocabulary, HalfLate):
+    for module in (LateTagger, LateVocabulary, HalfLate, Initialised):
         torch.manual_seed(int(os.environ.get("RANK", "0")))
         fit = make_fit(module(), token_rows(20), **arguments)
         fit.export(directory / f"{module.__name__}.safetensors")
@@ -118,7 +145,7 @@ def place_and_export(directory: Path, **arguments: Any) -> list[bool]:
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the initial weights of one device lie."""
     directory = tmp_path_factory.mktemp("one_device")
-    assert place_and_export(directory) == [True, True, True]
+    assert place_and_export(directory) == [True] * 4
     return directory
 
 
@@ -127,7 +154,7 @@ def test_initial_values_are_equal(
     ranks: dict[int, Ranks], tmp_path: Path, one_device: Path, world: int, strategy: str, options: dict[str, Any]
 ) -> None:
     ties = ranks[world].run(place_and_export, directory=tmp_path, strategy=strategy, options=options)
-    assert ties == [[True, True, True]] * world
+    assert ties == [[True] * 4] * world
     for file in one_device.iterdir():
         expected, found = load_file(file), load_file(tmp_path / file.name)
         assert found.keys() == expected.keys()

@@ -39,7 +39,7 @@ def check(tensor: DTensor, whole: Tensor) -> None:
     for part in parts:
         local[part.local] = whole[part.whole]
     assert torch.equal(local, tensor.to_local())
-    assert torch.equal(cut_like(whole, tensor).to_local(), tensor.to_local())  # type: ignore[attr-defined]
+    assert torch.equal(cut_like(whole, tensor), tensor.to_local())
 
 
 @st.composite
