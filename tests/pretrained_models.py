@@ -3,7 +3,10 @@
 transformers takes seconds to import, so it is imported where a model is made.
 """
 
-from collections.abc import Callable
+import json
+import math
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,38 @@ def loaded(path: Path) -> Any:
     import transformers
 
     return getattr(transformers, transformers.AutoConfig.from_pretrained(path).architectures[0]).from_pretrained(path)
+
+
+ROW = 64  # values at the beginning of each tensor of a big model that aren't zero
+
+
+def marked_values(name: str, shape: Sequence[int]) -> torch.Tensor:
+    """The first values of a tensor of a big model."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(min(ROW, math.prod(shape)), generator=generator, dtype=torch.bfloat16)
+
+
+def save_big(directory: Path, **sizes: Any) -> int:
+    """Write a Llama in bfloat16 whose tensors are zero but for their first values, so that a file system keeps little
+    of them; return its number of parameters.
+    """
+    import transformers
+
+    directory.mkdir()
+    config = transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        parameters = dict(transformers.LlamaForCausalLM(config).named_parameters())
+    header, end = dict[str, Any](), 0
+    for name, parameter in parameters.items():
+        offsets = [end, end + 2 * parameter.numel()]
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": offsets}
+        end = offsets[1]
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, parameter in parameters.items():
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(marked_values(name, parameter.shape).view(torch.uint8).numpy().tobytes())
+        file.truncate(8 + len(text) + end)
+    return end // 2
