@@ -47,6 +47,8 @@ def _write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any) -> N
         if strategy.is_main:
             written.append(partial / "state.json")
             directory.write_text(written[1], snapshot.state)
+        if snapshot.history is not None:
+            snapshot.history.place(partial)
         for folder in snapshot.folders():
             written += rank_files(partial / folder, rank)
         return {str(file.relative_to(partial)): directory.hash_file(file) for file in written}
@@ -125,6 +127,7 @@ class BackgroundWriter:
             snapshot.state,
             snapshot.random,
             copy_to_host(snapshot.callbacks),
+            snapshot.history,
         )
 
         def work() -> None:
