@@ -8,6 +8,7 @@
         state.json                    progress, schedule, loss scale, data position, callbacks, running averages,
                                       parameter groups: everything that isn't a tensor
         random-00000.json             each rank's random state
+        log_history.jsonl             the logs, a line each: see log_history.py; the manifest doesn't list it
         model/shard-*.safetensors     parameters and buffers by name, each rank its shards; without quantized ones,
                                       and with save_only_trainable without frozen ones; state.json has fingerprints of
                                       what is missing
@@ -36,6 +37,7 @@ from .finite import check_finite
 from .frozen import as_stored, check_frozen, leave_out, left_out
 from .line import Line
 from .loading import load_tensors
+from .log_history import HistoryPart
 from .matching import (
     check_counters,
     check_entries,
@@ -64,6 +66,7 @@ class Snapshot:
         state: everything else that all ranks share, as JSON.
         random: this rank's random state, as JSON.
         callbacks: the tensors in callbacks' states that this rank writes, by name.
+        history: the logs so far, on the main process.
     """
 
     model: dict[str, Tensor]
@@ -71,6 +74,7 @@ class Snapshot:
     state: str
     random: str
     callbacks: dict[str, Tensor] = field(default_factory=dict)
+    history: HistoryPart | None = None
 
     def folders(self) -> dict[str, dict[str, Tensor]]:
         """The tensors by the folder of a checkpoint that they are written into."""
@@ -129,7 +133,9 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
         state["names"] = [*names]
     random = {**random_state.capture(), **strategy.random_state()}
     mine = callback_states.tensors_to_write(callback_tensors, strategy)
-    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine)
+    if (history := run.take_history()) is not None:
+        state["log_history"] = vars(history.mark)
+    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine, history)
 
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -143,15 +149,15 @@ def as_json(state: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: names the part that JSON can't hold.
     """
-    parts = []
-    for name, part in state.items():
-        try:
+    name, parts = "", []
+    try:
+        for name, part in state.items():
             parts.append(f"{json.dumps(name)}: {json.dumps(part)}")
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
-                "mappings with string keys; nothing in a checkpoint is pickled."
-            ) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
+            "mappings with string keys; nothing in a checkpoint is pickled."
+        ) from error
     return "{" + ", ".join(parts) + "}"
 
 
