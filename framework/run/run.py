@@ -1,7 +1,7 @@
 """Run: all that changes between two updates, and so all that a checkpoint holds but tensors."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,22 @@ class Run(Labelled):
             self.strategy.skip()
         else:
             self.strategy.step(refused)
+        self._schedule_is_due = True
+
+    def take_update(self, loss: Tensor, measure: Tensor, parameters: Sequence[Any], norms: Tensor) -> None:
+        """Take in an update that was made, or left out, by a program: what ``clip`` and ``step`` do otherwise.
+
+        Args:
+            loss: of the update.
+            measure: the norm of its gradients; where they aren't clipped, a number that is finite where they are.
+            parameters: that have a gradient.
+            norms: of each of those gradients.
+        """
+        self._loss, self._measure = loss, measure
+        self.grad_norm = measure if self.args.max_grad_norm else None
+        self.strategy.note_norms(parameters, norms)
+        self.transaction.judge(measure)
+        self.strategy.weights_have_changed()
         self._schedule_is_due = True
 
     def settle_known_schedule(self) -> None:
