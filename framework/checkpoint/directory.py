@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2  # the format that is written; schema.py describes the formats
-READ_FORMATS = (1, 2)
+FORMAT = 3  # the format that is written; schema.py describes the formats
+READ_FORMATS = (1, 2, 3)
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a directory that is still being written, or removed
 REPLACED = ".replaced"  # ends the name of a checkpoint while another of the same update takes its place

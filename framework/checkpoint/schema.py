@@ -1,6 +1,9 @@
 """The schema of state.json and manifest.json: their fields are read once and checked, and errors name the field.
 
 Format 2 lists each tensor of the checkpoint in state.json, and describes the data. Format 1 did neither.
+
+Format 3 says in ``data.order`` which of two orders a shuffled dataset is in: "drawn", as where the field is absent, or
+"computed". A version that doesn't know the field would go on in the other one.
 """
 
 import json
@@ -9,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -83,6 +86,9 @@ class Data(DataOfFormat1, kw_only=True):
     workers: Count
     length: Count | None
     fingerprint: str | None
+    order: Literal["computed", "drawn"] | UnsetType = UNSET
+    group_size: Count | UnsetType = UNSET
+    sharing_workers: Count | UnsetType = UNSET
 
 
 class Spikes(Struct):
@@ -156,7 +162,7 @@ class StateOfFormat1(Struct, kw_only=True):
 
 
 class State(StateOfFormat1, kw_only=True):
-    """The content of state.json in format 2."""
+    """The content of state.json in formats 2 and 3."""
 
     torch: str
     data: Data
@@ -166,7 +172,7 @@ class State(StateOfFormat1, kw_only=True):
     names: list[str] | UnsetType = UNSET
 
 
-SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: State}
+SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: State, 3: State}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -189,7 +195,7 @@ def check_manifest(content: Any, name: Path | str) -> dict[str, Any]:
     if isinstance(content, dict) and type(found) is int and found not in READ_FORMATS:
         raise CheckpointError(
             f"{name} has format {found!r}; this version of stratagem reads formats "
-            f"{' and '.join(map(str, READ_FORMATS))}."
+            f"{READ_FORMATS[0]} to {READ_FORMATS[-1]}."
         )
     manifest: dict[str, Any] = convert(content, Manifest, name)
     for file in manifest["files"]:
