@@ -182,6 +182,10 @@ class DataStream:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
 
+    def begin_anew(self) -> None:
+        """Have the next ``epoch`` begin at its beginning, as in a new run."""
+        self.load_state_dict({"position": 0})
+
     def generators(self) -> list[torch.Generator]:
         """Return the generators of the data that its order may be drawn from."""
         return []

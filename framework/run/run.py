@@ -138,7 +138,7 @@ class Run(Labelled):
 
     def begin_anew(self) -> None:
         """Stand at the beginning of the data, with the seed's random numbers."""
-        self.stream.load_state_dict({"position": 0})
+        self.stream.begin_anew()
         random_state.seed_everything(self.args.seed + self.strategy.data_rank)
         self.strategy.seed(self.args.seed)
         self._note_beginning()
@@ -157,7 +157,7 @@ class Run(Labelled):
         self._random_to_restore = checkpoint.restore(self, path, saved)
         self._restore_history(path, saved)
         if self.args.ignore_data_skip:
-            self.stream.load_state_dict({"position": 0})
+            self.stream.begin_anew()
         self._note_beginning()
 
     def _restore_history(self, path: Path, saved: Mapping[str, Any]) -> None:
