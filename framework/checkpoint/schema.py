@@ -83,6 +83,9 @@ class Data(DataOfFormat1, kw_only=True):
     workers: Count
     length: Count | None
     fingerprint: str | None
+    group_size: Count | UnsetType = UNSET
+    sharing_workers: Count | UnsetType = UNSET
+    ranks: Positive | UnsetType = UNSET
 
 
 class Spikes(Struct):
