@@ -7,7 +7,8 @@
         tensors.json                  the headers of all shards, so that one file says where each tensor lies
         state.json                    progress, schedule, loss scale, data position, callbacks, running averages,
                                       parameter groups: everything that isn't a tensor
-        random-00000.json             each rank's random state
+        random-00000.json             each rank's random state, and its place in a part of the data of its own
+        log_history.jsonl             the logs, a line each: see log_history.py; the manifest doesn't list it
         model/shard-*.safetensors     parameters and buffers by name, each rank its shards; without quantized ones,
                                       and with save_only_trainable without frozen ones; state.json has fingerprints of
                                       what is missing
@@ -30,12 +31,14 @@ from ...precision.master_weights import MASTER_WEIGHT
 from ...strategies.base import Strategy
 from .. import random_state
 from ..agreement import on_all_ranks
+from ..data.parts import own_state_problem
 from . import callback_states, directory
 from .directory import CheckpointError
 from .finite import check_finite
 from .frozen import as_stored, check_frozen, leave_out, left_out
 from .line import Line
 from .loading import load_tensors
+from .log_history import HistoryPart
 from .matching import (
     check_counters,
     check_entries,
@@ -64,6 +67,7 @@ class Snapshot:
         state: everything else that all ranks share, as JSON.
         random: this rank's random state, as JSON.
         callbacks: the tensors in callbacks' states that this rank writes, by name.
+        history: the logs so far, on the main process.
     """
 
     model: dict[str, Tensor]
@@ -71,6 +75,7 @@ class Snapshot:
     state: str
     random: str
     callbacks: dict[str, Tensor] = field(default_factory=dict)
+    history: HistoryPart | None = None
 
     def folders(self) -> dict[str, dict[str, Tensor]]:
         """The tensors by the folder of a checkpoint that they are written into."""
@@ -127,9 +132,11 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
     }
     if names:
         state["names"] = [*names]
-    random = {**random_state.capture(), **strategy.random_state()}
+    random = {**random_state.capture(), **strategy.random_state(), **run.rank_state()}
     mine = callback_states.tensors_to_write(callback_tensors, strategy)
-    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine)
+    if (history := run.take_history()) is not None:
+        state["log_history"] = vars(history.mark)
+    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine, history)
 
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -143,15 +150,15 @@ def as_json(state: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: names the part that JSON can't hold.
     """
-    parts = []
-    for name, part in state.items():
-        try:
+    name, parts = "", []
+    try:
+        for name, part in state.items():
             parts.append(f"{json.dumps(name)}: {json.dumps(part)}")
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
-                "mappings with string keys; nothing in a checkpoint is pickled."
-            ) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
+            "mappings with string keys; nothing in a checkpoint is pickled."
+        ) from error
     return "{" + ", ".join(parts) + "}"
 
 
@@ -303,7 +310,7 @@ def random_of_rank(path: Path, strategy: Strategy, state: Mapping[str, Any], see
     if number < saved[0]:
         file = path / f"random-{number:05d}.json"
         random: dict[str, Any] = directory.read_json(file)
-        problem = random_state.problem(random)
+        problem = random_state.problem(random) or own_state_problem(random.get("data"))
         if problem is not None:
             raise CheckpointError(f"{file} was altered: {problem}.")
         return random

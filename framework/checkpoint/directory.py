@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2  # the format that is written; schema.py describes the formats
-READ_FORMATS = (1, 2)
+FORMAT = 3  # the format that is written; schema.py describes the formats
+READ_FORMATS = (1, 2, 3)
 MANIFEST = "manifest.json"
 TABLE = "tensors.json"  # the headers of all safetensors files
 MAX_HEADER = 100_000_000  # bytes; safetensors reads none beyond
+HISTORY = "log_history.jsonl"  # see log_history.py
 PARTIAL = ".partial"  # ends the name of a directory that is still being written, or removed
 REPLACED = ".replaced"  # ends the name of a checkpoint while another of the same update takes its place
 SET_ASIDE = ".set-aside"  # ends the name of a checkpoint of another run than the one that works in the directory

@@ -28,6 +28,7 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     if not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint of stratagem, or was never finished.")
     manifest = read_manifest(path)
+    # The logs aren't among them: whatever became of them keeps no run from going on, see log_history.py.
     files = manifest["files"]
     # Every rank reads state.json below, so every rank compares it first.
     for name in dict.fromkeys(

@@ -13,6 +13,7 @@ from ..agreement import on_all_ranks
 from . import directory
 from .contents import Snapshot
 from .directory import CheckpointError
+from .log_history import HistoryPart
 from .sharing import TensorFile, share_out
 from .staging import HostCopies
 from .streaming import write_file
@@ -27,16 +28,18 @@ class Share:
         files: of tensors.
         state: of the run, as JSON, which rank 0 writes.
         random: this rank's random state, as JSON.
+        history: the logs so far, on the main process.
     """
 
     files: Sequence[TensorFile]
     state: str
     random: str
+    history: HistoryPart | None = None
 
 
 def share_of(snapshot: Snapshot, strategy: Strategy) -> Share:
     """Find what this rank writes of a snapshot. Collective."""
-    return Share(share_out(snapshot.folders(), strategy), snapshot.state, snapshot.random)
+    return Share(share_out(snapshot.folders(), strategy), snapshot.state, snapshot.random, snapshot.history)
 
 
 def write(share: Share, final: Path, strategy: Strategy, group: Any = None) -> None:
@@ -71,6 +74,8 @@ def _write(share: Share, final: Path, strategy: Strategy, group: Any) -> None:
             listed = {name: directory.write_text(partial / name, share.random)}
             if strategy.is_main:
                 listed["state.json"] = directory.write_text(partial / "state.json", share.state)
+            if share.history is not None:
+                share.history.place(partial)
             for file in share.files:
                 (partial / file.name).parent.mkdir(exist_ok=True)
                 listed[file.name], headers[file.name] = write_tensors(partial / file.name, file)

@@ -397,7 +397,7 @@ class Unsavable(Callback):
         pass
 
 
-@pytest.mark.parametrize("held", [{1, 2}, object(), {3: "three"}, b"bytes"], ids=str)
+@pytest.mark.parametrize("held", [{1, 2}, object(), {3: "three"}, b"bytes"], ids=lambda held: type(held).__name__)
 def test_a_state_that_cant_be_saved_is_refused_when_training_begins(make_fit: MakeFit, held: Any) -> None:
     fit = make_fit(Dropping(), regression_rows(22), max_steps=1, callbacks=[Unsavable(held)])
     with pytest.raises(TypeError, match=r"state_dict\(\) of Unsavable-0 can't be saved in a checkpoint: notes/1 is a"):
