@@ -98,8 +98,8 @@ class MapStream(DataStream):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next ``epoch`` begin at the saved position, in the saved order, whatever an update holds now. Without
-        a name it is the order of earlier versions, which drew all.
+        """Have the next ``epoch`` begin at the saved position, in the saved order, whatever an update holds now. One
+        without a name is that of earlier versions, which drew all.
         """
         super().load_state_dict(state)
         self.computes_order = state.get("order", DRAWN) == COMPUTED
@@ -149,6 +149,6 @@ class SeededBatches(Dataset):
     def __getitems__(self, request: tuple[int, list[int]]) -> list[Any]:
         """Return the samples of one batch."""
         seed, indices = request
-        random_state.seed_everything(seed)
+        random_state.seed_worker(seed)
         fetch_all = getattr(self.dataset, "__getitems__", None)
         return fetch_all(indices) if fetch_all else [self.dataset[index] for index in indices]

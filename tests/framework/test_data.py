@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stratagem import FitArguments
+from stratagem.framework import random_state
 from stratagem.framework.data import DataStream, make_stream
 from stratagem.framework.data.mapped import MapStream
 from stratagem.framework.data.reread import IterableStream, LoaderStream
@@ -379,6 +380,25 @@ def test_with_workers_a_batchs_randomness_is_its_place_in_the_run() -> None:
     torch.testing.assert_close(batches(1), two, rtol=0, atol=0)
     torch.testing.assert_close(batches(2, skip=1), two[1:], rtol=0, atol=0)
     assert not torch.equal(batches(2, epoch=2)[0], two[0])
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**32 - 1])
+def test_a_worker_is_seeded_to_the_numbers_of_any_process(seed: int) -> None:
+    def drawn() -> list[Any]:
+        numbers = [
+            random.random(),
+            random.gauss(0, 1),
+            *numpy.random.rand(2),
+            numpy.random.randn(),
+            *torch.rand(2).tolist(),
+        ]
+        return [*numbers, torch.randn(3, dtype=torch.float64).tolist(), torch.initial_seed()]
+
+    random_state.seed_everything(seed)
+    expected = drawn()
+    random_state.seed_everything(seed + 1)
+    random_state.seed_worker(seed)
+    assert drawn() == expected
 
 
 def test_batch_seeds_differ() -> None:
