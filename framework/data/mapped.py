@@ -12,6 +12,7 @@ from .lengths import LengthGroups
 from .orders import COMPUTED, COMPUTED_FROM, DRAWN, ComputedOrder, Order, drawn_order, look_up
 from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions, batch_seed, share
+from .whole_batches import WholeBatches
 
 
 class MapStream(DataStream):
@@ -48,8 +49,9 @@ class MapStream(DataStream):
         # The random states of workers can't be saved, so each batch seeds its randomness there by its place in the
         # run. The training process goes on with the random state of the run, which is saved.
         self.seeds_batches = bool(options.workers.get("num_workers"))
+        loaded = dataset if options.fetch is None else WholeBatches(dataset, options.fetch)
         self.loader = DataLoader(
-            SeededBatches(dataset) if self.seeds_batches else dataset,
+            SeededBatches(loaded) if self.seeds_batches else loaded,
             batch_sampler=_Requests(self),
             collate_fn=options.collate_fn,
             generator=torch.Generator(),  # drawing seeds for workers would change the random state of the run
@@ -84,7 +86,8 @@ class MapStream(DataStream):
         starts = range(self.position, total - (step - 1 if self.options.drop_last else 0), step)
         mine = (self.own_part(range(start, min(start + step, total))) for start in starts)
         for start, indices in zip(starts, look_up(self.order(epoch), mine, self.options.batch_size), strict=True):
-            yield (batch_seed(self.seed, epoch, start), indices) if self.seeds_batches else indices
+            found: Any = indices if self.options.fetch is not None else indices.tolist()
+            yield (batch_seed(self.seed, epoch, start), found) if self.seeds_batches else found
 
     def own_part(self, positions: range) -> range:
         """This rank's part of the positions of a global micro-batch; the first position where it has none."""

@@ -97,7 +97,7 @@ class ComputedOrder:
         return high * numpy.uint64(self.width) + low
 
 
-def look_up(order: Order, ranges: Iterable[range], length: int) -> Iterator[list[int]]:
+def look_up(order: Order, ranges: Iterable[range], length: int) -> Iterator[Positions]:
     """Yield the indices at each of some ranges of positions.
 
     Args:
@@ -108,7 +108,7 @@ def look_up(order: Order, ranges: Iterable[range], length: int) -> Iterator[list
     ranges, several = iter(ranges), max(1, AT_ONCE // length)
     while block := list(itertools.islice(ranges, several)):
         positions = numpy.concatenate([numpy.arange(each.start, each.stop) for each in block])
-        indices = order(positions).tolist()
+        indices = order(positions)
         begin = 0
         for each in block:
             yield indices[begin : begin + len(each)]

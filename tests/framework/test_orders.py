@@ -237,7 +237,7 @@ def test_who_goes_on_from_an_old_checkpoint_goes_on_in_the_old_order() -> None:
 
 def test_look_up_keeps_ranges_apart() -> None:
     ranges = [range(3), range(3, 4), range(10, 13), range(5, 5), range(AT_ONCE, AT_ONCE + 3)] * 900
-    found = list(look_up(lambda positions: positions * 2, iter(ranges), 3))
+    found = [part.tolist() for part in look_up(lambda positions: positions * 2, iter(ranges), 3)]
     assert found == [[2 * position for position in each] for each in ranges]
 
 
