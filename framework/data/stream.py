@@ -184,6 +184,10 @@ class DataStream:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
 
+    def begin_anew(self) -> None:
+        """Have the next ``epoch`` begin at its beginning, as in a new run."""
+        self.load_state_dict({"position": 0})
+
     def own_state(self) -> dict[str, Any] | None:
         """Return what of the position is this rank's alone, as JSON types; None where the position says all."""
         return None
