@@ -40,6 +40,7 @@ from .mesh import (
     mesh_for,
     whole_of,
 )
+from .tree import sum_along_tree
 from .whole_parameters import average_gradients
 
 STORE_SECONDS = 5.0  # that a rank waits for an answer of the store, outside of what the ranks do together
@@ -176,10 +177,8 @@ class ProcessGroupStrategy(Strategy):
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
     def sum_on_host(self, values: list[int]) -> list[int]:
-        """All-reduce over the world, by gloo."""
-        summed = torch.tensor(values)
-        dist.all_reduce(summed)
-        return summed.tolist()
+        """Sum over the world, along a tree."""
+        return sum_along_tree(values, dist.group.WORLD)
 
     def new_group(self) -> Any:
         """Make another process group of all ranks, over gloo."""
