@@ -11,6 +11,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import TrainModule
 from test_collectives import Traffic
+from test_pretrained import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -355,3 +356,13 @@ def test_late_layers_are_not_sent(ranks: dict[int, Ranks], world: int, strategy:
     for sent in ranks[world].run(traffic_of_placing, module=HalfLateTower, **arguments):
         large = [(name, size) for name, size in sent if size >= 2048]
         assert large == [("broadcast", 4 * block)]
+
+
+def test_a_billion_parameters_are_built_in_the_memory_of_a_shard(tmp_path: Path) -> None:
+    """In processes of their own: resident memory at its peak."""
+    told = run_ranks("big_build.py", tmp_path)
+    assert sum(rank["shards"] for rank in told) > 4.0e9
+    largest = 4 * 32_000 * 2_048
+    for rank in told:
+        assert rank["peak"] < 1.15 * rank["shards"] + largest
+        assert not rank["padded"]
