@@ -21,6 +21,7 @@ class LoaderOptions:
         collate_fn: a function of a list of samples to a batch.
         workers: options that are handed to torch's DataLoader as they are.
         per_device: samples per micro-batch and device, where a rank feeds several; None means ``batch_size``.
+        fetch: a function of the dataset and indices to a whole batch; None where batches are collated of samples.
     """
 
     batch_size: int
@@ -29,6 +30,7 @@ class LoaderOptions:
     collate_fn: Callable[[list[Any]], Any]
     workers: dict[str, Any]
     per_device: int | None = None
+    fetch: Callable[[Any, Any], Any] | None = None
 
 
 class DataStream:
@@ -179,6 +181,10 @@ class DataStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
+
+    def begin_anew(self) -> None:
+        """Have the next ``epoch`` begin at its beginning, as in a new run."""
+        self.load_state_dict({"position": 0})
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators of the data that its order may be drawn from."""
