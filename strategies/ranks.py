@@ -72,6 +72,16 @@ class Ranks:
         """Return every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]
 
+    def copy_from(self, tensor: Tensor, source: int, to_all: bool) -> None:
+        """Fill a tensor of bytes on the host with that of another rank: on every rank, or on the main process alone.
+
+        Args:
+            tensor: contiguous; the same size on all that take part.
+            source: the rank that has it.
+            to_all: every rank takes part; else ``source`` and the main process do, and nothing is done where they are
+                one.
+        """
+
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value`` on every rank. Small host objects only."""
         return value

@@ -1,7 +1,8 @@
 """The schema of state.json and manifest.json: their fields are read once and checked, and errors name the field.
 
-Format 3 keeps the logs in a file beside state.json, which has its length, and sums in the place of the losses that aren't
-logged yet. Format 2 lists each tensor of the checkpoint in state.json, and describes the data. Format 1 did neither.
+Format 3 keeps the logs in a file beside state.json, which has its length, and sums in the place of the losses that
+aren't logged yet. Format 2 lists each tensor of the checkpoint in state.json, and describes the data. Format 1 did
+neither.
 """
 
 import json
