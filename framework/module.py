@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -88,7 +89,7 @@ class TrainModule(nn.Module):
                 labels = labels[..., 1:]
             if labels.device.type == "cpu":
                 # numpy counts, since reading a count of torch's on the host would be a synchronisation wherever it is.
-                return int((labels.numpy() != IGNORED_LABEL).sum())
+                return int(numpy.count_nonzero(labels.numpy() != IGNORED_LABEL))
             return (labels != IGNORED_LABEL).sum()
         return first_dimension(batch)
 

@@ -24,7 +24,7 @@ from .measures.outputs import KeptOutputs
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
-from .run.in_step import in_step
+from .run.in_step import Pass
 from .run.micro_batches import read_update
 from .run.placement import Placement
 from .run.plan import Plan
@@ -355,13 +355,13 @@ class Steps(Labelled):
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, labels, metrics)
 
-    def eval_batches(self, data: Any, limited: bool = False) -> Iterator[Any]:
+    def eval_batches(self, data: Any, limited: bool = False) -> Pass:
         """This rank's micro-batches of an evaluation; every rank has equally many. None: over what is trained on."""
         given = self.get_train_dataloader() if data is None else self.get_eval_dataloader(data)
         stream = self.stream_over(given, training=data is None)
         if limited:
             limit_evaluation(stream, self.args)
-        return in_step(self.strategy, stream, self.batches(stream, 0), self._watch)
+        return Pass(self.strategy, stream, self.batches(stream, 0), self._watch)
 
     def evaluation(self, keep: Any = KeptOutputs) -> Evaluation:
         """What evaluates the placed module; ``keep`` makes what keeps its outputs."""

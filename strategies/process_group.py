@@ -200,6 +200,15 @@ class ProcessGroupStrategy(Strategy):
         dist.all_gather_object(values, value, group)
         return values
 
+    def copy_from(self, tensor: Tensor, source: int, to_all: bool) -> None:
+        """Broadcast, or send from one rank to the main process, by gloo."""
+        if to_all:
+            dist.broadcast(tensor, source)
+        elif self.rank == source != 0:
+            dist.send(tensor, 0)
+        elif self.is_main and source != 0:
+            dist.recv(tensor, source)
+
     def gather_to_main(self, value: Any, group: Any = None) -> list[Any]:
         """Gather every rank's value on rank 0."""
         values: list[Any] = [None] * self.world_size if self.rank == 0 else []

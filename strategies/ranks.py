@@ -72,6 +72,16 @@ class Ranks:
         """Return every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]
 
+    def copy_from(self, tensor: Tensor, source: int, to_all: bool) -> None:
+        """Fill a tensor of bytes on the host with that of another rank: on every rank, or on the main process alone.
+
+        Args:
+            tensor: contiguous; the same size on all that take part.
+            source: the rank that has it.
+            to_all: every rank takes part; else ``source`` and the main process do, and nothing is done where they are
+                one.
+        """
+
     def gather_to_main(self, value: Any, group: Any = None) -> list[Any]:
         """Return every rank's ``value``, in the order of ranks, on rank 0; on the others nothing."""
         return [value]
