@@ -6,7 +6,7 @@ that isn't certain are fetched sample by sample.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
@@ -44,13 +44,6 @@ class WholeBatches(Dataset):
     def __getitems__(self, indices: Any) -> Any:
         """Return the batch of some samples, which needs no collation."""
         return self.fetch(self.dataset, numpy.asarray(indices))
-
-
-def as_array(indices: Sequence[int]) -> "numpy.ndarray[Any, Any]":
-    """Return indices as an array; numpy would take a range apart number by number."""
-    if isinstance(indices, range):
-        return numpy.arange(indices.start, indices.stop, indices.step)
-    return numpy.asarray(indices)
 
 
 def as_it_is(batch: Any) -> Any:
