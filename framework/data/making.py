@@ -80,6 +80,10 @@ def make_whole_stream(
             "train_sampling_strategy='group_by_length' orders a Dataset with __getitem__ and __len__. Received: "
             f"train_data, a {type(data).__name__}. Give Fit the dataset, or leave the argument out."
         )
+    if collator is not None:
+        own = isinstance(data, DataLoader)
+        workers = data.num_workers if own else args.dataloader_num_workers
+        check_can_be_sent(collator, workers, data.multiprocessing_context if own else None)
     if isinstance(data, DataLoader):
         collation = collation_of(data, collator)
         if not has_plain_sampler(data):
@@ -89,8 +93,6 @@ def make_whole_stream(
         batch_size = options.batch_size if keeps_size else data.batch_size or 1
         options = options_of(data, batch_size, collation, repeats=training and bool(args.overfit_batches))
         data = data.dataset
-    if collator is not None and options.workers["num_workers"]:
-        check_can_be_sent(collator, options.workers.get("multiprocessing_context"))
     if collator is not None and gives_batches(data):
         raise ValueError(
             f"data_collator={collator!r:.80} makes a batch of samples, and {type(data).__name__}.{DECLARED} is True: "

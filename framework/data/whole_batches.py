@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from .columns import Columns, TableRows
 
@@ -73,6 +73,8 @@ def fetch_of(dataset: Any) -> Fetch | None:
         TypeError: see ``gives_batches``.
     """
     kind = type(dataset)
+    if isinstance(dataset, IterableDataset):
+        return None
     if gives_batches(dataset):
         return fetch_ready
     if kind is Subset:
