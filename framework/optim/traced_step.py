@@ -179,8 +179,8 @@ def check_unchanged(optimizer: Optimizer, now: Mapping[str, Any], then: Mapping[
     for name, value in now.items():
         if name not in then or (value is not then[name] and value != then[name]):
             raise CannotTraceError(
-                f"a step of {type(optimizer).__name__} changes {name!r}, a number on the host, which would stay what it "
-                "was when the program was made"
+                f"a step of {type(optimizer).__name__} changes {name!r}, a number on the host, which would stay what "
+                "it was when the program was made"
             )
 
 

@@ -37,9 +37,7 @@ class Held:
         normed: the parameters that those are of.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, trainable: Sequence[nn.Parameter], max_norm: float, rates: Tensor
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, trainable: Sequence[nn.Parameter], max_norm: float, rates: Tensor) -> None:
         self.optimizer, self.trainable, self.max_norm, self.rates = optimizer, trainable, max_norm, rates
         self.slots: list[Slot] = []
         self._entries: list[dict[str, Any]] = []  # the state of each parameter, in the optimizer's order

@@ -27,7 +27,7 @@ MOST = 16
 
 LossAndExtras = tuple[Tensor, Mapping[str, Tensor]]
 Program = Callable[[nn.Module, Any, Tensor | None], LossAndExtras]
-"""(model, batch on the device, items in it where the loss asks for them) to loss and extras, once the update is made."""
+"""(model, batch on the device, items in it where the loss asks for them) to loss and extras, with the update made."""
 
 
 class CannotCompileError(ValueError):
@@ -53,9 +53,7 @@ class UpdateProgram:
         emit: tells the callbacks of an event.
     """
 
-    def __init__(
-        self, run: Run, objective: Objective, count_tokens: TokenCounter, emit: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: Run, objective: Objective, count_tokens: TokenCounter, emit: Callable[[str], None]) -> None:
         self.run, self.objective, self.count_tokens, self.emit = run, objective, count_tokens, emit
         strategy = run.strategy
         self.groups = run.optimizer.param_groups
