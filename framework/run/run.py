@@ -1,5 +1,6 @@
 """Run: all that changes between two updates, and so all that a checkpoint holds but tensors."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..measures.averages import Averages
 from ..measures.memory import MemoryByStage
 from ..module import TrainModule
 from ..optim.schedulers import waits_for_metric
+from ..printing import say
 from ..state import Control, TrainState
 from ..watch.watch import Watch
 from .configured import configured_scheduler
@@ -48,6 +50,7 @@ class Run(Labelled):
         exchange: the ranks' message of an update.
         pace: measures how long this rank's own work takes; None on one rank.
         transaction: decides which updates are made.
+        history: the file of its logs.
         rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
         watch: sees signals, hangs and other ranks' failures; there from the beginning of training.
@@ -78,6 +81,7 @@ class Run(Labelled):
         self.transaction = Transaction(self.args, strategy, stream.indices)
         saves = self.args.save_on_exception
         self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
+        self.history = checkpoint.LogHistory()
         self.totals: Totals | None = None
         self.results: dict[str, float] = {}
         self.resumed_from: Path | None = None
@@ -134,7 +138,7 @@ class Run(Labelled):
 
     def begin_anew(self) -> None:
         """Stand at the beginning of the data, with the seed's random numbers."""
-        self.stream.load_state_dict({"position": 0})
+        self.stream.begin_anew()
         random_state.seed_everything(self.args.seed + self.strategy.data_rank)
         self.strategy.seed(self.args.seed)
         self._note_beginning()
@@ -151,9 +155,18 @@ class Run(Labelled):
         """
         self.resumed_from = path
         self._random_to_restore = checkpoint.restore(self, path, saved)
+        self._restore_history(path, saved)
         if self.args.ignore_data_skip:
-            self.stream.load_state_dict({"position": 0})
+            self.stream.begin_anew()
+        self.stream.load_own_state(self._random_to_restore.get("data"))
         self._note_beginning()
+
+    def _restore_history(self, path: Path, saved: Mapping[str, Any]) -> None:
+        found = checkpoint.read_history(path, saved)
+        self.state.load_history(found.entries)
+        self.history.go_on_from(found)
+        if found.problem is not None and self.strategy.is_main:
+            say(f"{found.problem} The run goes on.", sys.stderr)
 
     def _note_beginning(self) -> None:
         self.state.begin(self.plan.num_train_epochs, self.args.max_steps, self.plan.found_batch_size)
@@ -180,8 +193,9 @@ class Run(Labelled):
             checkpoint.check_states(self.callbacks.state_dict())
 
     def begin_epoch(self, epoch: int) -> None:
-        """Count the micro-batches of an epoch anew."""
+        """Have the data begin an epoch, and count its micro-batches anew."""
         self.epoch_index = epoch
+        self.stream.begin_training_epoch(epoch)
         self.exchange.data.begin_epoch()
 
     def begin_next_epoch(self) -> None:
@@ -348,6 +362,10 @@ class Run(Labelled):
 
     # What a checkpoint holds of it.
 
+    def take_history(self) -> checkpoint.HistoryPart | None:
+        """The logs so far, as a checkpoint holds them; None where this isn't the main process, which writes them."""
+        return self.history.take(self.state.log_history) if self.strategy.is_main else None
+
     def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprints of frozen tensors, by name. Collective."""
         assert self.placement is not None
@@ -363,6 +381,11 @@ class Run(Labelled):
             "data": {"epoch": self.epoch_index, **stream.state_dict(), **stream.describe(self.strategy.is_main)},
             "scheduler": self.scheduler.state_dict(),
         }
+
+    def rank_state(self) -> dict[str, Any]:
+        """What of the state is this rank's alone, as JSON types: where it stands in a part of the data of its own."""
+        own = self.stream.own_state()
+        return {} if own is None else {"data": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave, but for the schedule, which is checked as it is loaded and comes first

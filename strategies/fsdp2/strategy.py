@@ -18,8 +18,11 @@ from torch.utils._pytree import tree_map
 from ...precision.base import ShapesOnRank
 from ...precision.products import casts, float32_slots
 from ...precision.quantized import check_storage
+from ..alike import broadcast_module, move_module
 from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from ..environment import find_place
 from ..gradient_norm import clip_by_norm
+from ..host_memory import memory_of_host, warn_if_too_large
 from ..materialize import materialize
 from ..mesh import (
     CONTEXT,
@@ -32,11 +35,12 @@ from ..mesh import (
 )
 from ..plans.cut_features import CutFeatures
 from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
-from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy
 from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import whole_parameters
 from .gathering import gather_by_parameter
+from .root_units import RootUnits, root_units
 from .used_parameters import UsedParameters
 
 if TYPE_CHECKING:
@@ -160,8 +164,7 @@ class FSDP2(ProcessGroupStrategy):
             self.context = ContextParallel(submesh(self.mesh, CONTEXT), module)
         meta_layers = self.build(module)
         check_dense(module, self.name)
-        move_module(module, self.device)
-        broadcast_module(module)
+        self.begin_alike(module)
         if options.tensor_parallel > 1:
             tensor_mesh = submesh(self.mesh, TENSOR)
             self.cut_features = apply_plan(module, tensor_mesh, self.gather, loss_parallel=options.loss_parallel)
@@ -182,6 +185,13 @@ class FSDP2(ProcessGroupStrategy):
             module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
+
+    def begin_alike(self, module: nn.Module) -> None:
+        """Broadcast rank 0's values. Ordinary parameters stay where they are: each moves when it is sharded."""
+        if self.rank == 0:
+            warn_if_too_large(module, self.name, find_place().local_world_size, memory_of_host())
+        move_module(module, self.device, plain_stay=True)
+        broadcast_module(module, self.device)
 
     def shard(self, module: nn.Module) -> None:
         """Shard the module's blocks, and then the rest of it, over the mesh's data dimensions, by ``fully_shard``."""
@@ -207,13 +217,19 @@ class FSDP2(ProcessGroupStrategy):
         # device runs do, and nowhere else.
         policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
         kept = float32_slots(module) if mixed else set()
-        for unit in module.shard_units():  # type: ignore[operator]
-            fully_shard(unit, mp_policy=policy, **common)
+        blocks = list(module.shard_units())  # type: ignore[operator]
+        # Ranks that use different layers of the root are why the option is there: each gathers the same messages.
+        around = {} if options.find_unused_parameters else root_units(module, blocks, common["ignored_params"])
+        for unit in (*blocks, *around):
+            # What follows the blocks has its backward at once, as the root has.
+            drops = options.reshard_after_forward and not around.get(unit, False)
+            fully_shard(unit, mp_policy=policy, **{**common, "reshard_after_forward": drops})
             gather_by_parameter(unit, kept)
         # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
         fully_shard(module, mp_policy=policy, **{**common, "reshard_after_forward": False})
         gather_by_parameter(module, kept)
         self.sum_alike(module)
+        self.root_units = RootUnits(module, list(around))
 
     def sum_alike(self, module: nn.Module) -> None:
         """Have every rank sum gradients of the same parameters, or stop where they don't."""
@@ -258,6 +274,7 @@ class FSDP2(ProcessGroupStrategy):
         """An evaluation ends with a forward, which leaves the root's parameters whole until a backward follows."""
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
+            self.root_units.reshard()
 
     def split_batch(self, batch: Any) -> Any:
         """Cut this rank's part out of the sequence."""
@@ -284,7 +301,7 @@ class FSDP2(ProcessGroupStrategy):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Enter the precision's context and ``own_operators``; an error in a layer used outside of a block names it."""
-        with self.used_outside, super().forward_context(), self.own_operators():
+        with self.used_outside, self.root_units, super().forward_context(), self.own_operators():
             yield
 
     def local_loss(self, loss: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def test_a_file_that_is_not_listed_is_refused_by_name(make_fit: MakeFit, checkpo
 
 def test_a_manifest_must_list_what_a_checkpoint_has(make_fit: MakeFit, checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for name in manifest["files"]:
+    for name in manifest["files"].keys() - {"tensors.json"}:  # without it the headers themselves are read
         kept = (checkpoint / name).read_bytes()
         (checkpoint / name).unlink()
         seal(checkpoint)
@@ -397,7 +397,7 @@ class Unsavable(Callback):
         pass
 
 
-@pytest.mark.parametrize("held", [{1, 2}, object(), {3: "three"}, b"bytes"], ids=str)
+@pytest.mark.parametrize("held", [{1, 2}, object(), {3: "three"}, b"bytes"], ids=lambda held: type(held).__name__)
 def test_a_state_that_cant_be_saved_is_refused_when_training_begins(make_fit: MakeFit, held: Any) -> None:
     fit = make_fit(Dropping(), regression_rows(22), max_steps=1, callbacks=[Unsavable(held)])
     with pytest.raises(TypeError, match=r"state_dict\(\) of Unsavable-0 can't be saved in a checkpoint: notes/1 is a"):
