@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, InitVar, dataclass, fields
 from typing import Any
 
-from .fields import accumulation, argument_ranges, batch_limits, cadence, durations
+from .fields import accumulation, argument_ranges, batch_limits, cadence, compilation, durations
 from .fields.argument_fields import ArgumentFields
 from .fields.argument_types import (
     Options,
@@ -72,6 +72,7 @@ class FitArguments(ArgumentFields):  # noqa: D101 (its documentation is that of 
             *accumulation.problems(self),
             *batch_limits.problems(self),
             *cadence.problems(self),
+            *compilation.problems(self),
             *schedulers.problems(self),
             *optimizers.problems(self),
         ]

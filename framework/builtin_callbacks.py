@@ -121,7 +121,14 @@ class Throughput(Callback):
 
 
 class FirstStepTime(Callback):
-    """Adds to the first training log how long the first update took: with ``torch_compile``, mostly compilation."""
+    """Adds to the first training log how long the first update took: with ``torch_compile``, mostly compilation.
+
+    Args:
+        updates: that are timed, from the first on, where more than one compile something.
+    """
+
+    def __init__(self, updates: int = 1) -> None:
+        self.updates = updates
 
     def on_train_begin(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Forget the time of an earlier run's first update."""
@@ -135,7 +142,7 @@ class FirstStepTime(Callback):
 
     def on_optimizer_step(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Stop the clock. Compilation runs on the host, so there is no need to wait for the device."""
-        if state.global_step == self.first:
+        if state.global_step == self.first + self.updates - 1:
             self.seconds = time.perf_counter() - self.began
 
     def on_log(

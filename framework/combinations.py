@@ -29,10 +29,12 @@ from torch.optim import Optimizer
 from ..precision.base import Precision
 from ..strategies.base import Strategy
 from .arguments import FitArguments
+from .fields.compilation import UPDATE
 from .module import TrainModule
 from .optim.closure import check_closure
 from .optim.lomo import check_update_in_backward
 from .optim.optimizer_makers import PackageMaker
+from .optim.traced_step import check_traceable
 from .optim.optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD
 
 FROM_PACKAGES = {name: make for name, make in OPTIMIZERS.items() if isinstance(make, PackageMaker)}
@@ -140,6 +142,19 @@ def check_combination(
         args.label_smoothing_factor > 0 and strategy.splits_classes,
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
+    in_one = args.torch_compile == UPDATE
+    refuse(
+        "torch_compile",
+        in_one and not strategy.takes_program,
+        f"makes an update one program on one device, and strategy={strategy.name!r} does more in it than that. Use "
+        "strategy='single', or torch_compile=True",
+    )
+    refuse(
+        "torch_compile",
+        in_one and precision is not None and not precision.takes_program,
+        f"makes an update one program, and precision={getattr(precision, 'name', '')!r} takes part in backward or step. "
+        "Use precision='bf16-mixed' or '32-true', or torch_compile=True",
+    )
     for argument, reason in strategy.refused_arguments.items():
         refuse(argument, bool(getattr(args, argument)), reason)
     if precision is not None:
@@ -203,6 +218,8 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy, args: FitArguments
         if hasattr(part, "train"):
             check_moves_in_step_alone(name, strategy)
         check_closure(part, strategy, args)
+    if args.torch_compile == UPDATE:
+        check_traceable(optimizer)
     return optimizer
 
 

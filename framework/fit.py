@@ -17,6 +17,7 @@ from .arguments import FitArguments
 from .callbacks import Callback
 from .combinations import check_optimizer_by_name
 from .configured import Configured
+from .data import as_dataset, sets_by_name
 from .display.shown import Shown
 from .fields.argument_ranges import names_in
 from .loggers import Logger, Loggers, get_loggers
@@ -42,7 +43,8 @@ class Fit(Configured, Shown):
 
     Args:
         module: a TrainModule. None where ``module_init`` makes it.
-        train_data: a Dataset, an IterableDataset or a ready DataLoader (which brings its own batch size and order).
+        train_data: a Dataset, an IterableDataset or a ready DataLoader (which brings its own batch size and order); or
+            samples by column: a mapping of tensors or numpy arrays, or a table of pyarrow's. See docs/data.md.
         eval_data: the same, for ``evaluate``; or several, in a mapping by name.
         strategy: "single", ... or an instance from stratagem.strategies.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
@@ -58,6 +60,8 @@ class Fit(Configured, Shown):
             docs/loggers.md. ``fit.loggers.image``, ``text``, ``histogram`` and ``table`` show more than numbers.
         profiler: "torch" (traces of some updates), "simple" (the time of each phase), or a TorchProfiler or
             SimpleProfiler with options; see docs/profiling.md. None costs nothing.
+        data_collator: a list of samples to a batch, in place of torch's default, for training, evaluation and
+            ``predict``; transformers' collators are such.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
         compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
             can be summed up batch by batch are better returned by the module's ``metrics()``.
@@ -99,6 +103,7 @@ class Fit(Configured, Shown):
         callbacks: Iterable[Callback] = (),
         loggers: Iterable[str | Logger] = ("jsonl",),
         profiler: "str | Profiler | None" = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
@@ -113,7 +118,8 @@ class Fit(Configured, Shown):
         self.profiler = self._find_profiler(profiler)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)
-        self.train_data, self.eval_data = train_data, eval_data
+        self.train_data, self.eval_data = as_dataset(train_data), as_dataset(eval_data)
+        self.data_collator = data_collator
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.own_callbacks, self._trial_callbacks = list(callbacks), ()
@@ -144,7 +150,7 @@ class Fit(Configured, Shown):
                 first_checks.check_can_save(self.strategy, self.args.output_dir)
             check_optimizer_by_name(own, self.strategy)
         if eval_data is not None:
-            for data in eval_data.values() if isinstance(eval_data, Mapping) else [eval_data]:
+            for data in sets_by_name(eval_data).values():
                 # So that unusable data is refused now, not after an hour of training.
                 self.stream_over(self.get_eval_dataloader(data), training=False)
         self.ignore_keys_for_eval = ()

@@ -11,12 +11,13 @@ from .measures import best
 from .objective import Count
 from .optim.schedulers import waits_for_metric
 from .printing import say
+from .run.program import UpdateProgram
 from .run.run import Run
 from .steps import Steps
 from .watch.endings import EvaluationInterrupted, interruption
 
 
-def train(steps: Steps, run: Run) -> None:
+def train(steps: Steps, run: Run, program: UpdateProgram | None = None) -> None:
     """Train until max_steps, the last epoch, or a callback's wish.
 
     The order of everything that happens::
@@ -51,6 +52,8 @@ def train(steps: Steps, run: Run) -> None:
     Args:
         steps: the verbs, which a subclass of Fit may do otherwise.
         run: begun.
+        program: makes the updates that it can, from the first forward to the end of the update; None makes all of them
+            as above.
     """
     args, state, control, strategy = run.args, run.state, run.control, run.strategy
     placement, rescue, emit = run.placement, run.rescue, steps.emit
@@ -91,6 +94,9 @@ def train(steps: Steps, run: Run) -> None:
             emit("on_step_begin")
             if rescue is not None:
                 rescue.begin_update()
+            if program is not None and program.update(micro_batches):
+                end_update(steps, run)
+                continue
 
             update_loss: Tensor | None = None
             for index, inputs in enumerate(micro_batches, start=1):

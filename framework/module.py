@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -12,7 +14,7 @@ from ..strategies.batches import is_by_position, labels_in, tensors_of
 from .arguments import FitArguments
 from .optim.optimizers import make_optimizer
 from .optim.schedulers import make_scheduler
-from .wrapping import wrap_model
+from .wrapping import wrap_late, wrap_model
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -42,6 +44,9 @@ class TrainModule(nn.Module):
     item_name = "samples"
     """What ``count_items`` counts, for the progress display: "tokens" for a language model. Where the default is left,
     and a sample has another number of items than one, the display says "labels"."""
+
+    weights_note = ""
+    """What a person should know of the weights that ``wrap`` found in files: layers that are initialised instead."""
 
     def loss(self, outputs: Any, batch: Any) -> Tensor | Mapping[str, Tensor]:
         """Compute the mean loss over the items of the batch.
@@ -146,6 +151,17 @@ class TrainModule(nn.Module):
             )
         reset()
 
+    def initial_values(self, name: str, part: tuple[slice, ...]) -> Tensor | None:
+        """Return the values of a part of a late parameter, as they are in a file for instance; None where
+        ``init_weights`` fills it. A rank asks for the parts that it holds, so that none reads or holds a whole model.
+        ``init_weights`` is called for layers of which some parameter was not given.
+
+        Args:
+            name: of the parameter, as ``named_parameters()`` has it, made in ``build``.
+            part: a slice, with begin and end, for each dimension of the whole parameter. It may be empty.
+        """
+        return None
+
     def shard_units(self) -> Sequence[nn.Module]:
         """Return the blocks that fully sharded strategies gather one at a time, and that activation checkpointing
         recomputes.
@@ -164,22 +180,50 @@ class TrainModule(nn.Module):
         return {}
 
     @staticmethod
-    def wrap(model: nn.Module, causal: bool | None = None) -> "TrainModule":
+    def wrap(
+        model: nn.Module | str | PathLike[str] | Callable[[], nn.Module],
+        causal: bool | None = None,
+        *,
+        weights: str | PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        new_layers: Sequence[str] = (),
+    ) -> "TrainModule":
         """Make a TrainModule of any module whose forward returns a loss, e.g. a transformers model given labels, or a
         peft model around one.
 
-        Parameters keep the names that they have in ``model``, also in checkpoints and exports.
+        Parameters keep the names that they have in ``model``, also in checkpoints and exports. A model that is given as
+        a directory or a function has no memory until it is placed: each rank then reads, or draws, its part of the
+        values (see docs/big_models.md). What the function does to values is lost.
 
         Args:
-            model: its forward returns the mean loss over the batch's items.
+            model: its forward returns the mean loss over the batch's items. Or the directory of a transformers model
+                with safetensors files (or its name, where huggingface_hub has it in its cache); or a function that
+                makes the model, e.g. by ``AutoModelForCausalLM.from_config(config)``.
             causal: whether that loss shifts the labels itself, so that the first label of each row doesn't count; see
                 ``causal``. None finds out for models that shift in their ``loss_function``, as those of transformers
                 do; write True for a model that shifts within its forward.
+            weights: with a function, the directory whose safetensors files hold the model's values; None has
+                ``init_weights`` draw them, by the model's own rules where it is one of transformers.
+            dtype: with a directory, the dtype that the model is made in; None takes its configuration's. The run's
+                precision then decides what parameters are kept in.
+            new_layers: names of layers that begin with new values, whatever the files hold of them: "classifier".
+
+        Raises:
+            ValueError: a tensor is missing in the files, is unexpected or of another shape; the message names it.
 
         Example:
-            ``Fit(TrainModule.wrap(model), train_data=dataset)``
+            ``Fit(TrainModule.wrap(model), train_data=dataset)``,
+            ``Fit(TrainModule.wrap("path/of/a/model"), train_data=dataset, strategy="fsdp2")``
         """
-        return model if isinstance(model, TrainModule) else wrap_model(model, TrainModule, causal)
+        if isinstance(model, nn.Module):
+            if weights is not None or dtype is not None or new_layers:
+                raise ValueError(
+                    f"TrainModule.wrap was given a {type(model).__name__}, which is made, and weights, dtype or "
+                    "new_layers, which say how one is made. Give it the function that makes the model: wrap(lambda: "
+                    "AutoModelForCausalLM.from_config(config), weights=...)."
+                )
+            return model if isinstance(model, TrainModule) else wrap_model(model, TrainModule, causal)
+        return wrap_late(model, TrainModule, causal, weights, dtype, new_layers)
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:

@@ -127,6 +127,24 @@ def own_classes(kind: type, base: type) -> list[type]:
     return list(order[: order.index(base)])
 
 
+IN_PROGRAM = ("training_step", "compute_loss", "compute_loss_context_manager")
+
+
+def check_one_program(fit: type, base: type) -> None:
+    """Refuse what a subclass of Fit overrides and ``torch_compile="update"`` would pass by.
+
+    Raises:
+        ValueError: names the methods.
+    """
+    own = [name for name in IN_PROGRAM if is_overridden(fit, base, name)]
+    if own:
+        raise ValueError(
+            f"torch_compile='update' makes an update one program, which doesn't call {fit.__name__}.{own[0]}"
+            f"{''.join(f' and {name}' for name in own[1:])}. Write torch_compile=True, or the loss as loss(self, outputs, "
+            "batch) on the TrainModule, or as compute_loss_func."
+        )
+
+
 # An overridden compute_loss.
 
 

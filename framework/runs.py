@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..precision.base import Precision
-from . import checkpoint, loop
+from . import checkpoint, loop, overriding
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
 from .averaging import Average, using
@@ -21,6 +21,7 @@ from .callbacks import Callback, Callbacks
 from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
+from .fields.compilation import UPDATE
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
@@ -29,6 +30,7 @@ from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
 from .run.plan import Plan
+from .run.program import UpdateProgram
 from .run.run import Run
 from .search.space import arguments_and_module
 from .state import TrainOutput
@@ -132,7 +134,7 @@ class Runs(Steps):
             try:
                 self.loggers.begin()
                 self._write_configuration()
-                loop.train(self, run)
+                loop.train(self, run, self._make_program(run))
                 if self.args.load_best_model_at_end:
                     checkpoint.load_weights(self.strategy, best.checkpoint_to_load(self.args, self.state))
                 self._tell_end("finish", self.control.stop_reason)
@@ -148,6 +150,12 @@ class Runs(Steps):
                 raise
             self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
+
+    def _make_program(self, run: Run) -> UpdateProgram | None:
+        """Make what makes updates by one program, where ``torch_compile`` asks for that."""
+        if self.args.torch_compile != UPDATE:
+            return None
+        return UpdateProgram(run, self.objective, self._count_tokens, self.emit)
 
     def _tell_end(self, event: str, reason: str) -> None:
         self.loggers.event(event, self.state.global_step, {"reason": reason} if reason else {})
@@ -372,6 +380,8 @@ class Runs(Steps):
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:
         check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func, precision)
+        if args.torch_compile == UPDATE:
+            overriding.check_one_program(type(self), Steps)
 
 
 def one_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from . import checkpoint, overriding
 from .arguments import FitArguments
 from .averaging import Average, using
 from .callbacks import Callbacks
-from .data import DataStream, limit_evaluation, make_stream
+from .data import DataStream, limit_evaluation, make_stream, sets_by_name
 from .data.stand_in import StandIn
 from .labelling import Labelled
 from .loggers.together import Loggers
@@ -56,6 +56,7 @@ class Steps(Labelled):
     plan: Plan
     train_data: Any
     eval_data: Any
+    data_collator: Callable[[list[Any]], Any] | None
     compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
     callbacks: Callbacks
@@ -252,15 +253,16 @@ class Steps(Labelled):
         """The stream of training batches of this rank. An override may return a DataLoader, a Dataset or an
         IterableDataset, which is then taken as ``train_data`` would be.
         """
-        return make_stream(self.train_data, self.args, self.strategy, training=True)
+        return self.stream_over(self.train_data, training=True)
 
     def get_eval_dataloader(self, data: Any) -> Any:
         """The stream of evaluation batches of this rank; an override as for training. Called for each evaluation."""
-        return make_stream(data, self.args, self.strategy, training=False)
+        return self.stream_over(data, training=False)
 
     def stream_over(self, data: Any, *, training: bool) -> DataStream:
         """A stream as it is, and a stream over any other data."""
-        return data if isinstance(data, DataStream) else make_stream(data, self.args, self.strategy, training=training)
+        rest = self.args, self.strategy, self.data_collator
+        return data if isinstance(data, DataStream) else make_stream(data, *rest, training=training)
 
     def batches(self, stream: DataStream, epoch: int) -> Iterator[Any]:
         """This rank's micro-batches of one epoch, each cut to the rank's part where ranks share samples."""
@@ -312,12 +314,9 @@ class Steps(Labelled):
         overfits = eval_data is None and self.args.overfit_batches is not None
         if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
-        placement = self.placement
-        data = self.eval_data if eval_data is None else eval_data
-        named = data if isinstance(data, Mapping) else {"": data}
         metrics: dict[str, float] = {}
-        with placement.mode.evaluating(), using(weights, self.strategy):
-            for name, part in named.items():
+        with self.placement.mode.evaluating(), using(weights, self.strategy):
+            for name, part in sets_by_name(self.eval_data if eval_data is None else eval_data).items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
                 batches = self.eval_batches(None if overfits else part, limited=True)
                 metrics |= self.evaluation().run(batches, prefix, ignore_keys or ()).metrics

@@ -16,6 +16,12 @@ MaxReduce = Callable[[Tensor], None]  # replaces a tensor by its largest value o
 ShapesOnRank = Mapping[str, tuple[int, ...]]  # layer name to its weight's shape on this rank, where it is cut
 
 
+VERBS_OF_AN_UPDATE = (
+    "backward", "scale", "unscale", "step", "step_unless", "skip_step", "step_was_skipped", "begin_micro_batch",
+    "initialize", "masters", "clipped", "weights_have_changed",
+)  # fmt: skip
+
+
 class Precision:
     """Describes a number format, and does what it needs around forward, backward and step.
 
@@ -66,6 +72,15 @@ class Precision:
         if has_none and values:
             raise TypeError(f"{cls.__name__} has no options. Received: {', '.join(map(repr, values))}")
         return super().__new__(cls)
+
+    @property
+    def takes_program(self) -> bool:
+        """Whether an update may be one program: the format is dtypes and a forward context, and takes no part in
+        backward and step.
+        """
+        return not (self.master_weights or self.computes_by_itself or self.scales_loss) and all(
+            getattr(type(self), name) is getattr(Precision, name) for name in VERBS_OF_AN_UPDATE
+        )
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:
         """Prepare for a device. A strategy calls it once, when the process group exists and before a module is placed.

@@ -196,6 +196,12 @@ class ProcessGroupStrategy(Strategy):
         dist.all_gather_object(values, value, group)
         return values
 
+    def gather_to_main(self, value: Any, group: Any = None) -> list[Any]:
+        """Gather every rank's value on rank 0."""
+        values: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(value, values or None, 0, group)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """Broadcast rank 0's value to every rank."""
         values = [value]

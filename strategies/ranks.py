@@ -72,6 +72,10 @@ class Ranks:
         """Return every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]
 
+    def gather_to_main(self, value: Any, group: Any = None) -> list[Any]:
+        """Return every rank's ``value``, in the order of ranks, on rank 0; on the others nothing."""
+        return [value]
+
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value`` on every rank. Small host objects only."""
         return value

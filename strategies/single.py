@@ -38,6 +38,7 @@ class Single(Strategy):
     Options = SingleOptions
     options: SingleOptions
     gradients_are_final_in_backward = True
+    takes_program = True
 
     def choose_device(self) -> torch.device:
         """The device that was asked for, else the accelerator this machine has, else the CPU."""

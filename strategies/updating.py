@@ -26,9 +26,12 @@ class Updating(Ranks, PlacedModule):
     gradients_are_alike: ClassVar[bool] = True
     """Whether every rank has the same gradients after an update's last backward, or all of them know of one another's
     that aren't finite."""
+    takes_program: ClassVar[bool] = False
+    """Whether an update may be one program (``torch_compile="update"``): one device makes it, and the strategy does
+    nothing between forward and the end of the step but what this class and the precision do."""
     compiles_updates: ClassVar[bool] = False
     """Whether an update is one compiled program, to which nothing can be added at will."""
-    normed: tuple[Sequence[nn.Parameter], list[Tensor]] | None = None
+    normed: tuple[Sequence[nn.Parameter], list[Tensor] | Tensor] | None = None
 
     @property
     def reads_at_once(self) -> bool:
@@ -100,12 +103,12 @@ class Updating(Ranks, PlacedModule):
         self.note_norms(parameters, each)
         return torch.stack(each).sum()
 
-    def note_norms(self, parameters: Sequence[nn.Parameter], each: list[Tensor]) -> None:
+    def note_norms(self, parameters: Sequence[nn.Parameter], each: list[Tensor] | Tensor) -> None:
         """Note the norms of this rank's gradients, to name one that wasn't finite later.
 
         Args:
             parameters: with their gradients, or without.
-            each: the norms of the gradients that are there, in this order.
+            each: the norms of the gradients that are there, in this order; also in one tensor.
         """
         if len(each) != len(parameters):
             parameters = [parameter for parameter in parameters if parameter.grad is not None]
@@ -124,7 +127,8 @@ class Updating(Ranks, PlacedModule):
 
         def name() -> list[str]:
             name_of = names()
-            finite = torch.stack(each).isfinite().tolist() if each else []
+            stacked = torch.stack(each) if isinstance(each, list) and each else each
+            finite = stacked.isfinite().tolist() if isinstance(stacked, Tensor) else []
             return [name_of.get(id(p), "?") for p, is_finite in zip(parameters, finite, strict=True) if not is_finite]
 
         return name

@@ -6,7 +6,9 @@ from ...precision.names import lazy_exports
 HOMES = {
     "BackgroundWriter": "writing",
     "CheckpointError": "directory",
+    "HistoryPart": "log_history",
     "Launch": "line",
+    "LogHistory": "log_history",
     "RunDirectory": "run_directory",
     "Saver": "saver",
     "check_can_write": "directory",
@@ -15,6 +17,7 @@ HOMES = {
     "checkpoints_of_last_run": "line",
     "load_weights": "contents",
     "published": "directory",
+    "read_history": "log_history",
     "read_state": "schema",
     "remove": "directory",
     "restore": "contents",

@@ -4,9 +4,11 @@
 
     checkpoint-500/
         manifest.json                 every other file with its size and SHA-256; written last
+        tensors.json                  the headers of all shards, so that one file says where each tensor lies
         state.json                    progress, schedule, loss scale, data position, callbacks, running averages,
                                       parameter groups: everything that isn't a tensor
         random-00000.json             each rank's random state
+        log_history.jsonl             the logs, a line each: see log_history.py; the manifest doesn't list it
         model/shard-*.safetensors     parameters and buffers by name, each rank its shards; without quantized ones,
                                       and with save_only_trainable without frozen ones; state.json has fingerprints of
                                       what is missing
@@ -34,6 +36,8 @@ from .directory import CheckpointError
 from .finite import check_finite
 from .frozen import as_stored, check_frozen, leave_out, left_out
 from .line import Line
+from .loading import load_tensors
+from .log_history import HistoryPart
 from .matching import (
     check_counters,
     check_entries,
@@ -48,7 +52,7 @@ from .own_options import own_options, own_rates
 from .parts import check_parts, load_parts
 from .saved_run import SavedRun
 from .schema import read_state
-from .tensors import load_tensors, stored_tensors
+from .tensors import Table, share_table
 from .trial_step import OptionsRefused, fresh_states
 
 
@@ -62,6 +66,7 @@ class Snapshot:
         state: everything else that all ranks share, as JSON.
         random: this rank's random state, as JSON.
         callbacks: the tensors in callbacks' states that this rank writes, by name.
+        history: the logs so far, on the main process.
     """
 
     model: dict[str, Tensor]
@@ -69,6 +74,7 @@ class Snapshot:
     state: str
     random: str
     callbacks: dict[str, Tensor] = field(default_factory=dict)
+    history: HistoryPart | None = None
 
     def folders(self) -> dict[str, dict[str, Tensor]]:
         """The tensors by the folder of a checkpoint that they are written into."""
@@ -127,7 +133,9 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
         state["names"] = [*names]
     random = {**random_state.capture(), **strategy.random_state()}
     mine = callback_states.tensors_to_write(callback_tensors, strategy)
-    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine)
+    if (history := run.take_history()) is not None:
+        state["log_history"] = vars(history.mark)
+    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine, history)
 
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -141,15 +149,16 @@ def as_json(state: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: names the part that JSON can't hold.
     """
-    for name, part in state.items():
-        try:
-            json.dumps(part)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
-                "mappings with string keys; nothing in a checkpoint is pickled."
-            ) from error
-    return json.dumps(state)
+    name, parts = "", []
+    try:
+        for name, part in state.items():
+            parts.append(f"{json.dumps(name)}: {json.dumps(part)}")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The state of {name} can't be saved: {error}. A state_dict() may hold numbers, strings, lists and "
+            "mappings with string keys; nothing in a checkpoint is pickled."
+        ) from error
+    return "{" + ", ".join(parts) + "}"
 
 
 @dataclass
@@ -187,18 +196,18 @@ def restore(run: SavedRun, path: Path, state: Mapping[str, Any]) -> dict[str, An
         CheckpointError: it belongs to another model or run, or can't be what a run saved.
     """
     strategy = run.strategy
-    whole = untied_state(strategy)
-    saved = saved_part(path, strategy, state, whole)
-    matched = match(run, path, state, whole, saved)
+    whole, table = untied_state(strategy), share_table(strategy, path)
+    saved = saved_part(path, strategy, state, whole, table)
+    matched = match(run, path, state, whole, saved, table)
 
-    load_tensors(path / "optimizer", matched.optimizer)
-    load_tensors(path / "model", matched.masters)
-    if any(strategy.gather(bool(matched.callbacks))):  # a callback may be on one rank alone
-        load_tensors(path / "callbacks", matched.callbacks, even_none=True)
-    on_all_ranks(strategy, lambda: check_counters(path, matched.optimizer), CheckpointError)
+    def load() -> None:
+        load_tensors(table, "optimizer", matched.optimizer)
+        load_tensors(table, "callbacks", matched.callbacks)
+        check_counters(path, matched.optimizer)
+
+    on_all_ranks(strategy, load, CheckpointError)
     load_parts(run, path, state, matched.callbacks)
-
-    load_tensors(path / "model", saved)
+    on_all_ranks(strategy, lambda: load_tensors(table, "model", matched.masters, saved), CheckpointError)
     strategy.load_model_state(saved)
     entries: dict[str, dict[str, Any]] = {name: {} for name in strategy.named_parameters()}
     for key, value in {**matched.numbers, **matched.optimizer}.items():
@@ -219,7 +228,12 @@ def restore(run: SavedRun, path: Path, state: Mapping[str, Any]) -> dict[str, An
 
 
 def match(
-    run: SavedRun, path: Path, state: Mapping[str, Any], whole: Mapping[str, Tensor], saved: Mapping[str, Tensor]
+    run: SavedRun,
+    path: Path,
+    state: Mapping[str, Any],
+    whole: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    table: Table,
 ) -> Matched:
     """Hold all that a checkpoint has against the run. Collective.
 
@@ -229,6 +243,7 @@ def match(
         state: what ``read_state`` gave for it.
         whole: the model's tensors.
         saved: those of them that the checkpoint holds.
+        table: of the checkpoint.
 
     Raises:
         CheckpointError: something doesn't fit; names file and field, or tensor.
@@ -246,8 +261,7 @@ def match(
     result: list[Matched] = []
 
     def check() -> None:
-        stored, stored_model = stored_tensors(path / "optimizer"), stored_tensors(path / "model")
-        stored_callbacks = stored_tensors(path / "callbacks")
+        stored, stored_model, stored_callbacks = map(table.stored, ("optimizer", "model", "callbacks"))
         if "optimizer" in state:  # format 1 lists no tensors
             check_listed(path / "model", state["model"], stored_model)
             check_listed(path / "optimizer", state["optimizer"], stored)
@@ -279,8 +293,9 @@ def load_weights(strategy: Strategy, path: Path | None) -> None:
     """
     if path is None:
         return
-    model = saved_part(path, strategy, read_state(path), untied_state(strategy))
-    load_tensors(path / "model", model)
+    table = share_table(strategy, path)
+    model = saved_part(path, strategy, read_state(path), untied_state(strategy), table)
+    on_all_ranks(strategy, lambda: load_tensors(table, "model", model), CheckpointError)
     strategy.load_model_state(model)
 
 
@@ -312,7 +327,7 @@ def untied_state(strategy: Strategy) -> dict[str, Tensor]:
 
 
 def saved_part(
-    path: Path, strategy: Strategy, state: Mapping[str, Any], model: Mapping[str, Tensor]
+    path: Path, strategy: Strategy, state: Mapping[str, Any], model: Mapping[str, Tensor], table: Table
 ) -> dict[str, Tensor]:
     """Those of the model's tensors that a checkpoint holds: all, or all but the frozen ones. Collective.
 
@@ -324,7 +339,7 @@ def saved_part(
     rest = {name: tensor for name, tensor in model.items() if name in frozen}
 
     def check() -> None:
-        check_model(path, {**saved, **rest}, {**stored_tensors(path / "model"), **as_stored(frozen)})
+        check_model(path, {**saved, **rest}, {**table.stored("model"), **as_stored(frozen)})
 
     on_all_ranks(strategy, check, CheckpointError)
     if frozen:

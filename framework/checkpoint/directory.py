@@ -10,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2  # the format that is written; schema.py describes the formats
-READ_FORMATS = (1, 2)
+FORMAT = 3  # the format that is written; schema.py describes the formats
+READ_FORMATS = (1, 2, 3)
 MANIFEST = "manifest.json"
+TABLE = "tensors.json"  # the headers of all safetensors files
+MAX_HEADER = 100_000_000  # bytes; safetensors reads none beyond
+HISTORY = "log_history.jsonl"  # see log_history.py
 PARTIAL = ".partial"  # ends the name of a directory that is still being written, or removed
 REPLACED = ".replaced"  # ends the name of a checkpoint while another of the same update takes its place
 SET_ASIDE = ".set-aside"  # ends the name of a checkpoint of another run than the one that works in the directory
@@ -27,16 +30,34 @@ class CheckpointError(ValueError):
 def hash_file(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the SHA-256 of a file."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return hash_open(file)
 
 
-def _digest(file: Any) -> Any:
-    """Do what hashlib.file_digest does, which Python 3.10 lacks."""
+def hash_open(file: Any) -> dict[str, Any]:
+    """Return the size in bytes and the SHA-256 of a file that is open for reading, from its beginning."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
-    return digest
+    return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest.hexdigest()}
+
+
+def hash_text(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_header(file: Any) -> tuple[str, int]:
+    """Read the header of a safetensors file that is open, from its beginning: its text, and where the tensors begin.
+
+    Raises:
+        ValueError: the file doesn't begin with a header.
+    """
+    head = file.read(8)
+    size = int.from_bytes(head, "little")
+    content = file.read(size) if len(head) == 8 and size <= MAX_HEADER else b""
+    if not content or len(content) != size:
+        raise ValueError(f"it doesn't begin with the header of a safetensors file (of {size} bytes)")
+    return content.decode().rstrip(" "), 8 + size
 
 
 def flush(path: Path) -> None:
@@ -48,15 +69,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file and flush it."""
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Write a file and flush it, and return its size in bytes and its SHA-256."""
+    content = text.encode()
     try:
-        with path.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # the error of a full disk names no file
         raise CheckpointError(f"{path} can't be written: {error}") from error
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -49,7 +49,7 @@ def nonfinite_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
     """
     kinds: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        local = as_real((tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach())
+        local = as_real(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
         if local.is_floating_point() and local.dtype.itemsize > 1 and local.numel():
             kinds.setdefault((local.device, local.dtype), {})[name] = local
     found = set()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import directory
-from .directory import MANIFEST, CheckpointError
+from .directory import HISTORY, MANIFEST, CheckpointError
 from .schema import check_manifest
 from .verifying import verify
 
@@ -60,7 +60,7 @@ def upload(checkpoint: Path, filesystem: Any, folder: str) -> None:
     if filesystem.exists(target):
         root = filesystem._strip_protocol(target).rstrip("/")
         for found in filesystem.find(target):
-            if found.removeprefix(root).lstrip("/") not in files:
+            if found.removeprefix(root).lstrip("/") not in {*files, HISTORY}:
                 filesystem.rm_file(found)
     for parent in sorted({str(Path(name).parent) for name in files}):
         filesystem.makedirs(target if parent == "." else f"{target}/{parent}", exist_ok=True)
@@ -69,6 +69,8 @@ def upload(checkpoint: Path, filesystem: Any, folder: str) -> None:
         size = filesystem.info(f"{target}/{name}")["size"]
         if size != entry["bytes"]:
             raise CheckpointError(f"{target}/{name} has {size} bytes after the upload instead of {entry['bytes']}")
+    if (checkpoint / HISTORY).exists():  # it grows: what a later save appends isn't this checkpoint's
+        filesystem.put_file(str(checkpoint / HISTORY), f"{target}/{HISTORY}")
     if (checkpoint / MANIFEST).read_bytes() != manifest:
         raise CheckpointError(f"{checkpoint} was replaced while it was uploaded")
     filesystem.pipe_file(f"{target}/{MANIFEST}{directory.PARTIAL}", manifest)
@@ -105,6 +107,9 @@ def download(url: str, output_dir: Path) -> Path:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 filesystem.get_file(f"{source}/{name}", str(partial / name))
                 directory.flush(partial / name)
+            if filesystem.exists(f"{source}/{HISTORY}"):
+                filesystem.get_file(f"{source}/{HISTORY}", str(partial / HISTORY))
+                directory.flush(partial / HISTORY)
             (partial / MANIFEST).write_bytes(manifest)
             verify(partial)
             directory.publish(final, files)

@@ -11,6 +11,7 @@ from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from ..callbacks import Callbacks
 from ..module import TrainModule
+from .log_history import HistoryPart
 
 
 class SavedRun(Protocol):
@@ -40,6 +41,9 @@ class SavedRun(Protocol):
 
     def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprints of frozen tensors, by name. Collective."""
+
+    def take_history(self) -> HistoryPart | None:
+        """The logs so far; None where this isn't the main process, which writes them."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes between two updates, but tensors, as JSON types. Collective."""

@@ -1,6 +1,7 @@
 """The schema of state.json and manifest.json: their fields are read once and checked, and errors name the field.
 
-Format 2 lists each tensor of the checkpoint in state.json, and describes the data. Format 1 did neither.
+Format 3 keeps the logs in a file beside state.json, which has its length, and sums in the place of the losses that aren't
+logged yet. Format 2 lists each tensor of the checkpoint in state.json, and describes the data. Format 1 did neither.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..state import TrainState
-from .directory import MANIFEST, READ_FORMATS, CheckpointError, read_json
+from .directory import HISTORY, MANIFEST, READ_FORMATS, CheckpointError, read_json
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -24,10 +25,11 @@ Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Listed(Struct):
-    """A file in the manifest."""
+    """A file in the manifest; of a safetensors file also the hash of its header, where tensors.json has a copy."""
 
     bytes: Count
     sha256: Digest
+    header: Digest | UnsetType = UNSET
 
 
 class Manifest(Struct):
@@ -57,11 +59,34 @@ class Group(Struct):
     options: dict[str, Any]
 
 
-class Averages(Struct):
-    """Running means that aren't logged yet."""
+class AveragesOfFormat2(Struct):
+    """The values of updates that aren't logged yet."""
 
     settled: dict[str, list[float]]
     counts_settled: Annotated[list[Count], Meta(min_length=2, max_length=2)]
+
+
+class Sums(Struct):
+    """The sum of values: numbers that make it up, how many values there were, and those that weren't finite."""
+
+    parts: list[float]
+    count: Count
+    nonfinite: tuple[Count, float]
+
+
+class Averages(Struct):
+    """Running means that aren't logged yet."""
+
+    sums: dict[str, Sums]
+    counts_settled: Annotated[list[Count], Meta(min_length=2, max_length=2)]
+
+
+class Logs(Struct):
+    """How much of log_history.jsonl is the checkpoint's."""
+
+    entries: Count
+    bytes: Count
+    sha256: Digest
 
 
 class DataOfFormat1(Struct, kw_only=True):
@@ -122,14 +147,14 @@ PROGRESS = (
 )  # fmt: skip
 COUNTS: Mapping[Any, Any] = {int: Count, int | None: Count | None}
 # The fields of a TrainState, whose counts aren't negative.
-Progress = msgspec.defstruct(
-    "Progress",
-    [
-        (field.name, kind) if field.name in PROGRESS else (field.name, kind | UnsetType, UNSET)
-        for field in fields(TrainState)
-        for kind in [COUNTS.get(field.type, field.type)]
-    ],
+KINDS = {field.name: COUNTS.get(field.type, field.type) for field in fields(TrainState)}
+ProgressOfFormat2 = msgspec.defstruct(
+    "ProgressOfFormat2",
+    [(name, kind) if name in PROGRESS else (name, kind | UnsetType, UNSET) for name, kind in KINDS.items()],
     kw_only=True,
+)
+Progress = msgspec.defstruct(
+    "Progress", [(name, kind) for name, kind in KINDS.items() if name != "log_history"], kw_only=True
 )
 
 
@@ -141,8 +166,8 @@ class StateOfFormat1(Struct, kw_only=True):
     world_size: Positive
     data_size: Positive
     arguments: dict[str, Any]
-    averages: Averages
-    progress: Progress  # type: ignore[valid-type]
+    averages: AveragesOfFormat2
+    progress: ProgressOfFormat2  # type: ignore[valid-type]
     data: DataOfFormat1
     scheduler: dict[str, Any]
     loss_scaling: dict[str, Any]
@@ -155,7 +180,7 @@ class StateOfFormat1(Struct, kw_only=True):
     transaction: Transaction | UnsetType = UNSET
 
 
-class State(StateOfFormat1, kw_only=True):
+class StateOfFormat2(StateOfFormat1, kw_only=True):
     """The content of state.json in format 2."""
 
     torch: str
@@ -166,7 +191,15 @@ class State(StateOfFormat1, kw_only=True):
     names: list[str] | UnsetType = UNSET
 
 
-SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: State}
+class State(StateOfFormat2, kw_only=True):
+    """The content of state.json in format 3."""
+
+    averages: Averages  # type: ignore[assignment]
+    progress: Progress  # type: ignore[valid-type]
+    log_history: Logs
+
+
+SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: StateOfFormat2, 3: State}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -189,7 +222,7 @@ def check_manifest(content: Any, name: Path | str) -> dict[str, Any]:
     if isinstance(content, dict) and type(found) is int and found not in READ_FORMATS:
         raise CheckpointError(
             f"{name} has format {found!r}; this version of stratagem reads formats "
-            f"{' and '.join(map(str, READ_FORMATS))}."
+            f"{', '.join(map(str, READ_FORMATS[:-1]))} and {READ_FORMATS[-1]}."
         )
     manifest: dict[str, Any] = convert(content, Manifest, name)
     for file in manifest["files"]:
@@ -212,7 +245,8 @@ def check_listing(path: Path, manifest: Mapping[str, Any]) -> None:
         for file in sorted(path.rglob("*"))
         for name in [file.relative_to(path).as_posix()]
         # Hidden files, which systems leave behind (.DS_Store, .nfs0123), are never read.
-        if name != MANIFEST
+        # Its length and hash grow; state.json says how much of it is the checkpoint's.
+        if name not in (MANIFEST, HISTORY)
         and name not in listed
         and not (file.is_dir() and not file.is_symlink())
         and (not file.name.startswith(".") or file.suffix == ".safetensors")
@@ -287,6 +321,8 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
     require(in_a_row <= skipped, "transaction.in_a_row", "more than were skipped")
     for name, value in (state.get("transaction", {}).get("spikes") or {}).items():
         require(math.isfinite(value), f"transaction.spikes.{name}", "it isn't finite")
+    for name, sums in state["averages"].get("sums", {}).items():
+        require(all(map(math.isfinite, sums["parts"])), f"averages.sums.{name}.parts", "one isn't finite")
     names = [name for group in state["parameter_groups"] for name in group["names"]]
     require(len(set(names)) == len(names), "parameter_groups", "a parameter is in it twice")
     for field in ("frozen", "model", "optimizer", "callback_tensors"):

@@ -1,26 +1,27 @@
-"""Named tensors on disk: torch.distributed.checkpoint plans and reshards, safetensors stores. No pickle is read."""
+"""The tensors in a checkpoint: where their pieces lie, by the headers of its files. No pickle is read.
+
+``tensors.json`` holds a copy of every header, so that a checkpoint of many files is known by reading one. A copy counts
+where the manifest has the header's hash, which is compared with the file itself when the checkpoint is verified; of
+other files (of earlier versions, or changed since) the headers are read, each once.
+"""
 
 import json
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
-from .directory import CheckpointError, flush
+from ...strategies.base import Strategy
+from .directory import TABLE, CheckpointError, hash_text, read_header, read_json
 from .dtypes import DTYPES
+from .schema import read_manifest
 
 SHARDING = "DCP_SHARDING_INFO"  # the entry in the header of a file that says where its pieces lie in the whole tensors
-FILE_BYTES = 1 << 30  # safetensors builds a file in memory, and this bounds the memory that a save takes
+ENDING = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,99 +32,31 @@ class Stored:
     dtype: torch.dtype
 
 
-def save_tensors(directory: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
-    """Write tensors; each rank writes the shards that it owns. Collective.
+class Piece(NamedTuple):
+    """A piece of a tensor in a file.
 
-    Args:
-        directory: a folder that exists.
-        tensors: name to tensor; the same names in the same order on every rank.
-        group: the process group to use, where this isn't called in the thread that trains.
+    Attributes:
+        file: the path of the file.
+        place: where the piece begins in the file, in bytes.
+        begin, end: where it begins and ends in the whole tensor.
+        dtype: of its numbers.
     """
-    writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=_files(tensors), save_distributed=True)
-    with _plainly(directory):
-        dcp.save(_apart(tensors), storage_writer=writer, process_group=group)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as safetensors takes them: contiguous (the weights of a convolution may be channels_last), and
-    no two in the same memory (8-bit optimizers share one table among all parameters).
-    """
-    found, places = {}, set()
-    for name, tensor in tensors.items():
-        found[name] = tensor.contiguous()
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
-            place = tensor.data_ptr(), tensor.nbytes
-            if place in places:
-                found[name] = tensor.clone(memory_format=torch.contiguous_format)
-            places.add(place)
-    return found
-
-
-def load_tensors(directory: Path, into: Mapping[str, Tensor], *, even_none: bool = False) -> None:
-    """Read tensors in place, however they were sharded when they were written; each rank reads its shards. Collective.
-
-    Args:
-        directory: the folder that holds the tensors.
-        into: name to tensor. Where it is empty, nothing is done.
-        even_none: take part in the collectives although ``into`` is empty on this rank.
-    """
-    if not (into or even_none):
-        return
-    with _plainly(directory):
-        dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(directory)))
-
-
-@contextmanager
-def _plainly(directory: Path) -> Iterator[None]:
-    """Entered around a call of torch.distributed.checkpoint: a failure is said in one line, and warnings are hidden."""
-    try:
-        with warnings.catch_warnings():
-            # Without a process group there is one process, as DCP says that it assumes.
-            warnings.filterwarnings("ignore", message=".*torch.distributed is.*unavailable or uninitialized.*")
-            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch 2.9 uses it itself
-            yield
-    except CheckpointException as error:  # it isn't an Exception, and no handler would catch it
-        rank, (cause, _) = min(error.failures.items())
-        if not isinstance(cause, Exception):  # some rank was interrupted
-            raise cause from None
-        raise CheckpointError(f"{directory}: rank {rank}: {type(cause).__name__}: {cause}") from cause
-
-
-def rank_files(directory: Path, rank: int) -> list[Path]:
-    """Flush the files that a rank wrote with ``save_tensors``, and return their paths."""
-    files = sorted(directory.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-    for file in files:
-        flush(file)
-    return files
-
-
-def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """Return what a directory holds: name to whole shape and dtype. Only the headers of files are read.
-
-    Raises:
-        CheckpointError: a file is no safetensors file, or the pieces of a tensor overlap, leave a hole (which would be
-            read as whatever is in memory) or differ in dtype.
-    """
-    pieces: dict[str, list[Piece]] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        for name, piece in _pieces(file):
-            pieces.setdefault(name, []).append(piece)
-    return {name: _joined(name, held) for name, held in pieces.items()}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of a tensor in a file: where the piece begins and ends in the whole tensor."""
 
     file: Path
+    place: int
     begin: tuple[int, ...]
     end: tuple[int, ...]
     dtype: torch.dtype
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the piece."""
+        return tuple(e - b for b, e in zip(self.begin, self.end, strict=True))
+
+    @property
     def numel(self) -> int:
         """The number of entries in the piece."""
-        return math.prod(e - b for b, e in zip(self.begin, self.end, strict=True))
+        return math.prod(self.shape)
 
     def overlaps(self, other: "Piece") -> bool:
         """Return whether an entry of the whole tensor is in both pieces."""
@@ -131,43 +64,177 @@ class Piece:
         return all(max(b, begin) < min(e, end) for b, e, begin, end in pairs)
 
 
-def _pieces(file: Path) -> Iterator[tuple[str, Piece]]:
-    """Read from the header of a file which pieces of tensors are in it.
+class Header(NamedTuple):
+    """The header of a file.
+
+    Attributes:
+        text: as JSON, without the blanks at its end.
+        data: where the tensors begin in the file, in bytes.
+        bytes: of the whole file.
+    """
+
+    text: str
+    data: int
+    bytes: int
+
+
+class Table:
+    """The tensors of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        headers: of its files, by their names in the checkpoint.
+
+    Raises:
+        CheckpointError: what the headers say can't be.
+    """
+
+    def __init__(self, path: Path, headers: Mapping[str, Header]) -> None:
+        self.path = path
+        self._pieces: dict[str, dict[str, list[Piece]]] = {}
+        for file, header in headers.items():
+            folder = self._pieces.setdefault(file.rpartition("/")[0], {})
+            for name, piece in pieces_in(path / file, header):
+                folder.setdefault(name, []).append(piece)
+        self._stored = {
+            folder: {name: joined(name, pieces) for name, pieces in held.items()}
+            for folder, held in self._pieces.items()
+        }
+
+    def stored(self, folder: str) -> dict[str, Stored]:
+        """Return what a folder holds: name to whole shape and dtype."""
+        return self._stored.get(folder, {})
+
+    def pieces(self, folder: str, name: str) -> Sequence[Piece]:
+        """Return the pieces of a stored tensor, which make the whole of it."""
+        return self._pieces[folder][name]
+
+
+def read_table(path: Path) -> Table:
+    """Read which tensors a checkpoint holds; see ``share_table``."""
+    return Table(path, read_headers(path))
+
+
+def share_table(strategy: Strategy, path: Path) -> Table:
+    """Read on rank 0 which tensors a checkpoint holds, and tell all ranks. Collective.
+
+    Raises:
+        CheckpointError: on every rank: a file is no safetensors file, or the pieces of a tensor overlap, leave a hole
+            (which would be read as whatever is in memory) or differ in dtype.
+    """
+    told: tuple[dict[str, Header], str | None] = {}, None
+    if strategy.is_main:
+        try:
+            told = read_headers(path), None
+        except Exception as error:
+            told = {}, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    headers, failure = strategy.broadcast(told)
+    if failure is not None:
+        raise CheckpointError(failure)
+    return Table(path, headers)
+
+
+def read_headers(path: Path) -> dict[str, Header]:
+    """Read the headers of a checkpoint's safetensors files, from ``tensors.json`` as far as it has them.
+
+    Raises:
+        CheckpointError: a file can't be read, or isn't what the manifest lists.
+    """
+    files = {name: entry for name, entry in read_manifest(path)["files"].items() if name.endswith(ENDING)}
+    copies = read_json(path / TABLE) if any("header" in entry for entry in files.values()) else {}
+    if not isinstance(copies, dict):
+        raise CheckpointError(f"{path / TABLE} was altered: it isn't a mapping of files to headers.")
+    headers = {}
+    for name, entry in files.items():
+        text = json.dumps(copies[name], separators=(",", ":")) if name in copies else None
+        if text is not None and hash_text(text) == entry.get("header"):
+            headers[name] = Header(text, 8 + len(text) + -len(text) % 8, entry["bytes"])
+        else:
+            try:
+                with (path / name).open("rb") as file:
+                    headers[name] = Header(*read_header(file), os.fstat(file.fileno()).st_size)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path / name} can't be read: {error}") from error
+    return headers
+
+
+def pieces_in(file: Path, header: Header) -> Iterator[tuple[str, Piece]]:
+    """Find in the header of a file which pieces of tensors are in it.
 
     Raises:
         CheckpointError: the message names the file, and the tensor.
     """
-    try:
-        with safe_open(file, framework="pt") as content:
-            text = (content.metadata() or {}).get(SHARDING)
-            heads = [(name, content.get_slice(name)) for name in content.keys()]  # noqa: SIM118 (not a dict)
-            shapes = {name: (tuple(head.get_shape()), head.get_dtype()) for name, head in heads}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} can't be read: {error}") from error
-    try:
-        sharding = None if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} was altered: its {SHARDING} isn't JSON: {error}") from error
-    for name, (shape, kind) in shapes.items():
-        if kind not in DTYPES:
-            raise CheckpointError(f"{file} was altered: {name} has the dtype {kind}, which no checkpoint has.")
+    entries = as_mapping(file, header.text, "its header")
+    metadata = entries.pop("__metadata__", None)
+    text = metadata.get(SHARDING) if isinstance(metadata, dict) else None
+    sharding = None if text is None else as_mapping(file, text, f"its {SHARDING}")
+    forms = {name: form_in(file, name, entry) for name, entry in entries.items()}
+    end = 0
+    for first, last, name in sorted((first, last, name) for name, (_, _, first, last) in forms.items()):
+        if first != end:
+            raise CheckpointError(f"{file} was altered: {name} begins at {first}, and what is before it ends at {end}.")
+        end = last
+    if header.data + end != header.bytes:
+        told = header.data + end
+        raise CheckpointError(f"{file} was altered: it has {header.bytes} bytes, and its header tells of {told}.")
+    for name, (dtype, shape, place, _) in forms.items():
         begin: Any = [0] * len(shape)
         if sharding is not None:
-            entry = sharding.get(name) if isinstance(sharding, dict) else None
-            begin = entry.get("saved_offsets") if isinstance(entry, dict) else None
-        known = isinstance(begin, list) and all(type(offset) is int and 0 <= offset < 2**62 for offset in begin)
-        if not known or len(begin) != len(shape):
+            found = sharding.get(name)
+            begin = found.get("saved_offsets") if isinstance(found, dict) else None
+        if not are_counts(begin) or len(begin) != len(shape):
             raise CheckpointError(f"{file} was altered: {name} of {shape} begins at {begin!r:.60} in its {SHARDING}.")
-        yield name, Piece(file, tuple(begin), tuple(b + n for b, n in zip(begin, shape, strict=True)), DTYPES[kind])
+        ends = tuple(b + n for b, n in zip(begin, shape, strict=True))
+        yield name, Piece(file, header.data + place, tuple(begin), ends, dtype)
 
 
-def _joined(name: str, pieces: list[Piece]) -> Stored:
+def form_in(file: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Return the dtype and shape of a tensor in the header of a file, and where it begins and ends among the tensors.
+
+    Raises:
+        CheckpointError: it can't be a tensor's.
+    """
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise CheckpointError(f"{file} was altered: {name} has the dtype {kind!r:.60}, which no checkpoint has.")
+    dtype = DTYPES[kind]
+    if are_counts(shape) and are_counts(place) and len(place) == 2:
+        first, last = place
+        if last - first == math.prod(shape) * dtype.itemsize:
+            return dtype, shape, first, last
+    raise CheckpointError(f"{file} was altered: {name}, {kind} {shape!r:.60}, can't lie at {place!r:.60}.")
+
+
+def as_mapping(file: Path, text: Any, what: str) -> dict[str, Any]:
+    """Parse JSON that must be a mapping.
+
+    Raises:
+        CheckpointError: it isn't.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} was altered: {what} isn't JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} was altered: {what} isn't a mapping.")
+    return found
+
+
+def are_counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether a value is a list of numbers that sizes and places can be."""
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**62 for number in value)
+
+
+def joined(name: str, pieces: list[Piece]) -> Stored:
     """Return the shape and dtype of the whole tensor that pieces make.
 
     Raises:
         CheckpointError: the pieces don't make one tensor.
     """
     first = pieces[0]
+    if len(pieces) == 1 and not any(first.begin):
+        return Stored(first.end, first.dtype)
     for piece in pieces:
         if piece.dtype != first.dtype or len(piece.begin) != len(first.begin):
             raise CheckpointError(f"{piece.file} was altered: {name} isn't of one dtype and form with {first.file}.")
@@ -186,14 +253,3 @@ def _joined(name: str, pieces: list[Piece]) -> Stored:
             f"{first.file.parent} holds {held} of the {math.prod(shape)} numbers of {name} {shape}: pieces are missing."
         )
     return Stored(shape, first.dtype)
-
-
-def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Choose a file for each tensor, so that no file is much larger than FILE_BYTES: tensor name to file number."""
-    file, size, files = 1, 0, {}
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > FILE_BYTES:
-            file, size = file + 1, 0
-        files[name] = file
-        size += tensor.nbytes
-    return files

@@ -1,8 +1,10 @@
 """Comparison of a checkpoint with its manifest, before anything in the checkpoint is used."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from .directory import MANIFEST, CheckpointError, hash_file
+from .directory import MANIFEST, CheckpointError, hash_open, hash_text, read_header
 from .schema import check_listing, read_manifest
 
 
@@ -23,18 +25,38 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     if not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint of stratagem, or was never finished.")
     manifest = read_manifest(path)
+    # The logs aren't among them: whatever became of them keeps no run from going on, see log_history.py.
     files = manifest["files"]
     # Every rank reads state.json below, so every rank compares it first.
     for name in dict.fromkeys([*(name for name in ("state.json",) if name in files), *list(files)[part::parts]]):
         file, expected = path / name, files[name]
         if not file.is_file():
             raise CheckpointError(f"{file} is missing.")
-        found = {"bytes": file.stat().st_size} | (
-            hash_file(file) if file.stat().st_size == expected["bytes"] else {"sha256": None}
-        )
-        if found != expected:
+        compare(file, expected)
+    check_listing(path, manifest)
+
+
+def compare(file: Path, expected: Mapping[str, Any]) -> None:
+    """Compare a file with its entry in the manifest. It is opened and read once.
+
+    Raises:
+        CheckpointError: the message says in what they differ.
+    """
+    with file.open("rb") as opened:
+        size = file.stat().st_size
+        found = hash_open(opened) if size == expected["bytes"] else {"bytes": size, "sha256": None}
+        if found["bytes"] != expected["bytes"] or found["sha256"] != expected["sha256"]:
             raise CheckpointError(
                 f"{file} was altered: it has {found['bytes']} bytes, SHA-256 {found['sha256']}; "
                 f"the manifest says {expected['bytes']} bytes, {expected['sha256']}."
             )
-    check_listing(path, manifest)
+        if "header" in expected:
+            opened.seek(0)
+            try:
+                header = hash_text(read_header(opened)[0])
+            except ValueError as error:
+                raise CheckpointError(f"{file} was altered: {error}.") from error
+            if header != expected["header"]:
+                raise CheckpointError(
+                    f"{file} was altered: its header isn't the one that the manifest has the hash of."
+                )

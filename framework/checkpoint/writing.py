@@ -1,28 +1,53 @@
 """Writing of a snapshot: on all ranks or on none, at once or in the background."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
 from . import directory
 from .contents import Snapshot
 from .directory import CheckpointError
-from .tensors import rank_files, save_tensors
+from .log_history import HistoryPart
+from .sharing import TensorFile, share_out
+from .staging import HostCopies
+from .streaming import write_file
+from .tensors import SHARDING
 
 
-def write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any = None) -> None:
-    """Write a snapshot and publish it. Collective. When this returns, the checkpoint is whole and in its place; where
+@dataclass(frozen=True)
+class Share:
+    """What one rank writes of a checkpoint.
+
+    Attributes:
+        files: of tensors.
+        state: of the run, as JSON, which rank 0 writes.
+        random: this rank's random state, as JSON.
+        history: the logs so far, on the main process.
+    """
+
+    files: Sequence[TensorFile]
+    state: str
+    random: str
+    history: HistoryPart | None = None
+
+
+def share_of(snapshot: Snapshot, strategy: Strategy) -> Share:
+    """Find what this rank writes of a snapshot. Collective."""
+    return Share(share_out(snapshot.folders(), strategy), snapshot.state, snapshot.random, snapshot.history)
+
+
+def write(share: Share, final: Path, strategy: Strategy, group: Any = None) -> None:
+    """Write a checkpoint and publish it. Collective. When this returns, the checkpoint is whole and in its place; where
     it fails, nothing of the checkpoint is left.
 
     Args:
-        snapshot: the snapshot of this rank.
+        share: of this rank.
         final: the path of the checkpoint.
         strategy: its ranks write together.
         group: the process group to use, where this isn't called in the thread that trains.
@@ -31,39 +56,63 @@ def write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any = None
         CheckpointError: on every rank, where one rank could not write.
     """
     try:
-        _write(snapshot, final, strategy, group)
+        _write(share, final, strategy, group)
     except BaseException:
         # Each rank removes what it sees, since no other rank could where they don't share the directory.
         shutil.rmtree(directory.partial_path(final), ignore_errors=True)
         raise
 
 
-def _write(snapshot: Snapshot, final: Path, strategy: Strategy, group: Any) -> None:
+def _write(share: Share, final: Path, strategy: Strategy, group: Any) -> None:
     rank, partial = strategy.rank, directory.partial_path(final)
+    headers: dict[str, str] = {}
+    interrupted: list[BaseException] = []
 
     def write_part() -> dict[str, dict[str, Any]]:
-        written = [partial / f"random-{rank:05d}.json"]
-        directory.write_text(written[0], snapshot.random)
-        if strategy.is_main:
-            written.append(partial / "state.json")
-            directory.write_text(written[1], snapshot.state)
-        for folder in snapshot.folders():
-            written += rank_files(partial / folder, rank)
-        return {str(file.relative_to(partial)): directory.hash_file(file) for file in written}
+        try:
+            name = f"random-{rank:05d}.json"
+            listed = {name: directory.write_text(partial / name, share.random)}
+            if strategy.is_main:
+                listed["state.json"] = directory.write_text(partial / "state.json", share.state)
+            if share.history is not None:
+                share.history.place(partial)
+            for file in share.files:
+                (partial / file.name).parent.mkdir(exist_ok=True)
+                listed[file.name], headers[file.name] = write_tensors(partial / file.name, file)
+            return listed
+        except Exception:
+            raise
+        except BaseException as error:  # a signal's handler raised, and the other ranks wait for this one
+            interrupted.append(error)
+            raise CheckpointError(f"{partial}: interrupted by {type(error).__name__}") from error
 
     on_all_ranks(strategy, lambda: directory.begin(final) if strategy.is_main else None, CheckpointError, group)
-    for folder, tensors in snapshot.folders().items():
-        if any(strategy.gather(bool(tensors), group)):  # a callback, and so its tensors, may be on one rank alone
-            save_tensors(
-                partial / folder, tensors, group
-            )  # this is collective, and raises the error of one rank on all
-    parts = on_all_ranks(strategy, write_part, CheckpointError, group)
+    try:
+        parts = on_all_ranks(strategy, write_part, CheckpointError, group)
+    except CheckpointError:
+        if interrupted:
+            raise interrupted[0] from None
+        raise
+    everyones = strategy.gather_to_main(headers, group)
 
     def publish() -> None:
         check_parts_are_here(partial, parts)
-        directory.publish(final, {name: entry for part in parts for name, entry in part.items()})
+        files = {name: entry for part in parts for name, entry in part.items()}
+        lines = [f"{json.dumps(name)}:{text}" for held in everyones for name, text in held.items()]
+        if lines:
+            files[directory.TABLE] = directory.write_text(partial / directory.TABLE, "{" + ",\n".join(lines) + "}\n")
+        directory.publish(final, files)
 
     on_all_ranks(strategy, lambda: publish() if strategy.is_main else None, CheckpointError, group)
+
+
+def write_tensors(path: Path, file: TensorFile) -> tuple[dict[str, Any], str]:
+    """Write a file of tensors, and return its entry in the manifest, and its header."""
+    sharding = {name: {"saved_offsets": begin} for name, begin in file.begins.items()}
+    metadata = {SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"}
+    written = write_file(path, file.forms, metadata, file.data)
+    header = directory.hash_text(written.header)
+    return {"bytes": written.bytes, "sha256": written.sha256, "header": header}, written.header
 
 
 def check_parts_are_here(partial: Path, parts: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
@@ -90,12 +139,6 @@ def check_parts_are_here(partial: Path, parts: Sequence[Mapping[str, Mapping[str
                 )
 
 
-def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to host memory, sharded as they are. Training may change the originals from here on."""
-    staged = BlockingAsyncStager().stage(dict(tensors))
-    return {name: t.clone() if tensors[name].device.type == "cpu" else t for name, t in staged.items()}
-
-
 class BackgroundWriter:
     """Writes one snapshot at a time while training goes on.
 
@@ -109,9 +152,11 @@ class BackgroundWriter:
         # Python waits for the thread of an executor when the process ends.
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.under_way: Future[None] | None = None
+        self.copies = HostCopies()
 
     def start(self, snapshot: Snapshot, final: Path, then: Callable[[], None]) -> None:
-        """Copy the snapshot to the host and write it in the background, after the snapshot before it is written.
+        """Copy what this rank writes of the snapshot to the host, and write it in the background, after the snapshot
+        before it is written. Collective.
 
         Args:
             snapshot: the snapshot, which is copied before this returns.
@@ -119,13 +164,8 @@ class BackgroundWriter:
             then: called in the background once the checkpoint is published.
         """
         self.finish()
-        copied = Snapshot(
-            copy_to_host(snapshot.model),
-            copy_to_host(snapshot.optimizer),
-            snapshot.state,
-            snapshot.random,
-            copy_to_host(snapshot.callbacks),
-        )
+        share = share_of(snapshot, self.strategy)
+        copied = replace(share, files=self.copies.copy(share.files))
 
         def work() -> None:
             write(copied, final, self.strategy, self.group)

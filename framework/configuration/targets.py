@@ -18,7 +18,7 @@ PARITY_DATA = "parity_data"  # the same, for stratagem parity: few samples, the 
 DEFAULTS = "ARGUMENTS"  # the mapping beside the target that holds the program's own defaults
 REQUIRED = inspect.Parameter.empty
 GIVEN = (
-    "module", "train_data", "eval_data", "callbacks", "compute_loss_func", "compute_metrics",
+    "module", "train_data", "eval_data", "data_collator", "callbacks", "compute_loss_func", "compute_metrics",
     "preprocess_logits_for_metrics", "module_init",
 )  # fmt: skip
 """Arguments of Fit that a program alone can give: no file holds them."""

@@ -1,9 +1,11 @@
 """Collation of samples into a batch: torch's default, but tuples stay tuples."""
 
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from torch.utils.data import default_collate, default_convert
+from torch.utils.data import DataLoader, default_collate, default_convert
 
 from ...strategies.batches import Pinnable
 
@@ -37,6 +39,47 @@ def with_tuples(collate_fn: Collate) -> Collate:
     if collate_fn is default_collate:
         return collate
     return convert if collate_fn is default_convert else collate_fn
+
+
+def collation_of(loader: DataLoader[Any], collator: Collate | None) -> Collate:
+    """Return how the batches of a ready loader are made: by ``data_collator``, where there is one, else its own way.
+
+    Raises:
+        ValueError: there is one, and the loader has a way of its own.
+    """
+    if collator is None:
+        return with_tuples(loader.collate_fn)
+    if loader.collate_fn is default_collate:
+        return collator
+    its = "hands on what its dataset gives" if loader.collate_fn is default_convert else "has a collate_fn of its own"
+    raise ValueError(
+        f"data_collator={collator!r:.80} makes a batch of samples, and the DataLoader that Fit was given {its}. Leave "
+        "data_collator out, or give Fit the dataset itself."
+    )
+
+
+def check_can_be_sent(collator: Collate, context: Any) -> None:
+    """Refuse a collator that worker processes can't be given. Those that are forked have it already.
+
+    Args:
+        collator: the user's.
+        context: the ``multiprocessing_context`` of a loader: its name, itself, or None.
+
+    Raises:
+        TypeError: says why it can't be pickled.
+    """
+    method = context if isinstance(context, str) else context and context.get_start_method()
+    method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if method == "fork":
+        return
+    try:
+        ForkingPickler.dumps(collator)
+    except Exception as error:  # whatever the parts of the user's object raise
+        raise TypeError(
+            f"data_collator={collator!r:.80} can't be sent to the worker processes that load data, which start by "
+            f"{method!r}: {type(error).__name__}: {error}. Define the function, or the class, at the top of a module "
+            "(no lambda), or set dataloader_num_workers=0."
+        ) from error
 
 
 class CollatePinnable:

@@ -14,39 +14,48 @@ from torch.utils.data import (
 
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
-from .collating import CollatePinnable, collate, with_tuples
+from .collating import Collate, CollatePinnable, check_can_be_sent, collate, collation_of
+from .columns import as_dataset
 from .lengths import LengthGroups
 from .limits import limit_epochs
 from .mapped import MapStream
 from .reread import IterableStream, LoaderStream
 from .stream import DataStream, LoaderOptions
+from .whole_batches import DECLARED, as_it_is, fetch_of, gives_batches
 from .worker import OutliveSignal
 
 
-def make_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: bool) -> DataStream:
+def make_stream(
+    data: Any, args: FitArguments, strategy: Strategy, collator: Collate | None = None, *, training: bool
+) -> DataStream:
     """Make the stream over a Dataset, an IterableDataset or a ready DataLoader, see ``make_whole_stream``; one to train
     on ends its epochs where the arguments limit them.
     """
-    stream = make_whole_stream(data, args, strategy, training=training)
+    stream = make_whole_stream(data, args, strategy, collator, training=training)
     if training:
         limit_epochs(stream, args)
     return stream
 
 
-def make_whole_stream(data: Any, args: FitArguments, strategy: Strategy, *, training: bool) -> DataStream:
+def make_whole_stream(
+    data: Any, args: FitArguments, strategy: Strategy, collator: Collate | None, *, training: bool
+) -> DataStream:
     """Make the stream over all of the data.
 
     Args:
-        data: what the user gave. A DataLoader brings its own batch size, order, collation and workers.
+        data: what the user gave. A DataLoader brings its own batch size, order, collation and workers; a mapping of
+            tensors or arrays, or a table of pyarrow's, holds a sample in each row.
         args: batch sizes, workers, seed and shuffling for datasets.
         strategy: it says which rank this is among the data-parallel ones, and how many devices the rank feeds; on GPUs,
             memory is pinned.
+        collator: makes a batch of a list of samples; None takes torch's default, or the loader's own.
         training: shuffle and use the training batch size; else do neither.
 
     Raises:
-        ValueError: the data is empty, or has no lengths to group by.
-        TypeError: the data is none of the three.
+        ValueError: the data is empty, has no lengths to group by, or makes its batches without the collator.
+        TypeError: the data is none of the three, or the collator can't be sent to workers.
     """
+    data = as_dataset(data)
     seed = args.seed if args.data_seed is None else args.data_seed
     rank, size = strategy.data_rank, strategy.data_size
     per_device = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
@@ -55,7 +64,7 @@ def make_whole_stream(data: Any, args: FitArguments, strategy: Strategy, *, trai
         batch_size=per_device * strategy.devices_per_rank,
         shuffle=shuffles and args.shuffle and args.train_sampling_strategy != "sequential",
         drop_last=args.dataloader_drop_last and training,
-        collate_fn=collate,
+        collate_fn=collator or collate,
         workers={
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and strategy.device.type == "cuda",
@@ -71,15 +80,16 @@ def make_whole_stream(data: Any, args: FitArguments, strategy: Strategy, *, trai
             f"train_data, a {type(data).__name__}. Give Fit the dataset, or leave the argument out."
         )
     if isinstance(data, DataLoader):
+        collation = collation_of(data, collator)
         if not has_plain_sampler(data):
-            return LoaderStream(data, seed, rank, size)
+            return LoaderStream(data, seed, rank, size, collation)
         options = LoaderOptions(
             # Where auto_find_batch_size is at work, its first batch size was the loader's.
             batch_size=options.batch_size if training and args.auto_find_batch_size else data.batch_size or 1,
             shuffle=(isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True)
             and not (training and args.overfit_batches),
             drop_last=data.drop_last,
-            collate_fn=with_tuples(data.collate_fn),
+            collate_fn=collation,
             workers={
                 "num_workers": data.num_workers,
                 "pin_memory": data.pin_memory,
@@ -91,6 +101,15 @@ def make_whole_stream(data: Any, args: FitArguments, strategy: Strategy, *, trai
             },
         )
         data = data.dataset
+    if collator is not None and options.workers["num_workers"]:
+        check_can_be_sent(collator, options.workers.get("multiprocessing_context"))
+    if collator is not None and gives_batches(data):
+        raise ValueError(
+            f"data_collator={collator!r:.80} makes a batch of samples, and {type(data).__name__}.{DECLARED} is True: "
+            "its __getitems__ returns batches. Leave one of the two out."
+        )
+    if options.collate_fn is collate and (fetch := fetch_of(data)) is not None:
+        options = dataclasses.replace(options, fetch=fetch, collate_fn=as_it_is)
     if (
         options.workers["pin_memory"] and torch.accelerator.is_available()
     ):  # torch's loader pins under the same condition

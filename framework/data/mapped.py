@@ -10,6 +10,7 @@ from .. import random_state
 from .lengths import LengthGroups
 from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions, batch_seed, share
+from .whole_batches import WholeBatches, as_array
 
 
 class MapStream(DataStream):
@@ -41,8 +42,9 @@ class MapStream(DataStream):
         # The random states of workers can't be saved, so each batch seeds its randomness there by its place in the
         # run. The training process goes on with the random state of the run, which is saved.
         self.seeds_batches = bool(options.workers.get("num_workers"))
+        loaded = dataset if options.fetch is None else WholeBatches(dataset, options.fetch)
         self.loader = DataLoader(
-            SeededBatches(dataset) if self.seeds_batches else dataset,
+            SeededBatches(loaded) if self.seeds_batches else loaded,
             batch_sampler=_Requests(self),
             collate_fn=options.collate_fn,
             generator=torch.Generator(),  # drawing seeds for workers would change the random state of the run
@@ -76,7 +78,10 @@ class MapStream(DataStream):
             mine = share(samples, self.rank, self.size, self.options.batch_size)
             if not len(mine):
                 mine = samples[:1]
-            indices = mine.tolist() if shuffled else list(mine)  # type: ignore[attr-defined]
+            if self.options.fetch is not None:
+                indices: Any = as_array(mine)
+            else:
+                indices = mine.tolist() if shuffled else list(mine)  # type: ignore[attr-defined]
             yield (batch_seed(self.seed, self.epoch_number, start), indices) if self.seeds_batches else indices
 
     def state_dict(self) -> dict[str, Any]:

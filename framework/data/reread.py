@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from .. import random_state
-from .collating import columns, convert
+from .collating import Collate, collate, columns
 from .shares import DECLARED, BeginWorker, CollateShare, Share, Shares
 from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions, batch_seed
@@ -104,11 +104,11 @@ class IterableStream(RereadStream):
         workers = dict(self.options.workers)
         if workers.get("num_workers"):
             workers["worker_init_fn"] = BeginWorker(workers.get("worker_init_fn"))
-        collate: Callable[[Any], Any] = CollateShare(self.options.collate_fn)
+        collate_share: Callable[[Any], Any] = CollateShare(self.options.collate_fn)
         loader: DataLoader[Any] = DataLoader(
             Shares(self.dataset, self.options, self.seed, epoch, self.rank, self.size, skip, self.end),
             batch_size=None,
-            collate_fn=collate,
+            collate_fn=collate_share,
             generator=torch.Generator().manual_seed(self.seed + epoch),
             **workers,
         )
@@ -185,17 +185,22 @@ class LoaderStream(RereadStream):
 
     A position counts batches here.
 
+    Args:
+        loader: the user's.
+        seed, rank, size: see DataStream.
+        collation: see ``collation_of``.
+
     Attributes:
         batch_size_is_known: whether loader or batch sampler say how many samples a batch has; else one is assumed.
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int) -> None:
+    def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int, collation: Collate) -> None:
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         self.batch_size_is_known = batch_size is not None
         super().__init__(LoaderOptions(batch_size or 1, False, loader.drop_last, default_collate, {}), seed, rank, size)
-        if loader.collate_fn is default_convert:
+        if collation not in (loader.collate_fn, collate):
             loader = copy.copy(loader)  # the user's loader keeps its own collation
-            loader.collate_fn = convert
+            loader.collate_fn = collation
         self.loader, self.dataset = loader, loader.dataset
         if hasattr(loader.dataset, "__len__"):
             self.num_examples = len(loader.dataset)

@@ -21,6 +21,7 @@ class LoaderOptions:
         collate_fn: a function of a list of samples to a batch.
         workers: options that are handed to torch's DataLoader as they are.
         per_device: samples per micro-batch and device, where a rank feeds several; None means ``batch_size``.
+        fetch: a function of the dataset and indices to a whole batch; None where batches are collated of samples.
     """
 
     batch_size: int
@@ -29,6 +30,7 @@ class LoaderOptions:
     collate_fn: Callable[[list[Any]], Any]
     workers: dict[str, Any]
     per_device: int | None = None
+    fetch: Callable[[Any, Any], Any] | None = None
 
 
 class DataStream:

@@ -149,7 +149,7 @@ def summarize(fit: Any, depth: int, batch: Any) -> Summary:
         note = "the batch that was given"
         if batch is None:
             data = fit.eval_data if fit.train_data is None else fit.train_data
-            batch, note = one_sample(data, fit.args.dataloader_num_workers), "one sample"
+            batch, note = one_sample(data, fit.args.dataloader_num_workers, fit.data_collator), "one sample"
         traced = trace(module, layers, batch)
     except (NoSample, NotTraceable) as error:
         note = str(error)

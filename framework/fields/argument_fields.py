@@ -233,7 +233,7 @@ class ArgumentFields(KnownNames):
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: Options = field(default_factory=dict)
-    torch_compile: bool = False
+    torch_compile: bool | str = False
     torch_compile_backend: str | None = None
     torch_compile_mode: str = "default"
     tf32: bool | None = None

@@ -12,6 +12,7 @@ UPLOADS = "Checkpoints are uploaded by a callback: stratagem.Upload(url)."
 LOGGERS = "Where logs go is Fit's loggers=['jsonl', 'wandb'], by word or as instances (docs/loggers.md)."
 CALLED = "What is done is what you call: fit.train(), fit.evaluate(), fit.predict(data)."
 COLUMNS = "A batch goes to forward by the names of its parameters, and what forward doesn't take stays out of it"
+PADDING = "Tokenizing is the data's. What pads is Fit(data_collator=DataCollatorWithPadding(tokenizer))."
 LOADER = "Give Fit a DataLoader as train_data, with the collate_fn and whatever else you like."
 OPTIMIZER = "Override TrainModule.configure_optimizer(args) and configure_scheduler(optimizer, args), or write optim=."
 BATCH = "Write per_device_train_batch_size and per_device_eval_batch_size."
@@ -116,9 +117,10 @@ TRANSFORMERS: Mapping[str, str] = {
     "model": "The first argument is the module: Fit(TrainModule.wrap(model), ...).",
     "train_dataset": "Write train_data=.",
     "eval_dataset": "Write eval_data=.",
-    "data_collator": LOADER,
-    "tokenizer": "Tokenizing is the data's: give Fit a DataLoader with the collate_fn that pads.",
-    "processing_class": "Tokenizing is the data's: give Fit a DataLoader with the collate_fn that pads.",
+    "data_collator": "It is one of Fit's own: Fit(data_collator=...).",
+    "collate_fn": "Write Fit(data_collator=...).",
+    "tokenizer": PADDING,
+    "processing_class": PADDING,
     "model_init": "Write module_init=: a function of a trial that returns a TrainModule.",
     "optimizers": OPTIMIZER,
     "optimizer_cls_and_kwargs": "Write optim=TheClass, optim_args={...}.",

@@ -1,7 +1,6 @@
 """Running values of the loss and what it returns beside, kept on the device between logs and read once at each log."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...strategies.base import Strategy
+from .exact_sums import ExactSum
 
 
 class Averages:
@@ -28,7 +28,7 @@ class Averages:
         self.strategy = strategy
         self.shares: dict[str, Tensor] = {}  # values of the update under way, over its micro-batches so far
         self.pending: dict[str, list[Tensor]] = {}
-        self.settled: dict[str, list[float]] = {}
+        self.settled: dict[str, ExactSum] = {}
         self.items: int | Tensor = 0  # items on this rank since the last settle
         self.tokens = 0
         self.counts_settled = [0, 0]
@@ -102,7 +102,7 @@ class Averages:
         """Sum pending values over ranks and read them to the host. Nothing else in here waits for the device."""
         if not self.updates_pending:
             return
-        self.settled.setdefault("loss", [])  # stays empty where no update had items
+        self.settled.setdefault("loss", ExactSum())  # stays empty where no update had items
         names = list(self.pending)
         rows = [value for name in names for value in self.pending[name]]
         uncertain = [count.reshape(-1) for name in names for _, count in self.uncertain.get(name, ())]
@@ -114,15 +114,16 @@ class Averages:
             places = [place for place, _ in self.uncertain.get(name, ())]
             empty = {place for place, count in zip(places, of_items, strict=False) if count == 0}
             del of_items[: len(places)]
-            self.settled.setdefault(name, []).extend(v for place, v in enumerate(values[:length]) if place not in empty)
+            sums = self.settled.setdefault(name, ExactSum())
+            sums.extend(v for place, v in enumerate(values[:length]) if place not in empty)
             del values[:length]
         self.counts_settled = [before + int(more) for before, more in zip(self.counts_settled, of_items, strict=True)]
         self.items = self.tokens = self.updates_pending = 0
         self.pending.clear()
         self.uncertain.clear()
 
-    def take(self) -> tuple[dict[str, list[float]], int, int]:
-        """Return the values of every update since the last ``take``, and the items and tokens since then, over all
+    def take(self) -> tuple[dict[str, ExactSum], int, int]:
+        """Return the sums over the updates since the last ``take``, and the items and tokens since then, over all
         ranks. The next ``take`` begins here.
         """
         self.settle()
@@ -135,18 +136,16 @@ class Averages:
         later.
         """
         self.settle()
-        return {"settled": self.settled, "counts_settled": self.counts_settled}
+        sums = {name: values.state_dict() for name, values in self.settled.items()}
+        return {"sums": sums, "counts_settled": self.counts_settled}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.pending.clear()
         self.uncertain.clear()
         self.items = self.tokens = self.updates_pending = 0
-        self.settled = {name: list(values) for name, values in state["settled"].items()}
+        if "settled" in state:  # formats 1 and 2 held the values
+            self.settled = {name: ExactSum(values) for name, values in state["settled"].items()}
+        else:
+            self.settled = {name: ExactSum.from_state(sums) for name, sums in state["sums"].items()}
         self.counts_settled = list(state["counts_settled"])
-
-
-def mean_of_finite(values: list[float]) -> float:
-    """Return the mean of the finite values; NaN where none is finite. It is exactly rounded, whatever their order."""
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan

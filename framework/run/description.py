@@ -21,6 +21,6 @@ def describe_run(module: TrainModule, args: FitArguments) -> RunDescription:
         schedule=args.lr_scheduler_type if kind.configure_scheduler is TrainModule.configure_scheduler else None,
         warmup_steps=warmup_updates(args, args.max_steps),
         total_steps=args.max_steps,
-        compiles_blocks=args.torch_compile,
-        compiles_checkpointed_blocks=args.torch_compile and args.gradient_checkpointing,
+        compiles_blocks=args.torch_compile is True,
+        compiles_checkpointed_blocks=args.torch_compile is True and args.gradient_checkpointing,
     )

@@ -1,5 +1,6 @@
 """Placement: the module where it runs, its optimizer, and how both were when they were made."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..measures.parameters import Layer, ParameterCounts, counts_of, layers_of
 from ..module import TrainModule
 from ..optim.closure import Closure, needs_closure
 from ..optim.mode import OptimizerMode
+from ..printing import say
 from ..switches.preparation import prepare_module
 from .configured import configured_optimizer
 from .description import describe_run
@@ -66,6 +68,8 @@ class Placement:
             strategy.expect(describe_run(module, args))
         random_state.seed_everything(args.seed)  # late layers draw the same initial values on every rank
         strategy.place(module, configure_optimizer if trains else None, prepare)
+        if module.weights_note and strategy.is_main:
+            say(module.weights_note, sys.stderr)
         self.mode = OptimizerMode(strategy.optimizer, strategy.weights_have_changed)
         self.closure: Closure | None = None
         if trains:

@@ -1,6 +1,7 @@
 """Run: all that changes between two updates, and so all that a checkpoint holds but tensors."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..measures.averages import Averages
 from ..measures.memory import MemoryByStage
 from ..module import TrainModule
 from ..optim.schedulers import waits_for_metric
+from ..printing import say
 from ..state import Control, TrainState
 from ..watch.watch import Watch
 from .configured import configured_scheduler
@@ -48,6 +50,7 @@ class Run(Labelled):
         exchange: the ranks' message of an update.
         pace: measures how long this rank's own work takes; None on one rank.
         transaction: decides which updates are made.
+        history: the file of its logs.
         rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
         watch: sees signals, hangs and other ranks' failures; there from the beginning of training.
@@ -78,6 +81,7 @@ class Run(Labelled):
         self.transaction = Transaction(self.args, strategy, stream.indices)
         saves = self.args.save_on_exception
         self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
+        self.history = checkpoint.LogHistory()
         self.totals: Totals | None = None
         self.results: dict[str, float] = {}
         self.resumed_from: Path | None = None
@@ -151,9 +155,17 @@ class Run(Labelled):
         """
         self.resumed_from = path
         self._random_to_restore = checkpoint.restore(self, path, saved)
+        self._restore_history(path, saved)
         if self.args.ignore_data_skip:
             self.stream.load_state_dict({"position": 0})
         self._note_beginning()
+
+    def _restore_history(self, path: Path, saved: Mapping[str, Any]) -> None:
+        found = checkpoint.read_history(path, saved)
+        self.state.load_history(found.entries)
+        self.history.go_on_from(found)
+        if found.problem is not None and self.strategy.is_main:
+            say(f"{found.problem} The run goes on.", sys.stderr)
 
     def _note_beginning(self) -> None:
         self.state.begin(self.plan.num_train_epochs, self.args.max_steps, self.plan.found_batch_size)
@@ -236,6 +248,22 @@ class Run(Labelled):
             self.strategy.skip()
         else:
             self.strategy.step(refused)
+        self._schedule_is_due = True
+
+    def take_update(self, loss: Tensor, measure: Tensor, parameters: Sequence[Any], norms: Tensor) -> None:
+        """Take in an update that was made, or left out, by a program: what ``clip`` and ``step`` do otherwise.
+
+        Args:
+            loss: of the update.
+            measure: the norm of its gradients; where they aren't clipped, a number that is finite where they are.
+            parameters: that have a gradient.
+            norms: of each of those gradients.
+        """
+        self._loss, self._measure = loss, measure
+        self.grad_norm = measure if self.args.max_grad_norm else None
+        self.strategy.note_norms(parameters, norms)
+        self.transaction.judge(measure)
+        self.strategy.weights_have_changed()
         self._schedule_is_due = True
 
     def settle_known_schedule(self) -> None:
@@ -331,6 +359,10 @@ class Run(Labelled):
         return self.results
 
     # What a checkpoint holds of it.
+
+    def take_history(self) -> checkpoint.HistoryPart | None:
+        """The logs so far, as a checkpoint holds them; None where this isn't the main process, which writes them."""
+        return self.history.take(self.state.log_history) if self.strategy.is_main else None
 
     def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprints of frozen tensors, by name. Collective."""

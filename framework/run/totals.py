@@ -7,7 +7,8 @@ from typing import Any
 
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
-from ..measures.averages import Averages, mean_of_finite
+from ..measures.averages import Averages
+from ..measures.exact_sums import ExactSum
 from ..measures.flops import device_name, peak_flops
 from ..state import TrainState
 
@@ -41,18 +42,13 @@ class Totals:
         """
         taken, items, tokens = self.averages.take()
         state, filters = self.state, self.args.logging_nan_inf_filter
-        losses = taken.get("loss", [])
-        finite = [value for value in losses if math.isfinite(value)]
-        state.count(finite, items, tokens)
+        losses = taken.get("loss", ExactSum())
+        state.count(losses.total, losses.count, items, tokens)
         if not taken:
             return None
-        means = {
-            name: mean_of_finite(values) if filters else sum(values) / len(values)
-            for name, values in taken.items()
-            if values
-        }
-        if len(finite) < len(losses) and filters:
-            means["nonfinite_losses"] = len(losses) - len(finite)
+        means = {name: sums.mean(only_finite=filters) for name, sums in taken.items() if sums.count + sums.nonfinite}
+        if losses.nonfinite and filters:
+            means["nonfinite_losses"] = losses.nonfinite
         return means
 
     def training_log(self, grad_norm: Any) -> dict[str, float]:

@@ -9,6 +9,7 @@ from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from ..callbacks import Callback
 from ..fields import durations
+from ..fields.compilation import UPDATE
 from ..module import TrainModule
 from .forwards import wrap_forward
 from .gradient_checkpointing import enable_gradient_checkpointing
@@ -33,7 +34,7 @@ def prepare_module(module: TrainModule, args: FitArguments, strategy: Strategy) 
     keep_trainable(module)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(module, args.gradient_checkpointing_kwargs, strategy)
-    if args.torch_compile:
+    if args.torch_compile is True:
         # Blocks are compiled one by one: their common code is compiled once, and sharding can work between blocks.
         for part in module.shard_units() or [module]:
             # part.compile() won't do: it silently does nothing for torch's own classes, such as nn.Sequential.
@@ -59,7 +60,8 @@ def callbacks_of(args: FitArguments) -> list[Callback]:
     if args.torch_compile:
         from ..builtin_callbacks import FirstStepTime
 
-        found.append(FirstStepTime())
+        # The first update makes the optimizer's state, and the second one compiles what torch_compile="update" asks for.
+        found.append(FirstStepTime(updates=2 if args.torch_compile == UPDATE else 1))
     if args.torch_empty_cache_steps is not None:
         from ..builtin_callbacks import EmptyCache
 

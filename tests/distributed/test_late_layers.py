@@ -88,6 +88,33 @@ class HalfLate(Tagger):
         self.head.weight = self.embed.weight
 
 
+class Initialised(LateTagger):
+    """Its layers are filled in ways that work on a part of a layer, and in ways that need the whole of it."""
+
+    def build(self) -> None:
+        super().build()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH, padding_idx=2)
+        self.head.weight = self.embed.weight
+        self.register_buffer("count", torch.zeros(()))
+
+    def init_weights(self, layer: nn.Module) -> None:
+        if layer is self.mix:
+            nn.init.trunc_normal_(layer.weight, std=0.5)
+            nn.init.normal_(layer.bias).mul_(2).add_(1)
+        elif layer is self.blocks[0].up:
+            nn.init.orthogonal_(layer.weight)
+            nn.init.uniform_(layer.bias)
+        elif layer is self.blocks[1].up:
+            layer.weight = nn.Parameter(torch.randn_like(layer.weight, dtype=torch.float32).t().contiguous().t())
+            nn.init.uniform_(layer.bias)
+        elif layer is self.blocks[1].down:
+            layer.weight.data.normal_()[:2] = 0.5
+            layer.bias.copy_(torch.arange(float(len(layer.bias))))
+        else:
+            super().init_weights(layer)
+        self.count += 1
+
+
 class LateTower(TrainModule):
     """Big enough (16 blocks of 128 KiB) that one layer is little beside the whole."""
 
@@ -106,7 +133,7 @@ class LateTower(TrainModule):
 def place_and_export(directory: Path, **arguments: Any) -> list[bool]:
     """Place each module and export it at once; whether its tie held."""
     ties = []
-    for module in (LateTagger, LateVocabulary, HalfLate):
+    for module in (LateTagger, LateVocabulary, HalfLate, Initialised):
         torch.manual_seed(int(os.environ.get("RANK", "0")))
         fit = make_fit(module(), token_rows(20), **arguments)
         fit.export(directory / f"{module.__name__}.safetensors")
@@ -118,7 +145,7 @@ def place_and_export(directory: Path, **arguments: Any) -> list[bool]:
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the initial weights of one device lie."""
     directory = tmp_path_factory.mktemp("one_device")
-    assert place_and_export(directory) == [True, True, True]
+    assert place_and_export(directory) == [True] * 4
     return directory
 
 
@@ -127,7 +154,7 @@ def test_initial_values_are_equal(
     ranks: dict[int, Ranks], tmp_path: Path, one_device: Path, world: int, strategy: str, options: dict[str, Any]
 ) -> None:
     ties = ranks[world].run(place_and_export, directory=tmp_path, strategy=strategy, options=options)
-    assert ties == [[True, True, True]] * world
+    assert ties == [[True] * 4] * world
     for file in one_device.iterdir():
         expected, found = load_file(file), load_file(tmp_path / file.name)
         assert found.keys() == expected.keys()
@@ -239,3 +266,52 @@ def test_no_rank_holds_the_whole_model(
         assert local == pytest.approx(share, rel=0.02)
         assert peak < share + 2.5 * block  # a block, whole, on its way into shards
         assert peak < 0.75 * whole
+
+
+class Pretrained(LateTagger):
+    """The values of its blocks are given; ``asked`` holds what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, int] = {}
+        self.filled: list[str] = []
+
+    def initial_values(self, name: str, part: tuple[slice, ...]) -> Tensor | None:
+        if not name.startswith("blocks.") or name == "blocks.1.up.bias":
+            return None
+        whole = torch.arange(float(self.get_parameter(name).shape.numel()), dtype=torch.float64)
+        values = whole.view(self.get_parameter(name).shape)[part]
+        self.asked[name] = self.asked.get(name, 0) + values.numel()
+        return values
+
+    def init_weights(self, layer: nn.Module) -> None:
+        self.filled += [name for name, module in self.named_modules() if module is layer]
+        super().init_weights(layer)
+
+
+def place_pretrained(file: Path, **arguments: Any) -> dict[str, Any]:
+    """Numbers of values that this rank was given, the layers that it filled, and its local number of parameters."""
+    module = Pretrained()
+    fit = make_fit(module, token_rows(20), **arguments)
+    fit.export(file)
+    assert all(p.dtype == torch.float32 for p in fit.module.parameters())
+    return {"asked": sum(module.asked.values()), "filled": module.filled}
+
+
+@everywhere
+def test_given_values_are_asked_for_by_part(
+    ranks: dict[int, Ranks], tmp_path: Path, world: int, strategy: str, options: dict[str, Any]
+) -> None:
+    place_pretrained(tmp_path / "single.safetensors")
+    found = ranks[world].run(place_pretrained, file=tmp_path / "it.safetensors", strategy=strategy, options=options)
+    expected, weights = load_file(tmp_path / "single.safetensors"), load_file(tmp_path / "it.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+    up = weights["blocks.0.up.weight"]
+    assert torch.equal(up, torch.arange(float(up.numel())).view(up.shape))
+    assert not torch.equal(weights["blocks.1.up.bias"], torch.arange(float(len(weights["blocks.1.up.bias"]))))
+    for rank in found:
+        assert set(rank["filled"]) == {"", "embed", "mix", "head", "blocks.1.up"}
+    if strategy == "fsdp2" and "tensor_parallel" not in options:
+        given = sum(weight.numel() for name, weight in weights.items() if name.startswith("blocks."))
+        given -= weights["blocks.1.up.bias"].numel()
+        assert sum(rank["asked"] for rank in found) == given * options.get("replicas", 1)

@@ -54,12 +54,18 @@ def test_the_manifest_lists_every_file_with_its_size_and_hash(run_dir: Path) -> 
     assert sorted(manifest["files"]) == [name for name in files_in(checkpoint) if name != "manifest.json"]
     for name, entry in manifest["files"].items():
         content = (checkpoint / name).read_bytes()
-        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        hashes = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        if name.endswith(".safetensors"):
+            header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip(b" ")
+            hashes["header"] = hashlib.sha256(header).hexdigest()
+            assert json.loads((checkpoint / "tensors.json").read_text())[name] == json.loads(header)
+        assert entry == hashes
     assert {name.split("/")[0] for name in manifest["files"]} == {
         "model",
         "optimizer",
         "random-00000.json",
         "state.json",
+        "tensors.json",
     }
 
 

@@ -156,7 +156,7 @@ def test_a_file_that_is_not_listed_is_refused_by_name(make_fit: MakeFit, checkpo
 
 def test_a_manifest_must_list_what_a_checkpoint_has(make_fit: MakeFit, checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for name in manifest["files"]:
+    for name in manifest["files"].keys() - {"tensors.json"}:  # without it the headers themselves are read
         kept = (checkpoint / name).read_bytes()
         (checkpoint / name).unlink()
         seal(checkpoint)

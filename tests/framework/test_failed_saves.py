@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from stratagem import Callback
 from stratagem.framework.checkpoint import CheckpointError
+from stratagem.framework.checkpoint.streaming import SafetensorsFile
 from tiny import MakeFit, Regressor, regression_rows
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -36,7 +36,7 @@ def interrupt_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: Any, *arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    monkeypatch.setattr(SafetensorsFile, "add", interrupted)
 
 
 def test_an_interrupt_in_a_save_arrives_as_one(
@@ -51,14 +51,14 @@ def test_an_interrupt_in_a_save_arrives_as_one(
 def test_ctrl_c_in_a_save_lets_it_end_and_saves_the_next_update(
     make_fit: MakeFit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_data, signals = HuggingFaceStorageWriter.write_data, [signal.SIGINT]
+    add, signals = SafetensorsFile.add, [signal.SIGINT]
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         if signals:
             os.kill(os.getpid(), signals.pop())
-        return write_data(self, *arguments)
+        return add(self, *arguments)
 
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    monkeypatch.setattr(SafetensorsFile, "add", interrupted)
     with pytest.raises(KeyboardInterrupt) as raised:
         make_fit(Regressor(), regression_rows(8), **SAVES).train()
     assert isinstance(raised.value, SystemExit) and raised.value.code == 130
@@ -78,7 +78,11 @@ def test_a_search_that_catches_every_exception_ends_with_an_interrupt_in_a_save(
 
 # The random state takes about 20 kB, the weights 160 kB.
 @pytest.mark.parametrize(
-    ("size", "file"), [(3000, "random-00000.json can't be written: "), (60_000, "model: rank 0: OSError: ")]
+    ("size", "file"),
+    [
+        (3000, "random-00000.json can't be written: "),
+        (60_000, "model/shard-00001-model-00001-of-00001.safetensors can't be written: "),
+    ],
 )
 def test_a_failed_write_says_which_file_and_leaves_nothing(
     make_fit: MakeFit, tmp_path: Path, size: int, file: str

@@ -1,15 +1,21 @@
 """TrainModule: how forward is called, what is counted, wrapped models, default optimizers and schedules."""
 
 import dataclasses
+import itertools
+import json
 import math
 from collections import OrderedDict, UserDict, namedtuple
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import attrs
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as draw
 from stratagem import FitArguments, TrainModule
-from stratagem.framework.measures.averages import Averages, mean_of_finite
+from stratagem.framework.measures.averages import Averages
+from stratagem.framework.measures.exact_sums import ExactSum
 from stratagem.framework.module import forward_call
 from stratagem.framework.objective import Objective
 from stratagem.framework.optim.optimizers import decay_groups
@@ -400,8 +406,9 @@ def test_averages_keep_each_updates_values() -> None:
         held.add_share("extra", torch.tensor(float(k)))
         held.end_update(torch.tensor(float(k)))
     values = held.take()[0]
-    assert values["loss"] == [float(k) for k in range(2 * Averages.FOLD + 3)]
-    assert values["extra"] == [float(k) + 1 for k in range(2 * Averages.FOLD + 3)]
+    count = 2 * Averages.FOLD + 3
+    assert (values["loss"].total, values["loss"].count) == (sum(range(count)), count)
+    assert (values["extra"].total, values["extra"].count) == (sum(range(count)) + count, count)
     assert held.take()[0] == {}
 
 
@@ -411,16 +418,37 @@ def test_averages_survive_being_saved() -> None:
         held.end_update(torch.tensor(1 / 3))
     second.load_state_dict(first.state_dict())
     second.end_update(torch.tensor(2.0))
-    assert second.take()[0] == {"loss": [float(torch.tensor(1 / 3)), 2.0]}
-    assert first.take()[0] == {"loss": [float(torch.tensor(1 / 3))]}
+    (taken,), (of_first,) = second.take()[0].values(), first.take()[0].values()
+    assert (taken.total, taken.count) == (float(torch.tensor(1 / 3)) + 2.0, 2)
+    assert (of_first.total, of_first.count) == (float(torch.tensor(1 / 3)), 1)
 
 
 def test_the_mean_leaves_out_what_isnt_finite() -> None:
-    assert mean_of_finite([1.0, math.nan, 3.0, math.inf]) == 2.0
-    assert math.isnan(mean_of_finite([math.nan]))
-    assert math.isnan(mean_of_finite([]))
+    assert ExactSum([1.0, math.nan, 3.0, math.inf]).mean() == 2.0
+    assert ExactSum([1.0, -math.inf]).mean(only_finite=False) == -math.inf
+    assert math.isnan(ExactSum([math.nan]).mean())
+    assert math.isnan(ExactSum([]).mean())
     # Summed exactly: in another order, plain addition gives 0.0 here.
-    assert mean_of_finite([1e16, 1.0, -1e16]) == 1 / 3
+    assert ExactSum([1e16, 1.0, -1e16]).mean() == 1 / 3
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    draw.lists(draw.floats(-1e300, 1e300) | draw.floats(width=32), max_size=60),
+    draw.lists(draw.integers(0, 60), max_size=4),
+)
+def test_a_sum_that_was_saved_on_its_way_is_that_of_all_values(values: list[float], cuts: list[int]) -> None:
+    """Exactly rounded, as fractions give it, whatever was saved and loaded in between."""
+    found = ExactSum()
+    places = [0, *sorted(min(cut, len(values)) for cut in cuts), len(values)]
+    for begin, end in itertools.pairwise(places):
+        found.extend(values[begin:end])
+        saved = json.loads(json.dumps(found.state_dict()))
+        assert len(saved["parts"]) <= 40
+        found = ExactSum.from_state(saved)
+    finite = [value for value in values if math.isfinite(value)]
+    assert found.total == float(sum(map(Fraction, finite))) and found.count == len(finite)
+    assert found.nonfinite == len(values) - len(finite)
 
 
 def test_a_loss_that_isnt_finite_once_does_not_spoil_the_log(make_fit: MakeFit) -> None:

@@ -10,7 +10,7 @@ from language_models import llama, make, quantized, text_rows, with_adapters, wi
 from safetensors.torch import load_file
 from stratagem import Callback, TrainModule
 from stratagem.framework.checkpoint import CheckpointError
-from stratagem.framework.checkpoint.tensors import stored_tensors
+from stratagem.framework.checkpoint.tensors import read_table
 from tiny import Float64, MakeFit, Regressor, StopAt, collate, logs_of, parameters_of, regression_rows
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ def test_checkpoints_and_exports_hold_the_trainable_part_alone(make_fit: MakeFit
     fit.train()
     checkpoint = tmp_path / "output" / "checkpoint-2"
     names = {name for name in parameters_of(module) if is_adapter(name)}
-    assert stored_tensors(checkpoint / "model").keys() == names
+    assert read_table(checkpoint).stored("model").keys() == names
     frozen = json.loads((checkpoint / "state.json").read_text())["frozen"]
     assert frozen.keys() == dict(module.named_parameters()).keys() - names
     # A sum over bits, worked out by another library.
@@ -140,7 +140,7 @@ class Normalised(Regressor):
 def test_buffers_of_frozen_layers_are_saved(make_fit: MakeFit, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_only_trainable": True}
     make_fit(Normalised(), regression_rows(16), **options).train()
-    assert set(stored_tensors(tmp_path / "output" / "checkpoint-2" / "model")) == {
+    assert set(read_table(tmp_path / "output" / "checkpoint-2").stored("model")) == {
         "hidden.weight",
         "hidden.bias",
         "head.weight",
@@ -261,7 +261,7 @@ def test_quantized_weights_stay_out_of_checkpoints_and_exports(make_fit: MakeFit
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     fit = make_fit(make("qlora"), text_rows(16), max_steps=2, **options)
     fit.train()
-    saved = stored_tensors(tmp_path / "output" / "checkpoint-2" / "model")
+    saved = read_table(tmp_path / "output" / "checkpoint-2").stored("model")
     assert not [name for name in saved if "proj" in name and not is_adapter(name)]
     assert "base_model.model.lm_head.weight" in saved  # frozen, not quantized, and not left out without being asked
     with pytest.raises(ValueError, match=r"proj\.weight'\) can't be written as plain weights.*save_only_trainable"):

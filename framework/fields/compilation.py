@@ -1,0 +1,35 @@
+"""What ``torch_compile`` may ask for, and which arguments leave an update that can't be one program."""
+
+from .accumulation import NAME as SCHEDULE
+from .argument_fields import ArgumentFields
+
+UPDATE = "update"
+"""The value of ``torch_compile`` that asks for an update as one program."""
+
+OUTSIDE_ONE_PROGRAM = {  # argument: (its value that asks for nothing, why one program can't do the other)
+    "gradient_accumulation_steps": (1, "makes an update of several micro-batches, and the program has one"),
+    SCHEDULE: ({}, "makes an update of several micro-batches, and the program has one"),
+    "auto_find_batch_size": (False, "makes an update of several micro-batches where memory runs out"),
+    "spike_updates": (None, "has the host judge the norm between gradients and step"),
+    "gradient_checkpointing": (False, "has no effect where the compiler chooses what is computed again"),
+    "past_index": (-1, "hands an output of one update on to the next"),
+    "debug": ("", "looks at layers one by one, which are fused"),
+}
+
+
+def problems(args: ArgumentFields) -> list[tuple[str, str]]:
+    """Return (field, why it can't work and what to write instead) for every field that can't go with ``torch_compile``
+    as it is.
+    """
+    if isinstance(args.torch_compile, str) and args.torch_compile != UPDATE:
+        return [("torch_compile", f"must be True, False or {UPDATE!r}")]
+    if args.torch_compile != UPDATE:
+        return []
+    found = [
+        (name, f"{why}, while torch_compile={UPDATE!r} is set. Write torch_compile=True, or leave {name} out")
+        for name, (nothing, why) in OUTSIDE_ONE_PROGRAM.items()
+        if getattr(args, name) != nothing
+    ]
+    if args.torch_compile_backend not in (None, "inductor"):
+        found.append(("torch_compile_backend", f"must be 'inductor' with torch_compile={UPDATE!r}; leave it out"))
+    return found
