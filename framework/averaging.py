@@ -1,12 +1,14 @@
 """Averaged weights: a moving average (EMA) or a plain mean (SWA) of the weights that are trained, beside them."""
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from ..strategies.base import Strategy
 from .arguments import FitArguments
@@ -34,6 +36,9 @@ class Average(Callback):
         warm_up: the n-th averaging has a decay of at most n / (n + 9), so that the first weights are soon forgotten.
         device: "cpu" keeps the average in the host's memory; None beside the weights.
         evaluate: evaluate it, too, whenever the run evaluates: its metrics begin with "eval_average_".
+        batch_norm_batches: of the training data, by which the running statistics of BatchNorm layers are taken anew at
+            the end of training, since those of the module belong to other weights than the average. Each rank reads so
+            many of its own. 0 leaves them as they are.
 
     Example:
         >>> average = Average(decay=0.999)
@@ -53,6 +58,7 @@ class Average(Callback):
         warm_up: bool = True,
         device: str | None = None,
         evaluate: bool = False,
+        batch_norm_batches: int = 0,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"Average(kind=) is 'ema' or 'swa'. Received: {kind!r}")
@@ -62,11 +68,14 @@ class Average(Callback):
             raise ValueError(f"Average(every=) counts updates, at least 1. Received: {every!r}")
         if begin < 0 or (isinstance(begin, float) and begin >= 1.0):
             raise ValueError(f"Average(begin=) is an update, or a share of the run below 1.0. Received: {begin!r}")
+        if not isinstance(batch_norm_batches, int) or batch_norm_batches < 0:
+            raise ValueError(f"Average(batch_norm_batches=) counts batches. Received: {batch_norm_batches!r}")
         self.decay, self.kind, self.every, self.begin, self.warm_up = decay, kind, every, begin, warm_up
-        self.device, self.evaluate = device, evaluate
+        self.device, self.evaluate, self.batch_norm_batches = device, evaluate, batch_norm_batches
         self.count = 0  # averagings so far
         self._strategy: Strategy | None = None
         self._held: dict[str, Tensor] = {}  # this rank's parts
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # (buffer of the module, what it is with the average)
         self._loaded: Mapping[str, Tensor] | None = None  # of a checkpoint, until the weights are there
         self._follows_run = self._is_evaluating = False
 
@@ -75,7 +84,12 @@ class Average(Callback):
     ) -> None:
         """Begin with the weights as they are, or with what a checkpoint held."""
         self._strategy, self._follows_run = fit.strategy, True
-        strategy = fit.strategy
+        strategy, self._statistics = fit.strategy, []
+        if self.batch_norm_batches and not statistics_of(fit.module):
+            raise ValueError(
+                f"Average(batch_norm_batches={self.batch_norm_batches}) has no effect: {type(fit.module).__name__} has "
+                "no BatchNorm layer with running statistics. Leave it out."
+            )
         if self._loaded:
             held, self._loaded = strategy.held_from(self._loaded), None
         else:
@@ -120,9 +134,15 @@ class Average(Callback):
             finally:
                 self._is_evaluating = False
 
-    def on_train_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
-        """Evaluations that come later are the user's own."""
+    def on_train_end(
+        self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
+    ) -> None:
+        """Take the statistics of BatchNorm anew. Evaluations that come later are the user's own."""
         self._follows_run = False
+        if self.batch_norm_batches:
+            with self.in_place(fit.strategy):
+                found = measured_statistics(fit, self.batch_norm_batches)
+            self._statistics = found
 
     def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Evaluations that come later are the user's own."""
@@ -140,8 +160,13 @@ class Average(Callback):
                 "This Average has no weights: it averages those that a Fit trains which has it among its callbacks. "
                 "Write Fit(..., callbacks=[average]), and use it after train()."
             )
-        with strategy.with_weights(self._held):
-            yield
+        own = [buffer.clone() for buffer, _ in self._statistics]
+        try:
+            copy_each([(buffer, average) for buffer, average in self._statistics])
+            with strategy.with_weights(self._held):
+                yield
+        finally:
+            copy_each([(buffer, before) for (buffer, _), before in zip(self._statistics, own, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """The average by parameter name. Collective for some strategies."""
@@ -161,6 +186,60 @@ class Average(Callback):
 
     def __repr__(self) -> str:
         return f"Average(decay={self.decay}, kind={self.kind!r}, count={self.count})"
+
+
+class Calling(nn.Module):
+    """Calls the placed model on batches of any kind, as ``torch.optim.swa_utils.update_bn`` calls a model on tensors."""
+
+    def __init__(self, fit: Any) -> None:
+        super().__init__()
+        self.fit, self.model = fit, fit.strategy.model
+
+    def forward(self, batch: Any) -> None:
+        """Call the model."""
+        strategy = self.fit.strategy
+        with strategy.forward_context():
+            self.fit.objective.forward(self.model, strategy.to_device(batch))
+
+
+def statistics_of(module: nn.Module) -> list[Tensor]:
+    """The running statistics of a module's BatchNorm layers."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for layer in layers if layer.track_running_stats for buffer in layer.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def measured_statistics(fit: Any, batches: int) -> list[tuple[Tensor, Tensor]]:
+    """Take the statistics of BatchNorm layers over some of the training data, at the weights that the module has.
+    Collective.
+
+    Args:
+        fit: its module is placed.
+        batches: that each rank reads.
+
+    Returns:
+        (buffer of the module, which is what it was before; the mean over all ranks of what was measured).
+    """
+    strategy, buffers = fit.strategy, statistics_of(fit.module)
+    before = [buffer.clone() for buffer in buffers]
+    stream = fit.stream_over(fit.get_train_dataloader(), training=True)
+    # Of a list, the first entry is what the model is called on.
+    update_bn(([batch] for batch in itertools.islice(fit.batches(stream, 0), batches)), Calling(fit))
+    found = []
+    for buffer, own in zip(buffers, before, strict=True):
+        measured = buffer.clone()
+        if measured.is_floating_point():
+            measured = strategy.sum_over_data_ranks(measured) / strategy.gradient_ranks
+        found.append((buffer, measured))
+        buffer.copy_(own)
+    return found
+
+
+@torch.no_grad()
+def copy_each(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy to each first tensor its second one."""
+    for place, value in pairs:
+        place.copy_(value)
 
 
 def using(weights: Any, strategy: Strategy) -> AbstractContextManager[None]:

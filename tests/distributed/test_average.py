@@ -10,9 +10,10 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import Average, Callback
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import Tagger, everywhere, make_fit, share_of_16, token_rows
+from training import PLACEMENTS, Tagger, make_fit, share_of_16, token_rows
 
 UPDATES, SAVED_AT = 8, 4
+ENGINES = [pytest.param(2, f"deepspeed_stage_{stage}", {}, marks=pytest.mark.slow) for stage in (0, 2, 3)]
 
 
 def train_averaged(export: str, resume: str | None = None, **arguments: Any) -> list[float]:
@@ -35,7 +36,7 @@ def assert_close(found: Path, expected: Path) -> None:
         torch.testing.assert_close(weights[name], reference, rtol=0, atol=2e-6)
 
 
-@everywhere
+@pytest.mark.parametrize(("world", "strategy", "options"), [*PLACEMENTS, *ENGINES], ids=str)
 def test_one_devices_average_saved_and_loaded_anywhere(
     ranks: dict[int, Ranks], tmp_path: Path, world: int, strategy: str, options: dict[str, Any]
 ) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from stratagem import Average, Callback, Fit, TrainModule
 from tiny import MakeFit, Regressor, regression_rows
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 class Trail(Callback):
@@ -129,6 +130,43 @@ def test_the_run_evaluates_it_beside_the_weights(make_fit: MakeFit) -> None:
     last = next(entry[names[1]] for entry in reversed(fit.state.log_history) if names[1] in entry)
     assert last == fit.evaluate(weights=average)["eval_loss"]
     assert "eval_average_loss" not in fit.state.log_history[-1]  # an evaluation of the user's is one
+
+
+class Normed(Regressor):
+    """With running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.hidden(x)))
+
+
+def test_statistics_of_batch_norm_are_those_of_the_average(make_fit: MakeFit, tmp_path: Path) -> None:
+    data = regression_rows(24)
+    average = Average(kind="swa", batch_norm_batches=3)
+    fit = make_fit(
+        Normed(), data, data, max_steps=9, per_device_train_batch_size=8, callbacks=[average], learning_rate=0.3
+    )
+    fit.train()
+    own = fit.module.norm.running_mean.clone()
+    fit.export(tmp_path / "average.safetensors", weights=average)
+    assert torch.equal(fit.module.norm.running_mean, own)
+    found = load_file(tmp_path / "average.safetensors")
+    by_hand = Normed()
+    by_hand.load_state_dict(found)
+    loader = DataLoader([row["x"] for row in data], batch_size=8)
+    torch.optim.swa_utils.update_bn(loader, by_hand)
+    assert torch.equal(found["norm.running_mean"], by_hand.norm.running_mean)
+    assert torch.equal(found["norm.running_var"], by_hand.norm.running_var)
+    assert not torch.allclose(found["norm.running_mean"], own)
+
+
+def test_batches_for_batch_norm_without_such_a_layer_are_refused(make_fit: MakeFit) -> None:
+    fit = make_fit(Regressor(), regression_rows(8), max_steps=1, callbacks=[Average(batch_norm_batches=2)])
+    with pytest.raises(ValueError, match=r"batch_norm_batches=2\) has no effect: Regressor has no BatchNorm"):
+        fit.train()
 
 
 @pytest.mark.parametrize(
