@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .. import random_state
 from .lengths import LengthGroups
+from .orders import COMPUTED, COMPUTED_FROM, DRAWN, ComputedOrder, Order, drawn_order, look_up
 from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions, batch_seed, share
-from .whole_batches import WholeBatches, as_array
+from .whole_batches import WholeBatches
 
 
 class MapStream(DataStream):
@@ -20,6 +22,10 @@ class MapStream(DataStream):
         dataset: it has ``__getitem__`` and ``__len__``.
         options, seed, rank, size: see DataStream.
         groups: what orders samples by length; None draws samples one by one.
+
+    Attributes:
+        computes_order: whether the order is computed position by position, and not drawn; see ``orders.py``.
+        computes_by_itself: whether it is so in a run that begins anew.
     """
 
     is_equal_on_ranks = True  # the lengths of the ranks' datasets were compared when the Fit was made
@@ -39,6 +45,7 @@ class MapStream(DataStream):
         self.dataset = dataset
         self.num_examples = len(dataset)  # type: ignore[arg-type]
         self.epoch_number = 0
+        self.computes_order = self.computes_by_itself = self.num_examples >= COMPUTED_FROM
         # The random states of workers can't be saved, so each batch seeds its randomness there by its place in the
         # run. The training process goes on with the random state of the run, which is saved.
         self.seeds_batches = bool(options.workers.get("num_workers"))
@@ -51,49 +58,60 @@ class MapStream(DataStream):
             **options.workers,
         )
 
-    def order(self, epoch: int) -> Sequence[int]:
-        """Return the sample indices of an epoch, in its order."""
+    def order(self, epoch: int) -> Order:
+        """Return the order of an epoch."""
         samples = self.data_length()  # of which an epoch may take the first ones alone
         assert samples is not None
         if not self.options.shuffle:
-            return range(samples)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        if self.groups is not None:
-            return self.groups.order(generator, self.group_size or self.groups.group_size)  # type: ignore[return-value]
-        # A numpy array takes 8 bytes a sample; a list of ints would take 36.
-        return torch.randperm(samples, generator=generator).numpy()  # type: ignore[return-value]
+            return lambda positions: positions
+        order: Order
+        if self.computes_order:
+            order = ComputedOrder(samples, self.seed, epoch)
+        else:
+            order = drawn_order(samples, self.seed + epoch)
+        if self.groups is None:
+            return order
+        return self.groups.order(order, self.group_size or self.groups.group_size, is_drawn=not self.computes_order)
 
     def indices(self, epoch: int, begin: int, end: int) -> Sequence[int]:
         """The samples at some positions of an epoch's order."""
-        return self.order(epoch)[begin:end]
+        return self.order(epoch)(numpy.arange(begin, end)).tolist()
 
     def requests(self) -> Iterator[Any]:
         """Yield what the loader fetches: this rank's indices of each global micro-batch, with a seed where workers
         fetch.
         """
-        assert self.num_examples is not None
-        order, step, shuffled = self.order(self.epoch_number), self.global_micro_batch, self.options.shuffle
-        for start in range(self.position, self.num_examples - (step - 1 if self.options.drop_last else 0), step):
-            samples = order[start : min(start + step, self.num_examples)]
-            mine = share(samples, self.rank, self.size, self.options.batch_size)
-            if not len(mine):
-                mine = samples[:1]
-            if self.options.fetch is not None:
-                indices: Any = as_array(mine)
-            else:
-                indices = mine.tolist() if shuffled else list(mine)  # type: ignore[attr-defined]
-            yield (batch_seed(self.seed, self.epoch_number, start), indices) if self.seeds_batches else indices
+        total, step, epoch = self.num_examples, self.global_micro_batch, self.epoch_number
+        assert total is not None
+        starts = range(self.position, total - (step - 1 if self.options.drop_last else 0), step)
+        mine = (self.own_part(range(start, min(start + step, total))) for start in starts)
+        for start, indices in zip(starts, look_up(self.order(epoch), mine, self.options.batch_size), strict=True):
+            found: Any = indices if self.options.fetch is not None else indices.tolist()
+            yield (batch_seed(self.seed, epoch, start), found) if self.seeds_batches else found
+
+    def own_part(self, positions: range) -> range:
+        """This rank's part of the positions of a global micro-batch; the first position where it has none."""
+        return share(positions, self.rank, self.size, self.options.batch_size) or positions[:1]  # type: ignore[return-value]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the size of groups, which decides the order of the epoch."""
-        if self.groups is None:
-            return super().state_dict()
-        return {**super().state_dict(), "group_size": self.group_size or self.groups.group_size}
+        """Return the position, and which order it is in: drawn or computed, and with groups of what size."""
+        state = {**super().state_dict(), "order": COMPUTED if self.computes_order else DRAWN}
+        if self.groups is not None:
+            state["group_size"] = self.group_size or self.groups.group_size
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next ``epoch`` begin at the saved position, in the saved order, whatever an update holds now."""
+        """Have the next ``epoch`` begin at the saved position, in the saved order, whatever an update holds now. Without
+        a name it is the order of earlier versions, which drew all.
+        """
         super().load_state_dict(state)
+        self.computes_order = state.get("order", DRAWN) == COMPUTED
         self.group_size = state.get("group_size", 0)
+
+    def begin_anew(self) -> None:
+        """Have the next ``epoch`` begin at its beginning, in the order of a new run."""
+        super().begin_anew()
+        self.computes_order = self.computes_by_itself
 
     def epoch(self, epoch: int) -> Iterator[Any]:
         """Yield this rank's micro-batches of one epoch."""

@@ -37,6 +37,7 @@ from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import whole_parameters
 from .gathering import gather_by_parameter
+from .root_units import RootUnits, root_units
 from .used_parameters import UsedParameters
 
 if TYPE_CHECKING:
@@ -207,13 +208,19 @@ class FSDP2(ProcessGroupStrategy):
         # device runs do, and nowhere else.
         policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
         kept = float32_slots(module) if mixed else set()
-        for unit in module.shard_units():  # type: ignore[operator]
-            fully_shard(unit, mp_policy=policy, **common)
+        blocks = list(module.shard_units())  # type: ignore[operator]
+        # Ranks that use different layers of the root are why the option is there: each gathers the same messages.
+        around = {} if options.find_unused_parameters else root_units(module, blocks, common["ignored_params"])
+        for unit in (*blocks, *around):
+            # What follows the blocks has its backward at once, as the root has.
+            drops = options.reshard_after_forward and not around.get(unit, False)
+            fully_shard(unit, mp_policy=policy, **{**common, "reshard_after_forward": drops})
             gather_by_parameter(unit, kept)
         # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
         fully_shard(module, mp_policy=policy, **{**common, "reshard_after_forward": False})
         gather_by_parameter(module, kept)
         self.sum_alike(module)
+        self.root_units = RootUnits(module, list(around))
 
     def sum_alike(self, module: nn.Module) -> None:
         """Have every rank sum gradients of the same parameters, or stop where they don't."""
@@ -258,6 +265,7 @@ class FSDP2(ProcessGroupStrategy):
         """Drop the root's gathered parameters, which an evaluation's last forward leaves."""
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
+            self.root_units.reshard()
 
     def split_batch(self, batch: Any) -> Any:
         """Cut this rank's part out of the sequence."""
@@ -284,7 +292,7 @@ class FSDP2(ProcessGroupStrategy):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Enter the precision's context and ``own_operators``; an error in a layer used outside of a block names it."""
-        with self.used_outside, super().forward_context(), self.own_operators():
+        with self.used_outside, self.root_units, super().forward_context(), self.own_operators():
             yield
 
     def local_loss(self, loss: Tensor) -> Tensor:

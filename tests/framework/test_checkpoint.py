@@ -227,7 +227,7 @@ def test_a_checkpoint_without_its_manifest_is_none(make_fit: MakeFit, run_dir: P
     ("content", "complaint"),
     [
         ("{", r"manifest\.json can't be read"),
-        ('{"format": 99, "files": {}}', "has format 99; this version of stratagem reads formats 1 and 2"),
+        ('{"format": 99, "files": {}}', "has format 99; this version of stratagem reads formats 1 to 3"),
         ("[]", r"manifest\.json"),
         ('{"format": 1}', r"manifest\.json"),
     ],
