@@ -189,7 +189,7 @@ class Average(Callback):
 
 
 class Calling(nn.Module):
-    """Calls the placed model on batches of any kind, as ``torch.optim.swa_utils.update_bn`` calls a model on tensors."""
+    """Calls the placed model on batches of any kind; torch's ``update_bn`` knows tensors alone."""
 
     def __init__(self, fit: Any) -> None:
         super().__init__()

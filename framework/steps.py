@@ -155,7 +155,7 @@ class Steps(Labelled):
         if self.overrides_loss or is_empty:
             loss, outputs, extras, is_share = self.find_loss(model, inputs, count, num_items_in_batch, is_empty)
             if is_empty:
-                loss, is_share = without_loss(loss, outputs), False
+                loss, is_share = without_loss(loss, [outputs, *objective.gathered]), False
         else:  # called from here: every frame between a user's forward and train is one more to read in a traceback
             loss = self.compute_loss(model, inputs, False, num_items_in_batch)
             extras, is_share = objective.note()

@@ -53,9 +53,7 @@ class UpdateProgram:
         emit: tells the callbacks of an event.
     """
 
-    def __init__(
-        self, run: Run, objective: Objective, count_tokens: TokenCounter, emit: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: Run, objective: Objective, count_tokens: TokenCounter, emit: Callable[[str], None]) -> None:
         self.run, self.objective, self.count_tokens, self.emit = run, objective, count_tokens, emit
         strategy = run.strategy
         self.groups = run.optimizer.param_groups
