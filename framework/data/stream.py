@@ -184,6 +184,9 @@ class DataStream:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
 
+    def begin_training_epoch(self, epoch: int) -> None:
+        """Note that the next ``epoch`` is one of training, and not of an evaluation on the same data."""
+
     def begin_anew(self) -> None:
         """Have the next ``epoch`` begin at its beginning, as in a new run."""
         self.load_state_dict({"position": 0})

@@ -193,8 +193,9 @@ class Run(Labelled):
             checkpoint.check_states(self.callbacks.state_dict())
 
     def begin_epoch(self, epoch: int) -> None:
-        """Count the micro-batches of an epoch anew."""
+        """Have the data begin an epoch, and count its micro-batches anew."""
         self.epoch_index = epoch
+        self.stream.begin_training_epoch(epoch)
         self.exchange.data.begin_epoch()
 
     def begin_next_epoch(self) -> None:
