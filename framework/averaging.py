@@ -41,11 +41,7 @@ class Average(Callback):
             many of its own. 0 leaves them as they are.
 
     Example:
-        >>> average = Average(decay=0.999)
-        >>> fit = Fit(module, dataset, held_out, callbacks=[average])
-        >>> fit.train()
-        >>> fit.evaluate(weights=average)
-        >>> fit.export("averaged.safetensors", weights=average)
+        ``Fit(module, data, callbacks=[average])``, and after ``train()``: ``fit.evaluate(weights=average)``
     """
 
     def __init__(
