@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..strategies.base import Strategy
 from . import checkpoint, overriding
 from .arguments import FitArguments
+from .averaging import Average, using
 from .callbacks import Callbacks
 from .data import DataStream, limit_evaluation, make_stream, sets_by_name
 from .data.stand_in import StandIn
@@ -154,7 +155,7 @@ class Steps(Labelled):
         if self.overrides_loss or is_empty:
             loss, outputs, extras, is_share = self.find_loss(model, inputs, count, num_items_in_batch, is_empty)
             if is_empty:
-                loss, is_share = without_loss(loss, outputs), False
+                loss, is_share = without_loss(loss, [outputs, *objective.gathered]), False
         else:  # called from here: every frame between a user's forward and train is one more to read in a traceback
             loss = self.compute_loss(model, inputs, False, num_items_in_batch)
             extras, is_share = objective.note()
@@ -295,8 +296,9 @@ class Steps(Labelled):
     # Evaluation.
 
     def evaluate(
-        self, eval_data: Any = None, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+        self, eval_data: Any = None, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "eval",
+        weights: Average | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Loss and metrics over held-out data.
 
         Args:
@@ -304,6 +306,7 @@ class Steps(Labelled):
                 "eval_<name>_loss".
             ignore_keys: entries of a mapping output that are left out of predictions.
             metric_key_prefix: of the names.
+            weights: an Average among the callbacks, whose weights are evaluated instead of the module's own.
 
         Returns:
             ``{"eval_loss": mean over all items, "eval_<metric>": ...}``; it is logged too.
@@ -312,7 +315,7 @@ class Steps(Labelled):
         if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         metrics: dict[str, float] = {}
-        with self.placement.mode.evaluating():
+        with self.placement.mode.evaluating(), using(weights, self.strategy):
             for name, part in sets_by_name(self.eval_data if eval_data is None else eval_data).items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
                 batches = self.eval_batches(None if overfits else part, limited=True)
@@ -331,12 +334,13 @@ class Steps(Labelled):
         ignore_keys: Iterable[str] | None = None,
         metric_key_prefix: str = "test",
         output: "str | Path | PredictionWriter | None" = None,
+        weights: Average | None = None,
     ) -> PredictionOutput:
         """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has them.
 
         Args:
             data: a Dataset, an IterableDataset or a ready DataLoader.
-            ignore_keys, metric_key_prefix: see ``evaluate``.
+            ignore_keys, metric_key_prefix, weights: see ``evaluate``.
             output: writes them instead, batch by batch, and ``predictions`` is the path: of a Parquet file
                 ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
@@ -346,7 +350,7 @@ class Steps(Labelled):
             from .predictions import writing as of_predictions  # who writes none needn't import it
 
             written = of_predictions.written(output, self)
-        with placement.mode.evaluating(), written as writing:
+        with placement.mode.evaluating(), using(weights, self.strategy), written as writing:
             evaluation = self.evaluation(KeptOutputs if writing is None else writing.keep)
             metrics, predictions, labels = evaluation.run(batches, metric_key_prefix, ignore_keys or (), predict=True)
             predictions = predictions if writing is None else writing.finish(predictions)
