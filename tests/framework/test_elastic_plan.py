@@ -52,7 +52,7 @@ def test_data_that_gives_each_rank_a_part_fits_one_number_of_ranks(monkeypatch: 
     ours = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a", "STRATAGEM_ELASTIC": "1:2"}
     for name, value in ours.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="gives each rank a part of its own .* Write devices= as one number"):
+    with pytest.raises(ValueError, match=r"gives each rank a part of its own .* Write devices= as one number"):
         elastic.find_launch(SimpleNamespace(), FitArguments(), SimpleNamespace(has_parts=True))  # type: ignore[arg-type]
 
 
