@@ -186,11 +186,13 @@ class UpdateProgram:
         args, held = self.run.args, self.held
         # The guards have compared the sizes already.
         options = {**_inductor.list_mode_options(args.torch_compile_mode), "size_asserts": False}
+        # Inductor's own CUDA graphs leave out programs that change their inputs, as this one does.
+        replays = bool(options.pop("triton.cudagraphs", False)) and self.run.strategy.device.type == "cuda"
         backend = args.torch_compile_backend or "inductor"
         _dynamo.allow_in_graph(mark_loss)
         program = torch.compile(
             function,
             fullgraph=True,
-            backend=lambda graph, inputs: compile_update(graph, inputs, held, backend, options),
+            backend=lambda graph, inputs: compile_update(graph, inputs, held, backend, options, replays),
         )
         return function, program
