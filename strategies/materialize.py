@@ -169,6 +169,6 @@ def given_values(module: nn.Module, name: str, parameter: Tensor, device: torch.
             )
         if local is None:
             local = torch.empty(local_shape(parts), dtype=parameter.dtype, device=device)
-        local[part.local] = values.to(device, parameter.dtype)
+        local[part.local].copy_(values)
     assert local is not None, "a shard has at least one part"
     return local

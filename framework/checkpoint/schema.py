@@ -1,7 +1,9 @@
 """The schema of state.json and manifest.json: their fields are read once and checked, and errors name the field.
 
-Format 3 keeps the logs in a file beside state.json, which has its length, and sums in the place of the losses that aren't
-logged yet. Format 2 lists each tensor of the checkpoint in state.json, and describes the data. Format 1 did neither.
+Format 3 has a table of all tensors beside it (tensors.json), keeps the logs in a file beside state.json, which has its
+length, and sums in the place of the losses that aren't logged yet. It says in ``data.order`` which of two orders a
+shuffled dataset is in: "drawn", as where the field is absent, or "computed". Format 2 lists each tensor of the
+checkpoint in state.json, and describes the data. Format 1 did neither.
 """
 
 import json
@@ -10,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -108,6 +110,10 @@ class Data(DataOfFormat1, kw_only=True):
     workers: Count
     length: Count | None
     fingerprint: str | None
+    order: Literal["computed", "drawn"] | UnsetType = UNSET
+    group_size: Count | UnsetType = UNSET
+    sharing_workers: Count | UnsetType = UNSET
+    ranks: Positive | UnsetType = UNSET
 
 
 class Spikes(Struct):
@@ -222,7 +228,7 @@ def check_manifest(content: Any, name: Path | str) -> dict[str, Any]:
     if isinstance(content, dict) and type(found) is int and found not in READ_FORMATS:
         raise CheckpointError(
             f"{name} has format {found!r}; this version of stratagem reads formats "
-            f"{', '.join(map(str, READ_FORMATS[:-1]))} and {READ_FORMATS[-1]}."
+            f"{READ_FORMATS[0]} to {READ_FORMATS[-1]}."
         )
     manifest: dict[str, Any] = convert(content, Manifest, name)
     for file in manifest["files"]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
-import torch
 from torch import Tensor
+
+from .orders import Order, Positions
 
 UPDATES_IN_GROUP = 50
 """A group that is sorted holds the samples of so many updates, or a quarter of the data, whichever is less."""
@@ -39,23 +40,61 @@ class LengthGroups:
             self._lengths = numpy.asarray(known, dtype=numpy.int64)
         return self._lengths
 
-    def order(self, generator: torch.Generator, group_size: int) -> "numpy.ndarray[Any, Any]":
-        """Draw the indices of an epoch at random, and sort each group of them, the longest sample first. The longest of
-        all samples comes first, so that a batch that is too large for the memory comes at once.
+    def order(self, order: Order, group_size: int, is_drawn: bool) -> "GroupedOrder":
+        """Return an order with each of its groups sorted, and the longest of all samples first.
 
         Args:
-            generator: what draws.
+            order: an order of single samples.
             group_size: how many samples are sorted together.
+            is_drawn: whether ``order`` was drawn, so that asking it for everything costs little more.
         """
         lengths = self.lengths()
-        drawn = torch.randperm(len(lengths), generator=generator).numpy()
-        starts = range(0, len(drawn), group_size)
-        groups = [drawn[start : start + group_size] for start in starts]
-        ordered = numpy.concatenate([group[numpy.argsort(-lengths[group], kind="stable")] for group in groups])
-        firsts = numpy.array(starts)
-        longest = firsts[numpy.argmax(lengths[ordered[firsts]])]
-        ordered[[0, longest]] = ordered[[longest, 0]]
-        return ordered
+        if is_drawn:  # of several samples that are the longest, the one that comes first
+            indices = order(numpy.arange(len(lengths)))
+            longest = indices[numpy.argmax(lengths[indices])]
+        else:
+            longest = numpy.argmax(lengths)
+        return GroupedOrder(order, lengths, group_size, int(longest))
+
+
+class GroupedOrder:
+    """An order in which each group of samples is sorted, the longest sample first. The longest of all samples comes
+    first, so that a batch that is too large for the memory comes at once. A group is sorted when it is asked for.
+
+    Args:
+        order: the order of single samples.
+        lengths: of all samples.
+        group_size: how many samples are sorted together.
+        longest: the index of the longest sample. It changes places with the one that would have come first.
+    """
+
+    def __init__(self, order: Order, lengths: Positions, group_size: int, longest: int) -> None:
+        self.single, self.lengths, self.group_size, self.longest = order, lengths, group_size, longest
+        self.first = int(self.sorted_group(0)[0])
+        self._last: tuple[int, Positions] | None = None  # a batch takes a part of a group, and the next one goes on
+
+    def __call__(self, positions: Positions) -> Positions:
+        """Return the indices at some positions."""
+        found, numbers = numpy.empty_like(positions), positions // self.group_size
+        for number in numpy.unique(numbers):
+            inside = numbers == number
+            found[inside] = self.group(int(number))[positions[inside] - number * self.group_size]
+        return found
+
+    def group(self, number: int) -> Positions:
+        """The indices of a group, with the longest of all and the first one in each other's place."""
+        if self._last is None or self._last[0] != number:
+            indices = self.sorted_group(number)
+            longest, first = indices == self.longest, indices == self.first
+            indices[longest], indices[first] = self.first, self.longest
+            self._last = number, indices
+        return self._last[1]
+
+    def sorted_group(self, number: int) -> Positions:
+        """The indices of a group, the longest sample first."""
+        begin = number * self.group_size
+        indices = self.single(numpy.arange(begin, min(begin + self.group_size, len(self.lengths))))
+        return indices[numpy.argsort(-self.lengths[indices], kind="stable")]
 
 
 def known_lengths(data: Any, column: str) -> Sequence[int] | None:

@@ -6,13 +6,13 @@ that isn't certain are fetched sample by sample.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from .columns import Columns, TableRows
 
@@ -46,13 +46,6 @@ class WholeBatches(Dataset):
         return self.fetch(self.dataset, numpy.asarray(indices))
 
 
-def as_array(indices: Sequence[int]) -> "numpy.ndarray[Any, Any]":
-    """Return indices as an array; numpy would take a range apart number by number."""
-    if isinstance(indices, range):
-        return numpy.arange(indices.start, indices.stop, indices.step)
-    return numpy.asarray(indices)
-
-
 def as_it_is(batch: Any) -> Any:
     """Collate what is a batch already."""
     return batch
@@ -80,6 +73,8 @@ def fetch_of(dataset: Any) -> Fetch | None:
         TypeError: see ``gives_batches``.
     """
     kind = type(dataset)
+    if isinstance(dataset, IterableDataset):
+        return None
     if gives_batches(dataset):
         return fetch_ready
     if kind is Subset:

@@ -6,6 +6,7 @@ network file systems each page is a request of its own.
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Part = tuple[slice, ...]
 
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 SHORT_RUN = 4096  # bytes in a row of a file below which the rows are read whole: a disk reads a page at least
+OWN_MEMORY = 1 << 20  # bytes from which a tensor that passes is mapped
 BLOCK = 8 << 20  # bytes of whole rows that are in memory at a time
 
 
@@ -69,7 +71,7 @@ class StoredTensor:
         """Read a part, in the file's dtype."""
         bounds = [each.indices(size)[:2] for each, size in zip(part, self.shape, strict=True)]
         sizes = [end - begin for begin, end in bounds]
-        whole = torch.empty(math.prod(sizes) * self.dtype.itemsize, dtype=torch.uint8)
+        whole = passing(math.prod(sizes) * self.dtype.itemsize)
         if len(whole):
             self._read_runs(bounds, sizes, whole)
         return whole.view(self.dtype).reshape(sizes)
@@ -100,9 +102,18 @@ class StoredTensor:
             outer = self.begin + sum(index * stride for index, stride in zip(begins, strides, strict=False))
             for begin in range(first, end, most):
                 count = min(most, end - begin)
-                block = torch.empty(count * row, dtype=torch.uint8)
+                block = passing(count * row)
                 self.reader.read(self.path, outer + begin * row, block)
                 kept[number, begin - first : begin - first + count] = block.view(count, row)[:, columns]
+
+
+def passing(count: int) -> Tensor:
+    """Make a tensor of bytes that won't be kept. A large one has memory of its own, which goes back to the system at
+    once: among parameters, which stay, malloc would keep the holes.
+    """
+    if count < OWN_MEMORY:
+        return torch.empty(count, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
 
 
 def read_header(path: Path, reader: Reader) -> Iterator[StoredTensor]:

@@ -81,8 +81,31 @@ class InStep:
             )
         raise ValueError(
             f"The ranks' {self.name} isn't equally long: {what}. Every rank must iterate over the whole of it, in the "
-            "same order: each is then handed its own part of every global micro-batch. Don't split an iterable by rank."
+            "same order: each is then handed its own part of every global micro-batch. One that is split by rank says "
+            "shares_among_ranks = True and has shard(num_shards, index)."
         )
+
+
+class Pass:
+    """An evaluation's micro-batches on this rank, see ``in_step``, and how many samples they have at most.
+
+    Args:
+        strategy, stream, batches, watch: see ``in_step``.
+
+    Attributes:
+        rows: samples at most; 0 where that isn't known.
+    """
+
+    def __init__(
+        self, strategy: Strategy, stream: DataStream, batches: Iterator[Any], watch: Watch | None = None
+    ) -> None:
+        alone = strategy.world_size == 1 and watch is None
+        self.batches = batches if alone else in_step(strategy, stream, batches, watch)
+        total = stream.num_examples
+        self.rows = 0 if total is None else min(total, len(stream) * stream.options.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
 
 
 def in_step(

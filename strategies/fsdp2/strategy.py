@@ -271,7 +271,7 @@ class FSDP2(ProcessGroupStrategy):
         return super().model_state()
 
     def reshard(self) -> None:
-        """An evaluation ends with a forward, which leaves the root's parameters whole until a backward follows."""
+        """Drop the root's gathered parameters, which an evaluation's last forward leaves."""
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
             self.root_units.reshard()

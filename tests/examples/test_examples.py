@@ -161,3 +161,13 @@ def test_the_best_arguments_found_beat_the_defaults(tmp_path: Path) -> None:
     assert len(re.findall(r"^trial \d+ \(\d/5\) \| (?:complete|pruned)", printed, flags=re.MULTILINE)) == 5
     losses = {name: float(loss) for name, loss in re.findall(r"^(.+): held-out loss ([\d.]+)", printed, re.MULTILINE)}
     assert losses["best found"] < 0.8 * losses["defaults"]
+
+
+@pytest.mark.slow
+def test_a_large_model_runs_tiny_and_says_what_it_would_take(tmp_path: Path) -> None:
+    printed = run_example("pretrain_large.py", directory=tmp_path)
+    losses = [row["loss"] for row in read_log(tmp_path / "output" / "large") if "loss" in row]
+    assert "update 60/60" in printed and losses[-1] < losses[0] - 0.5
+    printed = run_example("pretrain_large.py", "--size=8b", "--ranks=16", "--dry-run", directory=tmp_path)
+    assert "8,030,261,248 parameters, 501,891,328 on each of 16 ranks" in printed  # those of Llama 3 8B
+    assert "7.5 GiB a rank" in printed
