@@ -214,6 +214,9 @@ class Strategy(Updating):
         self.precision.replace_layers(module, self.shapes_on_rank(module))
         return [layer for layer in module.modules() if has_meta(layer)]
 
+    def begin_alike(self, module: nn.Module) -> None:
+        """Have all ranks begin from rank 0's values of what was made before ``build``; late layers are filled alike."""
+
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
@@ -228,6 +231,7 @@ class Strategy(Updating):
         from .materialize import materialize
 
         late = self.build(module)
+        self.begin_alike(module)
         materialize(module, late, self.device)
         prepare(module)
         self.module = self.model = module.to(self.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import map_batch
+from .copies_ahead import copies_ahead
 
 
 def default_device() -> torch.device:
@@ -18,7 +19,7 @@ def default_device() -> torch.device:
 
 
 def move_to(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; copies from page-locked memory overlap with computation.
+    """The batch with its tensors on ``device``. A CUDA device copies from page-locked memory while it computes.
 
     An object that moves itself is copied first (``copy.copy``): many change themselves, and a dataset may keep them.
     """
@@ -30,7 +31,9 @@ def move_to(batch: Any, device: torch.device) -> Any:
         result = own.to(device, non_blocking=True) if moves_non_blocking(value.__class__) else own.to(device)
         return own if result is None else result
 
-    return map_batch(moved, batch)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return map_batch(moved, batch)
+    return copies_ahead(device).move(batch, moved)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import atexit
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..precision.base import Precision
-from ..precision.quantized import scales
+from .alike import broadcast_module, move_module
 from .base import Strategy
 from .batch_norm import separate, synchronize
 from .buffers import ChangingBuffers
@@ -40,6 +40,7 @@ from .mesh import (
     mesh_for,
     whole_of,
 )
+from .tree import sum_along_tree
 from .whole_parameters import average_gradients
 
 STORE_SECONDS = 5.0  # that a rank waits for an answer of the store, outside of what the ranks do together
@@ -159,6 +160,11 @@ class ProcessGroupStrategy(Strategy):
             synchronize(module, self.gradient_group)
         return late
 
+    def begin_alike(self, module: nn.Module) -> None:
+        """Move what was made before ``build``, and broadcast it from rank 0."""
+        move_module(module, self.device)
+        broadcast_module(module, self.device)
+
     def prepare_gradients(self) -> None:
         """Average the gradients of whole parameters over ranks, before the precision looks for an overflow."""
         if self.whole_parameters:
@@ -176,10 +182,8 @@ class ProcessGroupStrategy(Strategy):
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
     def sum_on_host(self, values: list[int]) -> list[int]:
-        """All-reduce over the world, by gloo."""
-        summed = torch.tensor(values)
-        dist.all_reduce(summed)
-        return summed.tolist()
+        """Sum over the world, along a tree."""
+        return sum_along_tree(values, dist.group.WORLD)
 
     def new_group(self) -> Any:
         """Make another process group of all ranks, over gloo."""
@@ -338,29 +342,3 @@ def leave(waits_for_work: bool = True) -> None:
             dist.distributed_c10d._abort_process_group()
         # gloo's threads end a little later; an interpreter that ends before them aborts (pytorch #190489).
         time.sleep(0.2)
-
-
-def move_module(module: nn.Module, device: torch.device) -> None:
-    """Move parameters and buffers that have memory to a device; late layers get theirs when they are filled."""
-    apply: Callable[..., nn.Module] = module._apply  # nn.Module.to itself is made of it
-    apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-
-
-@torch.no_grad()
-def broadcast_module(module: nn.Module) -> None:
-    """Rank 0's parameters and buffers on every rank, one at a time, so that all begin from one model. Those without
-    memory yet are left out.
-    """
-    if dist.get_world_size() == 1:
-        return
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not tensor.is_meta:
-            dist.broadcast(tensor, src=0)
-    broadcast_scales(module)
-
-
-@torch.no_grad()
-def broadcast_scales(module: nn.Module) -> None:
-    """Broadcast rank 0's scales of quantized parameters to every rank: they are no buffers."""
-    for tensor in scales(module):
-        dist.broadcast(tensor, src=0)

@@ -56,32 +56,38 @@ class StandIn(Tensor):
     """A parameter without memory that records what is done to it.
 
     Args:
-        like: of the shape and dtype that are needed; it may be without memory.
+        like: of the dtype that is needed; it may be without memory.
         device: that it says it is on.
-
-    Attributes:
-        operations: in order; views of the stand-in write into the same list.
+        box: where in the parameter it lies, where it is a view of some rows or columns.
+        kept: the parameter's dimensions that a view still has.
+        operations: the list that they are written into; a view writes into that of what it is a view of.
     """
 
-    operations: list[Operation]
-    box: Slices  # of the parameter, where this view of it lies
-    kept: tuple[int, ...]  # the parameter's dimensions that this view still has
-
     @staticmethod
-    def __new__(cls, like: Tensor, device: torch.device) -> "StandIn":
-        """Make a stand-in for the whole of a parameter."""
-        made: StandIn = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
-        made.operations = []
-        made.box = tuple(slice(0, size) for size in like.shape)
-        made.kept = tuple(range(like.ndim))
+    def __new__(
+        cls,
+        like: Tensor,
+        device: torch.device,
+        box: Slices | None = None,
+        kept: tuple[int, ...] = (),
+        operations: list[Operation] | None = None,
+    ) -> "StandIn":
+        """Make a tensor without memory."""
+        shape = like.shape if box is None else [box[d].stop - box[d].start for d in kept]
+        made: StandIn = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=device)
         return made
 
-    def view_of_part(self, box: Slices, kept: tuple[int, ...]) -> "StandIn":
-        """A view of some rows or columns; without some dimensions, of which it has one entry."""
-        shape = [box[d].stop - box[d].start for d in kept]
-        made: StandIn = Tensor._make_wrapper_subclass(type(self), shape, dtype=self.dtype, device=self.device)
-        made.operations, made.box, made.kept = self.operations, box, kept
-        return made
+    def __init__(
+        self,
+        like: Tensor,
+        device: torch.device,
+        box: Slices | None = None,
+        kept: tuple[int, ...] = (),
+        operations: list[Operation] | None = None,
+    ) -> None:
+        self.box: Slices = tuple(slice(0, size) for size in like.shape) if box is None else box
+        self.kept = tuple(range(like.ndim)) if box is None else kept
+        self.operations: list[Operation] = [] if operations is None else operations
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -116,7 +122,7 @@ class StandIn(Tensor):
             box[d] = slice(box[d].start + begin, box[d].start + end)
             if function is aten.select.int:
                 kept = tuple(other for other in kept if other != d)
-        return self.view_of_part(tuple(box), kept)
+        return StandIn(self, self.device, tuple(box), kept, self.operations)
 
     def record(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Write an in-place operation down.

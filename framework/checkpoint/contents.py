@@ -7,7 +7,7 @@
         tensors.json                  the headers of all shards, so that one file says where each tensor lies
         state.json                    progress, schedule, loss scale, data position, callbacks, running averages,
                                       parameter groups: everything that isn't a tensor
-        random-00000.json             each rank's random state
+        random-00000.json             each rank's random state, and its place in a part of the data of its own
         log_history.jsonl             the logs, a line each: see log_history.py; the manifest doesn't list it
         model/shard-*.safetensors     parameters and buffers by name, each rank its shards; without quantized ones,
                                       and with save_only_trainable without frozen ones; state.json has fingerprints of
@@ -31,6 +31,7 @@ from ...precision.master_weights import MASTER_WEIGHT
 from ...strategies.base import Strategy
 from .. import random_state
 from ..agreement import on_all_ranks
+from ..data.parts import own_state_problem
 from . import callback_states, directory
 from .directory import CheckpointError
 from .finite import check_finite
@@ -131,7 +132,7 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
     }
     if names:
         state["names"] = [*names]
-    random = {**random_state.capture(), **strategy.random_state()}
+    random = {**random_state.capture(), **strategy.random_state(), **run.rank_state()}
     mine = callback_states.tensors_to_write(callback_tensors, strategy)
     if (history := run.take_history()) is not None:
         state["log_history"] = vars(history.mark)
@@ -309,7 +310,7 @@ def random_of_rank(path: Path, strategy: Strategy, state: Mapping[str, Any], see
     if number < saved[0]:
         file = path / f"random-{number:05d}.json"
         random: dict[str, Any] = directory.read_json(file)
-        problem = random_state.problem(random)
+        problem = random_state.problem(random) or own_state_problem(random.get("data"))
         if problem is not None:
             raise CheckpointError(f"{file} was altered: {problem}.")
         return random

@@ -48,5 +48,8 @@ class SavedRun(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """All that changes between two updates, but tensors, as JSON types. Collective."""
 
+    def rank_state(self) -> dict[str, Any]:
+        """What of the state is this rank's alone, as JSON types."""
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""

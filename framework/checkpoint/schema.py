@@ -113,6 +113,7 @@ class Data(DataOfFormat1, kw_only=True):
     order: Literal["computed", "drawn"] | UnsetType = UNSET
     group_size: Count | UnsetType = UNSET
     sharing_workers: Count | UnsetType = UNSET
+    ranks: Positive | UnsetType = UNSET
 
 
 class Spikes(Struct):

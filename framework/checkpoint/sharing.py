@@ -21,7 +21,8 @@ from .streaming import Form, check_is_storable, form_of
 
 FILE_BYTES = 1 << 30  # ranks that compare a checkpoint with its manifest share the files, which may be of one rank
 FILE_TENSORS = 100_000  # a header may have 100 MB
-TENSOR_COST = 64  # bytes that a tensor counts for beside its own: 30,000 numbers aren't one rank's to write
+SMALL = 1 << 10  # bytes of a tensor, below
+TENSOR_COST = 1 << 13  # bytes that could be written in the time that goes into a tensor of any size
 
 Loads = dict[tuple[int, ...], list[tuple[int, int]]]
 
@@ -106,24 +107,36 @@ def with_named_holders(
 
 
 def own_share(parts: Iterable[tuple[Part, tuple[int, ...]]], rank: int, loads: Loads) -> list[Part]:
-    """Return the parts that this rank writes: each goes to the one of its holders that has least to write so far.
+    """Return the parts that this rank writes. Of what several hold, what is small is the first holder's, so that a rank
+    that reads the counters of thousands of parameters opens one file for them; each other part goes to the holder that
+    has least to write so far.
 
     Args:
         parts: of this rank, each with its holders; those who hold a part come upon it in the same order.
         rank: this one.
         loads: what the holders of parts before these have to write, which is added to.
     """
-    mine = []
+    mine: list[Part] = []
+    shared: dict[tuple[int, ...], list[Part]] = {}
     for part, holders in parts:
-        if not holders or not (part.tensor.numel() or part.kind == WHOLE):
-            continue
-        if len(holders) > 1:
-            heap = loads.setdefault(holders, [(0, holder) for holder in holders])
-            load, chosen = heap[0]
-            heapq.heapreplace(heap, (load + part.tensor.nbytes + TENSOR_COST, chosen))
-            if chosen != rank:
-                continue
-        mine.append(part)
+        if len(holders) > 1 and (part.tensor.numel() or part.kind == WHOLE):
+            shared.setdefault(holders, []).append(part)
+        elif holders and (part.tensor.numel() or part.kind == WHOLE):
+            mine.append(part)
+    for holders, held in shared.items():
+        small = [part for part in held if part.tensor.nbytes < SMALL]
+        mine += small if rank == holders[0] else []
+        of_first = sum(part.tensor.nbytes + TENSOR_COST for part in small)
+        before = loads.get(holders) or [(0, holder) for holder in holders]
+        heap = [(load + (of_first if holder == holders[0] else 0), holder) for load, holder in before]
+        heapq.heapify(heap)
+        for part in held:
+            if part.tensor.nbytes >= SMALL:
+                load, chosen = heap[0]
+                heapq.heapreplace(heap, (load + part.tensor.nbytes + TENSOR_COST, chosen))
+                if chosen == rank:
+                    mine.append(part)
+        loads[holders] = heap
     return mine
 
 

@@ -1,11 +1,14 @@
 """Comparison of a checkpoint with its manifest, before anything in the checkpoint is used."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .directory import MANIFEST, CheckpointError, hash_open, hash_text, read_header
 from .schema import check_listing, read_manifest
+
+SHARD = re.compile(r"/shard-(\d+)-")  # in the name of a file, the rank that wrote it
 
 
 def verify(path: Path, part: int = 0, parts: int = 1) -> None:
@@ -13,7 +16,7 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
 
     Args:
         path: the checkpoint.
-        part, parts: read only every ``parts``-th file, from ``part`` on, so that ranks share the work.
+        part, parts: read only this part of so many of the files, so that ranks share the work.
 
     Raises:
         CheckpointError: the message says what is missing, altered or not listed, or that it isn't a checkpoint.
@@ -28,12 +31,25 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     # The logs aren't among them: whatever became of them keeps no run from going on, see log_history.py.
     files = manifest["files"]
     # Every rank reads state.json below, so every rank compares it first.
-    for name in dict.fromkeys([*(name for name in ("state.json",) if name in files), *list(files)[part::parts]]):
+    for name in dict.fromkeys(
+        [*(name for name in ("state.json",) if name in files), *names_of_part(files, part, parts)]
+    ):
         file, expected = path / name, files[name]
         if not file.is_file():
             raise CheckpointError(f"{file} is missing.")
         compare(file, expected)
     check_listing(path, manifest)
+
+
+def names_of_part(files: Iterable[str], part: int, parts: int) -> list[str]:
+    """Return which files one of several ranks reads: where as many ranks saved, its own shards, which it is about to
+    load and finds in its host's memory then; else every so many of them.
+    """
+    listed = [(name, int(shard.group(1)) - 1 if (shard := SHARD.search(name)) else None) for name in files]
+    if len({rank for _, rank in listed if rank is not None}) < parts:
+        return [name for name, _ in listed[part::parts]]
+    places = [(name, place if rank is None else rank) for place, (name, rank) in enumerate(listed)]
+    return [name for name, place in places if place % parts == part]
 
 
 def compare(file: Path, expected: Mapping[str, Any]) -> None:

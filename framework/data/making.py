@@ -19,6 +19,7 @@ from .columns import as_dataset
 from .lengths import LengthGroups
 from .limits import limit_epochs
 from .mapped import MapStream
+from .parts import PartsStream, has_parts
 from .reread import IterableStream, LoaderStream
 from .stream import DataStream, LoaderOptions
 from .whole_batches import DECLARED, as_it_is, fetch_of, gives_batches
@@ -118,6 +119,8 @@ def make_whole_stream(
         outlives = OutliveSignal(options.workers.get("worker_init_fn"))
         options = dataclasses.replace(options, workers={**options.workers, "worker_init_fn": outlives})
     kind = "train_data" if training else "eval_data"
+    if isinstance(data, IterableDataset) and has_parts(data):
+        return PartsStream(data, options, seed, strategy)
     if isinstance(data, IterableDataset):
         return IterableStream(data, options, seed, rank, size)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):

@@ -13,6 +13,7 @@ from .orders import COMPUTED, COMPUTED_FROM, DRAWN, ComputedOrder, Order, drawn_
 from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions, batch_seed, share
 from .whole_batches import WholeBatches
+from .worker_starts import WorkerStarts
 
 
 class MapStream(DataStream):
@@ -50,8 +51,11 @@ class MapStream(DataStream):
         # run. The training process goes on with the random state of the run, which is saved.
         self.seeds_batches = bool(options.workers.get("num_workers"))
         loaded = dataset if options.fetch is None else WholeBatches(dataset, options.fetch)
+        self.epochs = ToldEpochs(dataset)
+        restarts = self.seeds_batches and not options.workers.get("persistent_workers") and rank == 0
+        self.starts = WorkerStarts(options.workers["num_workers"]) if restarts else None
         self.loader = DataLoader(
-            SeededBatches(loaded) if self.seeds_batches else loaded,
+            SeededBatches(loaded, self.epochs) if self.seeds_batches else loaded,
             batch_sampler=_Requests(self),
             collate_fn=options.collate_fn,
             generator=torch.Generator(),  # drawing seeds for workers would change the random state of the run
@@ -87,7 +91,7 @@ class MapStream(DataStream):
         mine = (self.own_part(range(start, min(start + step, total))) for start in starts)
         for start, indices in zip(starts, look_up(self.order(epoch), mine, self.options.batch_size), strict=True):
             found: Any = indices if self.options.fetch is not None else indices.tolist()
-            yield (batch_seed(self.seed, epoch, start), found) if self.seeds_batches else found
+            yield (batch_seed(self.seed, epoch, start), self.epochs.last, found) if self.seeds_batches else found
 
     def own_part(self, positions: range) -> range:
         """This rank's part of the positions of a global micro-batch; the first position where it has none."""
@@ -101,8 +105,8 @@ class MapStream(DataStream):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next ``epoch`` begin at the saved position, in the saved order, whatever an update holds now. Without
-        a name it is the order of earlier versions, which drew all.
+        """Have the next ``epoch`` begin at the saved position, in the saved order, whatever an update holds now. One
+        without a name is that of earlier versions, which drew all.
         """
         super().load_state_dict(state)
         self.computes_order = state.get("order", DRAWN) == COMPUTED
@@ -113,12 +117,16 @@ class MapStream(DataStream):
         super().begin_anew()
         self.computes_order = self.computes_by_itself
 
+    def begin_training_epoch(self, epoch: int) -> None:
+        """Tell the dataset which epoch comes next, where it has a method ``set_epoch``; so do workers that stay."""
+        self.epochs.tell(0 if self.repeats else epoch)
+
     def epoch(self, epoch: int) -> Iterator[Any]:
         """Yield this rank's micro-batches of one epoch."""
         if self.begin() == 0:
             self.group_size = 0
         self.epoch_number = epoch
-        return self._hand_out(iter(self.loader))
+        return self._hand_out(iter(self.loader) if self.starts is None else self.starts.epoch(self.loader))
 
     def _hand_out(self, batches: Iterator[Any]) -> Iterator[Any]:
         total, step, rank = self.num_examples, self.global_micro_batch, self.rank
@@ -143,15 +151,36 @@ class _Requests:
         return len(self.stream)
 
 
-class SeededBatches(Dataset):
-    """A dataset that is asked for (seed, indices): random numbers drawn in ``__getitem__`` follow from the seed."""
+class ToldEpochs:
+    """Tells a dataset of epochs of training, each once in each process.
 
-    def __init__(self, dataset: Dataset) -> None:
+    Args:
+        dataset: the user's.
+    """
+
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self.last: int | None = None
 
-    def __getitems__(self, request: tuple[int, list[int]]) -> list[Any]:
+    def tell(self, epoch: int | None) -> None:
+        """Call ``set_epoch`` where there is one, unless this epoch was told last. None is no epoch of training."""
+        if epoch is not None and epoch != self.last and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        self.last = epoch
+
+
+class SeededBatches(Dataset):
+    """A dataset, in a worker, that is asked for (seed, epoch, indices): random numbers drawn in ``__getitem__`` follow
+    from the seed, and a worker that was there before the epoch began hears of it.
+    """
+
+    def __init__(self, dataset: Dataset, epochs: ToldEpochs) -> None:
+        self.dataset, self.epochs = dataset, epochs
+
+    def __getitems__(self, request: tuple[int, int | None, Any]) -> list[Any]:
         """Return the samples of one batch."""
-        seed, indices = request
-        random_state.seed_everything(seed)
+        seed, epoch, indices = request
+        self.epochs.tell(epoch)
+        random_state.seed_worker(seed)
         fetch_all = getattr(self.dataset, "__getitems__", None)
         return fetch_all(indices) if fetch_all else [self.dataset[index] for index in indices]

@@ -92,6 +92,12 @@ class IterableStream(RereadStream):
         self.dataset = dataset
         if hasattr(dataset, "__len__"):
             self.num_examples = len(dataset)
+        if options.workers.get("persistent_workers") and rank == 0:
+            warnings.warn(
+                "persistent workers have no effect on an iterable dataset, which is read from another place in each "
+                "epoch: its workers start anew. Leave out dataloader_persistent_workers=True.",
+                stacklevel=2,
+            )
 
     def epoch(self, epoch: int) -> Iterator[Any]:
         """Return an iterator over this rank's micro-batches. The shares draw random numbers in states of their own."""

@@ -56,6 +56,8 @@ class DataStream:
     repeats = False
     is_equal_on_ranks = False
     """Whether it is certain that every rank has equally many micro-batches."""
+    has_parts = False
+    """Whether each rank reads samples of its own, so that an update's depend on the number of ranks."""
     dataset: Any = None
     fingerprint: str | None = None
     fingerprint_is_known = False
@@ -182,9 +184,19 @@ class DataStream:
         """Have the next ``epoch`` begin at the saved position."""
         self.start = self.position = state["position"]
 
+    def begin_training_epoch(self, epoch: int) -> None:
+        """Note that the next ``epoch`` is one of training, and not of an evaluation on the same data."""
+
     def begin_anew(self) -> None:
         """Have the next ``epoch`` begin at its beginning, as in a new run."""
         self.load_state_dict({"position": 0})
+
+    def own_state(self) -> dict[str, Any] | None:
+        """Return what of the position is this rank's alone, as JSON types; None where the position says all."""
+        return None
+
+    def load_own_state(self, state: dict[str, Any] | None) -> None:
+        """Take back what ``own_state`` gave, after ``load_state_dict``."""
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators of the data that its order may be drawn from."""

@@ -118,7 +118,9 @@ class ArgumentFields(KnownNames):
         dataloader_pin_memory: load into page-locked memory, for faster copies to a GPU.
         dataloader_drop_last: leave out the last micro-batch of an epoch where it is short.
         dataloader_prefetch_factor: micro-batches each worker loads ahead; None means 2.
-        dataloader_persistent_workers: keep worker processes, and the dataset copies in them, between epochs.
+        dataloader_persistent_workers: keep worker processes, and the dataset copies in them, between epochs, which
+            saves their start where epochs are short. A dataset's ``set_epoch`` is called in them too; what else changes
+            it doesn't reach them, and what it remembers stays. The workers of an iterable start anew all the same.
         label_smoothing_factor: replaces the module's loss by cross entropy against the batch's "labels", which give
             this much of their weight to all classes alike (Szegedy et al., 2016).
         pad_index: fills up the outputs and labels of shorter batches, where those of an evaluation or prediction are

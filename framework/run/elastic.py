@@ -39,6 +39,11 @@ def find_launch(strategy: Strategy, args: FitArguments, stream: DataStream) -> L
             f"gradient_accumulation_schedule={args.gradient_accumulation_schedule!r}: updates of several sizes can't "
             "be shared by a range of ranks. Write devices= as one number, or leave the schedule out."
         )
+    if here.has_range and stream.has_parts:
+        raise ValueError(
+            "train_data gives each rank a part of its own (shares_among_ranks = True), which fits one number of ranks. "
+            "Write devices= as one number, or leave shares_among_ranks out."
+        )
     # An agent of torchrun that came later counts anew, so the ranks' counts differ.
     attempts = strategy.gather(here.attempt)
     samples = stream.global_micro_batch * args.gradient_accumulation_steps

@@ -1,4 +1,24 @@
-"""One message an update between the ranks' hosts: items, what callbacks ask for, and what failed."""
+"""One message an update between the ranks' hosts: items, what callbacks ask for, and what failed.
+
+What is known when, and why the ranks wait for it there::
+
+    end of update k - 1    what callbacks ask for, wishes of signals, failed writes, buffers that change
+    data of k is read      that it was read, how much of it there is, and its items
+    message of k           here, and every rank knows it before it computes
+    first forward of k     the first collective that a rank may be missing in: FSDP gathers, SyncBatchNorm sums, and a
+                           module of the user's may do what it likes; buffers are shared before it
+    first backward of k    losses are weighed by the items of all ranks
+    end of k               flags and wishes are obeyed
+
+A message that is posted and read later, while the ranks compute, would come too late for a rank without data: the
+others are in a collective then that it can't join, having no batch, and that nobody can call off. Posted an update
+ahead it would come in time, but the data would have to be read before the update in front of it is over: a dataset that
+draws random numbers in this process would draw them in another order than on one rank, one that a callback feeds or
+changes (a replay buffer, a curriculum) would be read before that, and every early end would have read more than it
+used. So it is sent where everything in it is known, and made cheap: along a tree (strategies/tree.py) it is ready after
+2 log2 N steps, and its length costs nothing, so that nothing need be packed and no number of ranks or items is too
+large. On an accelerator the host is ahead of its device by then, which computes meanwhile.
+"""
 
 from ...strategies.base import Strategy
 from ..state import Control

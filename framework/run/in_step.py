@@ -81,7 +81,8 @@ class InStep:
             )
         raise ValueError(
             f"The ranks' {self.name} isn't equally long: {what}. Every rank must iterate over the whole of it, in the "
-            "same order: each is then handed its own part of every global micro-batch. Don't split an iterable by rank."
+            "same order: each is then handed its own part of every global micro-batch. One that is split by rank says "
+            "shares_among_ranks = True and has shard(num_shards, index)."
         )
 
 

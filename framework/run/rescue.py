@@ -35,11 +35,12 @@ class Rescue:
         self.strategy, self.stream, self.begins_again = strategy, stream, begins_again
         self.is_whole = False  # and other than at the beginning of this run
         self.saved_step = -1
-        self.standing: tuple[dict[str, Any], dict[str, Any]] | None = None  # data and random state, since moved on
+        self.standing: tuple[dict[str, Any], Any, dict[str, Any]] | None = None  # data and random state, since moved on
 
     def note_position(self) -> None:
         """Note where the data and the random numbers stand, before the next are read."""
-        self.standing = self.stream.state_dict(), {**random_state.capture(), **self.strategy.random_state()}
+        random = {**random_state.capture(), **self.strategy.random_state()}
+        self.standing = self.stream.state_dict(), self.stream.own_state(), random
 
     def begin_update(self) -> None:
         """Note that there is no whole state from here on."""
@@ -78,8 +79,9 @@ class Rescue:
             return
         try:
             if self.standing is not None:
-                data, random = self.standing
+                data, own, random = self.standing
                 self.stream.load_state_dict(data)
+                self.stream.load_own_state(own)
                 random_state.restore(random)
                 self.strategy.restore_random_state(random)
             path = save()

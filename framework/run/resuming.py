@@ -120,6 +120,10 @@ def data_differences(run: Run, path: Path, state: Mapping[str, Any]) -> list[str
     # Samples that we share among workers come in the order of no workers; a dataset that shares them itself doesn't.
     if here["kind"] == "IterableStream" and saved.get("sharing_workers", saved.get("workers")):
         compared["workers"] = "another number of workers (dataloader_num_workers), which take turns in another order"
+    if here["kind"] == "PartsStream":
+        compared["ranks"] = "another number of ranks, each of which has a part of its own"
+        compared["workers"] = "another number of workers (dataloader_num_workers), each of which has a part of its own"
+        compared["batch_size"] = "another batch size, in whole numbers of which each part was read"
     if here["kind"] == "LoaderStream":
         compared["batch_size"] = "another batch size of the DataLoader, whose batches are counted"
     differences = [

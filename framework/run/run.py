@@ -158,6 +158,7 @@ class Run(Labelled):
         self._restore_history(path, saved)
         if self.args.ignore_data_skip:
             self.stream.begin_anew()
+        self.stream.load_own_state(self._random_to_restore.get("data"))
         self._note_beginning()
 
     def _restore_history(self, path: Path, saved: Mapping[str, Any]) -> None:
@@ -192,8 +193,9 @@ class Run(Labelled):
             checkpoint.check_states(self.callbacks.state_dict())
 
     def begin_epoch(self, epoch: int) -> None:
-        """Count the micro-batches of an epoch anew."""
+        """Have the data begin an epoch, and count its micro-batches anew."""
         self.epoch_index = epoch
+        self.stream.begin_training_epoch(epoch)
         self.exchange.data.begin_epoch()
 
     def begin_next_epoch(self) -> None:
@@ -379,6 +381,11 @@ class Run(Labelled):
             "data": {"epoch": self.epoch_index, **stream.state_dict(), **stream.describe(self.strategy.is_main)},
             "scheduler": self.scheduler.state_dict(),
         }
+
+    def rank_state(self) -> dict[str, Any]:
+        """What of the state is this rank's alone, as JSON types: where it stands in a part of the data of its own."""
+        own = self.stream.own_state()
+        return {} if own is None else {"data": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave, but for the schedule, which is checked as it is loaded and comes first

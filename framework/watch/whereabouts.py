@@ -44,6 +44,8 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/checkpoint/contents.py", "load_weights"): "loading the best weights",
 }
 OUTERMOST = "framework/runs.py", "train_from"
+MESSAGE = "strategies/tree.py", "sum_along_tree"
+"""Where the ranks' hosts wait for one another in messages that torch doesn't record."""
 LONG = ("beginning the run", "saving a checkpoint", "exporting weights", "ending the run", "loading the best weights")
 # Other files of torch's compiler stay on the stack of what is compiled already.
 COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/")
@@ -125,20 +127,23 @@ def find(innermost: FrameType | None, rank: int, update: int, seconds: float) ->
         seconds: since the last progress.
     """
     phase = place = function = ""
-    in_collective = False
+    in_collective = in_message = False
     for depth, frame in enumerate(frames_of(innermost)):
         code = frame.f_code
         function_here = of_package(code.co_filename, code.co_name)
         if function_here == OUTERMOST:
             break  # who called fit.train is no news
         phase = phase or PHASES.get(function_here, "")
+        in_message = in_message or function_here == MESSAGE
         if not place and is_users(code.co_filename):
             place, function = f"{Path(code.co_filename).name}:{frame.f_lineno}", code.co_name
         in_collective = in_collective or (depth < 3 and "/torch/distributed/distributed_c10d.py" in code.co_filename)
     collective, number, is_pending = last_collective()
+    if in_message and not is_pending:
+        collective = "message"
     return Whereabouts(
         rank, socket.gethostname(), update, phase, place, function, seconds, collective, number,
-        in_collective or is_pending,
+        in_collective or in_message or is_pending,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ class Replicas(DistributedDataParallel):
     bits. Here the one rebuild takes place before the first forward, by an order that follows from the module alone:
     backward makes gradients from the last layer to the first, so that the buckets fill while it runs.
 
-    Buffers are broadcast once, here: what follows is every strategy's own rule (strategies/buffers.py).
+    Buffers are broadcast by every strategy's own rule (strategies/buffers.py).
 
     Where parameters may go unused torch never rebuilds, and its first buckets are kept.
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...precision.base import Precision
 from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
-from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_scales
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy
 from .replicas import Replicas
 
 
@@ -66,7 +66,6 @@ class DDP(ProcessGroupStrategy):
     ) -> None:
         """Move and convert the module, make the optimizer, and wrap the module."""
         super().place(module, configure_optimizer, prepare)
-        broadcast_scales(module)  # DDP itself broadcasts parameters and buffers
         if not any(p.requires_grad for p in module.parameters()):
             return  # nothing to average; DDP refuses such a module
         options = self.options
@@ -74,6 +73,7 @@ class DDP(ProcessGroupStrategy):
             module,
             device_ids=[self.device] if self.device.type != "cpu" else None,
             process_group=self.gradient_group,
+            init_sync=False,  # the ranks are alike
             static_graph=options.static_graph,
             find_unused_parameters=options.find_unused_parameters,
             gradient_as_bucket_view=options.gradient_as_bucket_view,

@@ -62,7 +62,7 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
     config["gradient_clipping"] = 0.0
     names = [set(vars(parameter)) for parameter in module.parameters()]
     try:
-        with environment(), ScalarsAsBytes():
+        with environment(), ScalarsAsBytes(), nothing_sent():
             back_end = deepspeed.accelerator.get_accelerator().communication_backend_name()
             deepspeed.init_distributed(back_end, dist_init_required=False)  # as initialize would
             use_new_names(deepspeed.comm.comm.cdb)
@@ -72,6 +72,19 @@ def initialize(module: nn.Module, optimizer: Optimizer, filled: Mapping[str, Any
         raise
     ENGINES[engine] = names
     return engine
+
+
+@contextmanager
+def nothing_sent() -> Iterator[None]:
+    """In here, a new engine doesn't broadcast rank 0's parameters: the ranks are alike."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    broadcast = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda engine: None
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = broadcast
 
 
 def use_new_names(backend: Any) -> None:

@@ -14,7 +14,7 @@ from ...precision.base import Precision
 from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
 from ..duplicates import Part
 from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR
-from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy
 from ..sparse_gradients import check_dense
 from ..updating import Names
 from .checks import (
@@ -117,7 +117,6 @@ class DeepSpeed(ProcessGroupStrategy):
         cut.
         """
         super().place(module, configure_optimizer, prepare)
-        broadcast_module(module)
         if self.optimizer is None:
             return
         check_parameters(module, self.stage)

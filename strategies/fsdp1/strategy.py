@@ -20,10 +20,12 @@ from ...precision.products import casts, float32_slots
 from ...precision.quantized import check_storage
 from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from ..duplicates import Part
+from ..environment import find_place
 from ..gradient_norm import clip_by_norm
+from ..host_memory import memory_of_host, warn_if_too_large
 from ..materialize import has_meta, materialize
 from ..mesh import CONTEXT, REPLICATE, SHARD, TENSOR, split_world
-from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy
 from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import is_indivisible_or_integer, whole_parameters
@@ -79,8 +81,9 @@ class FSDP1(ProcessGroupStrategy):
         """Wrap blocks and root; the optimizer is made over the views into flat shards."""
         options = self.options
         late = self.build(module)
-        move_module(module, self.device)
-        broadcast_module(module)
+        if self.rank == 0:
+            warn_if_too_large(module, self.name, find_place().local_world_size, memory_of_host())
+        self.begin_alike(module)
         prepare(module)
         check_dense(module, self.name)
         units = list(module.shard_units())  # type: ignore[operator]

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from .gathering import parameter_groups
 
@@ -76,7 +75,7 @@ class RootUnits:
         """Enter a forward of the whole module, in which each unit is called once."""
         self.forwards += 1
         for unit in self.units:
-            unit.calls = 0
+            unit.begin_whole_forward()
 
     def end_forward(self) -> None:
         """Leave it."""
@@ -113,14 +112,16 @@ class RootUnit:
     def __init__(self, layer: Any, among: RootUnits) -> None:
         self.layer, self.among = layer, among
         self.is_running, self.is_kept, self.calls = False, False, 0
-        assert isinstance(layer, FSDPModule)
-        if isinstance(layer, nn.Embedding):
-            layer.set_unshard_in_backward(False)  # an embedding's gradient needs no weight
+        layer.set_unshard_in_backward(not isinstance(layer, nn.Embedding))  # whose gradient needs no weight
         layer.register_forward_pre_hook(lambda *_: self.begin_forward(), prepend=True)
         layer.register_forward_hook(lambda *_: self.end_forward(), always_call=True)
         for group in parameter_groups(layer):
             self.defer(group)
         layer.__class__ = watched(type(layer), self.see_use)
+
+    def begin_whole_forward(self) -> None:
+        """Count the calls anew."""
+        self.calls = 0
 
     def begin_forward(self) -> None:
         """Note that the layer runs; in a backward, that is a second time and concerns nobody."""

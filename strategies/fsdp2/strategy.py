@@ -18,8 +18,11 @@ from torch.utils._pytree import tree_map
 from ...precision.base import ShapesOnRank
 from ...precision.products import casts, float32_slots
 from ...precision.quantized import check_storage
+from ..alike import broadcast_module, move_module
 from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
+from ..environment import find_place
 from ..gradient_norm import clip_by_norm
+from ..host_memory import memory_of_host, warn_if_too_large
 from ..materialize import materialize
 from ..mesh import (
     CONTEXT,
@@ -32,7 +35,7 @@ from ..mesh import (
 )
 from ..plans.cut_features import CutFeatures
 from ..plans.plan import apply_plan, groups_split_by_mesh, local_shapes, plan_of
-from ..process_group import ProcessGroupOptions, ProcessGroupStrategy, broadcast_module, move_module
+from ..process_group import ProcessGroupOptions, ProcessGroupStrategy
 from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import whole_parameters
@@ -161,8 +164,7 @@ class FSDP2(ProcessGroupStrategy):
             self.context = ContextParallel(submesh(self.mesh, CONTEXT), module)
         meta_layers = self.build(module)
         check_dense(module, self.name)
-        move_module(module, self.device)
-        broadcast_module(module)
+        self.begin_alike(module)
         if options.tensor_parallel > 1:
             tensor_mesh = submesh(self.mesh, TENSOR)
             self.cut_features = apply_plan(module, tensor_mesh, self.gather, loss_parallel=options.loss_parallel)
@@ -183,6 +185,13 @@ class FSDP2(ProcessGroupStrategy):
             module.register_forward_hook(lambda layer, _, out: out if layer.training else tree_map(whole_of, out))
         self.module = self.model = module
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
+
+    def begin_alike(self, module: nn.Module) -> None:
+        """Broadcast rank 0's values. Ordinary parameters stay where they are: each moves when it is sharded."""
+        if self.rank == 0:
+            warn_if_too_large(module, self.name, find_place().local_world_size, memory_of_host())
+        move_module(module, self.device, plain_stay=True)
+        broadcast_module(module, self.device)
 
     def shard(self, module: nn.Module) -> None:
         """Shard the module's blocks, and then the rest of it, over the mesh's data dimensions, by ``fully_shard``."""

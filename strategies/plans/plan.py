@@ -78,7 +78,7 @@ def apply_plan(module: nn.Module, mesh: DeviceMesh, gather: Gather, *, loss_para
         for name, style in chosen.items()
         if name not in stated
     }
-    parallelize_module(module, mesh, styles)
+    parallelize_module(module, mesh, styles, src_data_rank=None)  # the ranks are alike, so each cuts its own part
     # parallelize_module makes a new parameter for each layer, which unties those that were one.
     for (layer, name), (first_layer, first_name) in tied:
         if type(layer._parameters[name]) is not type(first_layer._parameters[first_name]):

@@ -84,8 +84,10 @@ def update(messages: dict[str, list[Message]], number: int = 6) -> Counter[Messa
     return Counter(messages[f"update {number}"])
 
 
-# The item count, failed writes, buffers that change, five numbers on what was read, and the five flags of callbacks.
-ITEMS_AND_FLAGS = ("allreduce", "int64", 14)
+# The item count, failed writes, buffers that change, wishes of signals, five numbers on what was read, and five flags
+# of callbacks. Of 2 ranks each receives one message and sends one.
+ITEMS_AND_FLAGS = [("recv", "int64", 14), ("send", "int64", 14)]
+FLAGS = [(name, dtype, 5) for name, dtype, _ in ITEMS_AND_FLAGS]
 NORM = ("allreduce", "float32", 1)
 
 
@@ -184,14 +186,40 @@ def test_two_dimensions_reduce_each_group_once_an_update(ranks: dict[int, Ranks]
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "tp"])
 def test_nothing_else_is_sent_between_logs(ranks: dict[int, Ranks], strategy: str) -> None:
     for messages in ranks[2].run(listen, strategy=strategy):
-        assert [messages[f"after {number}"] for number in (2, 5, 6)] == [[ITEMS_AND_FLAGS]] * 3
+        assert [messages[f"after {number}"] for number in (2, 5, 6)] == [ITEMS_AND_FLAGS] * 3
         # Before a log, two times of each rank ride along.
-        name, dtype, numbers = ITEMS_AND_FLAGS
-        assert [messages[f"after {number}"] for number in (3, 7)] == [[(name, dtype, numbers + 2 * 2)]] * 2
+        with_times = [(name, dtype, numbers + 2 * 2) for name, dtype, numbers in ITEMS_AND_FLAGS]
+        assert [messages[f"after {number}"] for number in (3, 7)] == [with_times] * 2
         # Once in a run, what the ranks hold alike is compared: whether buffers change, and one exchange of a hash.
-        *compared, last = messages["after 1"]
-        assert last == ITEMS_AND_FLAGS
-        assert [name for name, _, _ in compared] == ["allreduce", "allgather", "allgather"]
+        *compared, received, sent = messages["after 1"]
+        assert [received, sent] == ITEMS_AND_FLAGS
+        assert [name for name, _, _ in compared] == ["recv", "send", "allgather", "allgather"]
+
+
+def test_the_ranks_message_takes_one_send_up_and_one_down_each_branch(ranks: dict[int, Ranks]) -> None:
+    sent = [Counter(messages["after 6"]) for messages in ranks[4].run(listen, strategy="ddp")]
+    up_or_down = [sum(numbers for (name, *_), numbers in of_rank.items() if name == "send") for of_rank in sent]
+    # Rank 0 hears from 1 and 2, and 2 from 3; nothing else is sent, and nothing round a ring.
+    assert up_or_down == [2, 1, 2, 1]
+    assert [sorted(name for name, *_ in of_rank) for of_rank in sent] == [["recv", "send"]] * 4
+
+
+LARGEST = 2**62 - 1
+
+
+def sums(length: int) -> list[int]:
+    """A few sums over the ranks, one after the other, of numbers that differ among them."""
+    fit = make_fit(Tagger(), token_rows(), strategy="ddp")
+    rank = fit.strategy.rank
+    found = [fit.strategy.sum_on_host([rank + place - turn for place in range(length)]) for turn in range(3)]
+    return [*found, fit.strategy.sum_on_host([LARGEST if rank == 1 else -rank])]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_hosts_sum_exactly(ranks: dict[int, Ranks], world: int) -> None:
+    of_ranks = world * (world - 1) // 2
+    expected = [[of_ranks + world * (place - turn) for place in range(20)] for turn in range(3)]
+    assert ranks[world].run(sums, length=20) == [[*expected, [LARGEST - of_ranks + 1]]] * world
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -200,7 +228,7 @@ def test_a_log_is_one_collective(ranks: dict[int, Ranks], strategy: str) -> None
         # The loss and three more, of four updates, and the numbers of items and tokens.
         assert messages["after 4"] == [("allreduce", "float64", 4 * 4 + 2)]
         # Flags that on_log may have raised, and the next update's items.
-        assert messages["logged 4"] == [("allreduce", "int64", 5), ITEMS_AND_FLAGS]
+        assert messages["logged 4"] == [*FLAGS, *ITEMS_AND_FLAGS]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -10,6 +10,8 @@ import torch
 from ranks import Ranks
 from safetensors.torch import load_file
 from stratagem import TrainModule
+from test_collectives import Traffic
+from test_pretrained import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -315,3 +317,52 @@ def test_given_values_are_asked_for_by_part(
         given = sum(weight.numel() for name, weight in weights.items() if name.startswith("blocks."))
         given -= weights["blocks.1.up.bias"].numel()
         assert sum(rank["asked"] for rank in found) == given * options.get("replicas", 1)
+
+
+class HalfLateTower(LateTower):
+    """Half of it is made in ``__init__``, so that rank 0's values must reach the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.ModuleList(Block(64, 256) for _ in range(4))
+
+    def build(self) -> None:
+        self.blocks = nn.ModuleList(Block(64, 256) for _ in range(4))
+        self.blocks.extend(self.early)
+
+
+def traffic_of_placing(module: type[LateTower], **arguments: Any) -> list[tuple[str, int]]:
+    """The operations of process groups while a module is placed, with the bytes of what each sends or receives."""
+    fit = make_fit(module(), [{"x": torch.zeros(64)}] * 8, **arguments)
+    with Traffic() as traffic:
+        fit.place()
+    sent = [message for messages in traffic.messages.values() for message in messages]
+    return [(name, numbers * getattr(torch, dtype).itemsize) for name, dtype, numbers in sent]
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "options"),
+    [
+        *[(2, strategy, {}) for strategy in ("ddp", "fsdp1", "fsdp2", "tp", "deepspeed_stage_0")],
+        (4, "fsdp2", {"tensor_parallel": 2}),
+    ],
+    ids=str,
+)
+def test_late_layers_are_not_sent(ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any]) -> None:
+    block = 4 * (2 * 64 * 256 + 256 + 64 + 2 * 64)
+    arguments = {"strategy": strategy, "options": options}
+    for sent in ranks[world].run(traffic_of_placing, module=LateTower, **arguments):
+        assert sum(size for _, size in sent) < 2048  # of what ranks say about themselves
+    for sent in ranks[world].run(traffic_of_placing, module=HalfLateTower, **arguments):
+        large = [(name, size) for name, size in sent if size >= 2048]
+        assert large == [("broadcast", 4 * block)]
+
+
+def test_a_billion_parameters_are_built_in_the_memory_of_a_shard(tmp_path: Path) -> None:
+    """In processes of their own: resident memory at its peak."""
+    told = run_ranks("big_build.py", tmp_path)
+    assert sum(rank["shards"] for rank in told) > 4.0e9
+    largest = 4 * 32_000 * 2_048
+    for rank in told:
+        assert rank["peak"] < 1.15 * rank["shards"] + largest
+        assert not rank["padded"]

@@ -165,6 +165,17 @@ def test_a_hanging_rank_is_named_with_its_place(tmp_path: Path) -> None:
     assert "in forward" in (tmp_path / "output" / "hang" / files[1]).read_text()
 
 
+def test_a_rank_without_data_is_waited_for_in_the_message(tmp_path: Path) -> None:
+    ends = run_mortal(
+        fit_and_train, 2, tmp_path, seconds=25.0, strategy="ddp", fault="Delay", fault_arguments=(60.0,),
+        hang_timeout=4.0, where={"rank": 1, "update": 5, "phase": "data"},
+    )  # fmt: skip
+    assert statuses(ends) == [HUNG, HUNG], said(ends)
+    (sentence,) = [line for line in said(ends).splitlines() if "No update for" in line] or [said(ends)]
+    assert "Rank 1 (host " in sentence and "has been in" in sentence
+    assert "; rank 0 waits for it in the message of the exchange before the update, in update 5." in sentence
+
+
 @pytest.mark.parametrize("what", ["save", "evaluate", "export"])
 def test_ranks_in_different_collectives_are_told_apart(what: str, tmp_path: Path) -> None:
     ends = run_mortal(

@@ -2,8 +2,10 @@
 
 import itertools
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,15 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stratagem import FitArguments
+from stratagem.framework import random_state
 from stratagem.framework.data import DataStream, make_stream
 from stratagem.framework.data.mapped import MapStream
 from stratagem.framework.data.reread import IterableStream, LoaderStream
 from stratagem.framework.data.shares import Shares
 from stratagem.framework.data.stand_in import StandIn
 from stratagem.framework.data.stream import LoaderOptions, batch_seed
+from stratagem.framework.data.worker_starts import WorkerStarts
 from stratagem.framework.random_state import OwnRandomState
 from stratagem.strategies import Strategy
-from tiny import NoisyRows, Numbers, NumberStream, RowStream
+from tiny import MakeFit, NoisyRows, Numbers, NumberStream, Regressor, RowStream
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -273,6 +277,98 @@ def test_a_distributed_samplers_share_is_not_shared_again(size: int, shuffle: bo
     assert (seen == list(range(13))) != shuffle
 
 
+class ByEpoch(Dataset):
+    """Rows that depend on the epoch that the dataset was told of, and on random numbers."""
+
+    def __init__(self) -> None:
+        self.epoch, self.told = -1, []  # type: ignore[var-annotated]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.told.append(epoch)
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x = torch.tensor([float(index), float(self.epoch), float(len(self.told))])
+        return {"x": x, "y": torch.tensor([float(get_worker_info() is None)])}
+
+
+class Seen(Regressor):
+    """Keeps what it is trained and evaluated on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[list[float]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches.append(x.tolist())
+        return super().forward(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_workers_are_told_the_epoch_whether_they_stay_or_not(
+    make_fit: MakeFit, tmp_path: Path, persistent: bool, resume: bool
+) -> None:
+    def train(workers: int, from_update: int | None = None) -> tuple[list[Any], list[int]]:
+        module, data = Seen(), ByEpoch()
+        options: dict[str, Any] = {"dataloader_persistent_workers": True} if persistent and workers else {}
+        if not resume:
+            options |= {"eval_strategy": "epoch"}  # on the same data, which isn't told of an epoch of training by it
+        fit = make_fit(
+            module, data, None if resume else data, num_train_epochs=3, per_device_train_batch_size=4, shuffle=True,
+            dataloader_num_workers=workers, save_strategy="steps", save_steps=1, **options,
+        )  # fmt: skip
+        fit.train(resume_from_checkpoint=from_update and tmp_path / "output" / f"checkpoint-{from_update}")
+        return module.batches, data.told
+
+    alone, told = train(workers=0)
+    assert told == [0, 1, 2]
+    assert [batch[0][1:] for batch in alone[:3]] == [[0, 1]] * 3  # in epoch 0, told once
+    with_workers, told = train(workers=2)
+    assert with_workers == alone and told == [0, 1, 2]
+    if resume:
+        batches, told = train(2, from_update=4)  # one update of epoch 1 is done
+        assert [[row[:2] for row in batch] for batch in batches] == [[row[:2] for row in batch] for batch in alone[4:]]
+        assert told == [1, 2]
+
+
+def test_starts_that_take_long_are_said_once() -> None:
+    now = 0.0
+
+    class Slow:
+        def __iter__(self) -> Iterator[int]:
+            nonlocal now
+            now += 4.0
+            return iter([1, 2])
+
+    def epoch(starts: WorkerStarts) -> list[int]:
+        nonlocal now
+        batches = []
+        for batch in starts.epoch(Slow()):
+            batches.append(batch)
+            now += 2.0
+        return batches
+
+    starts = WorkerStarts(2, lambda: now)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [epoch(starts) for _ in range(7)] == [[1, 2]] * 7  # 28 seconds of 56
+    with pytest.warns(UserWarning, match=r"Starting 2 worker .* took 32 of the last 60 .*persistent_workers=True"):
+        epoch(starts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [epoch(starts) for _ in range(20)] == [[1, 2]] * 20
+
+
+def test_workers_of_an_iterable_do_not_stay() -> None:
+    with pytest.warns(UserWarning, match="persistent workers have no effect on an iterable"):
+        stream_of(NumberStream(5), dataloader_num_workers=1, dataloader_persistent_workers=True)
+
+
 # Positions.
 
 
@@ -379,6 +475,25 @@ def test_with_workers_a_batchs_randomness_is_its_place_in_the_run() -> None:
     torch.testing.assert_close(batches(1), two, rtol=0, atol=0)
     torch.testing.assert_close(batches(2, skip=1), two[1:], rtol=0, atol=0)
     assert not torch.equal(batches(2, epoch=2)[0], two[0])
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**32 - 1])
+def test_a_worker_is_seeded_to_the_numbers_of_any_process(seed: int) -> None:
+    def drawn() -> list[Any]:
+        numbers = [
+            random.random(),
+            random.gauss(0, 1),
+            *numpy.random.rand(2),
+            numpy.random.randn(),
+            *torch.rand(2).tolist(),
+        ]
+        return [*numbers, torch.randn(3, dtype=torch.float64).tolist(), torch.initial_seed()]
+
+    random_state.seed_everything(seed)
+    expected = drawn()
+    random_state.seed_everything(seed + 1)
+    random_state.seed_worker(seed)
+    assert drawn() == expected
 
 
 def test_batch_seeds_differ() -> None:
