@@ -19,7 +19,12 @@ from .measuring import measuring
 TITLE = "A Llama of 0.25 G parameters in bfloat16 files, placed in float32 on two ranks under fsdp2: rank 0"
 ROUNDS = 3
 LIMIT = "by hand: get_slice"
-SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14, "num_attention_heads": 16}
+SIZES: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 16,
+}
 READ, SHARD = "read MiB", "shard MiB"
 
 
@@ -131,7 +136,7 @@ def by_slices(directory: Path) -> tuple[dict[str, float], nn.Module]:
         model.to_empty(device="cpu")
         with safe_open(directory / "model.safetensors", "pt") as file, torch.no_grad():
             for name, parameter in model.named_parameters():
-                local = parameter.to_local()  # type: ignore[operator]
+                local = parameter.to_local()
                 first = torch.distributed.get_rank() * -(-parameter.shape[0] // 2)
                 local.copy_(file.get_slice(name)[first : first + len(local)])
     return figures, model
