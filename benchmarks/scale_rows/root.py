@@ -75,8 +75,8 @@ def by_hand(around: bool) -> dict[str, float]:
     """
     dist.init_process_group("gloo", init_method="env://", rank=int(os.environ["RANK"]))
     module = Model()
-    for block in module.blocks:
-        fully_shard(block)
+    for layer in module.blocks:
+        fully_shard(layer)
     if around:
         fully_shard(module.embed)
         fully_shard(module.head, reshard_after_forward=False)

@@ -88,8 +88,8 @@ class FSDP2(ProcessGroupStrategy):
 
     Placed in this order: build on the meta device, cast, tensor parallelism, shard blocks and root, fill the shards,
     optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) Gathered one at a time are the blocks of
-    ``shard_units()``, and a large embedding and head beside them (see root_units.py). Parameters without dimensions and complex ones are whole
-    on every rank. See FSDP2Options.
+    ``shard_units()``, and a large embedding and head beside them (see root_units.py). Parameters without dimensions and
+    complex ones are whole on every rank. See FSDP2Options.
 
     Example:
         ``Fit(module, data, strategy=FSDP2(tensor_parallel=2), devices=4)``
