@@ -54,6 +54,23 @@ class Ranks:
         numbers = torch.cat(parts)
         return (self.sum_over_data_ranks(numbers) if summed else numbers).tolist()
 
+    def gather_rows(
+        self, rows: Tensor, contributes: bool = True, pad_to: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the rows of all ranks with different samples, this rank's own first, with gradients that go back to
+        where they were computed. Collective, in backward too.
+
+        Args:
+            rows: (rows, ...).
+            contributes: whether the others are given this rank's rows.
+            pad_to: fill each rank's rows up with zeros, and return a mask beside them.
+        """
+        if pad_to is None:
+            return rows
+        missing = pad_to - len(rows)
+        filled = torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))])
+        return filled, torch.arange(pad_to, device=rows.device) < len(rows)
+
     def max_over_ranks(self, tensor: Tensor) -> None:
         """Replace the tensor by its largest value over all ranks, in place."""
 
