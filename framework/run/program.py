@@ -118,7 +118,7 @@ class UpdateProgram:
             self._begin_anew()
         shortcut = self.shortcut
         if shortcut is not None and shortcut.holds(model, inputs, num_items):
-            return shortcut.call(model, inputs, num_items)  # type: ignore[no-any-return]
+            return shortcut.call(model, inputs, num_items)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         kind = tuple([tensor.shape for tensor in tensors_of(inputs)])
