@@ -25,7 +25,7 @@ FIGURES = "figures: "  # begins the line on which a contestant's process says th
 
 def main() -> None:
     """Run the rows that were asked for, and print a Markdown table of each."""
-    names = sorted(path.stem for path in ROWS.glob("*.py") if path.stem != "measuring")
+    names = sorted(path.stem for path in ROWS.glob("*.py") if path.stem not in ("measuring", "states"))
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument(
         "rows", nargs="*", metavar="row", help=f"of {', '.join(names)}; all of them where none is named"

@@ -52,6 +52,7 @@ class Llama(TrainModule):
     """The model. ``__init__`` only takes note of the sizes: nothing in it has parameters."""
 
     item_name = "tokens"
+    speeds: Tensor
 
     def __init__(self, layers: int, vocabulary: int, **sizes: int) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ def dry_run(model: Llama, ranks: int) -> None:
 
 
 def main() -> None:
-    """Train, or say what training would take."""
+    """Train, or say what it takes."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--dry-run", action="store_true")
@@ -111,8 +112,8 @@ def main() -> None:
         return
     rows = torch.arange(32) * torch.arange(256)[:, None] % model.vocabulary  # each row counts in steps of its own
     data = [{"tokens": row[:-1], "labels": row[1:]} for row in rows]
-    run = {"max_steps": 60, "logging_steps": 20, "learning_rate": 3e-3, "output_dir": "output/large"}
-    Fit(model, data, strategy=options.strategy, devices=options.devices or "auto", save_strategy="no", **run).train()
+    Fit(model, data, strategy=options.strategy, devices=options.devices or "auto", max_steps=60, logging_steps=20,
+        learning_rate=3e-3, save_strategy="no", output_dir="output/large").train()  # fmt: skip
 
 
 if __name__ == "__main__":

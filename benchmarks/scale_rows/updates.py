@@ -108,7 +108,8 @@ def one_graph() -> dict[str, float]:
         count.add_(1)
         return loss
 
-    batches, count = list(zip(*(column.split(BATCH_SIZE) for column in samples()), strict=True)), torch.ones(())
+    columns = [column.split(BATCH_SIZE) for column in samples()]
+    batches, count = list(zip(columns[0], columns[1], strict=True)), torch.ones(())
     for update in range(1, UPDATES + 1):
         update_of(*batches[update % len(batches)], count)
         watch.note(update)
