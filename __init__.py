@@ -15,6 +15,7 @@ from .framework.watch.endings import AnotherRankFailed, Interrupted
 from .precision.names import lazy_exports
 
 if TYPE_CHECKING:
+    from .framework.averaging import Average
     from .framework.builtin_callbacks import (
         EarlyStopping,
         EmptyCache,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnotherRankFailed",
+    "Average",
     "CSVLogger",
     "Callback",
     "CometLogger",
@@ -73,6 +75,7 @@ __all__ = [
 
 # Imported when first used: a name costs nothing that a program doesn't ask for.
 FILES = {
+    "Average": "framework.averaging",
     **dict.fromkeys(
         ("EarlyStopping", "EmptyCache", "FirstStepTime", "GradientHistograms", "LearningRateMonitor", "Throughput"),
         "framework.builtin_callbacks",

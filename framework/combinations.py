@@ -34,8 +34,8 @@ from .module import TrainModule
 from .optim.closure import check_closure
 from .optim.lomo import check_update_in_backward
 from .optim.optimizer_makers import PackageMaker
-from .optim.traced_step import check_traceable
 from .optim.optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD
+from .optim.traced_step import check_traceable
 
 FROM_PACKAGES = {name: make for name, make in OPTIMIZERS.items() if isinstance(make, PackageMaker)}
 BITSANDBYTES = {make.class_name for make in FROM_PACKAGES.values() if make.distribution == "bitsandbytes"}
@@ -152,8 +152,8 @@ def check_combination(
     refuse(
         "torch_compile",
         in_one and precision is not None and not precision.takes_program,
-        f"makes an update one program, and precision={getattr(precision, 'name', '')!r} takes part in backward or step. "
-        "Use precision='bf16-mixed' or '32-true', or torch_compile=True",
+        f"makes an update one program, and precision={getattr(precision, 'name', '')!r} takes part in backward or "
+        "step. Use precision='bf16-mixed' or '32-true', or torch_compile=True",
     )
     for argument, reason in strategy.refused_arguments.items():
         refuse(argument, bool(getattr(args, argument)), reason)

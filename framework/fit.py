@@ -63,8 +63,9 @@ class Fit(Configured, Shown):
         data_collator: a list of samples to a batch, in place of torch's default, for training, evaluation and
             ``predict``; transformers' collators are such.
         compute_loss_func: (outputs, labels[, num_items_in_batch]) to loss, in place of the module's own.
-        compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. Metrics that
-            can be summed up batch by batch are better returned by the module's ``metrics()``.
+        compute_metrics: (predictions, labels) of a whole evaluation, on the host, to numbers by name. It is called on
+            the main process, and every rank is told the numbers. Metrics that can be summed up batch by batch are
+            better returned by the module's ``metrics()``.
         preprocess_logits_for_metrics: (outputs, labels) of a batch, on the device, to what is kept of the outputs for
             ``compute_metrics`` and ``predict``: their argmax instead of a vocabulary's logits. Outputs with one entry
             are given as that entry.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ from ..strategies.batches import is_by_position, labels_in, tensors_of
 from .arguments import FitArguments
 from .optim.optimizers import make_optimizer
 from .optim.schedulers import make_scheduler
+from .rows import rows_of
 from .wrapping import wrap_late, wrap_model
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -73,6 +75,33 @@ class TrainModule(nn.Module):
             "Write loss(self, outputs, batch), or have forward return {'loss': ...}."
         )
 
+    def gather(self, rows: Tensor, pad_to: int | None = None) -> Any:
+        """Return the rows of all data-parallel ranks, in ``loss``: what a contrastive loss takes its negatives from.
+
+        This rank's own rows come first, so that row i of a sample is row i here too; those of the others follow. Ranks
+        may have different numbers of rows. What a rank's loss says of others' rows goes back to the ranks that computed
+        them: gradients are those of one batch that holds all. A micro-batch is gathered alone: with accumulation,
+        negatives come from the micro-batch over all ranks. On one device it returns ``rows``.
+
+        Args:
+            rows: (rows, ...).
+            pad_to: the most rows that a rank can have: each rank's are filled up with zeros to so many, and the host
+                needn't wait for the others' numbers.
+
+        Returns:
+            (all rows, ...). With ``pad_to``, (rows, mask): (ranks * pad_to, ...), and which of them are rows.
+
+        Raises:
+            ValueError: it is called outside of a loss.
+
+        Example:
+            >>> def loss(self, outputs, batch):
+            ...     images, texts = outputs
+            ...     logits = images @ self.gather(texts).T / 0.07
+            ...     return nn.functional.cross_entropy(logits, torch.arange(len(images), device=logits.device))
+        """
+        return rows_of(self).gather(rows, pad_to)
+
     def count_items(self, batch: Any) -> int | Tensor:
         """Count the items that ``loss`` is a mean over.
 
@@ -88,7 +117,7 @@ class TrainModule(nn.Module):
                 labels = labels[..., 1:]
             if labels.device.type == "cpu":
                 # numpy counts, since reading a count of torch's on the host would be a synchronisation wherever it is.
-                return int((labels.numpy() != IGNORED_LABEL).sum())
+                return int(numpy.count_nonzero(labels.numpy() != IGNORED_LABEL))
             return (labels != IGNORED_LABEL).sum()
         return first_dimension(batch)
 
@@ -140,8 +169,12 @@ class TrainModule(nn.Module):
         """Give the parameters of one layer that ``build`` made their initial values. The same random numbers are drawn
         under every strategy. The default calls the layer's own ``reset_parameters``.
 
+        Random numbers, fills and products with numbers, on all of a parameter or on some rows and columns of it
+        (``weight[0] = 0``), are first noted and then done on each rank's own part. Where anything else is done (an
+        orthogonal matrix, a copy of a tensor, values that are read), this is called once more, on the whole layer.
+
         Args:
-            layer: it holds parameters of its own, whole and uninitialised.
+            layer: it holds parameters of its own, of their whole shapes and uninitialised.
         """
         reset = getattr(layer, "reset_parameters", None)
         if reset is None:

@@ -18,6 +18,7 @@ from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
 from .data.stand_in import StandIn
 from .module import TrainModule, forward_call
+from .rows import Rows
 
 Count = int | Tensor  # a Tensor where the batch was on an accelerator from the start
 
@@ -33,6 +34,7 @@ class Objective:
         compute_loss_func: takes (outputs, labels[, num_items_in_batch]) and replaces the module's own loss.
         label_smoothing: above 0, replaces the loss by smoothed cross entropy of the logits.
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
+        rows: gathers all ranks' rows within the loss; None where nobody can.
 
     Attributes:
         past: what the next batch is given as ``mems``.
@@ -46,8 +48,10 @@ class Objective:
         compute_loss_func: Callable[..., Tensor] | None = None,
         label_smoothing: float = 0.0,
         past_index: int = -1,
+        rows: Rows | None = None,
     ) -> None:
         self.module = module
+        self.rows = rows
         self.label_smoothing = label_smoothing
         self.past_index = past_index
         self.past: Any = None
@@ -65,9 +69,10 @@ class Objective:
 
     def count(self, batch: Any) -> Count:
         """Count the items in a batch as the data gave it."""
-        if isinstance(batch, StandIn):
-            return 0
-        return self.module.count_items(batch)
+        is_mine = not isinstance(batch, StandIn)
+        if self.rows is not None:
+            self.rows.begin_batch(is_mine)
+        return self.module.count_items(batch) if is_mine else 0
 
     def forward_with_past(self, model: nn.Module, batch: Any) -> Any:
         """Compute the model's outputs for a batch that is given an output of the batch before."""
@@ -106,9 +111,8 @@ class Objective:
         is_share = self.takes_num_items and num_items is not None
         self.noted = NO_EXTRAS, is_share
         loss: Tensor | Mapping[str, Tensor]
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels_of(batch), **options)
-        elif self.label_smoothing:
+        rows = self.rows
+        if self.label_smoothing and self.compute_loss_func is None:
             labels = labels_in(batch)
             if labels is None:
                 found = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "no keys"
@@ -118,8 +122,14 @@ class Objective:
                 )
             loss = smoothed_loss(outputs, labels, self.label_smoothing, self.module.causal)
             return loss, NO_EXTRAS
+        if rows is not None:
+            rows.open()
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels_of(batch), **options)
         else:
             loss = self.module.loss(outputs, batch, **options)
+        if rows is not None:
+            rows.close()
         if not isinstance(loss, Mapping):
             return loss, NO_EXTRAS
         if "loss" not in loss:
@@ -138,6 +148,11 @@ class Objective:
         noted = self.noted
         assert noted is not None
         return noted
+
+    @property
+    def gathered(self) -> list[Tensor]:
+        """What the last loss has gathered of all ranks, whose backward every rank goes through."""
+        return [] if self.rows is None else self.rows.gathered
 
     def forget_past(self) -> None:
         """Hand the next batch nothing: it isn't the next of the same sequence."""
@@ -249,7 +264,22 @@ def without_loss(loss: Tensor, outputs: Any) -> Tensor:
     """
     parts = list(differentiable(outputs))
     is_scalar = isinstance(loss, Tensor) and loss.ndim == 0  # else ``check`` refuses the loss
-    return torch.stack([part.float().sum() for part in parts]).sum() if parts and is_scalar else loss
+    if not (parts and is_scalar):
+        return loss
+    return torch.stack([part.float().sum() for part in (*parts, *leaves(loss))]).sum()
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the parameters that a loss reaches: some may be used in it alone."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [following for following, _ in node.next_functions]
 
 
 def differentiable(outputs: Any) -> Iterator[Tensor]:

@@ -139,9 +139,9 @@ def check_one_program(fit: type, base: type) -> None:
     own = [name for name in IN_PROGRAM if is_overridden(fit, base, name)]
     if own:
         raise ValueError(
-            f"torch_compile='update' makes an update one program, which doesn't call {fit.__name__}.{own[0]}"
-            f"{''.join(f' and {name}' for name in own[1:])}. Write torch_compile=True, or the loss as loss(self, outputs, "
-            "batch) on the TrainModule, or as compute_loss_func."
+            f"torch_compile='update' makes an update one program, which doesn't call {fit.__name__}."
+            f"{' and '.join(own)}. Write torch_compile=True, or the loss as loss(self, outputs, batch) on the "
+            "TrainModule, or as compute_loss_func."
         )
 
 

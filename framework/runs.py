@@ -16,6 +16,7 @@ from ..precision.base import Precision
 from . import checkpoint, loop, overriding
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
+from .averaging import Average, using
 from .callbacks import Callback, Callbacks
 from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
@@ -25,6 +26,7 @@ from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
+from .rows import ROWS, Rows
 from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -208,21 +210,21 @@ class Runs(Steps):
         """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
         self.saver.rotate(best.best_updates(self.args, self.state))
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path, weights: Average | None = None) -> Path:
         """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
-        with ``save_only_trainable``.
+        with ``save_only_trainable``; with ``weights``, those of an Average among the callbacks.
         """
         path = Path(path).expanduser()
-        with self.placement.mode.evaluating():
+        with self.placement.mode.evaluating(), using(weights, self.strategy):
             checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
         return path
 
-    def save_pretrained(self, directory: str | Path, **options: Any) -> Path:
+    def save_pretrained(self, directory: str | Path, weights: Average | None = None, **options: Any) -> Path:
         """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
-        it. ``options`` are those of the model's own ``save_pretrained``.
+        it. ``weights`` as for ``export``; ``options`` are those of the model's own ``save_pretrained``.
         """
         directory = Path(directory).expanduser()
-        with self.placement.mode.evaluating():
+        with self.placement.mode.evaluating(), using(weights, self.strategy):
             pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
         return directory
 
@@ -357,7 +359,8 @@ class Runs(Steps):
         args, module = self.args, self.module
         if not self.placed and type(module).build is TrainModule.build:  # else its layers are still to come
             self.strategy.check_module(module)
-        self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index)
+        rows = ROWS[module] = Rows(self.strategy)
+        self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 
     def _collect_callbacks(self) -> None:

@@ -1,7 +1,7 @@
 """Steps: what a Fit does with a placed module on request, and the only methods that are meant to be overridden."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,127 +9,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..strategies.base import Strategy
 from . import checkpoint, overriding
-from .arguments import FitArguments
-from .callbacks import Callbacks
+from .averaging import Average, using
 from .data import DataStream, limit_evaluation, make_stream, sets_by_name
 from .data.stand_in import StandIn
-from .labelling import Labelled
-from .loggers.together import Loggers
 from .measures import best
 from .measures.evaluation import Evaluation
-from .measures.memory import MemoryByStage
 from .measures.outputs import KeptOutputs
-from .measures.tokens import TokenCounter
-from .module import TrainModule
-from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
-from .run.in_step import in_step
+from .members import Members
+from .objective import NO_EXTRAS, Count, weigh, without_loss
+from .run.in_step import Pass
 from .run.micro_batches import read_update
-from .run.placement import Placement
-from .run.plan import Plan
-from .run.run import Run
-from .run.source import Source
-from .state import Control, PredictionOutput, TrainState
-from .watch.watch import Watch
+from .state import PredictionOutput
 
 if TYPE_CHECKING:
     from .predictions.options import PredictionWriter
 
 
-class Steps(Labelled):
-    """The verbs of a Fit. ``overriding.OVERRIDABLE`` lists those that are called by name wherever they are needed.
-
-    Attributes:
-        strategy: set up.
-        plan: the arguments of the run, and its length.
-        source: where the module comes from.
-        state, control: progress, and the flags that callbacks set.
-    """
+class Steps(Members):
+    """The verbs of a Fit. ``overriding.OVERRIDABLE`` lists those that are called by name wherever they are needed."""
 
     PHASES = {
         "get_batch_samples": "data", "compute_loss": "forward", "evaluate": "evaluation",
         "save_checkpoint": "saving", "log_training": "logging",
     }  # fmt: skip
-    strategy: Strategy
-    plan: Plan
-    train_data: Any
-    eval_data: Any
-    data_collator: Callable[[list[Any]], Any] | None
-    compute_metrics: Callable[[Any, Tensor], Mapping[str, float]] | None
-    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
-    callbacks: Callbacks
-    loggers: Loggers
-    state: TrainState
-    control: Control
-    memory: MemoryByStage
-    source: Source
-    overrides_loss: bool
-    override_divides: bool
-    ignore_keys_for_eval: tuple[str, ...]
-    _objective: Objective | None
-    _count_tokens: TokenCounter
-    _placement: Placement | None
-    _run: Run | None
-    _saver: "checkpoint.Saver | None"
-    _watch: Watch | None  # there while a run is under way
-
-    # What there is.
-
-    @property
-    def args(self) -> FitArguments:
-        """The arguments of the run; ``max_steps`` is its length, where there is something to train on."""
-        return self.plan.args
-
-    @property
-    def module(self) -> TrainModule:
-        """The user's module. Its parameters may be sharded once it is placed."""
-        return self.source.module
-
-    @property
-    def objective(self) -> Objective:
-        """How a loss is found."""
-        assert self._objective is not None
-        return self._objective
-
-    @property
-    def placed(self) -> bool:
-        """Whether the module was given to the strategy."""
-        return self._placement is not None
-
-    @property
-    def placement(self) -> Placement:
-        """The module where it runs; places it first, where it isn't."""
-        self.place()
-        assert self._placement is not None
-        return self._placement
-
-    @property
-    def run(self) -> Run:
-        """The run that is under way, or was the last, or will be the next."""
-        if self._run is None:
-            raise ValueError("This Fit has no train_data. Pass train_data= to Fit.")
-        return self._run
-
-    @property
-    def stream(self) -> DataStream:
-        """The training data of this rank."""
-        return self.run.stream
-
-    @property
-    def saver(self) -> "checkpoint.Saver":
-        """What saves the run's checkpoints."""
-        if self._saver is None:
-            raise ValueError("There is nothing to save yet: a checkpoint holds a run. Call fit.train() first.")
-        return self._saver
-
-    def place(self) -> None:
-        """Give the module to the strategy, once; its optimizer is made with it where there is something to train on."""
-        if self._placement is None:
-            if self.args.auto_find_batch_size:
-                self.source.keep_copy()
-            trains = self.train_data is not None
-            self._placement = Placement(self.strategy, self.module, self.args, trains)
 
     # A micro-batch.
 
@@ -154,7 +57,7 @@ class Steps(Labelled):
         if self.overrides_loss or is_empty:
             loss, outputs, extras, is_share = self.find_loss(model, inputs, count, num_items_in_batch, is_empty)
             if is_empty:
-                loss, is_share = without_loss(loss, outputs), False
+                loss, is_share = without_loss(loss, [outputs, *objective.gathered]), False
         else:  # called from here: every frame between a user's forward and train is one more to read in a traceback
             loss = self.compute_loss(model, inputs, False, num_items_in_batch)
             extras, is_share = objective.note()
@@ -295,8 +198,9 @@ class Steps(Labelled):
     # Evaluation.
 
     def evaluate(
-        self, eval_data: Any = None, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+        self, eval_data: Any = None, ignore_keys: Iterable[str] | None = None, metric_key_prefix: str = "eval",
+        weights: Average | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Loss and metrics over held-out data.
 
         Args:
@@ -304,6 +208,7 @@ class Steps(Labelled):
                 "eval_<name>_loss".
             ignore_keys: entries of a mapping output that are left out of predictions.
             metric_key_prefix: of the names.
+            weights: an Average among the callbacks, whose weights are evaluated instead of the module's own.
 
         Returns:
             ``{"eval_loss": mean over all items, "eval_<metric>": ...}``; it is logged too.
@@ -312,7 +217,7 @@ class Steps(Labelled):
         if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         metrics: dict[str, float] = {}
-        with self.placement.mode.evaluating():
+        with self.placement.mode.evaluating(), using(weights, self.strategy):
             for name, part in sets_by_name(self.eval_data if eval_data is None else eval_data).items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
                 batches = self.eval_batches(None if overfits else part, limited=True)
@@ -331,12 +236,13 @@ class Steps(Labelled):
         ignore_keys: Iterable[str] | None = None,
         metric_key_prefix: str = "test",
         output: "str | Path | PredictionWriter | None" = None,
+        weights: Average | None = None,
     ) -> PredictionOutput:
         """The module's outputs over all of ``data``, in its order, on the host, with labels and loss where it has them.
 
         Args:
             data: a Dataset, an IterableDataset or a ready DataLoader.
-            ignore_keys, metric_key_prefix: see ``evaluate``.
+            ignore_keys, metric_key_prefix, weights: see ``evaluate``.
             output: writes them instead, batch by batch, and ``predictions`` is the path: of a Parquet file
                 ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
@@ -346,7 +252,7 @@ class Steps(Labelled):
             from .predictions import writing as of_predictions  # who writes none needn't import it
 
             written = of_predictions.written(output, self)
-        with placement.mode.evaluating(), written as writing:
+        with placement.mode.evaluating(), using(weights, self.strategy), written as writing:
             evaluation = self.evaluation(KeptOutputs if writing is None else writing.keep)
             metrics, predictions, labels = evaluation.run(batches, metric_key_prefix, ignore_keys or (), predict=True)
             predictions = predictions if writing is None else writing.finish(predictions)
@@ -355,13 +261,13 @@ class Steps(Labelled):
         self.emit("on_predict", metrics=metrics)
         return PredictionOutput(predictions, labels, metrics)
 
-    def eval_batches(self, data: Any, limited: bool = False) -> Iterator[Any]:
+    def eval_batches(self, data: Any, limited: bool = False) -> Pass:
         """This rank's micro-batches of an evaluation; every rank has equally many. None: over what is trained on."""
         given = self.get_train_dataloader() if data is None else self.get_eval_dataloader(data)
         stream = self.stream_over(given, training=data is None)
         if limited:
             limit_evaluation(stream, self.args)
-        return in_step(self.strategy, stream, self.batches(stream, 0), self._watch)
+        return Pass(self.strategy, stream, self.batches(stream, 0), self._watch)
 
     def evaluation(self, keep: Any = KeptOutputs) -> Evaluation:
         """What evaluates the placed module; ``keep`` makes what keeps its outputs."""

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from .updating import local_part, norms
+from .local_parts import local_part
+from .updating import norms
 
 
 @torch.no_grad()  # without no_grad, to_local() would record itself for autograd

@@ -1,7 +1,7 @@
 """A placed module: its parameters and their state, by the names that the user's module gives them."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..precision.base import Precision
+from ..precision.master_weights import MASTER_WEIGHT
 from .duplicates import Part, part_of
+from .local_parts import local_part, placed_like
 
 
 class PlacedModule:
@@ -171,9 +173,64 @@ class PlacedModule:
         for name, buffer in buffers.items():
             yield name, buffer, ()
 
+    def reshard(self) -> None:
+        """Hold shards alone again, where a forward that no backward followed has left some parameters whole."""
+
+    # Other weights for a while, such as averages of the trained ones.
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """This rank's parts of the weights that the optimizer steps, as plain tensors: masters where a precision keeps
+        some. What is computed from them elementwise needs no other rank. They are the trained weights themselves.
+        """
+        assert self.optimizer is not None
+        state, found = self.optimizer.state, {}
+        for name, parameter in self.stepped_parameters().items():
+            if parameter.requires_grad:
+                stepped = state[parameter].get(MASTER_WEIGHT, parameter) if parameter in state else parameter
+                found[name] = local_part(stepped.detach())
+        return found
+
+    def weights_by_name(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give tensors like those of ``held_weights`` the form in which a checkpoint holds them: parameter names, and
+        whole shapes. They share their memory where they can. Collective for some strategies.
+        """
+        parameters = self.stepped_parameters()
+        return {name: placed_like(part, parameters[name]) for name, part in held.items()}
+
+    def held_from(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn back what ``weights_by_name`` gave, or a checkpoint that holds it. Collective for some strategies."""
+        return {name: local_part(weight.detach()) for name, weight in weights.items()}
+
+    @contextmanager
+    def with_weights(self, held: Mapping[str, Tensor]) -> Iterator[None]:
+        """In here the module computes with other weights; afterwards it has its own again, to the bit.
+
+        Args:
+            held: like ``held_weights``, on any device and in any dtype.
+        """
+        self.reshard()
+        parameters = self.named_parameters()
+        places = [local_part(parameters[name].detach()) for name in held]
+        own = [place.clone() for place in places]
+        copy_each(places, list(held.values()))
+        self.weights_have_changed()
+        try:
+            yield
+        finally:
+            self.reshard()
+            copy_each([local_part(parameters[name].detach()) for name in held], own)
+            self.weights_have_changed()
+
     def weights_have_changed(self) -> None:
         """Tell the precision, which may keep what it computed from weights, that these were changed."""
         self.precision.weights_have_changed(self.module)
+
+
+@torch.no_grad()
+def copy_each(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values to where they belong, between devices and dtypes."""
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
 def lists_apart(entries: Mapping[str, Any]) -> dict[str, Any]:

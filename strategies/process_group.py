@@ -177,6 +177,27 @@ class ProcessGroupStrategy(Strategy):
             dist.all_reduce(tensor, group=self.gradient_group)
         return tensor
 
+    def gather_rows(
+        self, rows: Tensor, contributes: bool = True, pad_to: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """All-gather over the ranks with different samples.
+
+        Raises:
+            ValueError: ranks share the positions of a sample.
+        """
+        if self.context_parallel_size > 1:
+            raise ValueError(
+                "gather() can't be had with context_parallel: a rank holds a part of each sample's positions, and so "
+                "no row of a whole sample. Leave context_parallel out."
+            )
+        if self.data_size == 1:
+            return super().gather_rows(rows, contributes, pad_to)
+        from .gathered_rows import gather_padded, gather_rows
+
+        if pad_to is None:
+            return gather_rows(rows, self.gradient_group, contributes)
+        return gather_padded(rows, pad_to, self.gradient_group, contributes)
+
     def max_over_ranks(self, tensor: Tensor) -> None:
         """All-reduce (MAX) over the world."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -199,6 +220,15 @@ class ProcessGroupStrategy(Strategy):
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group)
         return values
+
+    def copy_from(self, tensor: Tensor, source: int, to_all: bool) -> None:
+        """Broadcast, or send from one rank to the main process, by gloo."""
+        if to_all:
+            dist.broadcast(tensor, source)
+        elif self.rank == source != 0:
+            dist.send(tensor, 0)
+        elif self.is_main and source != 0:
+            dist.recv(tensor, source)
 
     def gather_to_main(self, value: Any, group: Any = None) -> list[Any]:
         """Gather every rank's value on rank 0."""

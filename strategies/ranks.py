@@ -54,6 +54,23 @@ class Ranks:
         numbers = torch.cat(parts)
         return (self.sum_over_data_ranks(numbers) if summed else numbers).tolist()
 
+    def gather_rows(
+        self, rows: Tensor, contributes: bool = True, pad_to: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the rows of all ranks with different samples, this rank's own first, with gradients that go back to
+        where they were computed. Collective, in backward too.
+
+        Args:
+            rows: (rows, ...).
+            contributes: whether the others are given this rank's rows.
+            pad_to: fill each rank's rows up with zeros, and return a mask beside them.
+        """
+        if pad_to is None:
+            return rows
+        missing = pad_to - len(rows)
+        filled = torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))])
+        return filled, torch.arange(pad_to, device=rows.device) < len(rows)
+
     def max_over_ranks(self, tensor: Tensor) -> None:
         """Replace the tensor by its largest value over all ranks, in place."""
 
@@ -71,6 +88,16 @@ class Ranks:
     def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Return every rank's ``value``, in the order of ranks, on every rank. Small host objects only."""
         return [value]
+
+    def copy_from(self, tensor: Tensor, source: int, to_all: bool) -> None:
+        """Fill a tensor of bytes on the host with that of another rank: on every rank, or on the main process alone.
+
+        Args:
+            tensor: contiguous; the same size on all that take part.
+            source: the rank that has it.
+            to_all: every rank takes part; else ``source`` and the main process do, and nothing is done where they are
+                one.
+        """
 
     def gather_to_main(self, value: Any, group: Any = None) -> list[Any]:
         """Return every rank's ``value``, in the order of ranks, on rank 0; on the others nothing."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip_factor import clip_factor
+from .local_parts import local_part
 from .placed import PlacedModule
 from .ranks import Ranks
 
@@ -181,9 +182,3 @@ def norms(gradients: list[Tensor]) -> list[Tensor]:
 def nonfinite(number: Tensor) -> Tensor:
     """Return 1 where a 0-dim number isn't finite, and else 0, in float32 and on its device."""
     return number.mul(0.0).ne_(0.0).float()
-
-
-def local_part(tensor: Any) -> Tensor:
-    """This rank's part of a tensor that is spread over ranks; any other as it is."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part

@@ -134,7 +134,7 @@ class SharedFile:
         unwritten: (mark after it, lines) of what is to be appended.
     """
 
-    def __init__(self, home: Path | None = None, written: Mark = Mark()) -> None:  # noqa: B008
+    def __init__(self, home: Path | None = None, written: Mark = Mark()) -> None:
         self.home, self.written = home, written
         self.unwritten: deque[tuple[Mark, bytes]] = deque()
         self._own: tuple[int, int] | None = None  # device and number of the file that this session appends to
@@ -239,7 +239,7 @@ def read_history(path: Path, state: Mapping[str, Any]) -> FoundHistory:
     mark = Mark(**state["log_history"])
     try:
         with file.open("rb") as opened:
-            data = opened.read(mark.bytes)
+            data = opened.read(min(mark.bytes, os.fstat(opened.fileno()).st_size))
     except OSError as error:
         data, found = b"", f"it can't be read: {error.strerror}"
     else:

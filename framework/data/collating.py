@@ -58,11 +58,12 @@ def collation_of(loader: DataLoader[Any], collator: Collate | None) -> Collate:
     )
 
 
-def check_can_be_sent(collator: Collate, context: Any) -> None:
+def check_can_be_sent(collator: Collate, workers: int, context: Any) -> None:
     """Refuse a collator that worker processes can't be given. Those that are forked have it already.
 
     Args:
         collator: the user's.
+        workers: how many there are.
         context: the ``multiprocessing_context`` of a loader: its name, itself, or None.
 
     Raises:
@@ -70,7 +71,7 @@ def check_can_be_sent(collator: Collate, context: Any) -> None:
     """
     method = context if isinstance(context, str) else context and context.get_start_method()
     method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    if method == "fork":
+    if not workers or method == "fork":
         return
     try:
         ForkingPickler.dumps(collator)

@@ -80,30 +80,19 @@ def make_whole_stream(
             "train_sampling_strategy='group_by_length' orders a Dataset with __getitem__ and __len__. Received: "
             f"train_data, a {type(data).__name__}. Give Fit the dataset, or leave the argument out."
         )
+    if collator is not None:
+        own = isinstance(data, DataLoader)
+        workers = data.num_workers if own else args.dataloader_num_workers
+        check_can_be_sent(collator, workers, data.multiprocessing_context if own else None)
     if isinstance(data, DataLoader):
         collation = collation_of(data, collator)
         if not has_plain_sampler(data):
             return LoaderStream(data, seed, rank, size, collation)
-        options = LoaderOptions(
-            # Where auto_find_batch_size is at work, its first batch size was the loader's.
-            batch_size=options.batch_size if training and args.auto_find_batch_size else data.batch_size or 1,
-            shuffle=(isinstance(data.sampler, RandomSampler) or getattr(data.sampler, "shuffle", False) is True)
-            and not (training and args.overfit_batches),
-            drop_last=data.drop_last,
-            collate_fn=collation,
-            workers={
-                "num_workers": data.num_workers,
-                "pin_memory": data.pin_memory,
-                "prefetch_factor": data.prefetch_factor,
-                "persistent_workers": data.persistent_workers,
-                "worker_init_fn": data.worker_init_fn,
-                "timeout": data.timeout,
-                "multiprocessing_context": data.multiprocessing_context,
-            },
-        )
+        # Where auto_find_batch_size is at work, its first batch size was the loader's.
+        keeps_size = training and args.auto_find_batch_size
+        batch_size = options.batch_size if keeps_size else data.batch_size or 1
+        options = options_of(data, batch_size, collation, repeats=training and bool(args.overfit_batches))
         data = data.dataset
-    if collator is not None and options.workers["num_workers"]:
-        check_can_be_sent(collator, options.workers.get("multiprocessing_context"))
     if collator is not None and gives_batches(data):
         raise ValueError(
             f"data_collator={collator!r:.80} makes a batch of samples, and {type(data).__name__}.{DECLARED} is True: "
@@ -138,6 +127,33 @@ def make_whole_stream(
     update_samples = options.batch_size * size * args.gradient_accumulation_steps
     by_length = LengthGroups(data, args.length_column_name, update_samples) if groups else None
     return MapStream(data, options, seed, rank, size, by_length)
+
+
+def options_of(loader: DataLoader[Any], batch_size: int, collation: Collate, repeats: bool) -> LoaderOptions:
+    """Return how a ready loader makes its batches.
+
+    Args:
+        loader: the user's.
+        batch_size: samples per micro-batch and rank.
+        collation: see ``collation_of``.
+        repeats: whether every epoch has the same batches, and so isn't shuffled.
+    """
+    shuffles = isinstance(loader.sampler, RandomSampler) or getattr(loader.sampler, "shuffle", False) is True
+    return LoaderOptions(
+        batch_size=batch_size,
+        shuffle=shuffles and not repeats,
+        drop_last=loader.drop_last,
+        collate_fn=collation,
+        workers={
+            "num_workers": loader.num_workers,
+            "pin_memory": loader.pin_memory,
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": loader.persistent_workers,
+            "worker_init_fn": loader.worker_init_fn,
+            "timeout": loader.timeout,
+            "multiprocessing_context": loader.multiprocessing_context,
+        },
+    )
 
 
 def has_plain_sampler(loader: DataLoader[Any]) -> bool:

@@ -6,13 +6,13 @@ that isn't certain are fetched sample by sample.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from .columns import Columns, TableRows
 
@@ -46,13 +46,6 @@ class WholeBatches(Dataset):
         return self.fetch(self.dataset, numpy.asarray(indices))
 
 
-def as_array(indices: Sequence[int]) -> "numpy.ndarray[Any, Any]":
-    """Return indices as an array; numpy would take a range apart number by number."""
-    if isinstance(indices, range):
-        return numpy.arange(indices.start, indices.stop, indices.step)
-    return numpy.asarray(indices)
-
-
 def as_it_is(batch: Any) -> Any:
     """Collate what is a batch already."""
     return batch
@@ -80,6 +73,8 @@ def fetch_of(dataset: Any) -> Fetch | None:
         TypeError: see ``gives_batches``.
     """
     kind = type(dataset)
+    if isinstance(dataset, IterableDataset):
+        return None
     if gives_batches(dataset):
         return fetch_ready
     if kind is Subset:
@@ -121,7 +116,8 @@ def index(values: Any, indices: "numpy.ndarray[Any, Any]") -> Tensor:
         return values[places]
     plain = values.view(numpy.ndarray)
     # numpy's take, the faster one, would first copy all of an array that isn't contiguous.
-    return torch.from_numpy(plain.take(indices, axis=0) if plain.flags.carray else plain[indices])
+    takes = plain.flags.c_contiguous and plain.flags.aligned
+    return torch.from_numpy(plain.take(indices, axis=0) if takes else plain[indices])
 
 
 def fetch_tensors(dataset: Any, indices: "numpy.ndarray[Any, Any]") -> tuple[Tensor, ...]:
@@ -149,7 +145,11 @@ def fetch_from_subset(dataset: Any, indices: "numpy.ndarray[Any, Any]") -> Any:
 
 def fetch_from_table(dataset: TableRows, indices: "numpy.ndarray[Any, Any]") -> dict[str, Any]:
     """Fetch a batch of a table of pyarrow's."""
-    return collate_columns(dataset.take(indices))
+    others, views = dataset.take_others(indices), dataset.views
+    return {
+        name: index(views[name], indices) if name in views else collate_column(others[name])
+        for name in dataset.column_names
+    }
 
 
 def fetch_from_datasets(dataset: Any, indices: "numpy.ndarray[Any, Any]") -> Any:

@@ -6,6 +6,9 @@ from .argument_fields import ArgumentFields
 UPDATE = "update"
 """The value of ``torch_compile`` that asks for an update as one program."""
 
+BACKENDS = ("inductor", "aot_eager")
+"""What can compile it; the second runs the graph's operations one by one, to tell the compiler's faults from others."""
+
 OUTSIDE_ONE_PROGRAM = {  # argument: (its value that asks for nothing, why one program can't do the other)
     "gradient_accumulation_steps": (1, "makes an update of several micro-batches, and the program has one"),
     SCHEDULE: ({}, "makes an update of several micro-batches, and the program has one"),
@@ -30,6 +33,6 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
         for name, (nothing, why) in OUTSIDE_ONE_PROGRAM.items()
         if getattr(args, name) != nothing
     ]
-    if args.torch_compile_backend not in (None, "inductor"):
-        found.append(("torch_compile_backend", f"must be 'inductor' with torch_compile={UPDATE!r}; leave it out"))
+    if args.torch_compile_backend not in (None, *BACKENDS):
+        found.append(("torch_compile_backend", f"must be one of {', '.join(BACKENDS)} with torch_compile={UPDATE!r}"))
     return found

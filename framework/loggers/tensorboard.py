@@ -1,6 +1,6 @@
 """A logger that writes TensorBoard event files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,11 @@ class TensorBoardLogger(Logger):
             if group == "totals":
                 self.text("totals", as_markdown(("total", "value"), [*numbers.items()]), step)
                 continue
-            with self._writing(group) as writer:
-                for tag, value in numbers.items():
-                    if tag != "epoch":  # TensorBoard gathers charts by what is before "/"
-                        writer.add_scalar(tag if "/" in tag else f"metrics/{tag}", value, step)
+            # TensorBoard gathers charts by what is before "/".
+            scalars = {tag if "/" in tag else f"metrics/{tag}": v for tag, v in numbers.items() if tag != "epoch"}
+            if scalars:
+                with self._writing(group) as writer:
+                    add_scalars(writer, scalars, step)
         self.last_step = None if self.last_step is None else max(self.last_step, step)
 
     def image(self, name: str, image: Array, step: int) -> None:
@@ -110,6 +111,14 @@ class TensorBoardLogger(Logger):
         except Exception:
             del self.writers[group]  # its thread has failed: from now on it raises the same error, and never writes
             raise
+
+
+def add_scalars(writer: Any, scalars: Mapping[str, float], step: int) -> None:
+    """Add numbers as one event, which takes a third of the time of an event for each of five."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
+    writer.file_writer.add_summary(Summary(value=values), step)
 
 
 def write_arguments(writer: Any, fit: LoggedRun) -> None:

@@ -10,13 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from ...strategies.base import Strategy
+from ..agreement import describe
 from ..arguments import FitArguments
 from ..data.stand_in import StandIn
 from ..module import TrainModule
 from ..objective import Count, Objective, labels_of
+from .exchange import exchange
 from .memory import MemoryByStage
 from .metrics import merge_states, numbers_of, states_on_host
 from .outputs import KeptOutputs, concatenate, in_order_of_data
+
+
+class Batches(Protocol):
+    """The micro-batches of a pass on this rank.
+
+    Attributes:
+        rows: samples in all of them at most; 0 where that isn't known.
+    """
+
+    rows: int
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return an iterator over them, once."""
 
 
 class FindLoss(Protocol):
@@ -49,22 +64,30 @@ class PassTotals:
     Attributes:
         metrics: the module's torchmetrics metrics, by name.
         outputs: outputs and labels, where they are kept.
-        sums: on the device: the number of items, the loss and other values, each times the items of its batch.
+        sums: on the device: the loss and other values, each times the items of its batch.
+        items: in the batches; a tensor on the device, where they were counted there.
     """
 
     metrics: dict[str, Any]
     outputs: KeptOutputs | None
     sums: dict[str, Tensor] = field(default_factory=dict)
+    items: Count = 0
 
-    def add(self, values: Mapping[str, Tensor], count: Count, device: torch.device) -> None:
-        """Add a batch's means, weighed by its number of items."""
-        if not values:
-            return
-        self.sums["items"] = self.sums.get("items", 0.0) + torch.as_tensor(count, device=device).double()
-        for name, value in values.items():
-            # The mean over no items is NaN, and its share is nothing.
-            share = torch.nan_to_num(value) * 0.0 if isinstance(count, int) and count == 0 else value * count
-            self.sums[name] = self.sums.get(name, 0.0) + share.double()
+    def add(self, loss: Tensor, extras: Mapping[str, Tensor], count: Count) -> None:
+        """Add the means over the items of a batch, weighed by their number."""
+        self.items = self.items + count
+        self._add("loss", loss, count)
+        for name, value in extras.items():
+            self._add(name, value, count)
+
+    def _add(self, name: str, mean: Tensor, count: Count) -> None:
+        total = self.sums.get(name)
+        if total is None:
+            total = self.sums[name] = torch.zeros((), dtype=torch.float64, device=mean.device)
+        if not isinstance(count, int):
+            total.add_(mean.double() * count)
+        elif count:  # the mean over no items is NaN, and its share is nothing
+            total.add_(mean, alpha=count)
 
 
 @dataclass(frozen=True)
@@ -101,13 +124,11 @@ class Evaluation:
     keep: Callable[[Collection[str], int, Callable[[Any, Any], Any] | None], KeptOutputs] = KeptOutputs
 
     @torch.no_grad()
-    def run(
-        self, batches: Iterator[Any], prefix: str, ignore_keys: Iterable[str] = (), *, predict: bool = False
-    ) -> Results:
+    def run(self, batches: Batches, prefix: str, ignore_keys: Iterable[str] = (), *, predict: bool = False) -> Results:
         """Go over the data once. Collective.
 
         Args:
-            batches: this rank's micro-batches; every rank has equally many.
+            batches: this rank's; every rank has equally many.
             prefix: of the metrics' names: "eval" gives "eval_loss".
             ignore_keys: entries of a mapping output that are left out of predictions; where none are given, those of
                 the module's ``config.keys_to_ignore_at_inference`` (the cache of a transformers model).
@@ -117,7 +138,7 @@ class Evaluation:
             TypeError: outputs are needed, and an overridden compute_loss returns none.
             ValueError: a metric computes more than one number, or outputs of batches can't be joined.
         """
-        totals = self._begin_totals(ignore_keys, predict)
+        totals = self._begin_totals(ignore_keys, predict, batches.rows)
         self.strategy.settle_buffers()
         with self.memory.during("predict" if predict else "eval"), self.objective.without_past(), self._evaluating():
             self._pass_over(batches, totals, predict)
@@ -126,14 +147,46 @@ class Evaluation:
         if totals.outputs is None:
             return Results(metrics, None, None)
         if totals.outputs.are_written:
-            return Results(metrics, [report["outputs"] for report in reports], None)
-        predictions, labels = self._join_outputs([report["outputs"] for report in reports])
-        if self.compute_metrics is not None and isinstance(labels, Tensor):
-            own = self.compute_metrics(predictions, labels)
-            metrics |= {f"{prefix}_{name}": float(number) for name, number in own.items()}
-        return Results(metrics, predictions, labels) if predict else Results(metrics, None, None)
+            return Results(metrics, [report["written"] for report in reports], None)
+        ranks = exchange(self.strategy, totals.outputs.on_host(), to_all=predict)
+        joined: tuple[Any, Any] = (None, None)
+        if predict:
+            assert ranks is not None
+            joined = self._join_outputs(ranks)
+        if self.compute_metrics is not None:
+            own = self._on_main(lambda: self._compute_own(joined if predict else self._join_outputs(ranks or [])))
+            metrics |= {f"{prefix}_{name}": number for name, number in own.items()}
+        return Results(metrics, *joined)
 
-    def _begin_totals(self, ignore_keys: Iterable[str], predict: bool) -> PassTotals:
+    def _compute_own(self, joined: tuple[Any, Any]) -> dict[str, float]:
+        predictions, labels = joined
+        if self.compute_metrics is None or not isinstance(labels, Tensor):
+            return {}
+        return {name: float(number) for name, number in self.compute_metrics(predictions, labels).items()}
+
+    def _on_main(self, action: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Compute numbers on the main process, and tell all ranks. Collective.
+
+        Raises:
+            RuntimeError: on the other ranks, where it failed there; the main process raises the error itself.
+        """
+        strategy = self.strategy
+        if strategy.world_size == 1:
+            return action()
+        failure: Exception | None = None
+        found: dict[str, float] = {}
+        try:
+            found = action() if strategy.is_main else {}
+        except Exception as error:
+            failure = error
+        why, numbers = strategy.broadcast((None if failure is None else describe(failure), found))
+        if failure is not None:
+            raise failure
+        if why is not None:
+            raise RuntimeError(f"Rank 0 failed at compute_metrics: {why}")
+        return dict(numbers)
+
+    def _begin_totals(self, ignore_keys: Iterable[str], predict: bool, rows: int) -> PassTotals:
         """Make what the pass adds up in; metrics are made anew for each pass."""
         metrics = {} if predict else dict(self.module.metrics())
         for metric in metrics.values():
@@ -143,7 +196,9 @@ class Evaluation:
         config = getattr(self.module, "config", None)
         ignored = {*ignore_keys} or {*getattr(config, "keys_to_ignore_at_inference", ())}
         together = self.args.eval_accumulation_steps or 1
-        return PassTotals(metrics, self.keep(ignored, together, self.preprocess_logits))
+        outputs = self.keep(ignored, together, self.preprocess_logits)
+        outputs.expect(rows)
+        return PassTotals(metrics, outputs)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -156,44 +211,54 @@ class Evaluation:
         finally:
             model.train(was_training)
 
-    def _pass_over(self, batches: Iterator[Any], totals: PassTotals, predict: bool) -> None:
+    def _pass_over(self, batches: Iterable[Any], totals: PassTotals, predict: bool) -> None:
         """Run the model on every batch, and add up what it finds. Nothing waits for the device in here, but for outputs
         that move to the host.
         """
         strategy, objective, model = self.strategy, self.objective, self.strategy.model
+        kept, metrics, find_loss, after_batch = (
+            totals.outputs,
+            totals.metrics.values(),
+            self.find_loss,
+            self.after_batch,
+        )
         for batch in batches:
-            count = objective.count(batch)
             is_mine = not isinstance(batch, StandIn)
             inputs = strategy.to_device(batch if is_mine else batch.batch)
-            values: dict[str, Tensor] = {}
-            if not predict or labels_of(inputs) is not None:
-                loss, outputs, extras, _ = self.find_loss(model, inputs, count, wants_outputs=True)
-                values = {"loss": strategy.local_loss(loss), **extras}
-                if outputs is None and (totals.metrics or totals.outputs is not None):
+            labels = labels_of(inputs) if predict or kept is not None else None
+            if not predict or labels is not None:
+                count = objective.count(batch)
+                loss, outputs, extras, _ = find_loss(model, inputs, count, wants_outputs=True)
+                loss = strategy.local_loss(loss)
+                if outputs is None and (metrics or kept is not None):
                     raise missing_outputs(self.loss_name)
+                if is_mine:
+                    totals.add(loss, extras, count)
             else:
                 with strategy.forward_context():
                     outputs = objective.forward(model, inputs)
             if is_mine:
-                totals.add(values, count, strategy.device)
-                for metric in totals.metrics.values():
+                for metric in metrics:
                     metric.update(*self.module.metric_inputs(outputs, inputs))
-                if totals.outputs is not None:
-                    totals.outputs.add(outputs, labels_of(inputs))
-            elif totals.outputs is not None:
-                totals.outputs.pass_by()
+                if kept is not None:
+                    kept.add(outputs, labels)
+            elif kept is not None:
+                kept.pass_by()
             strategy.flush()
-            self.after_batch()
+            after_batch()
 
     def _exchange(self, totals: PassTotals) -> list[dict[str, Any]]:
-        """Gather what every rank has added up, on the host, in one message. The tensor-parallel ranks of a sample have
-        all counted it, and the first of them speaks for them.
+        """Gather what every rank has added up, but its outputs, on the host, in one message. The tensor-parallel ranks
+        of a sample have all counted it, and the first of them speaks for them.
         """
         sums = totals.sums
+        to_read = [*sums.values(), *([totals.items] if isinstance(totals.items, Tensor) else [])]
+        numbers = self.strategy.read(to_read) if to_read else []
         report = {
-            "sums": dict(zip(sums, self.strategy.read(list(sums.values())), strict=True)) if sums else {},
+            "sums": dict(zip(sums, numbers, strict=False)),
+            "items": totals.items if isinstance(totals.items, int) else numbers[-1],
             "metrics": {name: states_on_host(metric) for name, metric in totals.metrics.items()},
-            "outputs": [] if totals.outputs is None else totals.outputs.on_host(),
+            "written": totals.outputs.on_host() if totals.outputs is not None and totals.outputs.are_written else None,
         }
         return self.strategy.gather(report)[:: self.strategy.tensor_parallel_size]
 
@@ -205,7 +270,7 @@ class Evaluation:
         for report in reports:
             for name, value in report["sums"].items():
                 sums[name] = sums.get(name, 0.0) + value
-        items = sums.pop("items", 0.0)
+        items = sum(report["items"] for report in reports)
         found = {f"{prefix}_{name}": value / items if items else math.nan for name, value in sums.items()}
         for name, metric in metrics.items():
             if len(reports) > 1:

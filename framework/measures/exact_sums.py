@@ -12,6 +12,9 @@ class ExactSum:
 
     Args:
         values: the first ones.
+        count: how many values the finite ones among them stand for; None where each is one.
+        nonfinite: values that weren't finite, before those.
+        nonfinite_sum: their sum.
 
     Attributes:
         count: finite values.
@@ -25,11 +28,17 @@ class ExactSum:
 
     FOLD = 1024  # values are folded into few when there are so many
 
-    def __init__(self, values: Iterable[float] = ()) -> None:
-        self.count = self.nonfinite = 0
-        self.nonfinite_sum = 0.0
+    def __init__(
+        self,
+        values: Iterable[float] = (),
+        count: int | None = None,
+        nonfinite: int = 0,
+        nonfinite_sum: float = 0.0,
+    ) -> None:
+        self.count, self.nonfinite, self.nonfinite_sum = 0, nonfinite, nonfinite_sum
         self._parts: list[float] = []
         self.extend(values)
+        self.count = self.count if count is None else count
 
     def extend(self, values: Iterable[float]) -> None:
         """Add values."""
@@ -68,7 +77,4 @@ class ExactSum:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "ExactSum":
         """Make the sum that ``state_dict`` was of."""
-        found = cls()
-        found._parts, found.count = list(state["parts"]), state["count"]
-        found.nonfinite, found.nonfinite_sum = int(state["nonfinite"][0]), float(state["nonfinite"][1])
-        return found
+        return cls(state["parts"], state["count"], *state["nonfinite"])

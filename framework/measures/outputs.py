@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rows import Rows, in_one_piece
+
+Path = tuple[Any, ...]
+
 
 class KeptOutputs:
     """Outputs and labels of batches, which move to the host some batches at a time.
@@ -25,13 +29,19 @@ class KeptOutputs:
         self.ignored, self.batches, self.preprocess = ignored, batches, preprocess
         self.moved: list[Any] = []
         self.on_device: list[Any] = []
+        self.expected = 0
+        self.rows: dict[Path, Rows] = {}
+
+    def expect(self, rows: int) -> None:
+        """Note how many rows there will be at most; 0 where that isn't known. Called before the first batch."""
+        self.expected = rows
 
     def add(self, outputs: Any, labels: Any) -> None:
         """Keep the outputs and labels of a batch."""
         if self.preprocess is not None:
             outputs = self.preprocess(unwrap_single(leave_out(outputs, self.ignored)), labels)
         self.on_device.append((outputs, labels))
-        if len(self.on_device) >= self.batches:
+        if self.batches == 1 or len(self.on_device) >= self.batches:
             self.move()
 
     def pass_by(self) -> None:
@@ -39,13 +49,33 @@ class KeptOutputs:
 
     def move(self) -> None:
         """Move what is on the device to the host."""
-        self.moved += [(to_host(outputs, self.ignored), to_host(labels)) for outputs, labels in self.on_device]
-        self.on_device = []
+        waiting, self.on_device = self.on_device, []
+        for outputs, labels in waiting:
+            self.moved.append((self.keep(outputs, OUTPUTS), None if labels is None else self.keep(labels, LABELS)))
+
+    def keep(self, value: Any, path: Path) -> Any:
+        """Return outputs on the host, tensors beside those of the batches before where they have a place there."""
+        if type(value) is Tensor and self.expected:
+            rows = self.rows.get(path)
+            if rows is None and value.ndim and value.layout is torch.strided:
+                rows = self.rows[path] = Rows(self.expected, value)
+            kept = None if rows is None else rows.put(value)
+            return to_host(value) if kept is None else kept
+        if isinstance(value, dict):
+            kept_of = leave_out(value, self.ignored) if path[0] == OUTPUTS[0] else value
+            return {name: self.keep(entry, (*path, name)) for name, entry in kept_of.items()}
+        if isinstance(value, tuple | list) and any(isinstance(entry, Tensor | dict | tuple | list) for entry in value):
+            return tuple(self.keep(entry, (*path, place)) for place, entry in enumerate(value))
+        return to_host(value)
 
     def on_host(self) -> Any:
         """Return (outputs, labels) of every batch, on the host."""
         self.move()
         return self.moved
+
+
+OUTPUTS: Path = ("outputs",)
+LABELS: Path = ("labels",)
 
 
 def leave_out(outputs: Any, ignored: Collection[str]) -> Any:
@@ -93,6 +123,8 @@ def concatenate(parts: list[Any], pad_index: int) -> Any:
     """
     first = parts[0]
     if isinstance(first, Tensor):
+        if (whole := in_one_piece(parts)) is not None:
+            return whole
         rows = [part.reshape(-1) if part.ndim == 0 else part for part in parts]
         differ = any(row.shape[1:] != rows[0].shape[1:] for row in rows)
         return torch.cat(pad_to_longest(rows, pad_index) if differ else rows)

@@ -133,8 +133,14 @@ def traced_step(
         vars(copy).update({**vars(part), "state": entries, "param_groups": groups})
         own = {name: value for name, value in vars(copy).items() if isinstance(value, int | float | str)}
         step: Callable[..., Any] = inspect.unwrap(type(part).step)  # without torch's profiling, and calls of hooks
-        with torch.no_grad(), TensorsAsScalars():
-            step(copy)
+        try:
+            with torch.no_grad(), TensorsAsScalars():
+                step(copy)
+        except Exception as error:
+            raise CannotTraceError(
+                f"a step of {type(part).__name__} can't be part of one, as where it reads a number from a tensor "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ) from error
         check_unchanged(part, {name: vars(copy).get(name) for name in own}, own)
         for now, then in zip(groups, options, strict=True):
             check_unchanged(part, now, then)
@@ -173,8 +179,8 @@ def check_unchanged(optimizer: Optimizer, now: Mapping[str, Any], then: Mapping[
     for name, value in now.items():
         if name not in then or (value is not then[name] and value != then[name]):
             raise CannotTraceError(
-                f"a step of {type(optimizer).__name__} changes {name!r}, a number on the host, which would stay what it "
-                "was when the program was made"
+                f"a step of {type(optimizer).__name__} changes {name!r}, a number on the host, which would stay what "
+                "it was when the program was made"
             )
 
 

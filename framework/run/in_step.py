@@ -86,6 +86,28 @@ class InStep:
         )
 
 
+class Pass:
+    """An evaluation's micro-batches on this rank, see ``in_step``, and how many samples they have at most.
+
+    Args:
+        strategy, stream, batches, watch: see ``in_step``.
+
+    Attributes:
+        rows: samples at most; 0 where that isn't known.
+    """
+
+    def __init__(
+        self, strategy: Strategy, stream: DataStream, batches: Iterator[Any], watch: Watch | None = None
+    ) -> None:
+        alone = strategy.world_size == 1 and watch is None
+        self.batches = batches if alone else in_step(strategy, stream, batches, watch)
+        total = stream.num_examples
+        self.rows = 0 if total is None else min(total, len(stream) * stream.options.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+
 def in_step(
     strategy: Strategy, stream: DataStream, batches: Iterator[Any], watch: Watch | None = None
 ) -> Iterator[Any]:

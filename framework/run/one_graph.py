@@ -5,8 +5,8 @@ This backend adds the gradients, clipping, the optimizer's step and the decision
 has inductor compile the whole.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..optim.traced_step import Slot, options_of, slots_of, traced_step
+from .replay import Replay
 
 
 def mark_loss(loss: Tensor) -> Tensor:
@@ -21,7 +22,6 @@ def mark_loss(loss: Tensor) -> Tensor:
     return loss.view_as(loss)
 
 
-@dataclass
 class Held:
     """What an update changes, and what it is made with, beside the module.
 
@@ -29,42 +29,49 @@ class Held:
         optimizer: of the run. Its state is there for every parameter that has a gradient.
         trainable: parameters whose gradients are computed, in the module's order.
         max_norm: that gradients are clipped to; 0 where they aren't.
+        rates: a learning rate for each group of the optimizer, on the device.
 
     Attributes:
-        rates: a learning rate for each group of the optimizer, on the device.
         slots: the tensors of the optimizer's state; each program is made for these.
-        options: of the optimizer's groups; the same.
         measure: of the last update: the norm of its gradients or, where they aren't clipped, the sum of their norms.
         each: the norms of its gradients.
         normed: the parameters that those are of.
     """
 
-    optimizer: Optimizer
-    trainable: Sequence[nn.Parameter]
-    max_norm: float
-    rates: Tensor
-    slots: list[Slot] = field(default_factory=list)
-    options: list[dict[str, Any]] = field(default_factory=list)
-    measure: Tensor | None = None
-    each: Tensor | None = None
-    normed: Sequence[nn.Parameter] = ()
+    def __init__(self, optimizer: Optimizer, trainable: Sequence[nn.Parameter], max_norm: float, rates: Tensor) -> None:
+        self.optimizer, self.trainable, self.max_norm, self.rates = optimizer, trainable, max_norm, rates
+        self.slots: list[Slot] = []
+        self._entries: list[dict[str, Any]] = []  # the state of each parameter, in the optimizer's order
+        self._places: list[tuple[dict[str, Any], str]] = []  # where the tensors of the slots are
+        self._options: list[tuple[Callable[[Any], Any], Any]] = []  # what reads those of a group, and what they were
+        self.measure: Tensor | None = None
+        self.each: Tensor | None = None
+        self.normed: Sequence[nn.Parameter] = ()
 
     def hold(self) -> None:
         """Take the optimizer's state and options as they are now."""
-        self.slots, self.options = slots_of(self.optimizer), options_of(self.optimizer)
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        self.slots, self._entries = slots_of(self.optimizer), list(state.values())
+        self._places = [(state[slot.parameter], slot.key) for slot in self.slots]
+        readers = [itemgetter(*options) for options in options_of(self.optimizer)]
+        self._options = [(read, read(group)) for read, group in zip(readers, groups, strict=True)]
 
-    def has_options(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the options of the optimizer's groups, but for the learning rates, are still those."""
-        for group, options in zip(groups, self.options, strict=False):
-            for name, value in options.items():
-                if group[name] is not value and group[name] != value:
-                    return False
-        return bool(self.options)
+    def is_current(self) -> bool:
+        """Whether the optimizer has the options and the state, but for values in it, that were taken last."""
+        groups, entries = self.optimizer.param_groups, self._entries
+        if len(groups) != len(self._options) or len(self.optimizer.state) != len(entries):
+            return False
+        for group, (read, options) in zip(groups, self._options, strict=True):
+            if read(group) != options:
+                return False
+        for now, then in zip(self.optimizer.state.values(), entries, strict=True):  # noqa: SIM110 (faster so)
+            if now is not then:
+                return False
+        return True
 
     def tensors(self) -> list[Tensor]:
         """The tensors of the optimizer's state, as they are now."""
-        state = self.optimizer.state
-        return [state[slot.parameter][slot.key] for slot in self.slots]
+        return [entries[key] for entries, key in self._places]
 
     def note(self, measure: Tensor, each: Tensor, normed: Sequence[nn.Parameter]) -> None:
         """Note what an update found of its gradients."""
@@ -144,24 +151,44 @@ class WholeUpdate(nn.Module):
 
 
 def compile_update(
-    graph: torch.fx.GraphModule, inputs: Sequence[Any], held: Held, options: dict[str, Any]
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    held: Held,
+    backend: str,
+    options: dict[str, Any],
+    replays: bool = False,
 ) -> Callable[..., Sequence[Any]]:
-    """Compile an update; a backend of torch.compile's, but for the last two arguments.
+    """Compile an update; a backend of torch.compile's, but for the last four arguments.
 
     Args:
         graph: forward and loss.
         inputs: that the graph was captured with.
         held: what the update changes.
+        backend: what compiles, see ``fields/compilation.py``.
         options: of inductor.
+        replays: whether a CUDA graph of the program is replayed.
 
     Returns:
         A function of the graph's inputs that makes the update and returns the graph's outputs.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     update = WholeUpdate(graph, held, inputs)
+    values = [*inputs, *held.tensors(), held.rates]
+    compiled: Any
     with torch.no_grad():
-        whole = compile_fx(update, [*inputs, *held.tensors(), held.rates], config_patches=options)  # type: ignore[arg-type]
+        if backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            compiled = compile_fx(update, values, config_patches=options)  # type: ignore[arg-type]
+        else:
+            from torch._dynamo.backends.registry import lookup_backend
+
+            compiled = lookup_backend(backend)(update, values)  # type: ignore[arg-type]
+    from torch._dynamo.eval_frame import innermost_fn
+
+    whole = innermost_fn(compiled)  # without a wrapper that keeps torch.compile from looking inside, as nothing asks it
+
+    if replays:
+        whole = Replay(whole)
 
     def run(*values: Any) -> Sequence[Any]:
         *outputs, measure, each = whole(*values, *held.tensors(), held.rates)

@@ -27,7 +27,7 @@ MOST = 16
 
 LossAndExtras = tuple[Tensor, Mapping[str, Tensor]]
 Program = Callable[[nn.Module, Any, Tensor | None], LossAndExtras]
-"""(model, batch on the device, items in it where the loss asks for them) to loss and extras, once the update is made."""
+"""(model, batch on the device, items in it where the loss asks for them) to loss and extras, with the update made."""
 
 
 class CannotCompileError(ValueError):
@@ -53,9 +53,7 @@ class UpdateProgram:
         emit: tells the callbacks of an event.
     """
 
-    def __init__(
-        self, run: Run, objective: Objective, count_tokens: TokenCounter, emit: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: Run, objective: Objective, count_tokens: TokenCounter, emit: Callable[[str], None]) -> None:
         self.run, self.objective, self.count_tokens, self.emit = run, objective, count_tokens, emit
         strategy = run.strategy
         self.groups = run.optimizer.param_groups
@@ -116,12 +114,12 @@ class UpdateProgram:
         """Make the update of a batch on the device."""
         model = self.run.strategy.model
         num_items = torch.as_tensor(count, device=self.run.strategy.device) if self.objective.takes_num_items else None
-        if not self.held.has_options(self.groups):
+        if not self.held.is_current():
             self._begin_anew()
         shortcut = self.shortcut
         if shortcut is not None and shortcut.holds(model, inputs, num_items):
-            return shortcut.call(model, inputs, num_items)  # type: ignore[no-any-return]
-        from torch._dynamo.exc import TorchDynamoException
+            return shortcut.call(model, inputs, num_items)
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         kind = tuple([tensor.shape for tensor in tensors_of(inputs)])
         if kind not in self.functions:
@@ -129,6 +127,11 @@ class UpdateProgram:
         function, program = self.functions[kind]
         try:
             found = program(model, inputs, num_items)
+        except FailOnRecompileLimitHit as error:
+            raise CannotCompileError(
+                "a Python value that forward or loss reads keeps changing, and each of its values is another program; "
+                "TORCH_LOGS=recompiles names it. Make it a buffer, a tensor that changes in place."
+            ) from error
         except TorchDynamoException as error:
             inner = getattr(error, "inner_exception", error)
             raise (inner if isinstance(inner, CannotTraceError) else CannotCompileError(inner)) from error
@@ -180,11 +183,16 @@ class UpdateProgram:
         function = types.FunctionType(
             find_loss.__code__.replace(), find_loss.__globals__, find_loss.__name__, None, find_loss.__closure__
         )
-        options = {**_inductor.list_mode_options(self.run.args.torch_compile_mode), "size_asserts": False}
+        args, held = self.run.args, self.held
+        # The guards have compared the sizes already.
+        options = {**_inductor.list_mode_options(args.torch_compile_mode), "size_asserts": False}
+        # Inductor's own CUDA graphs leave out programs that change their inputs, as this one does.
+        replays = bool(options.pop("triton.cudagraphs", False)) and self.run.strategy.device.type == "cuda"
+        backend = args.torch_compile_backend or "inductor"
         _dynamo.allow_in_graph(mark_loss)
         program = torch.compile(
             function,
             fullgraph=True,
-            backend=lambda graph, inputs: compile_update(graph, inputs, self.held, options),
+            backend=lambda graph, inputs: compile_update(graph, inputs, held, backend, options, replays),
         )
         return function, program

@@ -60,7 +60,7 @@ def callbacks_of(args: FitArguments) -> list[Callback]:
     if args.torch_compile:
         from ..builtin_callbacks import FirstStepTime
 
-        # The first update makes the optimizer's state, and the second one compiles what torch_compile="update" asks for.
+        # The first update makes the optimizer's state; what torch_compile="update" asks for is compiled in the second.
         found.append(FirstStepTime(updates=2 if args.torch_compile == UPDATE else 1))
     if args.torch_empty_cache_steps is not None:
         from ..builtin_callbacks import EmptyCache

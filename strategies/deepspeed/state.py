@@ -75,6 +75,7 @@ class ZeroState:
                     done[id(parameter)] = parameter.detach()
             yield name, done[id(parameter)]
 
+    @torch.no_grad()
     def load_parameters(self, state: Mapping[str, Tensor]) -> None:
         """Take parameters by name, cut as ``parameters`` gives them; others stay."""
         for name, parameter in self.module.named_parameters():
@@ -97,6 +98,38 @@ class ZeroState:
             safe_set_local_fp32_param(parameter, own_piece(parameter, whole))
         else:
             safe_set_full_fp32_param(parameter, whole)
+
+    # Other weights for a while. The flat shards have no names that a checkpoint knows.
+
+    def held(self) -> dict[str, Tensor]:
+        """This rank's flat float32 shards, under names that are its own."""
+        return {f"shard {number}": flat.detach() for number, (_, flat) in enumerate(self.flat_shards())}
+
+    @contextmanager
+    def masters(self, held: Mapping[str, Tensor]) -> Iterator[None]:
+        """In here the float32 master weights are others; those that the module computes with stay."""
+        places = self.held()
+        own = {name: place.clone() for name, place in places.items()}
+        for name, place in places.items():
+            place.copy_(held[name])
+        try:
+            yield
+        finally:
+            for name, place in places.items():
+                place.copy_(own[name])
+
+    def trained(self) -> dict[str, Tensor]:
+        """The master weights of trained parameters by name, tied ones once, cut by rows."""
+        names = {name for name, p in self.module.named_parameters() if id(p) in self.group_of}
+        return {name: weight for name, weight in self.parameters() if name in names}
+
+    def held_from(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut weights by name into flat shards."""
+        with self.masters(self.held()):
+            for name, parameter in self.module.named_parameters():
+                if name in weights:
+                    self.set_master(parameter, whole_of(weights[name]))
+            return {name: flat.clone() for name, flat in self.held().items()}
 
     # Gradients, between the last backward and the step.
 

@@ -238,8 +238,40 @@ class DeepSpeed(ProcessGroupStrategy):
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Give parameters back to the engine, one whole at a time; buffers were read in place."""
         if self.zero_state is not None:
-            with torch.no_grad():
-                self.zero_state.load_parameters(state)
+            self.zero_state.load_parameters(state)
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """This rank's flat shards of the master weights; at stage 0 the weights."""
+        return super().held_weights() if self.zero_state is None else self.zero_state.held()
+
+    def weights_by_name(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather one parameter at a time and cut it by rows."""
+        if self.zero_state is None:
+            return super().weights_by_name(held)
+        with torch.no_grad(), self.zero_state.masters(held):
+            return self.zero_state.trained()
+
+    def held_from(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut into flat shards again."""
+        if self.zero_state is None:
+            return super().held_from(weights)
+        with torch.no_grad():
+            return self.zero_state.held_from(weights)
+
+    @contextmanager
+    def with_weights(self, held: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the engine other master weights, and the module what follows from them."""
+        state = self.zero_state
+        if state is None:
+            with super().with_weights(held):
+                yield
+            return
+        try:
+            with state.masters(held):
+                state.load_parameters(state.trained())
+                yield
+        finally:
+            state.load_parameters(state.trained())
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Gather whole gradients, one at a time."""

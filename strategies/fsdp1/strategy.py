@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.optim import Optimizer
 
 from ...precision.products import casts, float32_slots
 from ...precision.quantized import check_storage
@@ -220,6 +221,47 @@ class FSDP1(ProcessGroupStrategy):
         if not any(self.sum_on_host([len(self.optimizer.state)])):  # a rank may hold no trained share
             return {}
         return get_optimizer_state_dict(self.model, self.optimizer)["state"]  # type: ignore[return-value]
+
+    def reshard(self) -> None:
+        """Drop gathered parameters, which the next forward would find and use, and have names refer to the shards."""
+        for unit in FullyShardedDataParallel.fsdp_modules(self.model):
+            if unit._handle and unit._handle.uses_sharded_strategy:
+                unit._handle.reshard(True)
+
+    # Weights are cut as an optimizer's state is, which torch can do: an optimizer that steps nothing has them as such.
+
+    def weights_by_name(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut by parameter instead of by flat shard. Collective."""
+        with self.optimizing(self.holder_of(held)):
+            return {name: entries["weight"] for name, entries in self.optimizer_state().items()}
+
+    def held_from(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut into flat shards again. Collective."""
+        parameters = self.named_parameters()
+        empty = {name: torch.empty_like(parameters[name], dtype=weight.dtype) for name, weight in weights.items()}
+        holder = self.holder_of(empty)
+        with self.optimizing(holder):
+            self.load_optimizer_state({name: {"weight": weight} for name, weight in weights.items()})
+        held = {name: holder.state.get(parameters[name], {}) for name in weights}
+        # A rank may hold no share of some.
+        return {name: entries.get("weight", empty[name]) for name, entries in held.items()}
+
+    def holder_of(self, held: Mapping[str, Tensor]) -> Optimizer:
+        """Make an optimizer that steps nothing and has these pieces as its state."""
+        parameters = self.named_parameters()
+        holder = torch.optim.SGD([parameters[name] for name in held], lr=0.0)
+        for name, piece in held.items():
+            holder.state[parameters[name]] = {"weight": piece}
+        return holder
+
+    @contextmanager
+    def optimizing(self, optimizer: Optimizer) -> Iterator[None]:
+        """In here another optimizer is the one whose state is cut."""
+        own, self.optimizer = self.optimizer, optimizer
+        try:
+            yield
+        finally:
+            self.optimizer = own
 
     def stand_in(self, parameter: Tensor) -> Tensor:
         """Make a few zeros, which stand for a piece of a flat shard."""

@@ -20,9 +20,10 @@ import stratagem.framework.record.recorder  # noqa: F401 (every Fit imports it, 
 import torch
 import torch._dynamo  # every optimizer imports it, which takes a second and would do so in each child
 from stratagem import Callback, Fit
+from stratagem.framework.checkpoint.directory import HISTORY
 from tiny import Dropping, StopAt, regression_rows
 
-FILE_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+FILE_OPERATIONS = ("open", "os.link", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
 
 class Gate(Callback):
@@ -104,7 +105,7 @@ def whole_checkpoints(directory: Path) -> list[int]:
         if not path.name.removeprefix("checkpoint-").isdigit():
             continue
         files = json.loads((path / "manifest.json").read_text())["files"]
-        present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"manifest.json"}
+        present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"manifest.json", HISTORY}
         assert present == set(files), f"{path}: {present} is not {set(files)}"
         for name, entry in files.items():
             assert hashlib.sha256((path / name).read_bytes()).hexdigest() == entry["sha256"], f"{path / name}"

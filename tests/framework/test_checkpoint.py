@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework.checkpoint import CheckpointError, rotate
-from stratagem.framework.checkpoint.directory import published
+from stratagem.framework.checkpoint.directory import HISTORY, published
 from tiny import Dropping, MakeFit, Regressor, StopAt, parameters_of, regression_rows
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ def test_the_manifest_lists_every_file_with_its_size_and_hash(run_dir: Path) -> 
     checkpoint = run_dir / "checkpoint-4"
     assert checkpoints_in(run_dir) == ["checkpoint-2", "checkpoint-4"]
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    assert sorted(manifest["files"]) == [name for name in files_in(checkpoint) if name != "manifest.json"]
+    assert sorted([*manifest["files"], "manifest.json", HISTORY]) == files_in(checkpoint)  # that one grows
     for name, entry in manifest["files"].items():
         content = (checkpoint / name).read_bytes()
         hashes = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -91,12 +91,14 @@ def test_no_file_is_a_pickle(run_dir: Path) -> None:
     checkpoint = run_dir / "checkpoint-4"
     for name in files_in(checkpoint):
         file = checkpoint / name
-        assert file.suffix in (".json", ".safetensors")
+        assert file.suffix in (".json", ".jsonl", ".safetensors")
         assert not zipfile.is_zipfile(file)
         with pytest.raises(Exception), file.open("rb") as content:  # noqa: B017 (any error will do)
             pickle.load(content)
         if file.suffix == ".json":
             json.loads(file.read_text())
+        elif file.suffix == ".jsonl":
+            assert [json.loads(line) for line in file.read_text().splitlines()]
         else:
             load_file(file)
 
@@ -407,7 +409,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(make_fit: MakeFit, run_d
     fit.train(resume_from_checkpoint=True)
     assert checkpoints_in(run_dir) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     manifest = json.loads((run_dir / "checkpoint-6" / "manifest.json").read_text())
-    assert sorted([*manifest["files"], "manifest.json"]) == files_in(run_dir / "checkpoint-6")
+    assert sorted([*manifest["files"], "manifest.json", HISTORY]) == files_in(run_dir / "checkpoint-6")
 
 
 # A save that fails.

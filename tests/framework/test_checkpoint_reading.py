@@ -209,7 +209,8 @@ FORGED_FIELDS: list[tuple[tuple[Any, ...], Any, str]] = [
     (("parameter_groups", 0, "options", "lr"), float("nan"), r"parameter_groups\[0\]\.options\.lr is nan"),
     (("parameter_groups", 0, "options", "amsgrad"), "no", r"options\.amsgrad is 'no'"),
     (("data", "position"), 2000, "stands at 2000, and there are 22"),
-    (("averages", "settled"), {"loss": ["a"]}, r"averages\.settled"),
+    (("averages", "sums"), {"loss": ["a"]}, r"averages\.sums"),
+    (("log_history", "bytes"), -1, r"log_history\.bytes is -1"),
     (("loss_scaling",), None, r"loss_scaling is null"),
 ]
 

@@ -73,6 +73,9 @@ def test_what_workers_cannot_be_sent_is_said_where_they_are_sent_it() -> None:
     )
     with pytest.raises(TypeError, match=why):
         stream_of(loaders["spawn"], by_lambda)
+    with pytest.raises(TypeError, match=why):  # whatever its order is
+        sampler = WeightedRandomSampler([1.0] * 10, 10)
+        stream_of(DataLoader(Numbers(10), sampler=sampler, num_workers=1, multiprocessing_context="spawn"), by_lambda)
 
 
 @pytest.mark.slow

@@ -48,6 +48,14 @@ def test_a_ready_loader_keeps_its_batch_size() -> None:
         elastic.with_global_batch(args, cut(args, 2), 12, loader)
 
 
+def test_data_that_gives_each_rank_a_part_fits_one_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a", "STRATAGEM_ELASTIC": "1:2"}
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"gives each rank a part of its own .* Write devices= as one number"):
+        elastic.find_launch(SimpleNamespace(), FitArguments(), SimpleNamespace(has_parts=True))  # type: ignore[arg-type]
+
+
 def test_what_a_launcher_says() -> None:
     assert launched({}) is None and launched({"TORCHELASTIC_RUN_ID": "a"}) is None
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a"}

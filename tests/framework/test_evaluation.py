@@ -387,3 +387,39 @@ def test_a_failing_evaluation_leaves_the_module_in_training_mode(make_fit: MakeF
     with pytest.raises(ValueError, match="x"):
         make_fit(module, eval_data=[{"y": torch.ones(1)}]).evaluate()
     assert module.training
+
+
+class Ragged(TrainModule):
+    """Gives rows in a mapping, in a tuple in it, as texts, and some whose length changes from batch to batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.batches += 1
+        ragged = x[:, :1].expand(-1, 1 + self.batches % 3) * self.weight
+        return {"x": x * 2, "pair": (x[:, 0], x[:, :0]), "text": [str(len(x))] * len(x), "ragged": ragged}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_outputs_of_any_shape_are_joined_and_alike_ones_without_a_copy(
+    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    rows = regression_rows(10)
+    joined, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts, *args, **kwargs: joined.append(len(parts)) or cat(parts, *args))
+    data = rows if known else RowStream(rows)
+    found = make_fit(Ragged(), per_device_eval_batch_size=4).predict(data).predictions
+    x = torch.stack([row["x"] for row in rows])
+    assert torch.equal(found["x"], x * 2) and torch.equal(found["pair"][0], x[:, 0])
+    assert found["pair"][1].shape == (10, 0) and found["text"] == ["4"] * 8 + ["2"] * 2
+    lengths = [2] * 4 + [3] * 4 + [1] * 2
+    for row, length, sample in zip(found["ragged"], lengths, x, strict=True):
+        assert row.tolist() == [float(sample[0])] * length + [-100.0] * (3 - length)
+    if known:
+        assert found["x"].untyped_storage().nbytes() == found["x"].nbytes  # made once, for all rows
+        assert len(joined) == 1  # the ragged ones
+    else:
+        assert len(joined) == 4

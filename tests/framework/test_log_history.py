@@ -1,4 +1,4 @@
-"""The logs of a run in a file that its checkpoints share: a save costs the same after many, and none is lost or gained."""
+"""The logs of a run in a file that its checkpoints share: a save costs the same after many, and none is lost."""
 
 import errno
 import json
@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,9 @@ Fit(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_logs_up_to_its_checkpoint(tmp_path: Path) -> None:
-    """Really killed, in the middle of a save, when the shared file has logs beyond the newest checkpoint; going on there, from an older one, and from one that was copied
-    alone, in another directory: the logs are those of the run that nobody killed.
+    """Really killed, in the middle of a save, when the shared file has logs beyond the newest checkpoint; going on
+    there, from an older one, and from one that was copied alone, in another directory: the logs are those of the run
+    that nobody killed.
     """
     import torch
     from stratagem import Fit
@@ -142,7 +142,9 @@ def test_a_killed_run_goes_on_with_the_logs_up_to_its_checkpoint(tmp_path: Path)
 
 
 @settings(QUICK, max_examples=60)
-@given(steps=draw.lists(draw.sampled_from(["log", "save", "remove", "resume", "replace", "fail", "no links"]), max_size=25))
+@given(
+    steps=draw.lists(draw.sampled_from(["log", "save", "remove", "resume", "replace", "fail", "no links"]), max_size=25)
+)
 def test_every_checkpoint_has_its_own_logs_whatever_happens_between(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str]
 ) -> None:

@@ -132,6 +132,13 @@ def test_tensorboard_events_are_read_back(make_fit: MakeFit, tmp_path: Path) -> 
         {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}, rel=1e-6
     )
     assert not [name for name in found if "epoch" in name or "runtime" in name]
+    # One event a log, with all of its numbers.
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    [file] = (tmp_path / "output" / "train").glob("events*")
+    logs = [event for event in EventFileLoader(str(file)).Load() if event.step and event.summary.value]
+    assert [event.step for event in logs if len(event.summary.value) > 1] == [2, 4, 5]
+    assert {value.tag for value in logs[0].summary.value} >= {"metrics/loss", "metrics/learning_rate"}
 
 
 def test_tensorboard_hides_what_a_killed_run_wrote_beyond_its_checkpoint(make_fit: MakeFit, tmp_path: Path) -> None:

@@ -435,6 +435,26 @@ def test_resuming_twice(make_fit: MakeFit, tmp_path: Path) -> None:
     assert_same(everything(last), everything(unbroken))
 
 
+def test_an_iterable_that_is_shared_for_it_goes_on_with_other_workers(make_fit: MakeFit, tmp_path: Path) -> None:
+    class Whole(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(regression_rows(48))
+
+    def made(name: str, workers: int, *callbacks: Callback) -> Fit:
+        torch.manual_seed(3)
+        return make_fit(
+            Regressor(), Whole(), callbacks=callbacks, dataloader_num_workers=workers, max_steps=6,
+            per_device_train_batch_size=4, save_strategy="steps", save_steps=3, output_dir=str(tmp_path / name),
+        )  # fmt: skip
+
+    whole, cut = made("whole", 0), made("cut", 2, StopAt(3))
+    whole.train()
+    cut.train()
+    again = made("cut", 0)
+    again.train(resume_from_checkpoint=True)
+    assert logs_of(again) == logs_of(whole)
+
+
 def test_a_run_is_the_same_whatever_was_drawn_before_it(make_fit: MakeFit, tmp_path: Path) -> None:
     ends = []
     for draws in (0, 100):

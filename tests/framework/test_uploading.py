@@ -15,7 +15,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from stratagem import Callback, Fit
 from stratagem.framework.checkpoint import remote
-from stratagem.framework.checkpoint.directory import CheckpointError
+from stratagem.framework.checkpoint.directory import HISTORY, CheckpointError
 from stratagem.framework.checkpoint.verifying import verify
 from stratagem.framework.uploading import Upload, UploadWarning
 from tiny import Dropping, MakeFit, StopAt, logs_of, parameters_of, regression_rows
@@ -95,7 +95,8 @@ def test_memory_holds_the_same_bytes(make_fit: MakeFit) -> None:
         names = {str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()}
         target = f"/runs/7/{local.name}"
         assert {path.removeprefix(f"{target}/") for path in there.find(target)} == names
-        assert all(there.cat_file(f"{target}/{name}") == (local / name).read_bytes() for name in names)
+        assert all(there.cat_file(f"{target}/{name}") == (local / name).read_bytes() for name in names - {HISTORY})
+        assert (local / HISTORY).read_bytes().startswith(there.cat_file(f"{target}/{HISTORY}"))  # it has grown since
 
 
 def test_a_run_resumes_from_a_url_bit_for_bit(make_fit: MakeFit, tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_what_is_there_already_is_not_copied_again(checkpoint: Path, tmp_path: P
     filesystem, folder = remote.open_filesystem(f"scripted://{tmp_path}/away")
     remote.upload(checkpoint, filesystem, folder)
     copied = len(Scripted.puts)
-    assert copied == len(json.loads((checkpoint / "manifest.json").read_text())["files"])
+    assert copied == len([*json.loads((checkpoint / "manifest.json").read_text())["files"], HISTORY])
     remote.upload(checkpoint, filesystem, folder)
     assert len(Scripted.puts) == copied
 

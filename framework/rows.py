@@ -1,0 +1,79 @@
+"""The rows of all ranks within a loss: what ``TrainModule.gather`` does, and where it may be called."""
+
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ..strategies.base import Strategy
+
+
+class Rows:
+    """Gathers rows of all data-parallel ranks while a loss is computed.
+
+    Args:
+        strategy: set up.
+
+    Attributes:
+        gathered: in the last loss. Their backward sums what the other ranks' losses say of this rank's rows, so each
+            rank must go through it.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.gathered: list[Tensor] = []
+        self._contributes = True
+        self._is_open = False
+
+    def begin_batch(self, is_mine: bool) -> None:
+        """Note whether the next loss is that of a batch of this rank's own, and not of a stand-in for one."""
+        self._contributes = is_mine
+
+    def open(self) -> None:
+        """A loss begins."""
+        self._is_open, self.gathered = True, []
+
+    def close(self) -> None:
+        """The loss is over."""
+        self._is_open = False
+
+    def gather(self, rows: Tensor, pad_to: int | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Gather rows; see ``TrainModule.gather``.
+
+        Raises:
+            ValueError, TypeError: it isn't called in a loss, or can't be done.
+        """
+        if not self._is_open:
+            raise outside_a_loss()
+        if not isinstance(rows, Tensor) or not rows.ndim or hasattr(rows, "placements"):
+            kind = f"of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else ""
+            raise TypeError(
+                f"gather() takes a plain tensor of shape (rows, ...). Received: {type(rows).__name__} {kind}"
+            )
+        if pad_to is not None and len(rows) > pad_to:
+            raise ValueError(f"gather(pad_to={pad_to}) was given {len(rows)} rows. Pass the most that a rank can have.")
+        found = self.strategy.gather_rows(rows, self._contributes, pad_to)
+        self.gathered.append(found if isinstance(found, Tensor) else found[0])
+        return found
+
+
+ROWS: WeakKeyDictionary[nn.Module, Rows] = WeakKeyDictionary()
+"""The rows of each module that a Fit has. The module itself doesn't hold them, since modules are copied."""
+
+
+def rows_of(module: nn.Module) -> Rows:
+    """Return what gathers for a module.
+
+    Raises:
+        ValueError: no Fit has it.
+    """
+    if module not in ROWS:
+        raise outside_a_loss()
+    return ROWS[module]
+
+
+def outside_a_loss() -> ValueError:
+    """Make the error for a call elsewhere."""
+    return ValueError(
+        "gather() is called in loss (or in a compute_loss_func), where all ranks are at the same place. In forward, or "
+        "without a Fit, there are no others' rows: gather what forward returned."
+    )
