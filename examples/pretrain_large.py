@@ -6,7 +6,6 @@ python examples/pretrain_large.py --size 8b --ranks 16 --dry-run    # what each 
 """
 
 import argparse
-import math
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +89,7 @@ def dry_run(model: Llama, ranks: int) -> None:
     """Make the layers without memory, and print what a rank of fsdp2, which cuts first dimensions, holds in float32."""
     with torch.device("meta"):
         model.build()
-    held = sum(-(-len(p) // ranks) * math.prod(p.shape[1:]) for p in model.parameters())
+    held = sum(-(-len(p) // ranks) * p.shape[1:].numel() for p in model.parameters())
     block = max(sum(p.numel() for p in unit.parameters()) for unit in model.shard_units())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {held:,} on each of {ranks} ranks")
     print(f"{16 * held / 2**30:.1f} GiB a rank: parameters, gradients and the two moments of AdamW")
