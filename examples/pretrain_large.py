@@ -6,7 +6,6 @@ python examples/pretrain_large.py --size 8b --ranks 16 --dry-run    # what each 
 """
 
 import argparse
-import math
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +51,7 @@ class Llama(TrainModule):
     """The model. ``__init__`` only takes note of the sizes: nothing in it has parameters."""
 
     item_name = "tokens"
+    speeds: Tensor
 
     def __init__(self, layers: int, vocabulary: int, **sizes: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def dry_run(model: Llama, ranks: int) -> None:
     """Make the layers without memory, and print what a rank of fsdp2, which cuts first dimensions, holds in float32."""
     with torch.device("meta"):
         model.build()
-    held = sum(-(-len(p) // ranks) * math.prod(p.shape[1:]) for p in model.parameters())
+    held = sum(-(-len(p) // ranks) * p.shape[1:].numel() for p in model.parameters())
     block = max(sum(p.numel() for p in unit.parameters()) for unit in model.shard_units())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {held:,} on each of {ranks} ranks")
     print(f"{16 * held / 2**30:.1f} GiB a rank: parameters, gradients and the two moments of AdamW")
@@ -97,7 +97,7 @@ def dry_run(model: Llama, ranks: int) -> None:
 
 
 def main() -> None:
-    """Train, or say what training would take."""
+    """Train, or say what it takes."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--dry-run", action="store_true")
@@ -111,8 +111,8 @@ def main() -> None:
         return
     rows = torch.arange(32) * torch.arange(256)[:, None] % model.vocabulary  # each row counts in steps of its own
     data = [{"tokens": row[:-1], "labels": row[1:]} for row in rows]
-    run = {"max_steps": 60, "logging_steps": 20, "learning_rate": 3e-3, "output_dir": "output/large"}
-    Fit(model, data, strategy=options.strategy, devices=options.devices or "auto", save_strategy="no", **run).train()
+    Fit(model, data, strategy=options.strategy, devices=options.devices or "auto", max_steps=60, logging_steps=20,
+        learning_rate=3e-3, save_strategy="no", output_dir="output/large").train()  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def train(steps: Steps, run: Run, program: UpdateProgram | None = None) -> None:
     Args:
         steps: the verbs, which a subclass of Fit may do otherwise.
         run: begun.
-        program: makes the updates that it can, from the first forward to the end of the update; None makes all of them
-            as above.
+        program: with torch_compile="update", makes the updates that it can, from the first forward to the end of the
+            update; without on_substep_end and on_pre_optimizer_step.
     """
     args, state, control, strategy = run.args, run.state, run.control, run.strategy
     placement, rescue, emit = run.placement, run.rescue, steps.emit

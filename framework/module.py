@@ -169,8 +169,12 @@ class TrainModule(nn.Module):
         """Give the parameters of one layer that ``build`` made their initial values. The same random numbers are drawn
         under every strategy. The default calls the layer's own ``reset_parameters``.
 
+        Random numbers, fills and products with numbers, on all of a parameter or on some rows and columns of it
+        (``weight[0] = 0``), are first noted and then done on each rank's own part. Where anything else is done (an
+        orthogonal matrix, a copy of a tensor, values that are read), this is called once more, on the whole layer.
+
         Args:
-            layer: it holds parameters of its own, whole and uninitialised.
+            layer: it holds parameters of its own, of their whole shapes and uninitialised.
         """
         reset = getattr(layer, "reset_parameters", None)
         if reset is None:

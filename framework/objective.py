@@ -6,7 +6,7 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -266,20 +266,24 @@ def without_loss(loss: Tensor, outputs: Any) -> Tensor:
     is_scalar = isinstance(loss, Tensor) and loss.ndim == 0  # else ``check`` refuses the loss
     if not (parts and is_scalar):
         return loss
-    return torch.stack([part.float().sum() for part in (*parts, *leaves(loss))]).sum()
+    reached = leaves(parts)
+    in_loss_alone = [parameter for node, parameter in leaves([loss]).items() if node not in reached]
+    return torch.stack([part.float().sum() for part in (*parts, *in_loss_alone)]).sum()
 
 
-def leaves(loss: Tensor) -> Iterator[Tensor]:
-    """Yield the parameters that a loss reaches: some may be used in it alone."""
-    nodes, seen = [loss.grad_fn], set()
+def leaves(tensors: Iterable[Tensor]) -> dict[Any, Tensor]:
+    """Return the parameters that some tensors are computed of, by autograd's nodes for them."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    found, seen = {}, set()
     while nodes:
-        node: Any = nodes.pop()
+        node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            yield node.variable
+            found[node] = node.variable
         nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def differentiable(outputs: Any) -> Iterator[Tensor]:

@@ -32,6 +32,12 @@ class AllRows(torch.autograd.Function):
         return own, None
 
 
+def all_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather equally many rows of each rank, (rows, ...), to (ranks, rows, ...)."""
+    gathered: Tensor = AllRows.apply(rows, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
 def gather_rows(rows: Tensor, group: dist.ProcessGroup, contributes: bool) -> Tensor:
     """Put the rows of all ranks of a group below one another, this rank's own first and then those of the others in the
     order of ranks. Collective, in backward too; the host waits for the others' numbers of rows.
@@ -45,7 +51,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup, contributes: bool) -> Te
     counts = torch.empty(group.size(), dtype=torch.int64)
     all_gather(counts, torch.tensor([own]), group=group)
     numbers = counts.tolist()
-    everyones = AllRows.apply(padded(rows[:own], max(numbers)), group)
+    everyones = all_rows(padded(rows[:own], max(numbers)), group)
     here = group.rank()
     return torch.cat([rows, *(everyones[rank, :n] for rank, n in enumerate(numbers) if rank != here)])
 
@@ -58,8 +64,8 @@ def gather_padded(rows: Tensor, size: int, group: dist.ProcessGroup, contributes
     """
     filled = padded(rows, size)
     own = torch.arange(size, device=rows.device) < len(rows)
-    everyones = AllRows.apply(filled if contributes else filled * 0, group)
-    masks = AllRows.apply((own if contributes else torch.zeros_like(own)).to(torch.uint8), group).bool()
+    everyones = all_rows(filled if contributes else filled * 0, group)
+    masks = all_rows((own if contributes else torch.zeros_like(own)).to(torch.uint8), group).bool()
     others = [rank for rank in range(group.size()) if rank != group.rank()]
     return torch.cat([filled, *(everyones[rank] for rank in others)]), torch.cat([own, *(masks[r] for r in others)])
 

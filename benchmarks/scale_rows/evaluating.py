@@ -6,7 +6,7 @@ from ...framework.module import IGNORED_LABEL
 from .measuring import measuring
 from .predicting import BATCHES, Classifier, loader, ours
 
-TITLE = "A batch of fit.evaluate: 2,000 batches of 64 with labels"
+TITLE = "A batch of fit.evaluate: 1,000 batches of 64 with labels"
 ROUNDS = 5
 LIMIT = "by hand"
 

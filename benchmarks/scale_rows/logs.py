@@ -44,7 +44,13 @@ def entries(count: int) -> list[dict[str, Any]]:
 def stratagem(logs: int = LOGS) -> dict[str, float]:
     """A save, after one that has written all the others."""
     with tempfile.TemporaryDirectory() as directory:
-        options = {"report": False, "progress": False, "loggers": (), "save_strategy": "no", "output_dir": directory}
+        options: dict[str, Any] = {
+            "report": False,
+            "progress": False,
+            "loggers": (),
+            "save_strategy": "no",
+            "output_dir": directory,
+        }
         fit = Fit(Small(), [{"x": row} for row in torch.randn(8, 4)], max_steps=1, **options)
         fit.train()
         fit.state.log_history.extend(entries(logs))

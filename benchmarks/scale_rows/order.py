@@ -64,7 +64,7 @@ def loader(middle: bool) -> Iterator[Any]:
     if not middle:
         return iter(DataLoader(Indices(), BATCH_SIZE, sampler=sampler, collate_fn=torch.tensor))
     rest = itertools.islice(sampler, SAMPLES // 2, None)
-    return iter(DataLoader(Indices(), BATCH_SIZE, sampler=rest, collate_fn=torch.tensor))  # type: ignore[arg-type]
+    return iter(DataLoader(Indices(), BATCH_SIZE, sampler=rest, collate_fn=torch.tensor))
 
 
 def drawn(middle: bool) -> Iterator[Any]:

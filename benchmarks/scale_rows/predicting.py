@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 from ... import Fit, TrainModule
 from .measuring import measuring
 
-TITLE = "A batch of fit.predict: 2,000 batches of 64, all outputs kept"
+TITLE = "A batch of fit.predict: 1,000 batches of 64, all outputs kept"
 ROUNDS = 5
 LIMIT = "by hand"
-BATCHES, BATCH_SIZE, WIDTH, CLASSES = 2_000, 64, 32, 10
+BATCHES, BATCH_SIZE, WIDTH, CLASSES = 1_000, 64, 32, 10
 
 
 class Classifier(TrainModule):

@@ -31,7 +31,7 @@ def by_hand() -> dict[str, float]:
             place += tensor.nbytes
         header = json.dumps(entries).encode()
         digest = hashlib.sha256()
-        pieces: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
+        pieces: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=4)
 
         def work() -> None:
             while (piece := pieces.get()) is not None:
@@ -40,7 +40,8 @@ def by_hand() -> dict[str, float]:
         thread = threading.Thread(target=work)
         thread.start()
         with (path / "by-hand.safetensors").open("wb", buffering=0) as file:
-            for whole in (memoryview(struct.pack("<Q", len(header)) + header), *map(memory, tensors.values())):
+            start = struct.pack("<Q", len(header)) + header
+            for whole in (memoryview(start), *(memory(tensor) for tensor in tensors.values())):
                 for begin in range(0, len(whole), PIECE):
                     pieces.put(whole[begin : begin + PIECE])
                     file.write(whole[begin : begin + PIECE])
@@ -52,7 +53,7 @@ def by_hand() -> dict[str, float]:
 
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, where they lie."""
-    return tensor.view(-1).numpy().data.cast("B")
+    return memoryview(tensor.view(-1).numpy().view("uint8"))  # type: ignore[arg-type]
 
 
 Write = Callable[[Path, nn.Module, torch.optim.Optimizer, dict[str, Tensor]], None]

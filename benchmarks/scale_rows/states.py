@@ -65,7 +65,7 @@ def directory() -> Iterator[Path]:
 def fit_in(path: Path, module: TrainModule, **options: Any) -> Fit:
     """A Fit of one update that saves only where it is told to."""
     given = {"max_steps": 1, "save_strategy": "no", "progress": False, "loggers": (), "report": False}
-    return Fit(module, [{"x": torch.zeros(1)}], output_dir=str(path), **{**given, **options})  # type: ignore[arg-type]
+    return Fit(module, [{"x": torch.zeros(1)}], output_dir=str(path), **{**given, **options})
 
 
 def save_by_fit(count: int, width: int, pieces: int = 1, **options: Any) -> dict[str, float]:

@@ -123,6 +123,8 @@ def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) ->
                 f"{path} was saved with another optimizer: its options are {', '.join(sorted(saved_keys))}, those of "
                 f"{type(strategy.optimizer).__name__} are {', '.join(sorted(keys))}."
             )
+        if options and "lr" in keys - saved_keys:  # no version had none
+            raise CheckpointError(f"{path / 'state.json'}: parameter_groups[{number}].options lacks lr.")
         if any(other != first for _, other in options):
             raise CheckpointError(f"{path} was saved with other parameter groups: {current['names']} were not one.")
         for key, value in first.items():

@@ -51,11 +51,20 @@ class TableRows(Dataset):
 
     Args:
         table: a pyarrow.Table, in memory or of a mapped file.
+
+    Attributes:
+        views: the columns that numpy can index where they lie, by name: numbers, and lists of one fixed length of
+            numbers, in one piece.
     """
 
     def __init__(self, table: Any) -> None:
         self.table = table
         self.column_names = list(table.column_names)
+        views = {name: view_of(column) for name, column in zip(self.column_names, table.columns, strict=True)}
+        self.views = {name: view for name, view in views.items() if view is not None}
+
+    def __reduce__(self) -> Any:
+        return TableRows, (self.table,)  # a view would be sent to a worker as a copy of the column
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -71,8 +80,31 @@ class TableRows(Dataset):
 
     def take(self, indices: Any) -> dict[str, Any]:
         """Return the values of some rows by column: a numpy array, or a list of values."""
-        taken = self.table.take(indices)
-        return {name: values_of(column, name) for name, column in zip(self.column_names, taken.columns, strict=True)}
+        others = self.take_others(indices)
+        return {name: others[name] if name in others else self.views[name][indices] for name in self.column_names}
+
+    def take_others(self, indices: Any) -> dict[str, Any]:
+        """The same, of the columns that have no view."""
+        names = [name for name in self.column_names if name not in self.views]
+        columns = self.table.select(names).take(indices).columns if names else []
+        return {name: values_of(column, name) for name, column in zip(names, columns, strict=True)}
+
+
+def view_of(column: Any) -> Any:
+    """Return an Arrow column as a numpy array in the same memory; None where it can't be one."""
+    import pyarrow
+
+    if column.num_chunks != 1 or column.null_count:
+        return None
+    array = column.chunk(0)
+    is_list = pyarrow.types.is_fixed_size_list(column.type)
+    values = array.flatten() if is_list else array
+    is_number = pyarrow.types.is_integer(values.type) or pyarrow.types.is_floating(values.type)
+    # torch makes no tensor of a list of numpy's uint64.
+    if not is_number or values.null_count or values.type == pyarrow.uint64():
+        return None
+    view = values.to_numpy(zero_copy_only=True)
+    return view.reshape(len(array), column.type.list_size) if is_list else view
 
 
 def values_of(column: Any, name: str) -> Any:

@@ -116,7 +116,8 @@ def index(values: Any, indices: "numpy.ndarray[Any, Any]") -> Tensor:
         return values[places]
     plain = values.view(numpy.ndarray)
     # numpy's take, the faster one, would first copy all of an array that isn't contiguous.
-    return torch.from_numpy(plain.take(indices, axis=0) if plain.flags.carray else plain[indices])
+    takes = plain.flags.c_contiguous and plain.flags.aligned
+    return torch.from_numpy(plain.take(indices, axis=0) if takes else plain[indices])
 
 
 def fetch_tensors(dataset: Any, indices: "numpy.ndarray[Any, Any]") -> tuple[Tensor, ...]:
@@ -144,7 +145,11 @@ def fetch_from_subset(dataset: Any, indices: "numpy.ndarray[Any, Any]") -> Any:
 
 def fetch_from_table(dataset: TableRows, indices: "numpy.ndarray[Any, Any]") -> dict[str, Any]:
     """Fetch a batch of a table of pyarrow's."""
-    return collate_columns(dataset.take(indices))
+    others, views = dataset.take_others(indices), dataset.views
+    return {
+        name: index(views[name], indices) if name in views else collate_column(others[name])
+        for name in dataset.column_names
+    }
 
 
 def fetch_from_datasets(dataset: Any, indices: "numpy.ndarray[Any, Any]") -> Any:

@@ -130,7 +130,8 @@ class ArgumentFields(KnownNames):
         gradient_checkpointing: recompute blocks in backward instead of keeping what they computed.
         gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint.
         torch_compile: compile the blocks (``shard_units()``, else the whole module); the first log says how long the
-            first update took, compilation included.
+            first update took, compilation included. "update" makes each update one program, from forward to the
+            optimizer's step, on one device; see docs/one_program.md.
         torch_compile_backend: what compiles: one of torch._dynamo.list_backends(); None means "inductor".
         torch_compile_mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
         tf32: in training, multiply float32 matrices in TF32 (10 bits of mantissa) on NVIDIA GPUs since Ampere; False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..optim.traced_step import Slot, options_of, slots_of, traced_step
+from .replay import Replay
 
 
 def mark_loss(loss: Tensor) -> Tensor:
@@ -150,9 +151,14 @@ class WholeUpdate(nn.Module):
 
 
 def compile_update(
-    graph: torch.fx.GraphModule, inputs: Sequence[Any], held: Held, backend: str, options: dict[str, Any]
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    held: Held,
+    backend: str,
+    options: dict[str, Any],
+    replays: bool = False,
 ) -> Callable[..., Sequence[Any]]:
-    """Compile an update; a backend of torch.compile's, but for the last three arguments.
+    """Compile an update; a backend of torch.compile's, but for the last four arguments.
 
     Args:
         graph: forward and loss.
@@ -160,6 +166,7 @@ def compile_update(
         held: what the update changes.
         backend: what compiles, see ``fields/compilation.py``.
         options: of inductor.
+        replays: whether a CUDA graph of the program is replayed.
 
     Returns:
         A function of the graph's inputs that makes the update and returns the graph's outputs.
@@ -179,6 +186,9 @@ def compile_update(
     from torch._dynamo.eval_frame import innermost_fn
 
     whole = innermost_fn(compiled)  # without a wrapper that keeps torch.compile from looking inside, as nothing asks it
+
+    if replays:
+        whole = Replay(whole)
 
     def run(*values: Any) -> Sequence[Any]:
         *outputs, measure, each = whole(*values, *held.tensors(), held.rates)

@@ -118,7 +118,7 @@ class UpdateProgram:
             self._begin_anew()
         shortcut = self.shortcut
         if shortcut is not None and shortcut.holds(model, inputs, num_items):
-            return shortcut.call(model, inputs, num_items)  # type: ignore[no-any-return]
+            return shortcut.call(model, inputs, num_items)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         kind = tuple([tensor.shape for tensor in tensors_of(inputs)])
@@ -186,11 +186,13 @@ class UpdateProgram:
         args, held = self.run.args, self.held
         # The guards have compared the sizes already.
         options = {**_inductor.list_mode_options(args.torch_compile_mode), "size_asserts": False}
+        # Inductor's own CUDA graphs leave out programs that change their inputs, as this one does.
+        replays = bool(options.pop("triton.cudagraphs", False)) and self.run.strategy.device.type == "cuda"
         backend = args.torch_compile_backend or "inductor"
         _dynamo.allow_in_graph(mark_loss)
         program = torch.compile(
             function,
             fullgraph=True,
-            backend=lambda graph, inputs: compile_update(graph, inputs, held, backend, options),
+            backend=lambda graph, inputs: compile_update(graph, inputs, held, backend, options, replays),
         )
         return function, program

@@ -38,7 +38,7 @@ class Shortcut:
 def shortcut_to(function: types.FunctionType) -> Shortcut | None:
     """Make the shortcut to what a function was compiled to last; None where this torch keeps it elsewhere."""
     try:
-        entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)  # type: ignore[attr-defined]
+        entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
         return Shortcut(function, entries[0]) if entries else None
     except AttributeError:
         return None

@@ -60,7 +60,8 @@ class FSDP2Options(ProcessGroupOptions):
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
         find_unused_parameters: some ranks' backward doesn't reach some parameters in some updates: they take part with
             a gradient of 0 there; where no rank reaches one, momentum and weight decay move it (torch 2.13). Without it
-            such an update is refused. Every rank must call the same blocks of ``shard_units()`` all the same.
+            such an update is refused. Every rank must call the same blocks of ``shard_units()`` all the same. A large
+            embedding or head is then gathered with the whole module, and not for its own forward alone.
         context_parallel: ranks that share each sample and hold a part of its sequence, for sequences too long for one.
             They shard the model too. Attention must be ``F.scaled_dot_product_attention(..., is_causal=True)``, without
             mask or dropout; whatever else mixes positions sees a rank's part alone. A part is two pieces of the
@@ -86,8 +87,9 @@ class FSDP2(ProcessGroupStrategy):
     """``strategy="fsdp2"`` (or "fsdp"): every rank keeps a shard of parameters, gradients and optimizer state.
 
     Placed in this order: build on the meta device, cast, tensor parallelism, shard blocks and root, fill the shards,
-    optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) Parameters without dimensions and complex ones are whole
-    on every rank. See FSDP2Options.
+    optimizer. (Zhao et al., 2023; Rajbhandari et al., 2020.) Gathered one at a time are the blocks of
+    ``shard_units()``, and a large embedding and head beside them (see root_units.py). Parameters without dimensions and
+    complex ones are whole on every rank. See FSDP2Options.
 
     Example:
         ``Fit(module, data, strategy=FSDP2(tensor_parallel=2), devices=4)``

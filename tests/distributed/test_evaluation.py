@@ -1,6 +1,7 @@
 """Evaluation and prediction over ranks: every sample once, whatever the sizes; metrics as one device computes them."""
 
 import os
+import pickle
 from typing import Any
 
 import pytest
@@ -132,3 +133,83 @@ def test_evaluation_leaves_training_alone(
     _, expected = train_and_evaluate(per_device_train_batch_size=16)
     assert len(expected) == 4
     assert evaluations == pytest.approx(expected, rel=1e-5)
+
+
+class Nested(Tagger):
+    """Scores beside texts, rows in a tuple, and some whose length differs between batches."""
+
+    def forward(self, tokens: Tensor) -> Any:
+        scores = super().forward(tokens)
+        ragged = tokens[:, : 1 + int(tokens.sum()) % 3].clone()
+        return {
+            "scores": scores,
+            "pair": (tokens, tokens[:, 0] > 2),
+            "text": [str(len(tokens))] * len(tokens),
+            "r": ragged,
+        }
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return super().loss(outputs["scores"], batch)
+
+
+def outputs_of(size: int, fails: bool = False, **arguments: Any) -> dict[str, Any]:
+    """What predict gives on this rank; what compute_metrics was given, in evaluate; and the bytes that were pickled."""
+    torch.manual_seed(0)
+    called: list[Any] = []
+    pickled: list[int] = []
+
+    def compute_metrics(predictions: Any, labels: Tensor) -> dict[str, float]:
+        called.append((predictions["scores"].double().sum().item(), labels.sum().item()))
+        if fails:
+            raise KeyError("mine")
+        return {"count": torch.tensor(float(len(labels)))}  # type: ignore[dict-item]
+
+    gather, dist = torch.distributed.all_gather_object, torch.distributed
+    fit = make_fit(Nested(), token_rows(8), compute_metrics=compute_metrics, per_device_eval_batch_size=3, **arguments)
+    try:
+        dist.all_gather_object = lambda into, value, group=None: (
+            pickled.append(len(pickle.dumps(value))) or gather(into, value, group)
+        )
+        try:
+            metrics = fit.evaluate(token_rows(size))
+        except Exception as error:
+            return {"called": len(called), "error": f"{type(error).__name__}: {error}"}
+        evaluated, called[:] = list(called), []
+        predicted = fit.predict(token_rows(size)).predictions
+    finally:
+        dist.all_gather_object = gather
+    lists = {
+        "scores": predicted["scores"].tolist(),
+        "tokens": predicted["pair"][0].tolist(),
+        "r": predicted["r"].tolist(),
+    }
+    lists |= {"large": predicted["pair"][1].tolist(), "text": predicted["text"]}
+    return {"count": metrics["eval_count"], "evaluated": evaluated, "pickled": max(pickled, default=0), **lists}
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "options"), [(2, "ddp", {}), (4, "fsdp2", {"tensor_parallel": 2})], ids=str
+)
+def test_outputs_come_whole_to_who_needs_them_and_are_not_pickled(
+    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any]
+) -> None:
+    found = ranks[world].run(outputs_of, size=200, strategy=strategy, options=options)
+    assert [rank["count"] for rank in found] == [200.0] * world
+    assert [len(rank["evaluated"]) for rank in found] == [1] + [0] * (world - 1)
+    rows = token_rows(200)
+    assert found[0]["tokens"] == [row["tokens"].tolist() for row in rows]
+    assert found[0]["large"] == [int(row["tokens"][0]) > 2 for row in rows]
+    scores = torch.tensor(found[0]["scores"])
+    assert found[0]["evaluated"][0][0] == pytest.approx(scores.double().sum().item(), rel=1e-9)
+    assert found[0]["evaluated"][0][1] == sum(int(row["labels"].sum()) for row in rows)
+    for name in ("scores", "tokens", "large", "text", "r"):
+        assert all(rank[name] == found[0][name] for rank in found)
+    # Texts, and where the tensors belong; the scores of a rank alone are larger.
+    assert all(rank["pickled"] < scores.numel() * 4 / 2 for rank in found)
+
+
+def test_what_fails_on_the_main_process_alone_fails_on_all(ranks: dict[int, Ranks]) -> None:
+    found = ranks[2].run(outputs_of, size=5, fails=True, strategy="ddp")
+    assert [rank["called"] for rank in found] == [1, 0]
+    assert found[0]["error"] == "KeyError: 'mine'"
+    assert found[1]["error"] == "RuntimeError: Rank 0 failed at compute_metrics: KeyError: 'mine'"

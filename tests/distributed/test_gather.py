@@ -98,17 +98,20 @@ def train(module: type[TrainModule], count: int, **arguments: Any) -> tuple[dict
     return norms.gradients, [log["loss"] for log in fit.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("module", [Towers, Sigmoids, Padded])
+PLACEMENTS = [(2, "fsdp1", {}), (2, "fsdp2", {}), (4, "fsdp2", {"tensor_parallel": 2})]
+
+
 @pytest.mark.parametrize(
-    ("world", "strategy", "options"),
-    [(2, "ddp", {}), (2, "fsdp1", {}), (2, "fsdp2", {}), (4, "ddp", {}), (4, "fsdp2", {"tensor_parallel": 2})],
-    ids=str,
+    ("module", "world", "strategy", "options"),
+    [
+        *((module, world, "ddp", {}) for module in (Towers, Sigmoids, Padded) for world in (2, 4)),
+        *((Towers, *placement) for placement in PLACEMENTS),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_gradients_are_those_of_one_big_batch(
     ranks: dict[int, Ranks], module: type[TrainModule], world: int, strategy: str, options: dict[str, Any]
 ) -> None:
-    if strategy != "ddp" and module is not Towers:
-        pytest.skip("the loss is another, the placement isn't")
     shares = world // options.get("tensor_parallel", 1)
     # The third update of an epoch of 21 has 5 samples: ranks with fewer rows than others, and with none.
     alone = train(module, 21, per_device_train_batch_size=SIZE)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stratagem import FitArguments
 from stratagem.framework.checkpoint import CheckpointError
 from stratagem.framework.data import DataStream, limit_evaluation, make_stream
-from stratagem.framework.data.parts import AHEAD, PartsStream
+from stratagem.framework.data.parts import AHEAD, PartsStream, own_state_problem
 from stratagem.framework.data.stand_in import StandIn
 from stratagem.strategies import Strategy
 from tiny import MakeFit, Regressor, StopAt, logs_of, parameters_of, regression_rows
@@ -298,6 +298,24 @@ def test_a_state_that_json_cannot_hold_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"The state_dict\(\) of Odd can't be saved: JSON would give back something"):
         list(stream_of(Odd([[1]]), alone()).epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        (None, None),
+        ({"turn": 0, "micro_batches": 3, "workers": [{"batches": 3, "state": "{}"}]}, None),
+        ([], "no list of workers"),
+        ({"turn": 0, "micro_batches": 3, "workers": []}, "no list of workers"),
+        ({"turn": 1, "micro_batches": 3, "workers": [{"batches": 3, "state": None}]}, "are counts"),
+        ({"turn": 0, "micro_batches": -1, "workers": [{"batches": 3, "state": None}]}, "are counts"),
+        ({"turn": 0, "micro_batches": 3, "workers": [{"batches": 3.0, "state": None}]}, "are counts"),
+        ({"turn": 0, "micro_batches": 3, "workers": [{"batches": 3, "state": {}}]}, "is a text"),
+    ],
+)
+def test_an_altered_state_of_a_rank_is_told(state: Any, why: str | None) -> None:
+    found = own_state_problem(state)
+    assert found is None if why is None else why in str(found)
 
 
 def test_without_the_word_every_rank_reads_all() -> None:

@@ -1,5 +1,6 @@
 """Batches that are fetched by one index: what collating the samples gives, to the bit, with a call for each batch."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,16 @@ def test_a_table_of_arrow(table: pyarrow.Table, indices: list[int]) -> None:
     for name, column in zip(table.column_names, table.columns, strict=True):  # and the values are the table's
         if pyarrow.types.is_integer(column.type):
             assert [int(rows[i][name]) for i in range(ROWS)] == column.to_pylist()
+
+
+def test_numbers_of_a_table_are_indexed_where_they_lie_and_sent_to_workers_once() -> None:
+    numbers = numpy.arange(6000, dtype=numpy.float32)
+    lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(numbers), 3)
+    rows = TableRows(pyarrow.table({"x": lists.slice(500, 1500), "y": pyarrow.array(numbers[:1500])}))
+    assert sorted(rows.views) == ["x", "y"] and rows.views["y"].base is not None
+    assert rows.views["x"][7].tolist() == [1521.0, 1522.0, 1523.0]
+    assert len(pickle.dumps(rows)) < len(pickle.dumps(rows.table)) + 200
+    same(fetch_of(rows)(rows, numpy.array([3, 1])), collate([pickle.loads(pickle.dumps(rows))[i] for i in (3, 1)]))  # type: ignore[misc]
 
 
 @settings(max_examples=60, deadline=None)
