@@ -111,7 +111,8 @@ class Objective:
         is_share = self.takes_num_items and num_items is not None
         self.noted = NO_EXTRAS, is_share
         loss: Tensor | Mapping[str, Tensor]
-        rows = self.rows
+        # What is compiled would otherwise check, and change, what no compiled loss needs.
+        rows = None if torch.compiler.is_compiling() else self.rows
         if self.label_smoothing and self.compute_loss_func is None:
             labels = labels_in(batch)
             if labels is None:

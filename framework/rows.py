@@ -2,6 +2,7 @@
 
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ..strategies.base import Strategy
@@ -42,7 +43,7 @@ class Rows:
         Raises:
             ValueError, TypeError: it isn't called in a loss, or can't be done.
         """
-        if not self._is_open:
+        if not (self._is_open or torch.compiler.is_compiling()):
             raise outside_a_loss()
         if not isinstance(rows, Tensor) or not rows.ndim or hasattr(rows, "placements"):
             kind = f"of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else ""

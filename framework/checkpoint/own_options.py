@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...strategies.base import Strategy
+from ..optim.schedulers import Schedule
 from .matching import parameter_groups
 from .saved_run import SavedRun
 from .trial_step import owners_of
@@ -55,7 +56,7 @@ def own_rates(run: SavedRun, groups: list[dict[str, Any]], state: Mapping[str, A
         state: see ``checkpoint.read_state``.
     """
     scheduler: Any = run.scheduler
-    if type(scheduler) is LambdaLR:
+    if type(scheduler) in (LambdaLR, Schedule):
         pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
         return [float(peak) * shape(scheduler.last_epoch) for shape, peak in pairs]
     before = state["arguments"].get("learning_rate")

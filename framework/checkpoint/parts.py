@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..agreement import on_all_ranks
 from ..module import TrainModule
+from ..optim.schedulers import Schedule
 from . import callback_states
 from .directory import CheckpointError
 from .matching import check_like, convert_like
@@ -39,7 +39,7 @@ def check_parts(run: SavedRun, path: Path, state: Mapping[str, Any]) -> None:
     if isinstance(scale, int | float) and not scale > 0:
         raise CheckpointError(f"{file}: loss_scaling.scale is {scale!r}: it is a factor above 0.")
     made = progress["global_step"] - progress["skipped_updates"]
-    is_own = type(run.scheduler) is LambdaLR and type(run.module).configure_scheduler is TrainModule.configure_scheduler
+    is_own = type(run.scheduler) is Schedule and type(run.module).configure_scheduler is TrainModule.configure_scheduler
     if is_own and state["scheduler"]["last_epoch"] != made:
         raise CheckpointError(
             f"{file}: scheduler.last_epoch is {state['scheduler']['last_epoch']!r}; progress tells of {made} updates."

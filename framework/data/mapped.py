@@ -126,6 +126,10 @@ class MapStream(DataStream):
         if self.begin() == 0:
             self.group_size = 0
         self.epoch_number = epoch
+        fetch, workers = self.options.fetch, self.options.workers
+        if fetch is not None and not (workers.get("num_workers") or workers.get("pin_memory")):
+            # A DataLoader would do no more than this, and takes longer for it than a small batch takes.
+            return self._hand_out(fetch(self.dataset, indices) for indices in self.requests())
         return self._hand_out(iter(self.loader) if self.starts is None else self.starts.epoch(self.loader))
 
     def _hand_out(self, batches: Iterator[Any]) -> Iterator[Any]:
