@@ -307,7 +307,7 @@ def step_takes_metric(made_by: type) -> bool:
 
 
 class Schedule(LambdaLR):
-    """A schedule by name: LambdaLR's to the bit, in a quarter of its time, since its step leaves out what guards torch's
+    """A schedule by name: LambdaLR to the bit, in a quarter of its time: its step leaves out what guards torch's own
     against other uses. All groups follow one function.
     """
 

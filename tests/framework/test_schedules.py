@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from stratagem import FitArguments
-from stratagem.framework.optim.schedulers import SCHEDULERS, SHAPES
+from stratagem.framework.optim.schedulers import SCHEDULERS, SHAPES, Schedule
 from tiny import MakeFit, Regressor, logs_of, regression_rows
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 WARMUP, TOTAL = 4, 12  # 8 updates after warm-up
 
@@ -175,3 +178,21 @@ def test_every_name_is_listed() -> None:
         "cosine_warmup_with_min_lr",
         "greedy",
     }
+
+
+def test_a_step_is_that_of_torchs_own_schedule_to_the_bit() -> None:
+    def shape(update: int) -> float:
+        return 1 - update / 7.3e3
+
+    def make(kind: type[LambdaLR]) -> LambdaLR:
+        weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+        optimizer = torch.optim.SGD([{"params": [weights[0]], "lr": 0.3}, {"params": [weights[1]], "lr": 0.017}])
+        return kind(optimizer, shape)
+
+    ours, theirs = make(Schedule), make(LambdaLR)
+    for _ in range(100):
+        for schedule in (ours, theirs):
+            schedule.optimizer.step()
+            schedule.step()
+        assert [g["lr"] for g in ours.optimizer.param_groups] == [g["lr"] for g in theirs.optimizer.param_groups]
+    assert ours.state_dict() == theirs.state_dict()
