@@ -26,7 +26,7 @@ Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Listed(Struct):
+class Listed(Struct, forbid_unknown_fields=True):
     """A file in the manifest; of a safetensors file also the hash of its header, where tensors.json has a copy."""
 
     bytes: Count

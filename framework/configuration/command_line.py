@@ -234,7 +234,7 @@ def translated(words: Iterable[str], options: Iterable[Option], has_target: bool
             continue
         found.append(f"--{inner(name)}{equals}{value}")
         follows = given[number + 1] if number + 1 < len(given) else "--"
-        if kinds.get(name) in (bool, bool | None) and not equals and follows.startswith("--"):
+        if kinds.get(name) in (bool, bool | None, bool | str) and not equals and follows.startswith("--"):
             found.append("true")
     return Typed(found, names, problems)
 

@@ -487,7 +487,8 @@ def test_what_is_written_here_is_there() -> None:
     known = {field.name for field in dataclasses.fields(FitArguments)}
     elsewhere = {
         "loggers", "precision", "strategy", "devices", "train_data", "eval_data", "module_init", "compute_loss_func",
-        "collate_fn", "config", "tensor_parallel", "context_parallel", "timeout", "resume_from_checkpoint",
+        "collate_fn", "config", "data_collator", "tensor_parallel", "context_parallel", "timeout",
+        "resume_from_checkpoint",
     }  # fmt: skip
     written = {name for text in FOREIGN.values() for name in re.findall(r"\b(\w+)=", text)}
     assert {name for name in written if name not in known} <= elsewhere | {"CUDA_VISIBLE_DEVICES"}
