@@ -70,9 +70,10 @@ class Objective:
     def count(self, batch: Any) -> Count:
         """Count the items in a batch as the data gave it."""
         is_mine = not isinstance(batch, StandIn)
+        count = self.module.count_items(batch) if is_mine else 0
         if self.rows is not None:
-            self.rows.begin_batch(is_mine)
-        return self.module.count_items(batch) if is_mine else 0
+            self.rows.begin_batch(is_mine, has_items=isinstance(count, Tensor) or count > 0)
+        return count
 
     def forward_with_past(self, model: nn.Module, batch: Any) -> Any:
         """Compute the model's outputs for a batch that is given an output of the batch before."""
@@ -152,7 +153,7 @@ class Objective:
 
     @property
     def gathered(self) -> list[Tensor]:
-        """What the last loss has gathered of all ranks, whose backward every rank goes through."""
+        """What the loss of a batch without items has gathered of all ranks: every rank goes through its backward."""
         return [] if self.rows is None else self.rows.gathered
 
     def forget_past(self) -> None:

@@ -1,6 +1,6 @@
 """The rows of all ranks within a loss: what ``TrainModule.gather`` does, and where it may be called."""
 
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,25 @@ class Rows:
         strategy: set up.
 
     Attributes:
-        gathered: in the last loss. Their backward sums what the other ranks' losses say of this rank's rows, so each
-            rank must go through it.
+        gathered: in the last loss, of a batch without items. Their backward sums what the other ranks' losses say of
+            this rank's rows, so each rank must go through it.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.gathered: list[Tensor] = []
-        self._contributes = True
+        self._contributes, self._has_items = True, True
         self._is_open = False
 
-    def begin_batch(self, is_mine: bool) -> None:
-        """Note whether the next loss is that of a batch of this rank's own, and not of a stand-in for one."""
-        self._contributes = is_mine
+    def begin_batch(self, is_mine: bool, has_items: bool) -> None:
+        """Note of the batch whose loss comes next whether it is this rank's own, and no stand-in for one, and whether
+        it has items.
+        """
+        self._contributes, self._has_items, self.gathered = is_mine, has_items, []
 
     def open(self) -> None:
         """A loss begins."""
-        self._is_open, self.gathered = True, []
+        self._is_open = True
 
     def close(self) -> None:
         """The loss is over."""
@@ -53,12 +55,21 @@ class Rows:
         if pad_to is not None and len(rows) > pad_to:
             raise ValueError(f"gather(pad_to={pad_to}) was given {len(rows)} rows. Pass the most that a rank can have.")
         found = self.strategy.gather_rows(rows, self._contributes, pad_to)
-        self.gathered.append(found if isinstance(found, Tensor) else found[0])
+        if not self._has_items:
+            self.gathered.append(found if isinstance(found, Tensor) else found[0])
         return found
 
 
-ROWS: WeakKeyDictionary[nn.Module, Rows] = WeakKeyDictionary()
-"""The rows of each module that a Fit has. The module itself doesn't hold them, since modules are copied."""
+ROWS: WeakKeyDictionary[nn.Module, ReferenceType[Rows]] = WeakKeyDictionary()
+"""What gathers for each module of a Fit, as long as the Fit has it. The module doesn't hold it: modules are copied. A
+strong reference in here would keep the module, its strategy and their process groups for ever."""
+
+
+def make_rows(module: nn.Module, strategy: Strategy) -> Rows:
+    """Make what gathers for a module; it does so as long as the caller keeps it."""
+    rows = Rows(strategy)
+    ROWS[module] = ref(rows)
+    return rows
 
 
 def rows_of(module: nn.Module) -> Rows:
@@ -67,9 +78,10 @@ def rows_of(module: nn.Module) -> Rows:
     Raises:
         ValueError: no Fit has it.
     """
-    if module not in ROWS:
+    rows = ROWS[module]() if module in ROWS else None
+    if rows is None:
         raise outside_a_loss()
-    return ROWS[module]
+    return rows
 
 
 def outside_a_loss() -> ValueError:

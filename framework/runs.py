@@ -26,7 +26,7 @@ from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
 from .objective import Objective
-from .rows import ROWS, Rows
+from .rows import make_rows
 from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
@@ -359,7 +359,7 @@ class Runs(Steps):
         args, module = self.args, self.module
         if not self.placed and type(module).build is TrainModule.build:  # else its layers are still to come
             self.strategy.check_module(module)
-        rows = ROWS[module] = Rows(self.strategy)
+        rows = make_rows(module, self.strategy)
         self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 

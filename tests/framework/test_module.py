@@ -1,9 +1,11 @@
 """TrainModule: how forward is called, what is counted, wrapped models, default optimizers and schedules."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
+import weakref
 from collections import OrderedDict, UserDict, namedtuple
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as draw
-from stratagem import FitArguments, TrainModule
+from stratagem import Fit, FitArguments, TrainModule
 from stratagem.framework.measures.averages import Averages
 from stratagem.framework.measures.exact_sums import ExactSum
 from stratagem.framework.module import forward_call
@@ -473,3 +475,12 @@ def test_a_loss_that_isnt_finite_once_does_not_spoil_the_log(make_fit: MakeFit) 
     fit = make_fit(Once(), regression_rows(4), max_steps=2, logging_steps=2)
     assert fit.train().training_loss == 1.0
     assert fit.state.log_history[0]["loss"] == 1.0
+
+
+def test_a_fit_that_is_dropped_leaves_its_module_to_the_garbage_collector() -> None:
+    module = Regressor()
+    fit = Fit(module, regression_rows(8), max_steps=1, save_strategy="no", progress=False, loggers=(), report=False)
+    gone = weakref.ref(module), weakref.ref(fit.strategy)
+    del fit, module
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]

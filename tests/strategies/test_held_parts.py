@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stratagem.strategies.held_parts import cut_like, held_parts, local_shape, parts_of
 from stratagem.strategies.mesh import clear_tensor_caches
+from stratagem.strategies.process_group import leave
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 @contextmanager
 def world(shape: tuple[int, ...], rank: int) -> Iterator[Any]:
     """This process as one rank of a mesh whose others don't exist: what it sends goes nowhere."""
+    leave()  # of a Fit that an earlier test made in this process
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=prod(shape))
     try:
         yield init_device_mesh("cpu", shape, mesh_dim_names=tuple(f"dim{i}" for i in range(len(shape))))
