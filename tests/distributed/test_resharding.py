@@ -221,7 +221,7 @@ def joined(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
 
 def test_nothing_is_pickled(saved: dict[str, Path]) -> None:
     for path in saved.values():
-        assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+        assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".json", ".jsonl", ".safetensors"}
 
 
 def saving_in_shards(output: Path, **arguments: Any) -> tuple[int, int, int]:
