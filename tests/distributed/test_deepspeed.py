@@ -306,7 +306,7 @@ def in_an_update(stage: int) -> list[dict[str, int]]:
 def test_an_update_costs_what_a_hand_written_one_does(zero_ranks: Ranks, stage: int) -> None:
     ours, by_hand = zero_ranks.run(in_an_update, stage=stage)[0]
     assert by_hand["aten::_fused_adamw_"] == 3  # one for each group
-    # At stage 0 the engine's own clipping sums norms that are whole anyway. Two ranks tell one another what each counted.
+    # At stage 0 the engine's own clipping sums norms that are whole anyway. Two ranks tell one another their counts.
     reduced = by_hand["c10d::allreduce_"] - (stage == 0)
     assert ours == {**by_hand, "c10d::allreduce_": reduced, "c10d::send": 1, "c10d::recv_": 1}
 
