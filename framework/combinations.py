@@ -24,12 +24,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from ..precision.base import Precision
 from ..strategies.base import Strategy
 from .arguments import FitArguments
-from .fields.compilation import UPDATE
+from .fields.compilation import NEEDED_FOR_UPDATE, UPDATE
 from .module import TrainModule
 from .optim.closure import check_closure
 from .optim.lomo import check_update_in_backward
@@ -143,6 +144,11 @@ def check_combination(
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
     in_one = args.torch_compile == UPDATE
+    refuse(
+        "torch_compile",
+        in_one and torch.__version__ < NEEDED_FOR_UPDATE,
+        f"needs torch {NEEDED_FOR_UPDATE}, and this is torch {torch.__version__}. Write torch_compile=True",
+    )
     refuse(
         "torch_compile",
         in_one and not strategy.takes_program,

@@ -6,6 +6,9 @@ from .argument_fields import ArgumentFields
 UPDATE = "update"
 """The value of ``torch_compile`` that asks for an update as one program."""
 
+NEEDED_FOR_UPDATE = "2.13"
+"""The torch that it was tried with; 2.9 compiles no optimizer's step on the CPU."""
+
 BACKENDS = ("inductor", "aot_eager")
 """What can compile it; the second runs the graph's operations one by one, to tell the compiler's faults from others."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from stratagem import FitArguments, TrainModule
 from stratagem.framework.combinations import UNSUITED, check_combination, check_optimizer
+from stratagem.framework.fields.compilation import NEEDED_FOR_UPDATE
 from stratagem.precision import Full
 from stratagem.strategies import Single
 from stratagem.strategies.dp import DP
@@ -149,3 +150,11 @@ def test_past_index_needs_mappings(make_fit: MakeFit) -> None:
 def test_options_of_schedules(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FitArguments(lr_scheduler_type=name, lr_scheduler_kwargs=options, max_steps=10, warmup_ratio=0.25)
+
+
+def test_an_update_as_one_program_needs_a_newer_torch(make_fit: MakeFit) -> None:
+    if torch.__version__ >= NEEDED_FOR_UPDATE:
+        make_fit(Regressor(), regression_rows(8), torch_compile="update")
+        return
+    with pytest.raises(ValueError, match=r"torch_compile='update': needs torch 2.13, and this is torch"):
+        make_fit(Regressor(), regression_rows(8), torch_compile="update")

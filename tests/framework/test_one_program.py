@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
-from stratagem.framework.fields.compilation import OUTSIDE_ONE_PROGRAM
+from stratagem.framework.fields.compilation import NEEDED_FOR_UPDATE, OUTSIDE_ONE_PROGRAM
 from stratagem.framework.optim.traced_step import CannotTraceError
 from stratagem.framework.run.program import CannotCompileError
 from stratagem.framework.steps import Steps
@@ -26,6 +26,8 @@ from tiny import (
 )
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+
+pytestmark = pytest.mark.skipif(torch.__version__ < NEEDED_FOR_UPDATE, reason="an older torch is refused")
 
 QUICK: dict[str, Any] = {"torch_compile": "update", "torch_compile_backend": "aot_eager"}
 
