@@ -25,8 +25,8 @@ Fetch = Callable[[Any, "numpy.ndarray[Any, Any]"], Any]
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
 WHOLE_NUMBERS = torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 UNSIGNED = torch.uint16, torch.uint32, torch.uint64
-"""Types for which torch has ``tensor[indices]``, and no ``index_select``, which is faster."""
-TENSOR_TYPES = frozenset((*FLOATS, *WHOLE_NUMBERS, *UNSIGNED))
+"""Types for which torch has ``tensor[indices]``, older ones not even that, and no ``index_select``, which is faster."""
+TENSOR_TYPES = frozenset((*FLOATS, *WHOLE_NUMBERS, *(UNSIGNED if torch.__version__ >= "2.10" else ())))
 ARRAY_TYPES = frozenset(torch.empty(0, dtype=kind).numpy().dtype for kind in TENSOR_TYPES - {torch.bfloat16})
 
 
