@@ -14,6 +14,7 @@ import torch
 from ranks import Ranks
 from stratagem.framework.checkpoint import CheckpointError, read_state, write
 from stratagem.framework.checkpoint.contents import Snapshot
+from stratagem.framework.checkpoint.writing import share_of
 from training import Tagger, make_fit, make_strategy, token_rows
 
 pytestmark = pytest.mark.slow
@@ -76,7 +77,7 @@ def save_apart(directories: list[str]) -> tuple[str, list[str]]:
     place = Path(directories[strategy.rank])
     snapshot = Snapshot({"weight": torch.ones(3)}, {}, "{}", "{}")
     try:
-        write(snapshot, place / "checkpoint-4", strategy)
+        write(share_of(snapshot, strategy), place / "checkpoint-4", strategy)
     except CheckpointError as error:
         return str(error), all_in(place)
     return "", all_in(place)
