@@ -6,6 +6,7 @@ import, and are how a registry knows a class without its file.
 """
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -359,6 +360,12 @@ def test_every_rule_finds_what_it_is_for(tmp_path: Path) -> None:
         "write: framework/state.py: fit.y",
         "write: framework/state.py: setattr(fit, 'x')",
     ]
+
+
+def test_every_folder_is_in_the_package() -> None:
+    listed = set(re.findall(r'^    "(stratagem[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    found = {path.parent.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
+    assert listed == {"stratagem", *(".".join(("stratagem", *folder.parts)) for folder in found)}
 
 
 if __name__ == "__main__":
