@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import PLACEMENTS, Tagger, make_fit, share_of_16, token_rows
 
 UPDATES, SAVED_AT = 8, 4
-ENGINES = [pytest.param(2, f"deepspeed_stage_{stage}", {}, marks=pytest.mark.slow) for stage in (0, 2, 3)]
+ENGINES = [(2, f"deepspeed_stage_{stage}", {}) for stage in (0, 2, 3)]
 
 
 def train_averaged(export: str, resume: str | None = None, **arguments: Any) -> list[float]:
@@ -36,6 +36,7 @@ def assert_close(found: Path, expected: Path) -> None:
         torch.testing.assert_close(weights[name], reference, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "strategy", "options"), [*PLACEMENTS, *ENGINES], ids=str)
 def test_one_devices_average_saved_and_loaded_anywhere(
     ranks: dict[int, Ranks], tmp_path: Path, world: int, strategy: str, options: dict[str, Any]

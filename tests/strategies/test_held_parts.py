@@ -53,6 +53,7 @@ def cuttings(draw: st.DrawFn) -> tuple[tuple[int, ...], int, tuple[int, ...], li
     return mesh, rank, shape, [draw(one) for _ in mesh]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(cuttings())
 def test_parts_are_what_distribute_tensor_cuts(cutting: Any) -> None:
@@ -68,6 +69,7 @@ class Two(nn.Module):
         self.up, self.down = nn.Linear(columns, rows), nn.Linear(rows, columns)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.data())
 def test_parts_are_what_fully_shard_cuts(
