@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ..strategies.base import Strategy
+from ..strategies.local_parts import copy_each
 from .arguments import FitArguments
 from .callbacks import Callback
 from .state import Control, TrainState
@@ -79,8 +80,8 @@ class Average(Callback):
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
         """Begin with the weights as they are, or with what a checkpoint held."""
-        self._strategy, self._follows_run = fit.strategy, True
-        strategy, self._statistics = fit.strategy, []
+        self._strategy = strategy = fit.strategy
+        self._follows_run, self._statistics = True, []
         if self.batch_norm_batches and not statistics_of(fit.module):
             raise ValueError(
                 f"Average(batch_norm_batches={self.batch_norm_batches}) has no effect: {type(fit.module).__name__} has "
@@ -112,16 +113,7 @@ class Average(Callback):
         decay = min(self.decay, count / (count + 9.0)) if self.warm_up else self.decay
         return 1.0 - decay
 
-    def on_evaluate(
-        self,
-        args: FitArguments,
-        state: TrainState,
-        control: Control,
-        *,
-        fit: Any,
-        metrics: Mapping[str, float],
-        **context: Any,
-    ) -> None:
+    def on_evaluate(self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any) -> None:
         """Evaluate the average, too, where that was asked for, and the run itself evaluates."""
         if self.evaluate and self._follows_run and not self._is_evaluating:
             self._is_evaluating = True
@@ -156,13 +148,14 @@ class Average(Callback):
                 "This Average has no weights: it averages those that a Fit trains which has it among its callbacks. "
                 "Write Fit(..., callbacks=[average]), and use it after train()."
             )
-        own = [buffer.clone() for buffer, _ in self._statistics]
+        buffers = [buffer for buffer, _ in self._statistics]
+        own = [buffer.clone() for buffer in buffers]
         try:
-            copy_each([(buffer, average) for buffer, average in self._statistics])
+            copy_each(buffers, (average for _, average in self._statistics))
             with strategy.with_weights(self._held):
                 yield
         finally:
-            copy_each([(buffer, before) for (buffer, _), before in zip(self._statistics, own, strict=True)])
+            copy_each(buffers, own)
 
     def state_dict(self) -> dict[str, Any]:
         """The average by parameter name. Collective for some strategies."""
@@ -222,20 +215,13 @@ def measured_statistics(fit: Any, batches: int) -> list[tuple[Tensor, Tensor]]:
     # Of a list, the first entry is what the model is called on.
     update_bn(([batch] for batch in itertools.islice(fit.batches(stream, 0), batches)), Calling(fit))
     found = []
-    for buffer, own in zip(buffers, before, strict=True):
+    for buffer in buffers:
         measured = buffer.clone()
         if measured.is_floating_point():
             measured = strategy.sum_over_data_ranks(measured) / strategy.gradient_ranks
         found.append((buffer, measured))
-        buffer.copy_(own)
+    copy_each(buffers, before)
     return found
-
-
-@torch.no_grad()
-def copy_each(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy to each first tensor its second one."""
-    for place, value in pairs:
-        place.copy_(value)
 
 
 def using(weights: Any, strategy: Strategy) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 import sys
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -11,13 +11,15 @@ from .measures import best
 from .objective import Count
 from .optim.schedulers import waits_for_metric
 from .printing import say
-from .run.program import UpdateProgram
 from .run.run import Run
 from .steps import Steps
 from .watch.endings import EvaluationInterrupted, interruption
 
+if TYPE_CHECKING:
+    from .run.program import UpdateProgram
 
-def train(steps: Steps, run: Run, program: UpdateProgram | None = None) -> None:
+
+def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> None:
     """Train until max_steps, the last epoch, or a callback's wish.
 
     The order of everything that happens::

@@ -31,7 +31,6 @@ from .run import elastic, resuming
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
 from .run.plan import Plan
-from .run.program import UpdateProgram
 from .run.run import Run
 from .search.space import arguments_and_module
 from .state import TrainOutput
@@ -45,6 +44,7 @@ from .watch.watch import Watch
 if TYPE_CHECKING:
     from .configuration.written_run import WrittenRun
     from .profiling import Profiler
+    from .run.program import UpdateProgram
 
 BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
 """Arguments that a Fit is made with, and a trial can't switch on."""
@@ -152,10 +152,12 @@ class Runs(Steps):
             self.loggers.flush(in_hurry=bool(self._watch.wish))
         return TrainOutput(self.state.global_step, run.results["train_loss"], run.results)
 
-    def _make_program(self, run: Run) -> UpdateProgram | None:
+    def _make_program(self, run: Run) -> "UpdateProgram | None":
         """Make what makes updates by one program, where ``torch_compile`` asks for that."""
         if self.args.torch_compile != UPDATE:
             return None
+        from .run.program import UpdateProgram  # who doesn't ask for it needn't import it
+
         return UpdateProgram(run, self.objective, self._count_tokens, self.emit)
 
     def _tell_end(self, event: str, reason: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..precision.complex_numbers import as_real
+from .local_parts import local_part
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype for a number of bytes
 ENTRIES = 2**20  # so many entries are mixed at a time, to bound the memory
@@ -60,10 +61,3 @@ def fingerprint(tensor: Tensor) -> Tensor:
             mixed ^= mixed >> 31
         total += mixed.sum()
     return total
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's numbers of a tensor that may be spread over ranks."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

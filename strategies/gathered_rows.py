@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .ranks import padded, with_mask
+
 # torch 2.13 has given them other names.
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -62,15 +64,8 @@ def gather_padded(rows: Tensor, size: int, group: dist.ProcessGroup, contributes
     Returns:
         (rows, mask): (ranks * size, ...), this rank's own first; and which of them are rows, (ranks * size,).
     """
-    filled = padded(rows, size)
-    own = torch.arange(size, device=rows.device) < len(rows)
+    filled, own = with_mask(rows, size)
     everyones = all_rows(filled if contributes else filled * 0, group)
     masks = all_rows((own if contributes else torch.zeros_like(own)).to(torch.uint8), group).bool()
     others = [rank for rank in range(group.size()) if rank != group.rank()]
     return torch.cat([filled, *(everyones[rank] for rank in others)]), torch.cat([own, *(masks[r] for r in others)])
-
-
-def padded(rows: Tensor, size: int) -> Tensor:
-    """Fill rows up with zeros to a size."""
-    missing = size - len(rows)
-    return torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))]) if missing else rows

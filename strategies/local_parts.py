@@ -3,8 +3,10 @@
 Importing DTensor takes as long as importing torch, so a tensor is asked whether it is one.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +29,10 @@ def placed_like(part: Tensor, like: Any) -> Tensor:
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return made
+
+
+@torch.no_grad()
+def copy_each(places: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copy values to where they belong, between devices and dtypes."""
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)

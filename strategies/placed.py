@@ -1,6 +1,6 @@
 """A placed module: its parameters and their state, by the names that the user's module gives them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..precision.base import Precision
 from ..precision.master_weights import MASTER_WEIGHT
 from .duplicates import Part, part_of
-from .local_parts import local_part, placed_like
+from .local_parts import copy_each, local_part, placed_like
 
 
 class PlacedModule:
@@ -224,13 +224,6 @@ class PlacedModule:
     def weights_have_changed(self) -> None:
         """Tell the precision, which may keep what it computed from weights, that these were changed."""
         self.precision.weights_have_changed(self.module)
-
-
-@torch.no_grad()
-def copy_each(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values to where they belong, between devices and dtypes."""
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
 
 
 def lists_apart(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,11 +65,7 @@ class Ranks:
             contributes: whether the others are given this rank's rows.
             pad_to: fill each rank's rows up with zeros, and return a mask beside them.
         """
-        if pad_to is None:
-            return rows
-        missing = pad_to - len(rows)
-        filled = torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))])
-        return filled, torch.arange(pad_to, device=rows.device) < len(rows)
+        return rows if pad_to is None else with_mask(rows, pad_to)
 
     def max_over_ranks(self, tensor: Tensor) -> None:
         """Replace the tensor by its largest value over all ranks, in place."""
@@ -149,3 +145,14 @@ class Ranks:
     def hear_failure(self) -> str | None:
         """Wait for the reason that another rank tells, whose failure made this rank fail; see ``tell_failure``."""
         return None
+
+
+def padded(rows: Tensor, size: int) -> Tensor:
+    """Fill rows up with zeros to a size."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))]) if missing else rows
+
+
+def with_mask(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Fill rows up with zeros to a size, and tell in a mask which of them are rows."""
+    return padded(rows, size), torch.arange(size, device=rows.device) < len(rows)

@@ -62,6 +62,7 @@ BASES: dict[str, str] = {
     "strategies/batches.py": "where a batch's tensors are, for those who move it and those who count its items",
     "strategies/duplicates.py": "fingerprints of what several ranks hold alike, and a rank's part of it",
     "strategies/failures.py": "what ended a rank first",
+    "strategies/local_parts.py": "this rank's part of a tensor",
     "strategies/materialize.py": "parameters without memory, for models that are made before they are placed",
     "strategies/launch.py": "ranks that a program starts by itself",
     "strategies/ranks.py": "what ranks tell each other",

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...framework.callbacks import Callback
+
 CPU, WALL, PEAK = "CPU s", "wall s", "peak MiB"
 
 
@@ -27,6 +29,27 @@ def measuring(pieces: int = 1) -> Iterator[dict[str, float]]:
     figures[CPU] = (time.process_time() - computing) / pieces
     figures[WALL] = (time.perf_counter() - wall) / pieces
     figures[PEAK] = max(0, kibibytes("VmHWM") - resident) / 1024
+
+
+class Between(Callback):
+    """Measures a Fit's updates from the end of its warm-up to the end of the run.
+
+    Args:
+        warm_up, updates: how many of each.
+
+    Attributes:
+        figures: there when the run has ended, an update.
+    """
+
+    def __init__(self, warm_up: int, updates: int) -> None:
+        self.warm_up, self.updates = warm_up, updates
+        self.block = measuring(updates)
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step == self.warm_up:
+            self.figures = self.block.__enter__()
+        elif state.global_step == self.warm_up + self.updates:
+            self.block.__exit__(None, None, None)
 
 
 def kibibytes(name: str) -> int:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from ... import Fit, TrainModule
-from ...framework.callbacks import Callback
 from ..two_ranks import on_two_ranks
-from .measuring import PEAK, measuring
+from .measuring import PEAK, Between, measuring
 
 TITLE = "An update of an embedding and a head of 128 MiB each under FSDP2, 2 ranks: memory beyond that before it"
 ROUNDS = 3
@@ -41,22 +40,9 @@ class Model(TrainModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-class Between(Callback):
-    """Measures from the end of the warm-up to the end of the run."""
-
-    def __init__(self) -> None:
-        self.block = measuring(UPDATES)
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step == WARM_UP:
-            self.figures = self.block.__enter__()
-        elif state.global_step == WARM_UP + UPDATES:
-            self.block.__exit__(None, None, None)
-
-
 def fit_on_rank() -> dict[str, float]:
     """A Fit."""
-    clock, steps = Between(), WARM_UP + UPDATES
+    clock, steps = Between(WARM_UP, UPDATES), WARM_UP + UPDATES
     samples = [{"tokens": torch.arange(LENGTH)}] * 2 * steps
     fit = Fit(
         Model(), samples, strategy="fsdp2", callbacks=[clock], max_steps=steps, per_device_train_batch_size=1,

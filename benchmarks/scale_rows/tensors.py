@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import Fit, TrainModule
-from ...framework.callbacks import Callback
-from .measuring import measuring
+from .measuring import Between, measuring
 
 TITLE = "An update of 2,000 small parameters, one process"
 ROUNDS = 5
@@ -30,22 +29,9 @@ class Deep(TrainModule):
         return outputs.square().mean()
 
 
-class Between(Callback):
-    """Measures from the end of the warm-up to the end of the run."""
-
-    def __init__(self) -> None:
-        self.block = measuring(UPDATES)
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step == WARM_UP:
-            self.figures = self.block.__enter__()
-        elif state.global_step == WARM_UP + UPDATES:
-            self.block.__exit__(None, None, None)
-
-
 def stratagem() -> dict[str, float]:
     """A Fit."""
-    clock = Between()
+    clock = Between(WARM_UP, UPDATES)
     samples = [{"x": row} for row in torch.randn(BATCH_SIZE * (WARM_UP + UPDATES), WIDTH)]
     with tempfile.TemporaryDirectory() as directory:
         Fit(

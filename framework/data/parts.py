@@ -23,7 +23,7 @@ from .. import random_state
 from .collating import Collate
 from .stand_in import StandIn
 from .stream import DataStream, LoaderOptions
-from .whole_batches import as_it_is
+from .whole_batches import as_it_is, declares
 
 DECLARED = "shares_among_ranks"
 """The attribute by which an iterable dataset says that ``shard`` is to give each rank a part of its own: True."""
@@ -53,13 +53,8 @@ def has_parts(dataset: Any) -> bool:
     Raises:
         TypeError: it says so, and has no method ``shard``.
     """
-    says = getattr(dataset, DECLARED, False) is True
-    if says and not callable(getattr(dataset, "shard", None)):
-        raise TypeError(
-            f"{type(dataset).__name__}.{DECLARED} is True, and there is no method shard(num_shards, index) that would "
-            f"return one part of it. Write one, or leave {DECLARED} out: every rank then reads all and keeps its slice."
-        )
-    return says
+    without = "every rank then reads all and keeps its slice"
+    return declares(dataset, DECLARED, "shard(num_shards, index)", "return one part of it", without)
 
 
 def own_state_problem(state: Any) -> str | None:

@@ -51,19 +51,35 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+def declares(dataset: Any, attribute: str, method: str, does: str, without: str = "") -> bool:
+    """Whether a dataset says by an attribute that it has a method of ours to call.
+
+    Args:
+        dataset: the user's.
+        attribute: True where it says so.
+        method: as it is called: "shard(num_shards, index)".
+        does: what the method does.
+        without: what happens without the attribute.
+
+    Raises:
+        TypeError: it says so, and has no such method.
+    """
+    says = getattr(dataset, attribute, False) is True
+    if says and not callable(getattr(dataset, method.partition("(")[0], None)):
+        raise TypeError(
+            f"{type(dataset).__name__}.{attribute} is True, and there is no method {method} that would {does}. Write "
+            f"one, or leave {attribute} out{f': {without}' if without else ''}."
+        )
+    return says
+
+
 def gives_batches(dataset: Any) -> bool:
     """Whether a dataset says that its ``__getitems__`` returns a batch.
 
     Raises:
         TypeError: it says so, and has none.
     """
-    says = getattr(dataset, DECLARED, False) is True
-    if says and not callable(getattr(dataset, "__getitems__", None)):
-        raise TypeError(
-            f"{type(dataset).__name__}.{DECLARED} is True, and there is no method __getitems__(indices) that would "
-            f"return a batch. Write one, or leave {DECLARED} out."
-        )
-    return says
+    return declares(dataset, DECLARED, "__getitems__(indices)", "return a batch")
 
 
 def fetch_of(dataset: Any) -> Fetch | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...precision.complex_numbers import as_real
 from ...strategies.base import Strategy
-from ...strategies.duplicates import Part, fingerprints, local_part
+from ...strategies.duplicates import Part, fingerprints
+from ...strategies.local_parts import local_part
 from ..arguments import FitArguments
 from ..callbacks import Callback
 from ..state import Control, TrainState
