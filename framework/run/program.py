@@ -196,6 +196,7 @@ class UpdateProgram:
         program = torch.compile(
             function,
             fullgraph=True,
+            dynamic=False,  # else sizes that another run in this process had would make it a program for any size
             backend=lambda graph, inputs: compile_update(graph, inputs, held, backend, options, replays),
         )
         return function, program
