@@ -143,6 +143,18 @@ def check_combination(
         args.label_smoothing_factor > 0 and strategy.splits_classes,
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
+    refuse(
+        "contrastive_chunks",
+        args.contrastive_chunks is not None and strategy.splits_classes,
+        "joins forward's outputs along the samples, and loss_parallel=True keeps them cut by class. Leave one of them "
+        "out",
+    )
+    refuse(
+        "contrastive_chunks",
+        args.contrastive_chunks is not None and strategy.learns_first_graph,
+        "has a loss's own parameters take part in the last piece's backward alone, and static_graph=True needs all "
+        "backwards to be alike. Leave one of them out",
+    )
     in_one = args.torch_compile == UPDATE
     refuse(
         "torch_compile",

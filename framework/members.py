@@ -1,7 +1,7 @@
 """Members: what a Fit has, as far as its steps need it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ from .run.run import Run
 from .run.source import Source
 from .state import Control, TrainState
 from .watch.watch import Watch
+
+if TYPE_CHECKING:
+    from .run.cached_representations import CachedRepresentations
 
 
 class Members(Labelled):
@@ -51,6 +54,7 @@ class Members(Labelled):
     override_divides: bool
     ignore_keys_for_eval: tuple[str, ...]
     _objective: Objective | None
+    _cached: "CachedRepresentations | None"  # with contrastive_chunks
     _count_tokens: TokenCounter
     _placement: Placement | None
     _run: Run | None

@@ -8,6 +8,7 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from ..strategies.batches import is_by_position, labels_in
 from .data.stand_in import StandIn
 from .module import TrainModule, forward_call
 from .rows import Rows
+
+Call = Callable[[nn.Module, Any], Any]
+"""Calls a model on a batch, see ``forward_call``."""
 
 Count = int | Tensor  # a Tensor where the batch was on an accelerator from the start
 
@@ -35,6 +39,7 @@ class Objective:
         label_smoothing: above 0, replaces the loss by smoothed cross entropy of the logits.
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
         rows: gathers all ranks' rows within the loss; None where nobody can.
+        forward: calls the model in the place of ``forward_call``'s function, which it is given first.
 
     Attributes:
         past: what the next batch is given as ``mems``.
@@ -49,6 +54,7 @@ class Objective:
         label_smoothing: float = 0.0,
         past_index: int = -1,
         rows: Rows | None = None,
+        forward: Callable[[Call, nn.Module, Any], Any] | None = None,
     ) -> None:
         self.module = module
         self.rows = rows
@@ -57,7 +63,9 @@ class Objective:
         self.past: Any = None
         self.noted: tuple[Mapping[str, Tensor], bool] | None = None
         self._was_checked = False
-        self.call = forward_call(module)
+        self.call: Call = forward_call(module)
+        if forward is not None:
+            self.call = partial(forward, self.call)
         # (model, batch on the device) to outputs. A method around it would make the user's traceback longer.
         self.forward = self.call if past_index < 0 else self.forward_with_past
         self.compute_loss_func = compute_loss_func

@@ -28,6 +28,7 @@ from .module import TrainModule
 from .objective import Objective
 from .rows import make_rows
 from .run import elastic, resuming
+from .run.cached_representations import cached_representations
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
 from .run.plan import Plan
@@ -362,7 +363,9 @@ class Runs(Steps):
         if not self.placed and type(module).build is TrainModule.build:  # else its layers are still to come
             self.strategy.check_module(module)
         rows = make_rows(module, self.strategy)
-        self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows)
+        self._cached = cached_representations(args, self.strategy)
+        replaced = self.compute_loss_func, args.label_smoothing_factor, args.past_index
+        self._objective = Objective(module, *replaced, rows, self._cached and self._cached.forward)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 
     def _collect_callbacks(self) -> None:
