@@ -365,7 +365,7 @@ class Runs(Steps):
         rows = make_rows(module, self.strategy)
         self._cached = cached_representations(args, self.strategy)
         replaced = self.compute_loss_func, args.label_smoothing_factor, args.past_index
-        self._objective = Objective(module, *replaced, rows, self._cached and self._cached.forward)
+        self._objective = Objective(module, *replaced, rows, self._cached.forward if self._cached else None)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 
     def _collect_callbacks(self) -> None:

@@ -70,7 +70,8 @@ class Steps(Members):
         if self._cached is None:
             run.backward(loss)
         else:
-            self._cached.backward(loss, run.backward, f"{type(self).__name__}.compute_loss")
+            around = self.compute_loss_context_manager if self.overrides_loss else contextlib.nullcontext
+            self._cached.backward(loss, run.backward, f"{type(self).__name__}.compute_loss", around)
         for name, value in extras.items():
             averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
         ranks = strategy.gradient_ranks

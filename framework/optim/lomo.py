@@ -207,7 +207,8 @@ def argument_problems(args: ArgumentFields) -> list[tuple[str, str]]:
         found.append(
             (
                 "contrastive_chunks",
-                "LOMO and AdaLOMO update with every backward, and each piece has one; leave it out, or use optim='lion'",
+                "LOMO and AdaLOMO update with every backward, and each piece has one; leave it out, or use "
+                "optim='lion'",
             )
         )
     if args.nonfinite_updates == "raise":

@@ -8,7 +8,7 @@ activations of one piece at a time; the gradients are those of the whole micro-b
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -130,13 +130,20 @@ class CachedRepresentations:
         self._calls.append(ForwardInPieces(model, pieces, moments, joined.tensors))
         return joined.outputs()
 
-    def backward(self, loss: Tensor, backward: Callable[[Tensor], None], name: str) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        backward: Callable[[Tensor], None],
+        name: str,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """Add the gradients of a micro-batch's loss to those of the update.
 
         Args:
             loss: of what ``forward`` returned.
             backward: ``Strategy.backward``.
             name: of what computed the loss, for messages.
+            around: makes the context in which it did, but for the strategy's own.
         """
         calls, self._calls = self._calls, []
         if not calls:
@@ -163,12 +170,12 @@ class CachedRepresentations:
         for place, (call, index) in enumerate(again, start=1):
             is_last = place == len(again)
             with self.strategy.accumulate(self._is_last and is_last):
-                with self.strategy.forward_context():
+                with around(), self.strategy.forward_context():
                     call.moments[index].restore()
                     outputs = call.model(*call.pieces[index].args, **call.pieces[index].kwargs)
                     pairs = with_gradients(outputs, call, index, gradients) + (in_loss if is_last else [])
                     del outputs
-                    share = GivenGradients.apply([g for _, g in pairs], *(t for t, _ in pairs)) if pairs else None  # type: ignore[no-untyped-call]
+                    share = GivenGradients.apply([g for _, g in pairs], *(t for t, _ in pairs)) if pairs else None
                     del pairs
                 if share is not None:
                     has_gradients = True

@@ -7,6 +7,7 @@ import torch
 from ranks import Ranks
 from stratagem import Callback, TrainModule
 from test_collectives import BLOCK, HALVES, ROOT, listen, update
+from test_context_parallel import TOLERANCE, Writer, single, text_rows, train_on_ranks
 from test_gather import FEATURES, SIZE, Padded, Sigmoids, Towers, pairs, train
 from torch import Tensor, nn
 from training import make_fit
@@ -91,7 +92,9 @@ def train_dropping(count: int, **arguments: Any) -> tuple[dict[str, list[float]]
     """Gradients of one update, and the samples of each micro-batch of this rank."""
     torch.manual_seed(3)
     kept, module = Seeded(), Dropping()
-    make_fit(module, numbered(count), max_steps=1, shuffle=False, callbacks=[kept], max_grad_norm=0.0, **arguments).train()
+    make_fit(
+        module, numbered(count), max_steps=1, shuffle=False, callbacks=[kept], max_grad_norm=0.0, **arguments
+    ).train()
     return kept.gradients, module.samples
 
 
@@ -177,12 +180,55 @@ def test_joint_statistics_of_a_piece_are_those_of_the_ranks_pieces(ranks: dict[i
     found = ranks[2].run(train_normalizing, strategy=strategy)
     assert found[0] == found[1]
     assert found[0][1] == [2.0]  # pieces; the second forward of each isn't counted
-    # The mean over both pieces, the second with a weight of 0.1: a rank's part are every other sample, or the first 4.
+    # The first four samples are on rank 0, and a piece has two of each rank's.
     lefts = torch.stack([row["left"] for row in pairs(8)])
-    halves = [[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 2, 1, 3], [4, 6, 5, 7]]
-    expected = [0.9 * 0.1 * lefts[one].mean(0) + 0.1 * lefts[other].mean(0) for one, other in halves]
-    running = torch.tensor(found[0][0])
-    assert any(torch.allclose(running, each, atol=1e-6) for each in expected)
+    expected = 0.9 * 0.1 * lefts[[0, 1, 4, 5]].mean(0) + 0.1 * lefts[[2, 3, 6, 7]].mean(0)
+    torch.testing.assert_close(torch.tensor(found[0][0]), expected)
+
+
+@pytest.mark.parametrize("placement", ["context-2", "context-2-tensor-2"])
+def test_ranks_that_share_samples_cut_them_alike(ranks: dict[int, Ranks], placement: str) -> None:
+    expected, _ = single()
+    found = train_on_ranks(ranks, placement, contrastive_chunks=3)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+
+
+class DroppingWriter(Writer):
+    """With dropout on the features that a rank holds. It notes what it gives in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+        for block in self.blocks:
+            block.up = nn.Sequential(block.up, nn.Dropout(0.3))
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        outputs = super().forward(tokens, positions)
+        self.given.append(outputs.detach().clone())
+        return outputs
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        return {"blocks.*.up.0": "colwise", "blocks.*.down": "rowwise"}
+
+
+def compare_forwards(strategy: str, options: dict[str, Any]) -> list[bool]:
+    """Which of an update's four forwards gave the same: the first piece's two, the second's two, and both pieces'."""
+    module = DroppingWriter()
+    make_fit(
+        module, text_rows(8), max_steps=1, strategy=strategy, options=options, per_device_train_batch_size=8,
+        contrastive_chunks=2,
+    ).train()  # fmt: skip
+    first, second, first_again, second_again = module.given
+    return [first.equal(first_again), second.equal(second_again), first.equal(second)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("tp", {}), ("fsdp2", {"context_parallel": 2})], ids=["tp", "context"]
+)
+def test_ranks_that_share_samples_draw_the_same_again(
+    ranks: dict[int, Ranks], strategy: str, options: dict[str, Any]
+) -> None:
+    assert ranks[2].run(compare_forwards, strategy=strategy, options=options) == [[True, True, False]] * 2
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

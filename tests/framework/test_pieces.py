@@ -9,8 +9,9 @@ import torch
 from stratagem.framework.run.pieces import Joined, bounds, cut
 from torch import Tensor
 
-Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024 (the kind that collating makes)
+Pair = namedtuple("Pair", ["left", "right"])
 X = torch.arange(14.0).view(7, 2)
+TEXT = "abcdefg"
 
 
 @dataclass
@@ -51,7 +52,7 @@ def flat(value: Any) -> Any:
         ((X, X + 1), (X[3:5], X[3:5] + 1)),
         (Pair(X, 2), Pair(X[3:5], 2)),
         ([{"sample": i} for i in range(7)], [{"sample": 3}, {"sample": 4}]),
-        ({"x": X, "texts": list("abcdefg"), "more": tuple("abcdefg")}, {"x": X[3:5], "texts": ["d", "e"], "more": ("d", "e")}),
+        ({"x": X, "texts": list(TEXT), "more": tuple(TEXT)}, {"x": X[3:5], "texts": ["d", "e"], "more": ["d", "e"]}),
         (Graphs(X, 2), Graphs(X[3:5], 2)),
     ],
     ids=["tensor", "mapping", "UserDict", "OrderedDict", "tuple", "namedtuple", "samples", "texts", "dataclass"],
