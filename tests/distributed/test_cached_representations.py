@@ -9,6 +9,7 @@ from stratagem import Callback, TrainModule
 from test_collectives import BLOCK, HALVES, ROOT, listen, update
 from test_context_parallel import TOLERANCE, Writer, single, text_rows, train_on_ranks
 from test_gather import FEATURES, SIZE, Padded, Sigmoids, Towers, pairs, train
+from test_root_units import run
 from torch import Tensor, nn
 from training import make_fit
 
@@ -53,6 +54,14 @@ def test_gradients_are_those_of_one_big_batch(
     assert alone[0].keys() == found[0][0].keys()
     for name, gradient in alone[0].items():
         assert found[0][0][name] == pytest.approx(gradient, abs=1e-6, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["HeadInLoss", "HeadInLossAlone"])
+def test_a_large_layer_that_is_gathered_for_the_loss(ranks: dict[int, Ranks], module: str) -> None:
+    expected = run(module)["curve"]
+    for found in ranks[2].run(run, module=module, strategy="fsdp2", contrastive_chunks=2):
+        assert found["curve"] == pytest.approx(expected, rel=1e-5)
 
 
 class Dropping(Towers):
