@@ -111,7 +111,7 @@ class CachedRepresentations:
     def _in_pieces(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         strategy = self.strategy
         forward: Any = strategy.module.forward
-        # The last forward of a rank must not be one that the others don't make.
+        # Ranks wait for one another in a forward (for sharded parameters, for joint statistics): all make as many.
         pieces = cut(forward, args, kwargs, self.number, fill=strategy.world_size > 1)
         joined = Joined(max(piece.end for piece in pieces), self.number)
         before = {} if self._was_checked else self._buffers()

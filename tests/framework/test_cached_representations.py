@@ -1,13 +1,16 @@
 """Cached representations: a micro-batch in pieces has the gradients of the whole, and the memory of one piece."""
 
 import copy
+import random
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from stratagem import Callback, Fit, TrainModule
+from stratagem.framework.random_state import Moment
 from stratagem.strategies import DDP
 from tiny import Float64, MakeFit, collate, logs_of
 from torch import Tensor, nn
@@ -233,6 +236,18 @@ def test_both_forwards_of_a_piece_draw_the_same(make_fit: MakeFit, arguments: di
     assert [len(each) for each in module.seen] == [5] * 8
     for update in (module.seen[:4], module.seen[4:]):
         assert update[0].equal(update[2]) and update[1].equal(update[3]) and not update[0].equal(update[1])
+
+
+def test_a_moment_brings_every_generator_back() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.rand()), torch.rand(()).item()
+
+    moment = Moment(torch.device("cpu"))
+    first, second = draw(), draw()
+    moment.restore()
+    assert draw() == first != second
+    moment.restore()
+    assert draw() == first
 
 
 def test_bfloat16_casts_weights_with_their_graph(make_fit: MakeFit) -> None:
