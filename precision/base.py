@@ -151,6 +151,11 @@ class Precision:
     def skip_step(self, optimizer: Optimizer) -> None:
         """Do what an update asks for whose step is left out."""
 
+    def begin_turn(self, turn: str | None) -> None:
+        """Called before a turn is made, of a module that is trained in turns, and with None after it. A format that
+        scales the loss has one scale a turn.
+        """
+
     def is_at_floor(self) -> bool:
         """Whether a loss scale is so small that gradients are lost. It may wait for the device."""
         return False

@@ -331,9 +331,8 @@ class FSDP2(ProcessGroupStrategy):
 
     def step(self, refused: Tensor | None = None) -> None:
         """Step the optimizer, mesh by mesh where there are several."""
-        assert self.optimizer is not None
         several = self.options.tensor_parallel > 1 or self.whole_parameters
-        with groups_split_by_mesh(self.optimizer) if several else nullcontext():
+        with groups_split_by_mesh(self.optimizer_in_turn) if several else nullcontext():
             super().step(refused)
 
 
