@@ -46,6 +46,8 @@ class Precision:
     """
 
     name: ClassVar[str]
+    refused_turns: ClassVar[str] = ""
+    """Why a module can't be trained in turns in this format, and what to use instead; "" where it can."""
     parameter_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None

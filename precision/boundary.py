@@ -11,6 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 BORDERS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 HALVES = (torch.float16, torch.bfloat16)
+CASTS_FORWARD = (
+    "casts what forward is given, and the loss of a turn calls the module's layers itself; use '32-true', or "
+    "'bf16-mixed'"
+)
 
 
 def cast_at_the_border(module: nn.Module, dtype: torch.dtype) -> nn.Module:

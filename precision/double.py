@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .base import Precision
-from .boundary import cast_at_the_border
+from .boundary import CASTS_FORWARD, cast_at_the_border
 from .full import cast_floating
 
 
@@ -20,6 +20,7 @@ class Double(Precision):
     parameter_dtype = torch.float64
     compute_dtype = torch.float64
     reduce_dtype = torch.float64
+    refused_turns = CASTS_FORWARD
 
     def set_up(self, device: torch.device, max_over_ranks: object) -> None:
         """Refuse a device without float64."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .base import MaxReduce, Precision
-from .boundary import cast_at_the_border
+from .boundary import CASTS_FORWARD, cast_at_the_border
 from .full import cast_floating
 from .loss_scaling import LossScaling
 from .master_weights import on_master_weights, widen_gradients
@@ -26,6 +26,7 @@ class TrueHalf(Precision):
     reduce_dtype: torch.dtype
     master_weights = True
     computes_by_itself = True
+    refused_turns = CASTS_FORWARD
     # The default dtype stays the user's: under another, torch.arange(n) in a forward would count wrong beyond 256.
 
     def set_up(self, device: torch.device, max_over_ranks: MaxReduce) -> None:

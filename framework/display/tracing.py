@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...strategies.batches import tensors_of
 from ..measures.parameters import Layer, numbers_of
-from ..module import TrainModule, forward_call
+from ..calling import forward_call
+from ..module import TrainModule
 
 MOST_NUMBERS = 10**9  # in a module of which a copy with memory is made, where one without doesn't do
 
