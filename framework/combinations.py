@@ -11,8 +11,8 @@ There are five places. Each one comes as early as what it looks at is known, and
    (``Precision.refused_arguments``), the module and the data. For a Fit, and for each trial of a search.
 4. **check_optimizer_by_name**: the optimizer that ``optim`` names, with the strategy as it is set up, before the module
    is placed.
-5. **check_optimizer**, and ``check_turn_optimizer``: the optimizer that was made, by a module of the user's perhaps, with the table UNSUITED and the
-   strategy (``Strategy.optimizer_problem``).
+5. **check_optimizer**, and ``check_turn_optimizer``: the optimizer that was made, by a module of the user's perhaps,
+   with the table UNSUITED and the strategy (``Strategy.optimizer_problem``).
 
 A new combination that can't work becomes an entry in one of the tables named here, or a line in one of these functions.
 Something else are a device that can't compute a precision (``Precision.set_up``), layers that a strategy can't place

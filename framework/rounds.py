@@ -91,7 +91,8 @@ class Rounds:
     def _make(self, turn: Turn, micro_batches: Sequence[Any], num_items: Count | None, is_first: bool) -> None:
         """Make a turn on a batch; ``is_first``: no other turn was made on it before."""
         run, steps, strategy = self.run, self.steps, self.run.strategy
-        objective, parameters, stepping = (of[turn.name] for of in (self.objectives, self.parameters, run.steppings))
+        objective, parameters = self.objectives[turn.name], self.parameters[turn.name]
+        stepping = run.steppings[turn.name]
         run.begin_turn()
         with strategy.turn(turn.name):
             turn_loss: Tensor | None = None

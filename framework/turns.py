@@ -147,7 +147,7 @@ class Turns:
         return iter(self.turns.values())
 
     def saved_with(self, steppings: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint holds of the turns: the batches of a round, and the state of what ends each turn's updates."""
+        """What a checkpoint holds of the turns: the batches of a round, and what ends each turn's updates."""
         return {"batches": self.batches, "steppings": steppings}
 
     def moved(self, module: nn.Module) -> dict[str, list[str]]:
@@ -177,8 +177,8 @@ class Turns:
                 names |= dict.fromkeys(first[id(named[name])] for name in matched if named[name].requires_grad)
             if not names:
                 raise ValueError(
-                    f"{self.listed_by}: all that turn {turn.name!r} moves ({', '.join(turn.patterns)}) is frozen: there "
-                    "is nothing to train."
+                    f"{self.listed_by}: all that turn {turn.name!r} moves ({', '.join(turn.patterns)}) is frozen, so "
+                    "that there is nothing to train."
                 )
             for name in names:
                 if owner.setdefault(name, turn.name) != turn.name:

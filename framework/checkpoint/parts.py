@@ -69,12 +69,13 @@ def check_turns(run: SavedRun, path: Path, state: Mapping[str, Any]) -> None:
             return f"has the turns {', '.join(turns)}" if turns != [""] else "has none"
 
         raise CheckpointError(
-            f"{path} was saved by a run in other turns: the checkpoint {said(saved)}, and this run's module {said(own)}."
+            f"{path} was saved by a run in other turns: the checkpoint {said(saved)}, and this run's module "
+            f"{said(own)}."
         )
 
 
 def saved_schedules(state: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """The schedules in a checkpoint's state: (turn, place in the file, state); of a run without turns, turn "" alone."""
+    """The schedules in a checkpoint's state: (turn, place in the file, state); the turn is "" in a run without turns."""
     if "turns" not in state:
         return [("", "scheduler", state["scheduler"])]
     steppings = state["turns"]["steppings"]

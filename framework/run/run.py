@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ...strategies.base import Strategy
 from .. import checkpoint, random_state
-from ..arguments import FitArguments
 from ..callbacks import Callbacks
 from ..data import DataStream
 from ..labelling import Label, Labelled
@@ -141,7 +140,7 @@ class Run(Labelled):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Of the last update (of several turns, the first one's), on the device; None where gradients aren't clipped."""
+        """Of the last update, on the device; of several turns, the first one's. None where gradients aren't clipped."""
         return self.stepping.grad_norm
 
     @property

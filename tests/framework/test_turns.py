@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from stratagem import Callback, Fit, FitArguments, TrainModule, Turn
-from tiny import MakeFit, logs_of
+from stratagem import TrainModule, Turn
+from tiny import MakeFit
 from torch import Tensor, nn
 
 FEATURES, NOISE, BATCH = 4, 3, 6
