@@ -5,6 +5,10 @@ again, in the middle of the forward, and the memory is given back of parameters 
 (``create_graph=True``) will be computed with. Here such a gradient gathers the units that it passes, and they stay
 whole to the end of the update's backward, where their own gradients are summed once.
 
+With tensor parallelism, torch's gradient of the whole input of a layer whose outputs are cut is a sum over the ranks of
+which no gradient can be computed: the part of a penalty that goes through it would be missing, without an error. Within
+a forward, that sum is one of those that can.
+
 The names with an underscore are torch's own, of 2.9 to 2.13.
 """
 
@@ -15,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate, _redistribute
+from torch.distributed.tensor._api import _FromTorchTensor
 
 from .gathering import gather, parameter_groups
 
@@ -24,20 +30,38 @@ class GradientsInForward:
 
     Args:
         module: sharded, with its units.
+        layers_are_cut: by tensor parallelism.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, layers_are_cut: bool) -> None:
+        self.layers_are_cut = layers_are_cut
         self.contexts = 0  # entered, and not left
         self.root = fully_shard.state(module)  # type: ignore[attr-defined]
         self.units = [PassedUnit(layer, self) for layer in module.modules() if isinstance(layer, FSDPModule)]
 
     def __enter__(self) -> None:
         self.contexts += 1
+        if self.layers_are_cut:
+            _FromTorchTensor.backward = staticmethod(gradient_of_part)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         self.contexts -= 1
+        if self.layers_are_cut and not self.contexts:
+            _FromTorchTensor.backward = TORCHS
         if not torch.is_grad_enabled():  # no backward follows
             self.reshard()
+
+    def check(self) -> None:
+        """Refuse gradients of gradients where torch can't compute them.
+
+        Raises:
+            ValueError: says what works.
+        """
+        if self.layers_are_cut and torch.is_grad_enabled() and not CAN_DIFFERENTIATE_TWICE:
+            raise ValueError(
+                f"Tensor parallelism: torch {torch.__version__} computes no gradients of gradients (create_graph=True) "
+                "through layers that are cut. Install torch 2.13 or newer, or use strategy='fsdp2' or 'ddp'."
+            )
 
     def see_loss(self, loss: Tensor) -> None:
         """Told of a loss before its backward, which may reach a unit by gradients of gradients alone: then no hook of
@@ -52,6 +76,21 @@ class GradientsInForward:
             if unit.is_kept:
                 unit.let_go()
                 unit.layer.reshard()
+
+
+TORCHS = staticmethod(_FromTorchTensor.backward)
+CAN_DIFFERENTIATE_TWICE = hasattr(_redistribute, "NestedRedistribute")
+
+
+def gradient_of_part(ctx: Any, gradient: Any) -> tuple[Tensor | None, ...]:
+    """Compute what torch's backward of ``DTensor.from_local`` does, by operations that have gradients themselves."""
+    others = [None] * (len(ctx.needs_input_grad) - 1)
+    if gradient is None:
+        return None, *others
+    wanted = getattr(ctx, "grad_placements", None)
+    if wanted is None:
+        wanted = [Replicate() if placement.is_partial() else placement for placement in ctx.forward_input_placements]
+    return gradient.redistribute(placements=wanted).to_local(), *others
 
 
 class PassedUnit:
@@ -78,6 +117,7 @@ class PassedUnit:
     def begin_backward(self, begin: Any, gradient: Tensor) -> Tensor:
         """Called when a gradient comes to the unit's outputs."""
         if self.among.contexts:
+            self.among.check()
             self.keep()
             return gradient
         begun: Tensor = begin(gradient)
