@@ -46,6 +46,8 @@ class Precision:
     """
 
     name: ClassVar[str]
+    refused_turns: ClassVar[str] = ""
+    """Why a module can't be trained in turns in this format, and what to use instead; "" where it can."""
     parameter_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -108,6 +110,12 @@ class Precision:
         Raises:
             ValueError: there is none to replace.
         """
+
+    def cast_batch(self, batch: Any) -> Any:
+        """Return a batch as a loss computes with it that isn't called by forward, whose inputs are cast at its border:
+        the loss of a turn.
+        """
+        return batch
 
     def weights_have_changed(self, module: nn.Module) -> None:
         """Renew what was computed from weights: they were stepped, loaded or swapped."""

@@ -68,8 +68,8 @@ def parameter_groups(unit: nn.Module) -> list[Any]:
 
 
 def gather(unit: nn.Module) -> None:
-    """Gather a unit, unless it is gathered, in a forward. Collective. torch's own ``unshard`` would settle the dtypes of
-    sums anew, by the parameters that require gradients now: in a turn those may be none.
+    """Gather a unit in a forward, unless it is gathered. Collective. torch's own ``unshard`` would settle the dtypes
+    of sums anew, by the parameters that require gradients now: in a turn those may be none.
     """
     for group in parameter_groups(unit):
         group.unshard()

@@ -180,3 +180,53 @@ def test_weights_are_those_of_a_loop_by_hand(
     for difference, found in ranks[2].run(compare, kind=kind, strategy=strategy, options=options):
         assert found == moved
         assert difference < 1e-9
+
+
+# Traffic.
+
+
+def sizes(module: nn.Module, turn: str, units: bool) -> list[int]:
+    """The numbers in a turn's gradients: in all, or those of each unit of its own that is sharded, and of the root."""
+    own = {name: p.numel() for name, p in module.named_parameters() if name.startswith(turn)}
+    if not units:
+        return [sum(own.values())]
+    blocks = [sum(n for name, n in own.items() if f".blocks.{i}." in name) for i in range(2)]
+    return sorted([*blocks, sum(own.values()) - sum(blocks)])
+
+
+def listen(strategy: str, options: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    """What was reduced from a turn's first forward to its last backward."""
+    traffic = Traffic()
+
+    def look(where: str) -> None:
+        traffic.where = where
+
+    placed = place(Wgan, strategy, **options)
+    with traffic:
+        take_turns(placed, look)
+    kinds = ("allreduce", "reduce_scatter_base")
+    return {
+        where: [(name, count) for name, _, count in messages if name in kinds]
+        for where, messages in traffic.messages.items()
+        if where.startswith(TURNS)
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=str)
+def test_ddp_reduces_what_the_turn_moves_once(ranks: dict[int, Ranks], options: dict[str, Any]) -> None:
+    for reduced in ranks[2].run(listen, strategy="ddp", options=options):
+        assert len(reduced) == ROUNDS + ROUNDS // 2
+        for where, messages in list(reduced.items())[3:]:  # with a static graph, torch learns it in a turn's first
+            assert messages == [("allreduce", sizes(make(Wgan), where.split()[0], units=False)[0])], where
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=str)
+def test_fsdp2_reduces_what_the_turn_moves_once(ranks: dict[int, Ranks], options: dict[str, Any]) -> None:
+    """In shards that are padded to be equal: of a block's numbers at most one row of each parameter is added."""
+    for reduced in ranks[2].run(listen, strategy="fsdp2", options=options):
+        assert len(reduced) == ROUNDS + ROUNDS // 2
+        for where, messages in reduced.items():
+            assert {name for name, _ in messages} == {"reduce_scatter_base"}
+            found, expected = sorted(count for _, count in messages), sizes(make(Wgan), where.split()[0], units=True)
+            assert len(found) == len(expected) == 3
+            assert all(0 <= 2 * count - size <= 3 * WIDTH for count, size in zip(found, expected, strict=True)), where
