@@ -105,6 +105,7 @@ class Steps(Members):
         """The loss of a micro-batch in a turn, and the other entries of a mapping loss."""
         strategy = self.strategy
         with strategy.forward_context():
+            inputs = strategy.precision.cast_batch(inputs)
             if not (isinstance(count, int) and count == 0):
                 return objective.loss(strategy.model, inputs, num_items)
             with outputs_of_layers(self.module) as outputs:  # all padding, or a stand-in

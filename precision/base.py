@@ -111,6 +111,12 @@ class Precision:
             ValueError: there is none to replace.
         """
 
+    def cast_batch(self, batch: Any) -> Any:
+        """Return a batch as a loss computes with it that isn't called by forward, whose inputs are cast at its border:
+        the loss of a turn.
+        """
+        return batch
+
     def weights_have_changed(self, module: nn.Module) -> None:
         """Renew what was computed from weights: they were stepped, loaded or swapped."""
 

@@ -46,7 +46,7 @@ class ChangingBuffers:
         self.shared: Shapes = {}  # those that change, and can be broadcast
         self.watched: list[tuple[Name, dict[str, Tensor | None]]] = []  # those that don't change, so far
         self.seen: list[tuple[Name, Tensor | None, int]] = []  # how they were before the update
-        self.values: dict[Name, Tensor] | None = None  # before the first update
+        self.values: dict[Name, Tensor] | None = None  # before the first update, while it is made
         self.is_first = True
         self.has_news = False
         self.look_for_layers()
@@ -65,11 +65,13 @@ class ChangingBuffers:
     def begin_update(self) -> None:
         """Note the present versions of the buffers that nothing has changed so far."""
         self.seen = [(name, buffers[name[1]], version(buffers[name[1]])) for name, buffers in self.watched]
+        self.values = None
         if self.is_first:
+            self.is_first = False
             self.values = {name: buffer.detach().clone() for name, buffer, _ in self.seen if buffer is not None}
 
     def end_update(self) -> None:
-        """See what has changed since ``begin_update``."""
+        """See what has changed since ``begin_update``; called for each turn of an update that is made in turns."""
         for (name, before, count), (_, buffers) in zip(self.seen, self.watched, strict=False):
             buffer = buffers[name[1]]
             if buffer is not before or version(buffer) != count or self.has_other_values(name, buffer):
@@ -77,7 +79,6 @@ class ChangingBuffers:
                 layer = self.layers[name[0]]
                 keys = layer._buffers if isinstance(layer, _NormBase) else (name[1],)
                 self.changing |= {(name[0], key) for key in keys}
-        self.is_first, self.values = False, None
         for (layer_name, key), (shape, _) in self.shared.items():
             now = self.layers[layer_name]._buffers.get(key)
             if now is None or now.shape != shape:

@@ -23,6 +23,7 @@ class TurnTaking(PlacedModule):
         turn_now: the name of the turn that is made; None outside of all turns.
     """
 
+    name: ClassVar[str]
     refused_turns: ClassVar[str] = ""
     """Why a module can't be trained in turns here, and what to use instead; "" where it can."""
     moved: Mapping[str, Sequence[nn.Parameter]] = {}
@@ -34,10 +35,21 @@ class TurnTaking(PlacedModule):
 
         Args:
             moved: turn to the names of the parameters that it moves. Frozen ones among them stay frozen.
+
+        Raises:
+            ValueError: modules can't be trained in turns here; says why, and what to use.
         """
+        for what, why in (
+            (f"strategy={self.name!r}", self.refused_turns),
+            (f"precision={self.precision.name!r}", self.precision.refused_turns),
+        ):
+            if why:
+                raise ValueError(f"{what} can't train a module in turns: {why}.")
         named = self.named_parameters(remove_duplicate=False)
         self.placed_parameters = list(dict.fromkeys(named.values()))
         self.moved = {turn: list(dict.fromkeys(named[name] for name in names)) for turn, names in moved.items()}
+        for turn in (*moved, None):  # what a format keeps of each turn is there from the start, and saved
+            self.precision.begin_turn(turn)
 
     def parameters_in_turn(self, turn: str) -> list[nn.Parameter]:
         """The parameters that a turn moves, but for frozen ones: for clipping, and for dropping their gradients."""

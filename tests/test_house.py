@@ -126,6 +126,8 @@ WRITTEN: dict[str, str] = {
     "setattr(nn.init, OWN_LOOP)": "torch's truncated normal distribution, while late layers are recorded",
     "nn.functional.linear": "DeepSpeed put its own there; this puts torch's back",
     "group.post_backward": "FSDP2's group of parameters, whose hook is told which of them had a gradient",
+    "_FromTorchTensor.backward": "torch's gradient of a tensor that is spread, for the time of one forward",
+    "state._pre_backward": "FSDP2's hook on a unit's outputs, told of the gradients that a forward itself computes",
     "DeepSpeedEngine._broadcast_model": "DeepSpeed's engine would send all parameters, which are alike, once more",
     "comm.cdb": "DeepSpeed's one global back end, which a later run makes anew",
     "setattr(backend, attribute)": "DeepSpeed's back end keeps torch's collectives, under names of the past",

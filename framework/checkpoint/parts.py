@@ -75,7 +75,7 @@ def check_turns(run: SavedRun, path: Path, state: Mapping[str, Any]) -> None:
 
 
 def saved_schedules(state: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """The schedules in a checkpoint's state: (turn, place in the file, state); the turn is "" in a run without turns."""
+    """The schedules in a checkpoint's state: (turn, place in the file, state). Without turns, the turn is ""."""
     if "turns" not in state:
         return [("", "scheduler", state["scheduler"])]
     steppings = state["turns"]["steppings"]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import TrainModule
+from stratagem.precision import FP16Mixed, Full, Precision
 from stratagem.precision.registry import get_precision
 from stratagem.strategies import Single
 from stratagem.strategies.joined_optimizer import JoinedOptimizer
@@ -44,9 +45,9 @@ def optimizers_of(module: Pair, **options: Any) -> JoinedOptimizer:
     )
 
 
-def place(precision: str = "32-true", module: Pair | None = None, **options: Any) -> Single:
+def place(precision: str | Precision = "32-true", module: Pair | None = None, **options: Any) -> Single:
     strategy = Single(device="cpu")
-    strategy.set_up(get_precision(precision))
+    strategy.set_up(get_precision(precision) if isinstance(precision, str) else precision)
     strategy.place(module or Pair(), lambda module: optimizers_of(module, **options))
     strategy.place_turns(MOVED)
     return strategy
@@ -57,17 +58,18 @@ def batches(count: int) -> list[Tensor]:
     return [torch.randn(6, 3, generator=generator) for _ in range(count)]
 
 
-def make(strategy: Single, turn: str, batch: Tensor) -> None:
-    """One turn, as a loop makes it."""
+def make(strategy: Single, turn: str, batch: Tensor, refused: Tensor | None = None) -> bool:
+    """One turn, as a loop makes it; whether its step was made, as far as the precision says."""
     with strategy.turn(turn):
         with strategy.forward_context():
-            loss = strategy.module.loss_of(turn, batch)
+            loss = strategy.module.loss_of(turn, strategy.precision.cast_batch(batch))
         strategy.backward(loss)
         strategy.prepare_gradients()
         strategy.clip_grad_norm(strategy.parameters_in_turn(turn), 1.0)
-        strategy.step()
+        strategy.step(refused)
         for parameter in strategy.parameters_in_turn(turn):
             parameter.grad = None
+        return not strategy.step_was_skipped()
 
 
 def test_weights_are_those_of_a_loop_by_hand_to_the_bit() -> None:
@@ -163,3 +165,84 @@ def test_other_weights_for_a_while_reach_all_turns() -> None:
     with strategy.with_weights({name: torch.zeros_like(part) for name, part in held.items()}):
         assert not any(p.any() for p in strategy.module.parameters() if p.requires_grad)
     assert all(p.any() for p in strategy.module.parameters() if p.requires_grad)
+
+
+# Number formats.
+
+
+def test_bfloat16_steps_on_masters_that_each_optimizer_keeps() -> None:
+    strategy, expected = place("bf16-true"), Pair().bfloat16()
+    named = {name: parameter for name, parameter in expected.named_parameters() if parameter.requires_grad}
+    masters = {name: nn.Parameter(parameter.detach().float()) for name, parameter in named.items()}
+    critic = torch.optim.Adam([masters[name] for name in MOVED["critic"]], lr=1e-2)
+    generator = torch.optim.SGD([masters[name] for name in MOVED["generator"]], lr=1e-1, momentum=0.9)
+    for batch in batches(5):
+        for turn, optimizer in (("critic", critic), ("generator", generator)):
+            make(strategy, turn, batch)
+            expected.loss_of(turn, batch.bfloat16()).backward()
+            for name in MOVED[turn]:
+                masters[name].grad = named[name].grad.float()
+            torch.nn.utils.clip_grad_norm_([masters[name] for name in MOVED[turn]], 1.0)
+            optimizer.step()
+            expected.zero_grad()
+            for name in MOVED[turn]:
+                named[name].data.copy_(masters[name].data)
+    state = strategy.optimizer_state()
+    for name, master in masters.items():
+        assert torch.equal(state[name]["master_weight"], master), name
+        assert torch.equal(strategy.held_weights()[name], master)
+        assert torch.equal(strategy.named_parameters()[name], named[name])
+
+
+def test_an_overflow_in_one_turn_leaves_the_scale_of_the_other_alone() -> None:
+    strategy = place(FP16Mixed(initial_scale=2.0**10))
+    before = {name: p.detach().clone() for name, p in strategy.named_parameters().items()}
+    first = strategy.precision.state_dict()
+    assert set(first) == {"turns"} and set(first["turns"]) == set(MOVED)
+    batch = batches(1)[0]
+    assert not make(strategy, "critic", batch * 1e30)
+    assert make(strategy, "generator", batch)
+    assert strategy.precision.log_values() == {"loss_scale_critic": 2.0**9, "loss_scale_generator": 2.0**10}
+    still = {name for name, p in strategy.named_parameters().items() if torch.equal(p, before[name])}
+    assert still == {*MOVED["critic"], "critic.2.bias"}
+    saved = strategy.precision.state_dict()
+    assert saved["turns"]["critic"]["scale"] == 2.0**9 and saved["turns"]["generator"]["_growth_tracker"] == 1
+    strategy.precision.load_state_dict(first)
+    assert strategy.precision.state_dict() == first
+    other = place("16-mixed")
+    other.precision.load_state_dict(saved)
+    assert other.precision.state_dict() == saved
+
+
+def test_the_saved_scale_of_a_run_without_turns_is_as_it_was() -> None:
+    strategy = Single(device="cpu")
+    strategy.set_up(get_precision("16-mixed"))
+    assert strategy.precision.state_dict() == torch.amp.GradScaler("cpu").state_dict()
+
+
+@pytest.mark.parametrize("precision", [Full(), FP16Mixed(initial_scale=1.0)])
+def test_a_flag_on_the_device_leaves_the_turns_own_parameters_alone(precision: Precision) -> None:
+    """torch's fused SGD leaves its momentum without values in a first step that is refused: the critic's state must not
+    be taken for the generator's.
+    """
+    strategy = place(precision, fused=True)
+    batch = batches(1)[0]
+    make(strategy, "critic", batch)
+    before = strategy.module.generator.weight.detach().clone()
+    make(strategy, "generator", batch, refused=torch.ones(()))
+    assert torch.equal(strategy.module.generator.weight, before)
+    assert "generator.weight" not in strategy.optimizer_state()
+    make(strategy, "generator", batch, refused=torch.zeros(()))
+    moved = strategy.optimizer_state()["generator.weight"]["momentum_buffer"]
+    assert moved.isfinite().all() and not torch.equal(strategy.module.generator.weight, before)
+
+
+def test_what_cannot_take_turns_says_so() -> None:
+    class Refusing(Single):
+        refused_turns = "it copies the module in every forward. Use strategy='ddp'"
+
+    strategy = Refusing(device="cpu")
+    strategy.set_up(get_precision("32-true"))
+    strategy.place(Pair(), optimizers_of)
+    with pytest.raises(ValueError, match="can't train a module in turns: it copies the module in every forward"):
+        strategy.place_turns(MOVED)
