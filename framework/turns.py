@@ -100,7 +100,7 @@ class Turn:
         try:
             return args.replace(**given)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"Turn {self.name!r}: {error}") from error
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"Turn {self.name!r}: {error}") from error
 
 
 OPTIONS = tuple(field.name for field in fields(Turn) if field.name not in ("name", "loss", "moves", "every"))

@@ -133,8 +133,9 @@ class Transaction(Struct):
 
 
 class SteppingOfTurn(Struct):
-    """What ends the updates of a turn: its schedule, and how often it was left out."""
+    """What ends the updates of a turn: its optimizer's name, its schedule, and how often it was left out."""
 
+    optim: str
     transaction: Transaction
     scheduler: dict[str, Any]
     skipped: Count

@@ -238,8 +238,9 @@ class TurnStepping(Stepping):
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The same, and the updates and rounds that were left out."""
-        return {**super().state_dict(), "skipped": self.skipped, "skipped_rounds": self.skipped_rounds}
+        """The same, the name of the optimizer, and the updates and rounds that were left out."""
+        counts = {"skipped": self.skipped, "skipped_rounds": self.skipped_rounds}
+        return {**super().state_dict(), "optim": self.args.optim, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave, but for the schedule."""
