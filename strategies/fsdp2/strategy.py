@@ -291,7 +291,9 @@ class FSDP2(ProcessGroupStrategy):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
-        return self.cut_features.watch(self.compiles_blocks) if self.cut_features else nullcontext()
+        if self.cut_features:
+            return self.cut_features.watch(self.compiles_blocks, self.turn_now)
+        return nullcontext()
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """The shards, under the user's names."""
@@ -359,7 +361,7 @@ class FSDP2(ProcessGroupStrategy):
     def prepare_gradients(self) -> None:
         """Sum gradients of which each tensor-parallel rank has a part; then bring all to their true size."""
         if self.cut_features:
-            self.cut_features.sum_gradients(self.named_parameters)
+            self.cut_features.sum_gradients(self.named_parameters, self.turn_now)
         super().prepare_gradients()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:

@@ -131,9 +131,7 @@ def take_turns(
                 look(f"{turn} {number}")
                 for index, whole in enumerate(batch.chunk(parts), start=1):
                     part = whole.chunk(strategy.data_size)[strategy.data_rank]
-                    if strategy.precision.parameter_dtype == torch.float64:
-                        part = part.double()
-                    module.begin(turn, part)  # type: ignore[operator]
+                    module.begin(turn, strategy.precision.cast_batch(part))  # type: ignore[operator]
                     with strategy.accumulate(index == parts):
                         with strategy.forward_context():
                             loss = strategy.model()
