@@ -132,6 +132,23 @@ class Transaction(Struct):
     spikes: Spikes | None
 
 
+class SteppingOfTurn(Struct):
+    """What ends the updates of a turn: its optimizer's name, its schedule, and how often it was left out."""
+
+    optim: str
+    transaction: Transaction
+    scheduler: dict[str, Any]
+    skipped: Count
+    skipped_rounds: Count
+
+
+class TurnsOfRun(Struct):
+    """The turns of the module: the batches of a round, and each turn by its name."""
+
+    batches: Positive
+    steppings: dict[str, SteppingOfTurn]
+
+
 class Ancestor(Struct):
     """A run that this one goes on from, and its last update that belongs to the line."""
 
@@ -195,6 +212,7 @@ class StateOfFormat2(StateOfFormat1, kw_only=True):
     optimizer: dict[str, TensorEntry]
     callback_tensors: dict[str, TensorEntry]
     names: list[str] | UnsetType = UNSET
+    turns: TurnsOfRun | UnsetType = UNSET
 
 
 class State(StateOfFormat2, kw_only=True):
@@ -323,10 +341,17 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
     require(state["progress"]["epoch"] >= 0.0, "progress.epoch", "it is negative")
     skipped = state["progress"]["skipped_updates"]
     require(skipped <= state["progress"]["global_step"], "progress.skipped_updates", "more than there were updates")
-    in_a_row = state.get("transaction", {}).get("in_a_row", 0)
-    require(in_a_row <= skipped, "transaction.in_a_row", "more than were skipped")
-    for name, value in (state.get("transaction", {}).get("spikes") or {}).items():
-        require(math.isfinite(value), f"transaction.spikes.{name}", "it isn't finite")
+    of_turns = state.get("turns", {}).get("steppings", {})
+    places = [("", state.get("transaction", {}), skipped)]
+    places += [(f"turns.steppings.{turn}.", saved["transaction"], saved["skipped"]) for turn, saved in of_turns.items()]
+    for place, transaction, were_skipped in places:
+        in_a_row = transaction.get("in_a_row", 0)
+        require(in_a_row <= were_skipped, f"{place}transaction.in_a_row", "more than were skipped")
+        for name, value in (transaction.get("spikes") or {}).items():
+            require(math.isfinite(value), f"{place}transaction.spikes.{name}", "it isn't finite")
+    for turn, saved in of_turns.items():
+        fits = saved["skipped_rounds"] <= min(saved["skipped"], skipped)
+        require(fits, f"turns.steppings.{turn}.skipped_rounds", "more than were skipped")
     for name, sums in state["averages"].get("sums", {}).items():
         require(all(map(math.isfinite, sums["parts"])), f"averages.sums.{name}.parts", "one isn't finite")
     names = [name for group in state["parameter_groups"] for name in group["names"]]
