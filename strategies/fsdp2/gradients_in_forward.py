@@ -43,12 +43,12 @@ class GradientsInForward:
     def __enter__(self) -> None:
         self.contexts += 1
         if self.layers_are_cut:
-            _FromTorchTensor.backward = staticmethod(gradient_of_part)
+            _FromTorchTensor.backward = staticmethod(gradient_of_part)  # type: ignore[method-assign,assignment]
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         self.contexts -= 1
         if self.layers_are_cut and not self.contexts:
-            _FromTorchTensor.backward = TORCHS
+            _FromTorchTensor.backward = TORCHS  # type: ignore[method-assign]
         if not torch.is_grad_enabled():  # no backward follows
             self.reshard()
 
