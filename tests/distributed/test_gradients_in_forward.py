@@ -78,6 +78,8 @@ def train(module: str, **arguments: Any) -> dict[str, list[Any]]:
 @pytest.mark.parametrize("module", [Energy, InForward, Slopes])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tp"])
 def test_curves_are_those_of_one_device(ranks: dict[int, Ranks], strategy: str, module: type[Energy]) -> None:
+    if strategy == "tp" and not CAN_DIFFERENTIATE_TWICE:
+        pytest.skip("this torch has no gradients of gradients through cut layers")
     name, share = module.__name__, 4 if strategy == "tp" else 2
     expected = train(name, per_device_train_batch_size=4)
     for found in ranks[2].run(train, module=name, strategy=strategy, per_device_train_batch_size=share):
