@@ -10,8 +10,8 @@ from stratagem import TrainModule
 from stratagem.precision import FP16Mixed, Precision
 from stratagem.precision.registry import get_precision
 from stratagem.strategies.base import Strategy
-from stratagem.strategies.joined_optimizer import JoinedOptimizer
 from stratagem.strategies.fsdp2.gradients_in_forward import CAN_DIFFERENTIATE_TWICE
+from stratagem.strategies.joined_optimizer import JoinedOptimizer
 from test_collectives import Traffic
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
