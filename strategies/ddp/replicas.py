@@ -52,6 +52,14 @@ class Replicas(DistributedDataParallel):
             return nullcontext()
         return self.no_sync()
 
+    def check_reduced(self) -> None:
+        """See that the last backward averaged all gradients.
+
+        Raises:
+            RuntimeError: one never came, and its bucket waits.
+        """
+        self._check_reducer_finalized()  # type: ignore[no-untyped-call]
+
     def let_go(self) -> None:
         """Leave the parameters to another wrapper: their gradients don't come to this one any more."""
-        self._remove_autograd_hooks()
+        self._remove_autograd_hooks()  # type: ignore[no-untyped-call]

@@ -129,7 +129,7 @@ class DDP(ProcessGroupStrategy):
         """Refuse an update in which a gradient never came, for its bucket waits; else bring gradients to true size."""
         if isinstance(self.model, Replicas):
             try:
-                self.model._check_reducer_finalized()
+                self.model.check_reduced()
             except RuntimeError as error:
                 raise ValueError(self.unreduced()) from error
         super().prepare_gradients()

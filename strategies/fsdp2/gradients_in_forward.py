@@ -31,10 +31,11 @@ class GradientsInForward:
     Args:
         module: sharded, with its units.
         layers_are_cut: by tensor parallelism.
+        classes_are_cut: by loss parallelism, too.
     """
 
-    def __init__(self, module: nn.Module, layers_are_cut: bool) -> None:
-        self.layers_are_cut = layers_are_cut
+    def __init__(self, module: nn.Module, layers_are_cut: bool, classes_are_cut: bool) -> None:
+        self.layers_are_cut, self.classes_are_cut = layers_are_cut, classes_are_cut
         self.contexts = 0  # entered, and not left
         self.root = fully_shard.state(module)  # type: ignore[attr-defined]
         self.units = [PassedUnit(layer, self) for layer in module.modules() if isinstance(layer, FSDPModule)]
@@ -42,12 +43,12 @@ class GradientsInForward:
     def __enter__(self) -> None:
         self.contexts += 1
         if self.layers_are_cut:
-            _FromTorchTensor.backward = staticmethod(gradient_of_part)
+            _FromTorchTensor.backward = staticmethod(gradient_of_part)  # type: ignore[method-assign,assignment]
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         self.contexts -= 1
         if self.layers_are_cut and not self.contexts:
-            _FromTorchTensor.backward = TORCHS
+            _FromTorchTensor.backward = TORCHS  # type: ignore[method-assign]
         if not torch.is_grad_enabled():  # no backward follows
             self.reshard()
 
@@ -57,10 +58,17 @@ class GradientsInForward:
         Raises:
             ValueError: says what works.
         """
-        if self.layers_are_cut and torch.is_grad_enabled() and not CAN_DIFFERENTIATE_TWICE:
+        if not torch.is_grad_enabled():
+            return
+        if self.layers_are_cut and not CAN_DIFFERENTIATE_TWICE:
             raise ValueError(
                 f"Tensor parallelism: torch {torch.__version__} computes no gradients of gradients (create_graph=True) "
                 "through layers that are cut. Install torch 2.13 or newer, or use strategy='fsdp2' or 'ddp'."
+            )
+        if self.classes_are_cut:
+            raise ValueError(
+                "loss_parallel=True: the cross entropy of classes that are cut has no gradients of gradients "
+                "(create_graph=True). Leave loss_parallel out."
             )
 
     def see_loss(self, loss: Tensor) -> None:

@@ -234,7 +234,7 @@ class FSDP2(ProcessGroupStrategy):
         gather_by_parameter(module, kept)
         self.sum_alike(module)
         self.root_units = RootUnits(module, list(around))
-        self.gradients_in_forward = GradientsInForward(module, layers_are_cut=options.tensor_parallel > 1)
+        self.gradients_in_forward = GradientsInForward(module, options.tensor_parallel > 1, options.loss_parallel)
 
     def sum_alike(self, module: nn.Module) -> None:
         """Have every rank sum gradients of the same parameters, or stop where they don't."""

@@ -180,7 +180,9 @@ def check(new: set[str], trespass: str, cut: set[str], whole: set[str], watched:
         raise ValueError(
             f"Tensor parallelism: {', '.join(both[:10])} is used on features that the plan cuts and on whole ones. Its "
             "gradient is a sum over ranks in one part and whole in the other, which can't be told apart. Hold two "
-            "parameters, leave the layers around out of the plan, or use strategy='fsdp2', which needs no plan."
+            "parameters, leave the layers around out of the plan, or use strategy='fsdp2', which needs no plan. Where "
+            "it seems so because the loss computes a gradient itself (torch.autograd.grad), say in the plan of the "
+            'layer that holds it which it is: "used_on_cut" or "used_on_whole".'
         )
     if not watched and new:
         raise ValueError(

@@ -7,11 +7,14 @@ import pytest
 import torch
 from ranks import Ranks
 from stratagem import TrainModule
+from stratagem.precision import FP16Mixed, Precision
 from stratagem.precision.registry import get_precision
 from stratagem.strategies.base import Strategy
+from stratagem.strategies.fsdp2.gradients_in_forward import CAN_DIFFERENTIATE_TWICE
 from stratagem.strategies.joined_optimizer import JoinedOptimizer
 from test_collectives import Traffic
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from training import Block, make_strategy
 
 NOISE, DATA, WIDTH = 2, 3, 6
@@ -74,6 +77,37 @@ class Plain(Wgan):
     penalty = 0.0
 
 
+class ByTorchsStyles(Wgan):
+    """A plan of torch's own objects."""
+
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        return {"*.blocks.*.up": ColwiseParallel(), "*.blocks.*.down": RowwiseParallel()}
+
+
+class Scale(nn.Module):
+    """A tanh with a scale on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.scale) * self.scale
+
+
+class ScaledOnCut(Wgan):
+    """A whole parameter on cut features, of which the plan has to say it: the penalty reaches it by two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in (*self.generator.blocks, *self.critic.blocks):
+            block.up = nn.Sequential(block.up, Scale())
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        cut = {"*.blocks.*.up.0": "colwise", "*.blocks.*.down": "rowwise"}
+        return {**cut, "*.blocks.*.up.1": "used_on_cut"}
+
+
 def make(kind: type[Wgan]) -> Wgan:
     torch.manual_seed(3)
     return kind()
@@ -111,9 +145,9 @@ def by_hand(kind: type[Wgan], dtype: torch.dtype = torch.float64) -> dict[str, T
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
-def place(kind: type[Wgan], strategy: str, precision: str = "64-true", **options: Any) -> Strategy:
+def place(kind: type[Wgan], strategy: str, precision: str | Precision = "64-true", **options: Any) -> Strategy:
     placed = make_strategy(strategy, options)
-    placed.set_up(get_precision(precision))
+    placed.set_up(get_precision(precision) if isinstance(precision, str) else precision)
     module = make(kind)
     placed.place(module, optimizers_of)
     placed.place_turns(moved_by(module))
@@ -158,24 +192,37 @@ def compare(kind: str, strategy: str, options: dict[str, Any]) -> tuple[float, d
     return difference, {turn: sorted(names) for turn, names in found.items()}
 
 
-PLACES: list[tuple[str, dict[str, Any]]] = [
-    ("ddp", {}),
-    ("ddp", {"static_graph": True}),
-    ("ddp", {"find_unused_parameters": True}),
-    ("fsdp2", {}),
-    ("fsdp2", {"reshard_after_forward": False}),
-    ("fsdp2", {"find_unused_parameters": True}),
-    ("tp", {}),
+PLACES: list[tuple[int, str, dict[str, Any], type[Wgan]]] = [
+    (2, "ddp", {}, Plain),
+    (2, "ddp", {}, Wgan),
+    (2, "ddp", {"static_graph": True}, Wgan),
+    (2, "ddp", {"find_unused_parameters": True}, Wgan),
+    (2, "fsdp2", {}, Plain),
+    (2, "fsdp2", {}, Wgan),
+    (2, "fsdp2", {"reshard_after_forward": False}, Wgan),
+    (2, "fsdp2", {"find_unused_parameters": True}, Wgan),
+    (2, "fsdp2", {"cpu_offload": True}, Wgan),
+    (2, "tp", {}, Plain),
+    (2, "tp", {}, Wgan),
+    (2, "tp", {}, ByTorchsStyles),
+    (2, "tp", {}, ScaledOnCut),
+    (4, "fsdp2", {"tensor_parallel": 2}, Wgan),
+    (4, "fsdp2", {"replicas": 2}, Wgan),
 ]
 
 
-@pytest.mark.parametrize("kind", ["Plain", "Wgan"])
-@pytest.mark.parametrize(("strategy", "options"), PLACES, ids=str)
+@pytest.mark.parametrize(
+    ("world", "strategy", "options", "kind"), PLACES, ids=lambda part: getattr(part, "__name__", str(part))
+)
 def test_weights_are_those_of_a_loop_by_hand(
-    ranks: dict[int, Ranks], kind: str, strategy: str, options: dict[str, Any]
+    ranks: dict[int, Ranks], world: int, strategy: str, options: dict[str, Any], kind: type[Wgan]
 ) -> None:
-    moved = {turn: sorted(names) for turn, names in moved_by(make(Wgan)).items()}
-    for difference, found in ranks[2].run(compare, kind=kind, strategy=strategy, options=options):
+    if kind.penalty and (strategy == "tp" or "tensor_parallel" in options) and not CAN_DIFFERENTIATE_TWICE:
+        pytest.skip("this torch has no gradients of gradients through cut layers")
+    if options.get("find_unused_parameters") and strategy == "fsdp2" and torch.__version__ < "2.13":
+        pytest.skip("an older torch is refused")
+    moved = {turn: sorted(names) for turn, names in moved_by(make(kind)).items()}
+    for difference, found in ranks[world].run(compare, kind=kind.__name__, strategy=strategy, options=options):
         assert found == moved
         assert difference < 1e-9
 
@@ -221,6 +268,8 @@ def test_ddp_reduces_what_the_turn_moves_once(ranks: dict[int, Ranks], options: 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=str)
 def test_fsdp2_reduces_what_the_turn_moves_once(ranks: dict[int, Ranks], options: dict[str, Any]) -> None:
     """In shards that are padded to be equal: of a block's numbers at most one row of each parameter is added."""
+    if options and torch.__version__ < "2.13":
+        pytest.skip("an older torch is refused")
     for reduced in ranks[2].run(listen, strategy="fsdp2", options=options):
         assert len(reduced) == ROUNDS + ROUNDS // 2
         for where, messages in reduced.items():
@@ -228,3 +277,82 @@ def test_fsdp2_reduces_what_the_turn_moves_once(ranks: dict[int, Ranks], options
             found, expected = sorted(count for _, count in messages), sizes(make(Wgan), where.split()[0], units=True)
             assert len(found) == len(expected) == 3
             assert all(0 <= 2 * count - size <= 3 * WIDTH for count, size in zip(found, expected, strict=True)), where
+
+
+# Loss scales, masters, other weights.
+
+
+def overflow(strategy: str) -> tuple[dict[str, float], set[str]]:
+    """The scales after a round in which the critic's gradients overflow on rank 1 alone, and what has moved."""
+    placed = place(Plain, strategy, FP16Mixed(initial_scale=2.0**10))
+    before = {name: tensor.clone() for name, tensor in placed.full_state()}
+    for turn in TURNS:
+        with placed.turn(turn):
+            batch = batches()[0].chunk(2)[placed.data_rank]
+            placed.module.begin(turn, batch * (1e30 if turn == "critic" and placed.rank else 1.0))  # type: ignore[operator]
+            with placed.accumulate(True):
+                with placed.forward_context():
+                    loss = placed.model()
+                placed.backward(loss)
+            placed.prepare_gradients()
+            placed.step()
+            assert placed.step_was_skipped() == (turn == "critic")
+            for parameter in placed.parameters_in_turn(turn):
+                parameter.grad = None
+    moved = {name.split(".")[0] for name, tensor in placed.full_state() if not torch.equal(tensor, before[name])}
+    return placed.precision.log_values(), moved
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_ranks_skip_the_turn_that_overflowed_on_one(ranks: dict[int, Ranks], strategy: str) -> None:
+    for scales, moved in ranks[2].run(overflow, strategy=strategy):
+        assert scales == {"loss_scale_critic": 2.0**9, "loss_scale_generator": 2.0**10}
+        assert moved == {"generator"}
+
+
+def hold() -> None:
+    """FSDP2 in 16 bits: float32 masters in the state of each turn's optimizer, and other weights for a while."""
+    placed = place(Wgan, "fsdp2", "bf16-true")
+    take_turns(placed)
+    state, parameters = placed.optimizer_state(), placed.named_parameters()
+    assert state.keys() == parameters.keys()
+    for name, entries in state.items():
+        assert entries["master_weight"].dtype == torch.float32
+        assert torch.equal(entries["master_weight"].to_local().bfloat16(), parameters[name].to_local())
+        assert ("exp_avg" in entries) == name.startswith("critic"), name
+    held = placed.held_weights()
+    own = {name: parameter.to_local().clone() for name, parameter in parameters.items()}
+    with placed.with_weights({name: torch.zeros_like(part) for name, part in held.items()}):
+        assert not any(part.any() for _, part in placed.full_state())
+    assert all(torch.equal(parameter.to_local(), own[name]) for name, parameter in parameters.items())
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="bf16-true needs torch 2.10")
+def test_masters_and_other_weights_are_of_all_turns(ranks: dict[int, Ranks]) -> None:
+    ranks[2].run(hold)
+
+
+# A parameter without a gradient.
+
+
+class Idle(Plain):
+    """The critic has a layer that it doesn't use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic.register_parameter("idle", nn.Parameter(torch.zeros(3)))
+
+
+def leave_out(strategy: str, options: dict[str, Any]) -> str:
+    try:
+        take_turns(place(Idle, strategy, **options))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ddp_says_in_which_turn_no_gradient_came(ranks: dict[int, Ranks]) -> None:
+    for said in ranks[2].run(leave_out, strategy="ddp", options={}):
+        assert "no gradient reached critic.idle on rank" in said and "in this turn of 'critic'" in said
+    assert ranks[2].run(leave_out, strategy="ddp", options={"find_unused_parameters": True}) == ["", ""]
+    assert ranks[2].run(leave_out, strategy="fsdp2", options={}) == ["", ""]
