@@ -26,6 +26,10 @@ class DP(Strategy):
         "contrastive_chunks": "can't be had under strategy='dp', whose copies draw random numbers on devices of their "
         "own, which nobody could draw again. Use strategy='ddp'",
     }
+    refused_turns = (
+        "it cuts up what forward is given, and the loss of a turn has its batch without forward. Use strategy='ddp', "
+        "or 'single'"
+    )
 
     def choose_device(self) -> torch.device:
         """Choose the first GPU, else the CPU."""

@@ -19,8 +19,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
-from ..objective import Call, leaves
+from ..calling import Call
+from ..module import TrainModule
+from ..objective import Objective, leaves
 from ..random_state import Moment
+from ..rows import make_rows
 from .pieces import Joined, Piece, cut, named_tensors
 from .statistics import running_statistics
 
@@ -224,9 +227,14 @@ class CachedRepresentations:
             )
 
 
-def cached_representations(args: FitArguments, strategy: Strategy) -> CachedRepresentations | None:
-    """Make what the arguments ask for; None where micro-batches are computed whole."""
-    return None if args.contrastive_chunks is None else CachedRepresentations(strategy, args.contrastive_chunks)
+def make_objective(
+    module: TrainModule, args: FitArguments, strategy: Strategy, compute_loss_func: Callable[..., Any] | None
+) -> tuple[Objective, CachedRepresentations | None]:
+    """Make what finds losses, and what computes representations in pieces for it, where the arguments ask for them."""
+    cached = None if args.contrastive_chunks is None else CachedRepresentations(strategy, args.contrastive_chunks)
+    replaced = compute_loss_func, args.label_smoothing_factor, args.past_index
+    forward = None if cached is None else cached.forward
+    return Objective(module, *replaced, make_rows(module, strategy), forward), cached
 
 
 def with_gradients(
