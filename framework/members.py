@@ -9,6 +9,7 @@ from ..strategies.base import Strategy
 from . import checkpoint
 from .arguments import FitArguments
 from .callbacks import Callbacks
+from .counters import Counters
 from .data import DataStream
 from .labelling import Labelled
 from .loggers.together import Loggers
@@ -52,6 +53,7 @@ class Members(Labelled):
     ignore_keys_for_eval: tuple[str, ...]
     _objective: Objective | None
     _count_tokens: TokenCounter
+    _counters: Counters
     _placement: Placement | None
     _run: Run | None
     _saver: "checkpoint.Saver | None"
@@ -72,6 +74,11 @@ class Members(Labelled):
         """How a loss is found."""
         assert self._objective is not None
         return self._objective
+
+    @property
+    def counters(self) -> Counters:
+        """What the module reads of the run in forward and loss."""
+        return self._counters
 
     @property
     def placed(self) -> bool:

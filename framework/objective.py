@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
 from .data.stand_in import StandIn
+from .logged import LOGGED, Logged
 from .module import TrainModule, forward_call
 from .rows import Rows
 
@@ -37,6 +38,7 @@ class Objective:
         rows: gathers all ranks' rows within the loss; None where nobody can.
 
     Attributes:
+        logged: collects what the module logs, from the first forward of a micro-batch.
         past: what the next batch is given as ``mems``.
         noted: what ``note`` returns; None before the first loss.
         takes_num_items: whether the loss function itself divides by the global count of items.
@@ -52,6 +54,7 @@ class Objective:
     ) -> None:
         self.module = module
         self.rows = rows
+        self.logged = LOGGED.keep(module, Logged())
         self.label_smoothing = label_smoothing
         self.past_index = past_index
         self.past: Any = None

@@ -20,6 +20,7 @@ from .averaging import Average, using
 from .callbacks import Callback, Callbacks
 from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
+from .counters import COUNTERS, Counters
 from .data import DataStream
 from .fields.compilation import UPDATE
 from .measures import best
@@ -127,7 +128,7 @@ class Runs(Steps):
 
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
-        with torch_settings.of_run(self.args.full_determinism, self.args.tf32, self.strategy.device):
+        with torch_settings.of_run(self.args, self.strategy.device):
             run = self._begin(path)
             assert self._watch is not None
             run.begin_training(self._watch)
@@ -361,7 +362,7 @@ class Runs(Steps):
         args, module = self.args, self.module
         if not self.placed and type(module).build is TrainModule.build:  # else its layers are still to come
             self.strategy.check_module(module)
-        rows = make_rows(module, self.strategy)
+        rows, self._counters = make_rows(module, self.strategy), COUNTERS.keep(module, Counters(self.strategy))
         self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 

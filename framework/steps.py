@@ -49,9 +49,10 @@ class Steps(Members):
         """
         strategy, objective, run = self.strategy, self._objective, self._run
         assert objective is not None and run is not None
-        averages = run.averages
-        count = objective.count(inputs)
+        averages, logged = run.averages, objective.logged
+        count, is_mine = objective.count(inputs), not isinstance(inputs, StandIn)
         averages.count(count, self._count_tokens(inputs))
+        logged.open()
         inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
         is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
         if self.overrides_loss or is_empty:
@@ -63,7 +64,9 @@ class Steps(Members):
             extras, is_share = objective.note()
         num_items = count if num_items_in_batch is None else num_items_in_batch
         loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
+        averages.note(logged.take(count, strategy.local_loss, is_mine, extras))
         run.backward(loss)
+        logged.close()
         for name, value in extras.items():
             averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
         ranks = strategy.gradient_ranks

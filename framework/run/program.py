@@ -91,7 +91,11 @@ class UpdateProgram:
         run.averages.count(count, self.count_tokens(inputs))
         self._take_rates()
         state.begin_step(self.groups[0]["lr"])
+        logged = self.objective.logged
+        logged.open()
         loss, extras = self._call(run.strategy.to_device(inputs), count)
+        run.averages.note(logged.take(count, run.strategy.local_loss, taken=extras))
+        logged.close()
         for name, value in extras.items():
             run.averages.add_share(name, value)
         assert held.measure is not None and held.each is not None
