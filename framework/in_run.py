@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from .counters import read_counter
-from .logged import log_value
+from .counters import DTYPES, Counters
+from .logged import Logged, check_is_in_forward, refuse_options
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,8 +44,33 @@ def yielding_property(function: Callable[[Any], Tensor]) -> property:
     return cast(property, Yielding(function, is_read=True))
 
 
+class OfRun:
+    """What a module reaches of its run, and may hold: a copy of the module has a copy of it, which no run knows.
+
+    Args:
+        device: of the module.
+
+    Attributes:
+        logged: collects what it logs.
+        counters: what it reads.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.logged, self.counters = device, Logged(), Counters(device)
+
+
 class InRun(nn.Module):
     """The part of a TrainModule that knows of the run. A module's own attributes and layers of its names come first."""
+
+    _of_run: OfRun | None = None
+
+    def _enter_run(self, device: torch.device) -> OfRun:
+        """Have a Fit's run be this module's, on a device. Several Fits of one module share what it reaches."""
+        of_run = self._of_run
+        if of_run is None or of_run.device != device:
+            of_run = self._of_run = OfRun(device)
+        of_run.counters.begin(0, 0.0, compiles=False)
+        return of_run
 
     @yielding
     def log(self, name: str, value: Tensor | float, items: Tensor | float | None = None, **options: Any) -> None:
@@ -74,7 +100,12 @@ class InRun(nn.Module):
             ...     self.log("accuracy_of_rare", hits.float().mean(), items=hits.numel())
             ...     return nn.functional.cross_entropy(outputs, batch["labels"])
         """
-        log_value(self, name, value, items, options)
+        refuse_options(name, options)
+        check_no_replica(self, "log()")
+        if self._of_run is not None:
+            self._of_run.logged.add(name, value, items)
+        elif not torch.compiler.is_compiling():
+            check_is_in_forward()
 
     @yielding_property
     def update_number(self) -> Tensor:
@@ -114,6 +145,26 @@ class InRun(nn.Module):
         """Add a layer, also under a name of this class."""
         make_way(name, self._modules)
         super().add_module(name, module)
+
+
+def read_counter(module: InRun, name: str) -> Tensor:
+    """Return a counter of the run that trains a module."""
+    check_no_replica(module, name)
+    of_run = module._of_run
+    return torch.zeros((), dtype=DTYPES[name]) if of_run is None else of_run.counters.read(name)
+
+
+def check_no_replica(module: nn.Module, what: str) -> None:
+    """Refuse what a copy of the module that ``strategy="dp"`` has made for a device asks for.
+
+    Raises:
+        ValueError: it is such a copy.
+    """
+    if "_is_replica" in vars(module):
+        raise ValueError(
+            f"{what} in forward: strategy='dp' runs forward on copies of the module on several devices. Write it in "
+            "loss, or use strategy='ddp'."
+        )
 
 
 def make_way(name: str, registered: dict[str, Any]) -> None:

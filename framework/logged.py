@@ -7,9 +7,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from .of_modules import OfModules, check_no_replica
+from torch import Tensor
 
 RESERVED = frozenset((
     "loss", "nonfinite_losses", "grad_norm", "learning_rate", "loss_scale", "skipped_updates", "epoch", "step", "time",
@@ -133,20 +131,15 @@ class Logged:
         return found
 
 
-LOGGED: OfModules[Logged] = OfModules()
+def refuse_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of ``log``, with what to write instead.
 
-
-def log_value(module: nn.Module, name: str, value: Any, items: Any, options: Mapping[str, Any]) -> None:
-    """Log a value of a module; see ``TrainModule.log``."""
+    Raises:
+        TypeError: there are some.
+    """
     if options:
         said = (f"{option}=: {OF_LIGHTNING.get(option, UNKNOWN)}" for option in options)
         raise TypeError(f"log({name!r}, ...): {' '.join(said)}")
-    logged = LOGGED.get(module)
-    if logged is not None:
-        logged.add(name, value, items)
-    elif not torch.compiler.is_compiling():
-        check_no_replica(module, "log()")
-        check_is_in_forward()
 
 
 UNKNOWN = "log() takes a name, a value and items= alone."

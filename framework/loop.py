@@ -64,7 +64,7 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
-    steps.counters.begin(state.global_step, state.epoch, bool(args.torch_compile))
+    steps.begin_counters()
     control.begin_training(is_finished=state.global_step >= state.max_steps)  # finished: a run that was resumed
     model.train()
     placement.mode.train()
@@ -204,7 +204,7 @@ def evaluate(steps: Steps, run: Run) -> dict[str, float]:
 
 def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
-    steps.counters.follow(run.state.global_step, run.state.epoch)
+    steps.follow_counters()
     several = run.strategy.world_size > 1
     early = run.control.flags() if several else []  # raised by this rank's callbacks alone, in the update
     if any(early):

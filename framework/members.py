@@ -75,10 +75,15 @@ class Members(Labelled):
         assert self._objective is not None
         return self._objective
 
-    @property
-    def counters(self) -> Counters:
-        """What the module reads of the run in forward and loss."""
-        return self._counters
+    def begin_counters(self) -> None:
+        """Have the module read where a run begins or goes on."""
+        factor = self.strategy.factor
+        self._counters.begin(factor(self.state.global_step), factor(self.state.epoch), bool(self.args.torch_compile))
+
+    def follow_counters(self) -> None:
+        """Have the module read the run's progress as it is now, in forward and loss."""
+        factor = self.strategy.factor
+        self._counters.follow(factor(self.state.global_step), factor(self.state.epoch))
 
     @property
     def placed(self) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
 from .data.stand_in import StandIn
-from .logged import LOGGED, Logged
+from .logged import Logged
 from .module import TrainModule, forward_call
 from .rows import Rows
 
@@ -36,9 +36,9 @@ class Objective:
         label_smoothing: above 0, replaces the loss by smoothed cross entropy of the logits.
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
         rows: gathers all ranks' rows within the loss; None where nobody can.
+        logged: collects what the module logs, from the first forward of a micro-batch; None where nothing does.
 
     Attributes:
-        logged: collects what the module logs, from the first forward of a micro-batch.
         past: what the next batch is given as ``mems``.
         noted: what ``note`` returns; None before the first loss.
         takes_num_items: whether the loss function itself divides by the global count of items.
@@ -51,10 +51,11 @@ class Objective:
         label_smoothing: float = 0.0,
         past_index: int = -1,
         rows: Rows | None = None,
+        logged: Logged | None = None,
     ) -> None:
         self.module = module
         self.rows = rows
-        self.logged = LOGGED.keep(module, Logged())
+        self.logged = logged or Logged()
         self.label_smoothing = label_smoothing
         self.past_index = past_index
         self.past: Any = None

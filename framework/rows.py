@@ -1,10 +1,11 @@
 """The rows of all ranks within a loss: what ``TrainModule.gather`` does, and where it may be called."""
 
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
 import torch
 from torch import Tensor, nn
 
 from ..strategies.base import Strategy
-from .of_modules import OfModules
 
 
 class Rows:
@@ -59,12 +60,16 @@ class Rows:
         return found
 
 
-ROWS: OfModules[Rows] = OfModules()
+ROWS: WeakKeyDictionary[nn.Module, ReferenceType[Rows]] = WeakKeyDictionary()
+"""What gathers for each module of a Fit, as long as the Fit has it. The module doesn't hold it: modules are copied. A
+strong reference in here would keep the module, its strategy and their process groups for ever."""
 
 
 def make_rows(module: nn.Module, strategy: Strategy) -> Rows:
     """Make what gathers for a module; it does so as long as the caller keeps it."""
-    return ROWS.keep(module, Rows(strategy))
+    rows = Rows(strategy)
+    ROWS[module] = ref(rows)
+    return rows
 
 
 def rows_of(module: nn.Module) -> Rows:
@@ -73,7 +78,7 @@ def rows_of(module: nn.Module) -> Rows:
     Raises:
         ValueError: no Fit has it.
     """
-    rows = ROWS.get(module)
+    rows = ROWS[module]() if module in ROWS else None
     if rows is None:
         raise outside_a_loss()
     return rows

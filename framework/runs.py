@@ -20,7 +20,6 @@ from .averaging import Average, using
 from .callbacks import Callback, Callbacks
 from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
-from .counters import COUNTERS, Counters
 from .data import DataStream
 from .fields.compilation import UPDATE
 from .measures import best
@@ -362,8 +361,11 @@ class Runs(Steps):
         args, module = self.args, self.module
         if not self.placed and type(module).build is TrainModule.build:  # else its layers are still to come
             self.strategy.check_module(module)
-        rows, self._counters = make_rows(module, self.strategy), COUNTERS.keep(module, Counters(self.strategy))
-        self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows)
+        rows, of_run = make_rows(module, self.strategy), module._enter_run(self.strategy.device)
+        self._objective = Objective(
+            module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows, of_run.logged
+        )
+        self._counters = of_run.counters
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 
     def _collect_callbacks(self) -> None:

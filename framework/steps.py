@@ -220,6 +220,7 @@ class Steps(Members):
         if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         metrics: dict[str, float] = {}
+        self.follow_counters()
         with self.placement.mode.evaluating(), using(weights, self.strategy):
             for name, part in sets_by_name(self.eval_data if eval_data is None else eval_data).items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
@@ -250,6 +251,7 @@ class Steps(Members):
                 ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
         placement, batches = self.placement, self.eval_batches(data)
+        self.follow_counters()
         written: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if output is not None:
             from .predictions import writing as of_predictions  # who writes none needn't import it

@@ -25,9 +25,10 @@ FUNCTION_LENGTH = 80
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "__init__",
+        "counters",
         "foreign_events",
         "labelling",
-        "of_modules",
+        "logged",
         "overriding",
         "pretrained/",
         "printing",
@@ -36,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "replacing",
         "state",
     ),
-    ("agreement", "counters", "fields/", "logged", "rows", "wrapping"),
+    ("agreement", "fields/", "rows", "wrapping"),
     ("in_run",),
     ("optim/",),
     ("arguments",),
