@@ -1,15 +1,16 @@
 """What modules log on several ranks: the means of one device, whichever ranks have a name, and in what a log sends."""
 
 import os
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from ranks import Ranks
-from stratagem import Fit
+from stratagem import TrainModule
 from test_collectives import Message, listen
-from torch import Tensor, nn
+from test_context_parallel import Writer, text_rows
+from test_strategies import SequenceParallel
+from torch import Tensor
 from training import PLACEMENTS, Tagger, make_fit, share_of_16, token_rows
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -53,7 +54,6 @@ def alone() -> list[dict[str, Any]]:
 
 EVERYWHERE = [
     *((*placement, {}) for placement in PLACEMENTS),
-    (2, "fsdp2", {"context_parallel": 2}, {}),
     (2, "ddp", {}, {"gradient_accumulation_steps": 2}),
     (2, "fsdp2", {}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     (2, "deepspeed_stage_2", {}, {}),
@@ -68,8 +68,7 @@ def test_the_means_are_those_of_one_device(
 ) -> None:  # fmt: skip
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
-    shares = {"context_parallel": 16}.get(next(iter(options), ""), share_of_16(strategy, world, options))
-    size = shares // arguments.get("gradient_accumulation_steps", 1)
+    size = share_of_16(strategy, world, options) // arguments.get("gradient_accumulation_steps", 1)
     found = ranks[world].run(
         logs, strategy=strategy, options=options, per_device_train_batch_size=size, per_device_eval_batch_size=4,
         **arguments,
@@ -81,6 +80,53 @@ def test_the_means_are_those_of_one_device(
             assert {name: log[name] for name in NAMES} == pytest.approx(
                 {name: expected[name] for name in NAMES}, rel=2e-4
             )
+
+
+class OfText(Writer):
+    """Logs what each rank computes of its own part of a sequence."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        labels, best = batch["labels"], outputs.argmax(-1)
+        self.log("accuracy", (best == labels)[labels != -100].float().mean())
+        self.log("size", outputs.detach().abs().mean(), items=best.numel())
+        return super().loss(outputs, batch)
+
+
+class CutByClass(SequenceParallel):
+    """Logs values of logits that are cut by class over the ranks."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        self.log("size", outputs.square().mean())
+        self.log("total", outputs.sum(), items=1)
+        return super().loss(outputs, batch)
+
+
+def logs_of(module: type[TrainModule], text: bool, **arguments: Any) -> list[dict[str, Any]]:
+    """The training logs, and an evaluation's metrics."""
+    torch.manual_seed(RANK)
+    rows = text_rows(20) if text else token_rows(20)
+    fit = make_fit(module(), rows, rows[:7], max_steps=4, logging_steps=2, **arguments)
+    fit.train()
+    found = [log for log in fit.state.log_history if "loss" in log]
+    return [*found, {name.removeprefix("eval_"): value for name, value in fit.evaluate().items()}]
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "options"),
+    [
+        (OfText, ("accuracy", "size"), {"context_parallel": 2}),
+        (CutByClass, ("size", "total"), {"tensor_parallel": 2, "loss_parallel": True}),
+    ],
+    ids=["sequences", "classes"],
+)
+def test_what_a_rank_has_a_part_of_is_logged_whole(
+    ranks: dict[int, Ranks], module: type[TrainModule], names: tuple[str, ...], options: dict[str, int]
+) -> None:
+    arguments = {"module": module, "text": module is OfText, "per_device_train_batch_size": 8}
+    alone = logs_of(**arguments)
+    for of_rank in ranks[2].run(logs_of, strategy="fsdp2", options=options, **arguments):
+        for log, expected in zip(of_rank, alone, strict=True):
+            assert [log[name] for name in names] == pytest.approx([expected[name] for name in names], rel=2e-4)
 
 
 class OnSomeRanks(Tagger):
@@ -140,21 +186,11 @@ def test_what_is_logged_rides_in_what_a_log_sends(ranks: dict[int, Ranks], strat
     quiet = ranks[2].run(listen, strategy=strategy)
     for messages, before in zip(ranks[2].run(listen, module=Mean, strategy=strategy), quiet, strict=True):
         everything: dict[str, list[Message]] = {**messages}
+        before = {where: sent for where, sent in before.items() if where not in ("after 4", "after 8")}
         # Two names are new on the first log, once in the run: their lengths, themselves, and their sums.
         assert everything.pop("after 4") == [
             ("allreduce", "float64", 4 + 3), ("allreduce", "float64", 2),
             ("allreduce", "float64", 2 * len("mean\0size")), ("allreduce", "float64", 2 * 2 * 4),
         ]  # fmt: skip
         assert everything.pop("after 8")[:1] == [("allreduce", "float64", 4 + 3 + 2 * 2 * 4)]
-        assert Counter(everything) == Counter({k: v for k, v in before.items() if k not in ("after 4", "after 8")})
-
-
-class Spread(Mean):
-    """Logs a value of logits that are cut by class."""
-
-    def tensor_parallel_plan(self) -> dict[str, str]:
-        return {**super().tensor_parallel_plan(), "head": "colwise_loss"}
-
-
-def fit_of(fit: Fit) -> nn.Module:
-    return fit.module
+        assert everything == before
