@@ -137,7 +137,8 @@ class UpdateProgram:
         except FailOnRecompileLimitHit as error:
             raise CannotCompileError(
                 "a Python value that forward or loss reads keeps changing, and each of its values is another program; "
-                "TORCH_LOGS=recompiles names it. Make it a buffer, a tensor that changes in place."
+                "TORCH_LOGS=recompiles names it. Make it a buffer, a tensor that changes in place, as "
+                "self.update_number and self.epoch are."
             ) from error
         except TorchDynamoException as error:
             inner = getattr(error, "inner_exception", error)
