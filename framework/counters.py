@@ -37,7 +37,6 @@ class Counters:
         if self.is_read:
             self.fill()
 
-    @torch.no_grad()
     def fill(self) -> None:
         """Bring the tensors up to date, without a wait."""
         for counter, value in zip((self.update_number, self.epoch), self.now, strict=True):

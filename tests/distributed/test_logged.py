@@ -148,11 +148,15 @@ class OnSomeRanks(Tagger):
 
 
 def some_ranks(**arguments: Any) -> list[dict[str, float]]:
-    fit = make_fit(OnSomeRanks(), token_rows(64), max_steps=6, logging_steps=2, per_device_train_batch_size=4,
-                   **arguments)  # fmt: skip
+    """What the training logs have of those names, and then an evaluation."""
+    fit = make_fit(
+        OnSomeRanks(), token_rows(64), token_rows(8), max_steps=6, logging_steps=2, per_device_train_batch_size=4,
+        per_device_eval_batch_size=4, **arguments,
+    )  # fmt: skip
     fit.train()
-    names = ("second_rank", "later ä", "in_turns")
-    return [{name: log[name] for name in names if name in log} for log in fit.state.log_history if "loss" in log]
+    logs = [log for log in fit.state.log_history if "loss" in log]
+    logs.append({name.removeprefix("eval_"): value for name, value in fit.evaluate().items()})
+    return [{name: log[name] for name in ("second_rank", "later ä", "in_turns") if name in log} for log in logs]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -162,6 +166,7 @@ def test_names_of_some_ranks_are_means_over_those(ranks: dict[int, Ranks], strat
         {"second_rank": 1.5, "in_turns": (1 + 102) / 2},
         {"second_rank": 3.5, "later ä": 35.0, "in_turns": (3 + 104) / 2},
         {"second_rank": 5.5, "later ä": 55.0, "in_turns": (5 + 106) / 2},
+        {"second_rank": 7.0, "later ä": 70.0, "in_turns": 7.0},
     ]
     assert ranks[2].run(some_ranks, strategy=strategy) == [expected] * 2
 
