@@ -68,9 +68,17 @@ class InRun(nn.Module):
         """Have a Fit's run be this module's, on a device. Several Fits of one module share what it reaches."""
         of_run = self._of_run
         if of_run is None or of_run.device != device:
-            of_run = self._of_run = OfRun(device)
+            of_run = OfRun(device)
         of_run.counters.begin(0, 0.0, compiles=False)
+        self._share_run(of_run)
         return of_run
+
+    def _share_run(self, of_run: OfRun) -> None:
+        """Have all layers that are TrainModules reach what this one does."""
+        self._of_run = of_run
+        for layer in self.modules():
+            if isinstance(layer, InRun) and layer._of_run is not of_run:
+                layer._share_run(of_run)
 
     @yielding
     def log(self, name: str, value: Tensor | float, items: Tensor | float | None = None, **options: Any) -> None:
@@ -82,7 +90,8 @@ class InRun(nn.Module):
         nothing waits for the device. What backward computes once more counts once.
 
         A name may be logged on some ranks, in some updates or micro-batches alone, or several times in one: the mean is
-        over all that was logged.
+        over all that was logged. A layer inside that is a TrainModule logs by its own ``log``; give another one this
+        method: ``Block(self.log)``.
 
         Args:
             name: the same on every rank; not one that a log has by itself, as "loss".

@@ -9,8 +9,8 @@ from ..strategies.base import Strategy
 from . import checkpoint
 from .arguments import FitArguments
 from .callbacks import Callbacks
-from .counters import Counters
 from .data import DataStream
+from .in_run import OfRun
 from .labelling import Labelled
 from .loggers.together import Loggers
 from .measures.memory import MemoryByStage
@@ -53,7 +53,7 @@ class Members(Labelled):
     ignore_keys_for_eval: tuple[str, ...]
     _objective: Objective | None
     _count_tokens: TokenCounter
-    _counters: Counters
+    _of_run: OfRun
     _placement: Placement | None
     _run: Run | None
     _saver: "checkpoint.Saver | None"
@@ -77,13 +77,14 @@ class Members(Labelled):
 
     def begin_counters(self) -> None:
         """Have the module read where a run begins or goes on."""
-        factor = self.strategy.factor
-        self._counters.begin(factor(self.state.global_step), factor(self.state.epoch), bool(self.args.torch_compile))
+        factor, compiles = self.strategy.factor, bool(self.args.torch_compile)
+        self.module._share_run(self._of_run)  # with layers that came late, too
+        self._of_run.counters.begin(factor(self.state.global_step), factor(self.state.epoch), compiles)
 
     def follow_counters(self) -> None:
         """Have the module read the run's progress as it is now, in forward and loss."""
         factor = self.strategy.factor
-        self._counters.follow(factor(self.state.global_step), factor(self.state.epoch))
+        self._of_run.counters.follow(factor(self.state.global_step), factor(self.state.epoch))
 
     @property
     def placed(self) -> bool:

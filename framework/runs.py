@@ -361,11 +361,10 @@ class Runs(Steps):
         args, module = self.args, self.module
         if not self.placed and type(module).build is TrainModule.build:  # else its layers are still to come
             self.strategy.check_module(module)
-        rows, of_run = make_rows(module, self.strategy), module._enter_run(self.strategy.device)
+        rows, self._of_run = make_rows(module, self.strategy), module._enter_run(self.strategy.device)
         self._objective = Objective(
-            module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows, of_run.logged
+            module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows, self._of_run.logged
         )
-        self._counters = of_run.counters
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 
     def _collect_callbacks(self) -> None:

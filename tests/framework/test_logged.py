@@ -211,6 +211,53 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 
 
+class Inner(TrainModule):
+    """A block that is a TrainModule, and logs by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.layer(x))
+        self.log("hidden", x.mean(), items=x.numel())
+        return x
+
+
+class Outer(Blocks):
+    def __init__(self, logs: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Inner() for _ in range(3))
+
+
+class Late(Outer):
+    """Whose blocks are there when it is placed."""
+
+    def build(self) -> None:
+        self.blocks = nn.ModuleList(Inner() for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (Outer, {}),
+        (Late, {}),
+        pytest.param(Outer, {"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
+    ],
+    ids=["as they are", "late", "compiled"],
+)
+def test_layers_that_are_train_modules_log_by_themselves(
+    make_fit: MakeFit, module: type[TrainModule], arguments: dict[str, Any]
+) -> None:
+    fit = trained(make_fit, seeded(module), **arguments)
+    assert len([log for log in training_logs(fit) if math.isfinite(log["hidden"])]) == 3
+    if module is Outer:
+        usual = seeded(Blocks)
+        usual.load_state_dict(seeded(Outer).state_dict())
+        expected = [log["hidden"] for log in training_logs(trained(make_fit, usual))]
+        assert [log["hidden"] for log in training_logs(fit)] == pytest.approx(expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_what_is_compiled_logs_without_another_graph_or_break(make_fit: MakeFit, name: str) -> None:
