@@ -156,6 +156,11 @@ class InRun(nn.Module):
         super().add_module(name, module)
 
 
+def logged_of(module: InRun) -> Logged:
+    """Return what collects the logs of a module; one that collects nothing where no Fit has it."""
+    return Logged() if module._of_run is None else module._of_run.logged
+
+
 def read_counter(module: InRun, name: str) -> Tensor:
     """Return a counter of the run that trains a module."""
     check_no_replica(module, name)

@@ -22,6 +22,7 @@ from .run.plan import Plan
 from .run.run import Run
 from .run.source import Source
 from .state import Control, TrainState
+from .turns import Turns
 from .watch.watch import Watch
 
 
@@ -52,6 +53,7 @@ class Members(Labelled):
     override_divides: bool
     ignore_keys_for_eval: tuple[str, ...]
     _objective: Objective | None
+    _turns: Turns | None
     _count_tokens: TokenCounter
     _of_run: OfRun
     _placement: Placement | None
@@ -123,4 +125,4 @@ class Members(Labelled):
             if self.args.auto_find_batch_size:
                 self.source.keep_copy()
             trains = self.train_data is not None
-            self._placement = Placement(self.strategy, self.module, self.args, trains)
+            self._placement = Placement(self.strategy, self.module, self.args, trains, self._turns)

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map
 
 from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
+from .calling import forward_call
 from .data.stand_in import StandIn
-from .logged import Logged
-from .module import TrainModule, forward_call
+from .in_run import logged_of
+from .module import TrainModule
 from .rows import Rows
 
 Count = int | Tensor  # a Tensor where the batch was on an accelerator from the start
@@ -36,13 +37,16 @@ class Objective:
         label_smoothing: above 0, replaces the loss by smoothed cross entropy of the logits.
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
         rows: gathers all ranks' rows within the loss; None where nobody can.
-        logged: collects what the module logs, from the first forward of a micro-batch; None where nothing does.
 
     Attributes:
+        logged: collects what the module logs, from the first forward of a micro-batch.
         past: what the next batch is given as ``mems``.
         noted: what ``note`` returns; None before the first loss.
         takes_num_items: whether the loss function itself divides by the global count of items.
+        own_loss: (outputs, batch[, num_items_in_batch]) to loss, in place of the module's; None leaves the module's.
     """
+
+    own_loss: Callable[..., Tensor | Mapping[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -51,11 +55,10 @@ class Objective:
         label_smoothing: float = 0.0,
         past_index: int = -1,
         rows: Rows | None = None,
-        logged: Logged | None = None,
     ) -> None:
         self.module = module
         self.rows = rows
-        self.logged = logged or Logged()
+        self.logged = logged_of(module)
         self.label_smoothing = label_smoothing
         self.past_index = past_index
         self.past: Any = None
@@ -132,6 +135,8 @@ class Objective:
             rows.open()
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
+        elif self.own_loss is not None:
+            loss = self.own_loss(outputs, batch, **options)
         else:
             loss = self.module.loss(outputs, batch, **options)
         if rows is not None:
