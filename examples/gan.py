@@ -7,7 +7,6 @@ It ends with a picture of generated digits, output/gan/digits.png, and with how 
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +58,6 @@ class DigitPainter(TrainModule):
     def generator_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return -self.judge(self(batch[1]), batch[1]).mean()
 
-    def count_items(self, batch: Any) -> int:
-        return len(batch[0])
-
 
 def layers(takes: int, width: int, gives: int) -> nn.Sequential:
     """Two hidden layers."""
@@ -81,9 +77,8 @@ def painted(module: DigitPainter, path: Path, rows: int = 8, scale: int = 4) -> 
     images = module(torch.arange(CLASSES).repeat(rows).to(next(module.parameters()).device))
     grid = images.view(rows, CLASSES, SIDE, SIDE).transpose(1, 2).reshape(rows * SIDE, CLASSES * SIDE)
     pixels = (255 * (1 - grid)).round().to(torch.uint8).cpu().numpy()
-    Image.fromarray(pixels).resize((scale * pixels.shape[1], scale * pixels.shape[0]), Image.Resampling.NEAREST).save(
-        path
-    )
+    picture = Image.fromarray(pixels)
+    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(path)
 
 
 @torch.no_grad()
