@@ -53,9 +53,9 @@ class RateFinding(Runs):
         check_sweep(min, max, updates, diverged)
         if self._turns is not None:
             raise ValueError(
-                f"find_learning_rate raises one rate until one loss diverges, and {self._turns.listed_by} lists several "
-                f"turns ({', '.join(self._turns.turns)}), whose losses follow one another. Give each a learning_rate= of "
-                "its own, and compare runs, by hyperparameter_search for instance."
+                f"find_learning_rate raises one rate until one loss diverges, and {self._turns.listed_by} lists "
+                f"several turns ({', '.join(self._turns.turns)}), whose losses follow one another. Give each a "
+                "learning_rate= of its own, and compare runs, by hyperparameter_search for instance."
             )
         if self.placed or self._has_trained:
             raise ValueError(

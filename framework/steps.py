@@ -21,7 +21,6 @@ from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
 from .run.in_step import Pass
 from .run.micro_batches import read_update
 from .state import PredictionOutput
-from .turn_objective import outputs_of_layers
 
 if TYPE_CHECKING:
     from .predictions.options import PredictionWriter
@@ -89,7 +88,7 @@ class Steps(Members):
         if is_first:
             averages.count(count, self._count_tokens(inputs))
         inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
-        loss, extras = self.turn_loss(objective, inputs, count, num_items_in_batch)
+        loss, extras = self.turn_loss(objective, inputs, num_items_in_batch)
         is_share = objective.note()[1] and not (isinstance(count, int) and count == 0)
         num_items = count if num_items_in_batch is None else num_items_in_batch
         loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
@@ -100,17 +99,12 @@ class Steps(Members):
         return loss.detach() if ranks == 1 else loss.detach() / ranks
 
     def turn_loss(
-        self, objective: Objective, inputs: Any, count: Count, num_items: Count | None
+        self, objective: Objective, inputs: Any, num_items: Count | None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of a micro-batch in a turn, and the other entries of a mapping loss."""
         strategy = self.strategy
         with strategy.forward_context():
-            inputs = strategy.precision.cast_batch(inputs)
-            if not (isinstance(count, int) and count == 0):
-                return objective.loss(strategy.model, inputs, num_items)
-            with outputs_of_layers(self.module) as outputs:  # all padding, or a stand-in
-                loss, extras = objective.loss(strategy.model, inputs, num_items)
-            return without_loss(loss, [*outputs, *objective.gathered]), extras
+            return objective.loss(strategy.model, strategy.precision.cast_batch(inputs), num_items)
 
     def find_loss(
         self, model: nn.Module, inputs: Any, count: Count, num_items: Count | None = None, wants_outputs: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .module import TrainModule
-from .objective import Objective, differentiable
+from .objective import Count, Objective, differentiable, without_loss
 from .rows import Rows
 from .turns import Turn, listed
 
@@ -31,14 +31,32 @@ class TurnObjective(Objective):
         self.takes_num_items = "num_items_in_batch" in inspect.signature(turn.loss).parameters
         self.own_loss = self.through
         self.reaches = False
+        self._is_empty = False
+
+    def count(self, batch: Any) -> Count:
+        """Count the items in the batch whose loss comes next, as the data gave it."""
+        count = super().count(batch)
+        self._is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
+        return count
 
     def through(self, model: nn.Module, batch: Any, **options: Any) -> Tensor | Mapping[str, Tensor]:
         """Compute the loss within a call of the model, so that its hooks run. The batch isn't handed through it: a
         wrapper would cast or move what is given, and labels with it.
         """
-        self.module.call_once(partial(self.turn.loss, batch, **options))
+        find = self.find_without_items if self._is_empty else self.turn.loss
+        self.module.call_once(partial(find, batch, **options))
         found: Tensor | Mapping[str, Tensor] = model()
         return found
+
+    def find_without_items(self, batch: Any, **options: Any) -> Any:
+        """Compute what stands for the loss of a batch without items; see ``without_loss``. It is the model's output, so
+        that the hooks of what wraps the model run in backward, too.
+        """
+        with outputs_of_layers(self.module) as outputs:
+            found = self.turn.loss(batch, **options)
+        loss = found.get("loss") if isinstance(found, Mapping) else found
+        loss = without_loss(loss, [*outputs, *self.gathered])
+        return {**found, "loss": loss} if isinstance(found, Mapping) and "loss" in found else loss
 
     def check(self, loss: Any) -> None:
         """Refuse a loss that can't be trained on; see ``Objective.check``."""

@@ -20,9 +20,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..state import TrainState
 from .directory import HISTORY, MANIFEST, READ_FORMATS, CheckpointError, read_json
+from .schema_of_updates import Count, Positive, Transaction, TurnsOfRun
 
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -114,39 +113,6 @@ class Data(DataOfFormat1, kw_only=True):
     group_size: Count | UnsetType = UNSET
     sharing_workers: Count | UnsetType = UNSET
     ranks: Positive | UnsetType = UNSET
-
-
-class Spikes(Struct):
-    """The running mean and variance of the gradients' norm."""
-
-    count: Count
-    mean: Annotated[float, Meta(ge=0.0)]
-    variance: Annotated[float, Meta(ge=0.0)]
-
-
-class Transaction(Struct):
-    """The updates that weren't made last, one after the other, and what tells a spike."""
-
-    in_a_row: Count
-    began: str
-    spikes: Spikes | None
-
-
-class SteppingOfTurn(Struct):
-    """What ends the updates of a turn: its optimizer's name, its schedule, and how often it was left out."""
-
-    optim: str
-    transaction: Transaction
-    scheduler: dict[str, Any]
-    skipped: Count
-    skipped_rounds: Count
-
-
-class TurnsOfRun(Struct):
-    """The turns of the module: the batches of a round, and each turn by its name."""
-
-    batches: Positive
-    steppings: dict[str, SteppingOfTurn]
 
 
 class Ancestor(Struct):

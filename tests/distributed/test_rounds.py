@@ -71,7 +71,9 @@ def rows(count: int, bad: tuple[int, ...] = ()) -> list[dict[str, Tensor]]:
     return found
 
 
-def fit_of(strategy: str, path: Path | str, data: list[dict[str, Tensor]], **options: Any) -> Fit:
+def fit_of(
+    strategy: str, path: Path | str, data: list[dict[str, Tensor]], module: type[TrainModule] = Wgan, **options: Any
+) -> Fit:
     torch.manual_seed(3)
     placed = make_strategy(strategy, {})
     ranks = 1 if strategy in ("single", "tp") else 2
@@ -80,7 +82,7 @@ def fit_of(strategy: str, path: Path | str, data: list[dict[str, Tensor]], **opt
         "save_strategy": "no", "shuffle": False, "lr_scheduler_type": "cosine", "max_grad_norm": 0.5,
         "output_dir": str(path), "logging_steps": 1,
     }  # fmt: skip
-    return Fit(Wgan(), data, strategy=placed, **{**rest, **options})
+    return Fit(module(), data, strategy=placed, **{**rest, **options})
 
 
 def trained(fit: Fit, path: Path | str, resume: Any = None) -> list[dict[str, float]]:
@@ -104,12 +106,13 @@ def train(
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Weights and logs of fifty rounds in one process, which tests/framework/test_turns.py compares with a hand loop."""
+    """Weights and logs of fifty rounds in one process, which test_turns.py of one compares with a loop by hand."""
     path = tmp_path_factory.mktemp("alone")
     logs = train("single", str(path), 5 * ROUNDS * BATCH, max_steps=ROUNDS, precision="64-true")
     return weights(path), logs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", PLACEMENTS)
 def test_fifty_rounds_are_those_of_one_process(
     ranks: dict[int, Ranks], tmp_path: Path, strategy: str, alone: tuple[dict[str, Tensor], list[dict[str, float]]]
@@ -141,6 +144,50 @@ def test_unequal_ranks_and_rounds_that_are_cut_short(ranks: dict[int, Ranks], tm
         assert log["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
+class Padded(TrainModule):
+    """Two taggers in turns, the second of which is told of the first one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Tower(DATA, 4), Tower(DATA, 4)
+
+    def turns(self) -> list[Turn]:
+        return [
+            Turn("first", self.first_loss, "first", optim="sgd"),
+            Turn("second", self.second_loss, "second", optim="sgd", every=2),
+        ]
+
+    def first_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.first(batch["real"]), batch["labels"])
+
+    def second_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.second(batch["real"]) + self.first(batch["real"]), batch["labels"])
+
+    def shard_units(self) -> list[nn.Module]:
+        return [*self.first.blocks, *self.second.blocks]
+
+
+def tag(strategy: str, path: str) -> None:
+    """Four batches of 8 rows; of the second one, only the first 4 rows have labels, and of the third one none."""
+    data = [
+        {"real": row["real"], "labels": torch.tensor([-100 if 12 <= number < 24 else number % 4])}
+        for number, row in enumerate(rows(32))
+    ]
+    data = [{**row, "labels": row["labels"].squeeze(0)} for row in data]
+    trained(fit_of(strategy, path, data, module=Padded, precision="64-true", max_steps=2, learning_rate=0.1), path)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_whose_labels_are_all_padding(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
+    (tmp_path / "alone").mkdir()
+    tag("single", str(tmp_path / "alone"))
+    ranks[2].run(tag, strategy=strategy, path=str(tmp_path))
+    for name, tensor in weights(tmp_path / "alone").items():
+        assert tensor.isfinite().all()
+        torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_one_strategy_goes_on_under_another(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     count, options = 5 * 6 * BATCH, {"max_steps": 6, "precision": "64-true"}
     saving = {"save_strategy": "steps", "save_steps": 3}
