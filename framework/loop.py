@@ -50,8 +50,8 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
         log the run's totals -> on_log
         on_train_end
 
-    Of a module that is trained in turns, what is between on_step_begin and on_step_end is a round (``rounds.py``).
-    Nothing in here waits for the device: losses and norms are read when a log is due.
+    Nothing in here waits for the device: losses and norms are read when a log is due. Of a module that is trained in
+    turns, what is between on_step_begin and on_step_end is a round (``rounds.py``).
 
     Args:
         steps: the verbs, which a subclass of Fit may do otherwise.
