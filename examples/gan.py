@@ -7,6 +7,7 @@ It ends with a picture of generated digits, output/gan/digits.png, and with how 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class DigitPainter(TrainModule):
         self.critic = layers(SIDE * SIDE + CLASSES, width, 1)
 
     def turns(self) -> list[Turn]:
-        adam = {"optim": "adam", "optim_args": {"betas": (0.5, 0.9)}, "max_grad_norm": 0}
+        adam: dict[str, Any] = {"optim": "adam", "optim_args": {"betas": (0.5, 0.9)}, "max_grad_norm": 0}
         return [
             Turn("critic", loss=self.critic_loss, moves="critic", **adam),
             Turn("generator", loss=self.generator_loss, moves="generator", every=5, **adam),
@@ -107,10 +108,12 @@ def main() -> None:
     run = configure(DigitPainter, data, ARGUMENTS)
     fit = Fit.from_config(run)
     fit.train(resume_from_checkpoint=run.resume)
-    mean = distance(fit.module, fit.train_data)
+    module = fit.module
+    assert isinstance(module, DigitPainter)
+    mean = distance(module, fit.train_data)
     if fit.strategy.is_main:
         path = Path(fit.args.output_dir) / "digits.png"
-        painted(fit.module, path)
+        painted(module, path)
         print(f"distance of the mean image: {mean:.4f}; see {path}")
 
 
