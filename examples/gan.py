@@ -32,7 +32,7 @@ class DigitPainter(TrainModule):
         self.critic = layers(SIDE * SIDE + CLASSES, width, 1)
 
     def turns(self) -> list[Turn]:
-        adam = {"optim": "adam", "optim_args": {"betas": (0.5, 0.9)}, "max_grad_norm": 0}
+        adam: dict[str, Any] = {"optim": "adam", "optim_args": {"betas": (0.5, 0.9)}, "max_grad_norm": 0}
         return [
             Turn("critic", loss=self.critic_loss, moves="critic", **adam),
             Turn("generator", loss=self.generator_loss, moves="generator", every=5, **adam),
@@ -59,9 +59,6 @@ class DigitPainter(TrainModule):
     def generator_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return -self.judge(self(batch[1]), batch[1]).mean()
 
-    def count_items(self, batch: Any) -> int:
-        return len(batch[0])
-
 
 def layers(takes: int, width: int, gives: int) -> nn.Sequential:
     """Two hidden layers."""
@@ -81,9 +78,8 @@ def painted(module: DigitPainter, path: Path, rows: int = 8, scale: int = 4) -> 
     images = module(torch.arange(CLASSES).repeat(rows).to(next(module.parameters()).device))
     grid = images.view(rows, CLASSES, SIDE, SIDE).transpose(1, 2).reshape(rows * SIDE, CLASSES * SIDE)
     pixels = (255 * (1 - grid)).round().to(torch.uint8).cpu().numpy()
-    Image.fromarray(pixels).resize((scale * pixels.shape[1], scale * pixels.shape[0]), Image.Resampling.NEAREST).save(
-        path
-    )
+    picture = Image.fromarray(pixels)
+    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(path)
 
 
 @torch.no_grad()
@@ -112,10 +108,12 @@ def main() -> None:
     run = configure(DigitPainter, data, ARGUMENTS)
     fit = Fit.from_config(run)
     fit.train(resume_from_checkpoint=run.resume)
-    mean = distance(fit.module, fit.train_data)
+    module = fit.module
+    assert isinstance(module, DigitPainter)
+    mean = distance(module, fit.train_data)
     if fit.strategy.is_main:
         path = Path(fit.args.output_dir) / "digits.png"
-        painted(fit.module, path)
+        painted(module, path)
         print(f"distance of the mean image: {mean:.4f}; see {path}")
 
 

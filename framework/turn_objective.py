@@ -54,7 +54,7 @@ class TurnObjective(Objective):
         """
         with outputs_of_layers(self.module) as outputs:
             found = self.turn.loss(batch, **options)
-        loss = found.get("loss") if isinstance(found, Mapping) else found
+        loss: Any = found.get("loss") if isinstance(found, Mapping) else found
         loss = without_loss(loss, [*outputs, *self.gathered])
         return {**found, "loss": loss} if isinstance(found, Mapping) and "loss" in found else loss
 

@@ -311,8 +311,9 @@ class Run(Labelled):
     def settle_schedule(self) -> None:
         """Move the schedules for the last update, or count it as skipped."""
         for stepping in self.steppings.values():
-            with stepping.at_work():
-                stepping.settle_schedule()
+            if stepping.schedule_is_due:
+                with stepping.at_work():
+                    stepping.settle_schedule()
 
     def report_updates(self) -> None:
         """Say which updates were left out since this was called last, the last update included. Collective."""

@@ -23,6 +23,7 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/run/micro_batches.py", "read_update"): "reading its data",
     ("framework/run/exchange.py", "send"): "the exchange before the update",
     ("framework/steps.py", "training_step"): "a micro-batch",
+    ("framework/steps.py", "turn_step"): "a micro-batch",
     ("framework/steps.py", "compute_loss"): "your forward",
     ("framework/objective.py", "loss"): "your loss",
     ("precision/base.py", "backward"): "backward",

@@ -114,6 +114,20 @@ def evaluate_between() -> tuple[list[float], list[float]]:
     return found[0], found[1]
 
 
+class Normed(Energy):
+    """With a batch norm on the way of its forces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.append(nn.BatchNorm1d(WIDTH))
+
+
+def test_batch_norm_over_ranks_says_that_it_has_no_gradients_of_gradients(ranks: dict[int, Ranks]) -> None:
+    options = {"sync_batchnorm": True}
+    with pytest.raises(RankFailure, match="sync_batchnorm's layers have no gradients of gradients"):
+        ranks[2].run(train, module="Normed", strategy="ddp", options=options, per_device_train_batch_size=2)
+
+
 class Classes(Energy):
     """Logits cut by class."""
 

@@ -144,6 +144,27 @@ def test_unequal_ranks_and_rounds_that_are_cut_short(ranks: dict[int, Ranks], tm
         assert log["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
+class Gathering(Wgan):
+    """The generator's loss is of all ranks' rows."""
+
+    def generator_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        judged = self.critic(self.generator(batch["noise"]))
+        return nn.functional.softplus(self.gather(judged).std() - judged).mean()
+
+
+def gather(strategy: str, path: str) -> None:
+    trained(fit_of(strategy, path, rows(5 * 3 * BATCH), module=Gathering, precision="64-true", max_steps=3), path)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_rows_of_all_ranks_in_a_turns_loss(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
+    (tmp_path / "alone").mkdir()
+    gather("single", str(tmp_path / "alone"))
+    ranks[2].run(gather, strategy=strategy, path=str(tmp_path))
+    for name, tensor in weights(tmp_path / "alone").items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-6, atol=1e-9)
+
+
 class Padded(TrainModule):
     """Two taggers in turns, the second of which is told of the first one's."""
 

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from stratagem import TrainModule
+from stratagem import TrainModule, Turn
 from stratagem.precision import FP16Mixed, Precision
 from stratagem.precision.registry import get_precision
 from stratagem.strategies.base import Strategy
 from stratagem.strategies.fsdp2.gradients_in_forward import CAN_DIFFERENTIATE_TWICE
 from stratagem.strategies.joined_optimizer import JoinedOptimizer
-from test_collectives import Traffic
+from test_collectives import Message, Traffic
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-from training import Block, make_strategy
+from training import Block, curves, make_fit, make_strategy
 
 NOISE, DATA, WIDTH = 2, 3, 6
 SAMPLES, ROUNDS, MICRO_BATCHES = 8, 6, 2  # of both ranks together; the generator moves in every other round
@@ -239,7 +239,7 @@ def sizes(module: nn.Module, turn: str, units: bool) -> list[int]:
     return sorted([*blocks, sum(own.values()) - sum(blocks)])
 
 
-def listen(strategy: str, options: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
+def listen(strategy: str, options: dict[str, Any]) -> dict[str, list[Message]]:
     """What was reduced from a turn's first forward to its last backward."""
     traffic = Traffic()
 
@@ -251,18 +251,19 @@ def listen(strategy: str, options: dict[str, Any]) -> dict[str, list[tuple[str, 
         take_turns(placed, look)
     kinds = ("allreduce", "reduce_scatter_base")
     return {
-        where: [(name, count) for name, _, count in messages if name in kinds]
+        where: [message for message in messages if message[0] in kinds]
         for where, messages in traffic.messages.items()
         if where.startswith(TURNS)
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"compress_gradients": "bf16"}], ids=str)
 def test_ddp_reduces_what_the_turn_moves_once(ranks: dict[int, Ranks], options: dict[str, Any]) -> None:
+    dtype = "bfloat16" if "compress_gradients" in options else "float64"
     for reduced in ranks[2].run(listen, strategy="ddp", options=options):
         assert len(reduced) == ROUNDS + ROUNDS // 2
         for where, messages in list(reduced.items())[3:]:  # with a static graph, torch learns it in a turn's first
-            assert messages == [("allreduce", sizes(make(Wgan), where.split()[0], units=False)[0])], where
+            assert messages == [("allreduce", dtype, sizes(make(Wgan), where.split()[0], units=False)[0])], where
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=str)
@@ -273,8 +274,8 @@ def test_fsdp2_reduces_what_the_turn_moves_once(ranks: dict[int, Ranks], options
     for reduced in ranks[2].run(listen, strategy="fsdp2", options=options):
         assert len(reduced) == ROUNDS + ROUNDS // 2
         for where, messages in reduced.items():
-            assert {name for name, _ in messages} == {"reduce_scatter_base"}
-            found, expected = sorted(count for _, count in messages), sizes(make(Wgan), where.split()[0], units=True)
+            assert {name for name, _, _ in messages} == {"reduce_scatter_base"}
+            found, expected = sorted(count for _, _, count in messages), sizes(make(Wgan), where.split()[0], units=True)
             assert len(found) == len(expected) == 3
             assert all(0 <= 2 * count - size <= 3 * WIDTH for count, size in zip(found, expected, strict=True)), where
 
@@ -356,3 +357,67 @@ def test_ddp_says_in_which_turn_no_gradient_came(ranks: dict[int, Ranks]) -> Non
         assert "no gradient reached critic.idle on rank" in said and "in this turn of 'critic'" in said
     assert ranks[2].run(leave_out, strategy="ddp", options={"find_unused_parameters": True}) == ["", ""]
     assert ranks[2].run(leave_out, strategy="fsdp2", options={}) == ["", ""]
+
+
+# Sequences that ranks share.
+
+
+class Attention(nn.Module):
+    """Two causal heads, added to their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.join = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        heads = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return x + self.join(heads.transpose(1, 2).flatten(2))
+
+
+class SequenceGan(TrainModule):
+    """A generator of sequences and its critic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(2, 8), Attention(), nn.Linear(8, 3))
+        self.critic = nn.Sequential(nn.Linear(3, 8), Attention(), nn.Linear(8, 1))
+
+    def forward(self, real: Tensor, positions: Tensor | None = None) -> Tensor:
+        return self.critic(real)
+
+    def shard_units(self) -> list[nn.Module]:
+        return [self.generator[1], self.critic[1]]
+
+    def count_items(self, batch: dict[str, Tensor]) -> int:
+        return batch["real"][..., 0].numel()
+
+    def turns(self) -> list[Turn]:
+        return [
+            Turn("critic", self.critic_loss, "critic"),
+            Turn("generator", self.generator_loss, "generator", every=2),
+        ]
+
+    def critic_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.critic(self.generator(batch["noise"])).mean() - self.critic(batch["real"]).square().mean()
+
+    def generator_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return -self.critic(self.generator(batch["noise"])).mean()
+
+
+def train_on_sequences(**arguments: Any) -> dict[str, list[Any]]:
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(8)
+    sizes = {"real": (8, 3), "noise": (8, 2)}
+    rows = [{name: torch.rand(size, generator=generator) for name, size in sizes.items()} for _ in range(24)]
+    labelled = [{**row, "labels": torch.zeros(8, dtype=torch.long)} for row in rows]
+    fit = make_fit(SequenceGan(), labelled, max_steps=3, optim="sgd", per_device_train_batch_size=4, **arguments)
+    fit.train()
+    return curves(fit)
+
+
+def test_ranks_that_share_sequences_take_turns(ranks: dict[int, Ranks]) -> None:
+    expected = train_on_sequences()
+    for found in ranks[2].run(train_on_sequences, strategy="fsdp2", options={"context_parallel": 2}):
+        for name in ("loss_critic", "loss_generator", "grad_norm_critic", "grad_norm_generator"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name

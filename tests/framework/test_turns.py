@@ -435,11 +435,11 @@ def test_averages_evaluation_prediction_and_export(make_fit: MakeFit, tmp_path: 
         def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
             return (outputs - batch["real"]).square().mean()
 
-    average = Average(decay=0.5, warm_up=False) if "warm_up" in Average.__init__.__code__.co_varnames else Average(0.5)
+    average = Average(decay=0.5)
     data = rows(20 * BATCH)
     fit = make_fit(
         Judged(), data, data[:7], per_device_train_batch_size=BATCH, max_steps=4, callbacks=[average],
-        eval_strategy="steps", eval_steps=2, gradient_checkpointing=False,
+        eval_strategy="steps", eval_steps=2
     )  # fmt: skip
     fit.train()
     module, batch = fit.module, {name: torch.stack([row[name] for row in data[:7]]) for name in data[0]}
@@ -512,6 +512,10 @@ BAD: dict[str, tuple[list[Callable[[Pair], Turn]], dict[str, Any], str]] = {
     "func": ([critic(), generator()], {"compute_loss_func": nn.functional.mse_loss}, r"compute_loss_func with"),
     "past": ([critic(), generator()], {"past_index": 1}, r"past_index=1 with"),
     "chunks": ([critic(), generator()], {"contrastive_chunks": 2}, r"contrastive_chunks=2 with"),
+    **{
+        name: ([critic(), generator()], {"strategy": name}, rf"strategy='{name}' with Listing.turns\(\): .*[uU]se ")
+        for name in ("dp", "fsdp1", "deepspeed")
+    },
     "evaluates": (
         [critic(), generator()], {"eval_strategy": "epoch", "eval_data": rows(2)}, "Listing defines no forward"
     ),
