@@ -71,10 +71,11 @@ class Exchange(Steps):
         checkpoint, a safetensors file, a directory of torch.distributed.checkpoint or of a transformers model, or a
         checkpoint of a run. See docs/converting.md.
 
-        The module is placed first, where it isn't, and each rank reads the parts that it holds. Call it before ``train``,
-        or between two: the run begins with these weights. A checkpoint that it is resumed from comes after them. The
-        optimizer's moments and all counters stay what they are, and ``train`` begins them anew anyway; the float32
-        master weights of a 16-bit precision take the loaded values, and so does an ``Average`` when training begins.
+        The module is placed first, where it isn't, and each rank reads the parts that it holds. Call it before
+        ``train``, or between two: the run begins with these weights. A checkpoint that it is resumed from comes after
+        them. The optimizer's moments and all counters stay what they are, and ``train`` begins them anew anyway; the
+        float32 master weights of a 16-bit precision take the loaded values, and so does an ``Average`` when training
+        begins.
 
         Nothing is changed before all names and shapes fit; where reading itself fails, some tensors are new already.
 
@@ -98,8 +99,8 @@ class Exchange(Steps):
 
         if self.source.module_init is not None:
             warnings.warn(
-                "fit.load_weights fills the module that is there, and module_init makes a fresh one for each trial of a "
-                "search and each further train(), which doesn't have these weights. Load them in module_init, too.",
+                "fit.load_weights fills the module that is there, and module_init makes a fresh one for each trial of "
+                "a search and each further train(), which doesn't have these weights. Load them in module_init, too.",
                 stacklevel=2,
             )
         path = Path(path).expanduser()

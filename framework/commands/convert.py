@@ -17,8 +17,8 @@ def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description=(
             "Read weights (a file of torch.save, a Lightning checkpoint, a safetensors file, a directory of "
             "torch.distributed.checkpoint or of a transformers model, or a checkpoint of stratagem) and write them in "
-            "another format. What the source is, is told by what it holds; no code in it is run. One tensor is in memory "
-            "at a time. A checkpoint of a run is no target: begin a run from weights by fit.load_weights(path)."
+            "another format. What the source is, is told by what it holds; no code in it is run. One tensor is in "
+            "memory at a time. A checkpoint of a run is no target: begin a run from weights by fit.load_weights(path)."
         ),
         epilog='Example: stratagem convert epoch=3.ckpt weights.safetensors --rename "model.*=*" --dtype bfloat16',
     )

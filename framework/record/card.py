@@ -20,7 +20,14 @@ from .run_file import plain, read_record
 
 CARD = "README.md"
 MARK = "<!-- Written by stratagem, which writes it anew when the model is saved again. Remove this line to keep it. -->"
-OF_THIS_MACHINE = ("output_dir",)  # arguments
+LEFT_OUT = (
+    "output_dir",
+    "progress",
+    "report",
+)  # arguments: places of this machine, and what shows nothing of the model
+PLAIN = re.compile(
+    r"(?!(?:true|false|null|yes|no|on|off|y|n)$)[A-Za-z][\w./-]*$", re.IGNORECASE
+)  # text that YAML needs no quotes for
 MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?$")  # the name of a model on the Hub
 TASKS = {
     "ForCausalLM": "text-generation",
@@ -78,7 +85,7 @@ def card_of(fit: Any, name: str, weights: Any = None) -> str:
         facts = plain(describe(fit))
         parts += ["## Training", *bullets(about_training(fit, facts, weights))]
         parts += ["Arguments other than their defaults:", table(("argument", "value"), arguments_of(facts))]
-        totals = {key: value for key, value in fit.run.results.items() if isinstance(value, int | float)}
+        totals = {key: value for key, value in fit.run.results.items() if "_memory_" not in key}
         if evaluation:
             parts += ["## Evaluation", f"On {evaluation_data(fit)}.", table(("metric", "value"), evaluation)]
         if totals:
@@ -115,7 +122,7 @@ def front_matter(fit: Any, name: str, evaluation: Mapping[str, float]) -> dict[s
 
 def base_of(module: Any) -> str | None:
     """The name on the Hub of the model that was fine-tuned; None where it isn't known, or is a directory here."""
-    configs = list(getattr(module, "peft_config", None).values()) if getattr(module, "peft_config", None) else []
+    configs = (getattr(module, "peft_config", None) or {}).values()
     names = [getattr(config, "base_model_name_or_path", None) for config in configs]
     names.append(getattr(getattr(module, "config", None), "_name_or_path", None))
     for name in names:
@@ -145,10 +152,15 @@ def evaluation_of(fit: Any, of_average: bool) -> dict[str, float]:
         key: value
         for key, value in found.items()
         if key.startswith("eval_average_") == of_average
-        and not ABOUT_EVALUATION.search(key)
+        and not is_about_machine(key)
         and isinstance(value, int | float)
         and math.isfinite(value)
     }
+
+
+def is_about_machine(key: str) -> bool:
+    """Whether a number of an evaluation says nothing of the model: times, rates, memory."""
+    return bool(ABOUT_EVALUATION.search(key)) or "_memory_" in key
 
 
 def about_model(fit: Any) -> dict[str, Any]:
@@ -170,13 +182,13 @@ def about_model(fit: Any) -> dict[str, Any]:
 def about_training(fit: Any, facts: Mapping[str, Any], weights: Any) -> dict[str, Any]:
     """How it was trained."""
     state = fit.state
-    epochs = f", {state.epoch:.3g} epochs" if state.epoch is not None else ""
-    device = facts["device"]["name"]
+    device = f"{facts['device']['kind']}, {facts['device']['name']}"
+    ranks = f"{facts['world_size']} rank{'s' * (facts['world_size'] != 1)}"
     found = {
         "Data": data_name(fit.train_data),
-        "Updates": f"{state.global_step:,} of {facts['samples_per_update']:,} samples{epochs}",
-        "Strategy and precision": f"`{facts['strategy']['name']}`, `{facts['precision']['name']}`, "
-        f"{facts['world_size']} rank{'s' * (facts['world_size'] != 1)} ({device})",
+        "Updates": f"{state.global_step:,}, of {facts['samples_per_update']:,} samples each",
+        "Epochs": f"{state.epoch:.3g}",
+        "Strategy and precision": f"`{facts['strategy']['name']}`, `{facts['precision']['name']}`, {ranks} ({device})",
     }
     if fit.args.load_best_model_at_end and state.best_metric is not None and "train_loss" in fit.run.results:
         found["Weights"] = f"of update {state.best_global_step:,}, the best by {fit.args.best_metric}"
@@ -192,7 +204,7 @@ def about_training(fit: Any, facts: Mapping[str, Any], weights: Any) -> dict[str
 def arguments_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that aren't the defaults, but for paths of this machine."""
     given = facts["arguments"]["given"]
-    return {name: given[name] for name in facts["arguments"]["not_defaults"] if name not in OF_THIS_MACHINE}
+    return {name: given[name] for name in facts["arguments"]["not_defaults"] if name not in LEFT_OUT}
 
 
 def evaluation_data(fit: Any) -> str:
@@ -236,8 +248,8 @@ def table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def yaml_lines(value: Any, indent: str = "") -> Iterator[str]:
-    """A mapping as YAML, a line at a time; scalars as JSON has them, which is YAML."""
+def yaml_lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """A mapping as YAML, a line at a time."""
     for key, entry in value.items():
         if isinstance(entry, dict):
             yield f"{indent}{key}:"
@@ -250,6 +262,11 @@ def yaml_lines(value: Any, indent: str = "") -> Iterator[str]:
                     yield f"{indent}- {first.strip()}"
                     yield from rest
                 else:
-                    yield f"{indent}- {json.dumps(item, ensure_ascii=False)}"
+                    yield f"{indent}- {scalar(item)}"
         else:
-            yield f"{indent}{key}: {json.dumps(entry, ensure_ascii=False)}"
+            yield f"{indent}{key}: {scalar(entry)}"
+
+
+def scalar(value: Any) -> str:
+    """A number or text as JSON has it, which is YAML, or without its quotes where it needs none."""
+    return value if isinstance(value, str) and PLAIN.match(value) else json.dumps(value, ensure_ascii=False)

@@ -72,8 +72,8 @@ def convert(
         rename: patterns OLD=NEW, where * stands for any text: ``["model.*=*"]`` takes a prefix off.
         leave_out: patterns of names that aren't written, as they are in the source.
         key: where the weights are in a file of torch.save or a DCP directory, if not at a usual place: "ema.model".
-        config: of a transformers directory: the directory of the model that the weights are of, or its config.json. None
-            takes the source's own, where that is such a directory.
+        config: of a transformers directory: the directory of the model that the weights are of, or its config.json.
+            None takes the source's own, where that is such a directory.
         shard_size: of a file in a transformers directory, in bytes or as "5GB".
         force: replace a target that is there.
 
@@ -110,14 +110,14 @@ def find_format(target: Path, to: str | None) -> str:
     if to in ("checkpoint", "checkpoint-weights", "lightning"):
         raise ValueError(
             f"to={to!r} can't be written: a checkpoint holds a run (an optimizer's state, a place in the data, random "
-            "states), which weights don't say. Write to='safetensors', and begin a run from it by fit.load_weights(path)."
+            "states), which weights don't say. Write to='safetensors', and begin a run by fit.load_weights(path)."
         )
     if to is not None:
         raise ValueError(f"to={to!r} is none of {', '.join(TARGETS)}.")
     if target.suffix not in ENDINGS:
         raise ValueError(
-            f"The name {target.name!r} doesn't say the format to write. Give to= (--to): {', '.join(TARGETS)}; or a name "
-            f"that ends in {', '.join(ENDINGS)}."
+            f"The name {target.name!r} doesn't say the format to write. Give to= (--to): {', '.join(TARGETS)}; or a "
+            f"name that ends in {', '.join(ENDINGS)}."
         )
     return ENDINGS[target.suffix]
 
@@ -147,7 +147,9 @@ def writer_of(
     """
     if form != "transformers":
         if config is not None:
-            raise ValueError(f"config={str(config)!r} has no effect: it is for a transformers directory, not for {form}.")
+            raise ValueError(
+                f"config={str(config)!r} has no effect: it is for a transformers directory, not for {form}."
+            )
         return {"safetensors": write_safetensors, "torch": write_torch, "dcp": write_dcp}[form]
     own = found.path if found.format == "transformers" else None
     place = own if config is None else Path(config).expanduser()
@@ -187,8 +189,8 @@ def check_fits(directory: Path) -> None:
         weights_of(model_of(directory, None), directory, ())
     except ValueError as error:
         raise ValueError(
-            f"The weights don't fit the model of {CONFIG}: {str(error).replace(f' in {directory}', '')} Names of another "
-            'program become the model\'s by rename=["OLD=NEW"] (--rename).'
+            f"The weights don't fit the model of {CONFIG}: {str(error).replace(f' in {directory}', '')} Names of "
+            'another program become the model\'s by rename=["OLD=NEW"] (--rename).'
         ) from error
 
 

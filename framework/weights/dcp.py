@@ -158,7 +158,9 @@ def read_metadata(directory: Path) -> Any:
         with path.open("rb") as file:
             metadata = MetadataUnpickler(file).load()
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{path} can't be read: {error}. It isn't as torch.distributed.checkpoint writes it.") from error
+        raise ValueError(
+            f"{path} can't be read: {error}. It isn't as torch.distributed.checkpoint writes it."
+        ) from error
     kinds = [type(getattr(metadata, name, None)) for name in ("state_dict_metadata", "storage_data")]
     if type(metadata).__name__ != "Metadata" or kinds != [dict, dict]:
         raise ValueError(f"{path} isn't as torch.distributed.checkpoint writes it: it holds no tables of tensors.")

@@ -1,7 +1,7 @@
 """Weights of any format for a placed module: each rank reads the parts that it holds."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,25 +37,26 @@ class LoadedWeights(NamedTuple):
     unexpected_keys: list[str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Match:
     """Which stored tensor is which of the module's.
 
     Attributes:
         sources: by the module's names; several where a tied parameter is stored under more than one name.
+        missing, unexpected: names that are on one side alone.
         problems: differences in shape or kind of number, in words.
     """
 
-    sources: dict[str, list[AnySource]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    sources: Mapping[str, Sequence[AnySource]]
+    missing: list[str]
+    unexpected: list[str]
+    problems: list[str]
 
 
 def load_weights(
     strategy: Strategy, path: Path, strict: bool = True, rename: Sequence[str] = (), key: str | None = None
 ) -> LoadedWeights:
-    """Load the parameters and buffers of a placed module. Nothing is changed before all names and shapes fit. Collective.
+    """Load the parameters and buffers of a placed module. Nothing is changed before names and shapes fit. Collective.
 
     Args:
         strategy: it holds the placed module.
@@ -69,19 +70,20 @@ def load_weights(
     """
     found: list[tuple[StoredWeights, Match]] = []
     aliases, quantized = strategy.tied_names(), left_out(strategy, only_trainable=False)
-    model = leave_out(untied_state(strategy), quantized)
+    whole = untied_state(strategy)
+    model = leave_out(whole, quantized)
 
     def open_and_match() -> None:
         stored = renamed(open_weights(path, key, strategy.rank, strategy.world_size), rename)
         matched = match(strategy, stored, model, aliases)
+        matched.unexpected.extend(name for name in stored.frozen if name not in whole)
         check(path, matched, strict)
         found.append((stored, matched))
 
     on_all_ranks(strategy, open_and_match, ValueError)
     stored, matched = found[0]
     if stored.format == "checkpoint" and strict and stored.frozen:
-        frozen = read_state(path)["frozen"]
-        check_frozen(path, strategy, {name: model[name] for name in frozen}, frozen)
+        check_frozen(path, strategy, whole, read_state(path)["frozen"])
     loaded = {name: model[name] for name in matched.sources}
     with masters_of(strategy, loaded) as masters:
         on_all_ranks(strategy, lambda: read(path, matched.sources, loaded, masters), ValueError)
@@ -89,9 +91,7 @@ def load_weights(
     return LoadedWeights(matched.missing, matched.unexpected)
 
 
-def match(
-    strategy: Strategy, stored: StoredWeights, model: Mapping[str, Tensor], aliases: Mapping[str, str]
-) -> Match:
+def match(strategy: Strategy, stored: StoredWeights, model: Mapping[str, Tensor], aliases: Mapping[str, str]) -> Match:
     """Find out which stored tensor is which of the module's.
 
     Args:
@@ -100,41 +100,38 @@ def match(
         model: the module's tensors, tied ones once.
         aliases: further names of tied parameters to the first.
     """
-    found, result = Match(), dict[str, AnySource]()
     names = {**dict.fromkeys(model), **dict.fromkeys(aliases)}
     everything: dict[str, AnySource] = dict(stored.tensors)
     everything |= {name: stored.tensors[first] for name, first in stored.tied.items()}
-    transformer = transformers_model(strategy.module)
-    allowed = None
-    if transformer is strategy.module and transformer is not None:  # it may have had other names when it was saved
+    transformer, computed = transformers_model(strategy.module), set[str]()
+    if transformer is strategy.module and transformer is not None:  # its layers may have had other names once
         shapes = {name: model[aliases.get(name, name)] for name in names}
         result, others = converted(everything, shapes, transformer)  # type: ignore[arg-type]
         config = read_config(stored.path) if stored.format == "transformers" else {}
         allowed = Allowances(transformer, config, everything, ())
         unexpected = [name for name, now in others.items() if not allowed.is_obsolete(now)]
+        computed = {name for name in model if allowed.may_miss(name, whole=False)}
     else:
         result = {name: source for name, source in everything.items() if name in names}
         unexpected = [name for name in everything if name not in names]
+    sources: dict[str, list[AnySource]] = {}
     for name, source in result.items():
-        held = found.sources.setdefault(aliases.get(name, name), [])
+        held = sources.setdefault(aliases.get(name, name), [])
         if not any(source is other for other in held):
             held.append(source)
-    found.missing = [
-        name
-        for name in model
-        if name not in found.sources and name not in stored.frozen and not (allowed and allowed.may_miss(name, False))
-    ]
-    found.unexpected = unexpected
-    for name, sources in found.sources.items():
-        for source in sources:
-            if tuple(source.shape) != tuple(model[name].shape):
-                found.problems.append(
-                    f"{name} has the shape {tuple(model[name].shape)} in the module and {tuple(source.shape)} in the file"
-                )
-            dtype = getattr(source, "dtype", model[name].dtype)
-            if not are_of_one_kind(dtype, model[name].dtype):
-                found.problems.append(f"{name} is of {model[name].dtype} in the module and of {dtype} in the file")
-    return found
+    given = {*sources, *stored.frozen, *computed}
+    problems = [said for name, held in sources.items() for source in held for said in differences(name, model, source)]
+    return Match(sources, [name for name in model if name not in given], unexpected, problems)
+
+
+def differences(name: str, model: Mapping[str, Tensor], source: AnySource) -> Iterator[str]:
+    """Say in what a stored tensor can't be the module's."""
+    own, shape = model[name], tuple(source.shape)
+    if shape != tuple(own.shape):
+        yield f"{name} has the shape {tuple(own.shape)} in the module and {shape} in the file"
+    dtype = getattr(source, "dtype", own.dtype)
+    if not are_of_one_kind(dtype, own.dtype):
+        yield f"{name} is of {own.dtype} in the module and of {dtype} in the file"
 
 
 def check(path: Path, found: Match, strict: bool) -> None:
@@ -151,7 +148,7 @@ def check(path: Path, found: Match, strict: bool) -> None:
     said += found.problems[:20]
     if not said and found.sources:
         return
-    if not found.sources:
+    if not said:
         said.append("not one name is the module's")
     advice = hint(found)
     if not advice and strict and not found.problems:
@@ -195,7 +192,7 @@ def read(
             for other in held[1:]:
                 if not torch.equal(values, other.read(part)):
                     raise ValueError(
-                        f"{path} holds {held[0].name} and {other.name} with different numbers, and the module ties them."
+                        f"{path} holds {held[0].name} and {other.name} with different numbers, which the module ties."
                     )
             tensor.copy_(values)
             if not tensor.is_inference():
@@ -205,7 +202,7 @@ def read(
 def places(
     parts: Parts, name: str, model: Mapping[str, Tensor], masters: Mapping[str, Tensor]
 ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """Yield what this rank holds of a weight, and where it begins in the whole: the parameter, and its master weight."""
+    """Yield what this rank holds of a parameter and of its master weight, and where each begins in the whole."""
     for tensors in (model, masters):
         if name in tensors:
             part = parts.of(name, tensors[name])

@@ -24,20 +24,20 @@ def renamed(weights: StoredWeights, rename: Sequence[str], leave_out: Sequence[s
     names = {name: name for name in (*weights.tensors, *weights.tied)}
     dropped: set[str] = set()
     for pattern in leave_out:
-        dropped |= {name for name in fitting(compiled(pattern), names, f"leave_out={pattern!r}", weights)}
+        dropped |= fitting(compiled(pattern), names, f"leave_out={pattern!r}", weights)
     names = {name: name for name in names if name not in dropped}
     for rule in rename:
         old, separator, new = rule.partition("=")
         if not old or not separator or not new or new.count("*") > old.count("*"):
             raise ValueError(
-                f"rename={rule!r} isn't OLD=NEW with as many * on the right as on the left, at most: 'model.*=*'. Leave "
-                "tensors out by leave_out (--leave-out)."
+                f"rename={rule!r} isn't OLD=NEW with as many * on the right as on the left, at most: 'model.*=*'. "
+                "Leave tensors out by leave_out (--leave-out)."
             )
-        pattern, template = compiled(old), new.replace("\\", r"\\")
+        expression, template = compiled(old), new.replace("\\", r"\\")
         for number in range(1, new.count("*") + 1):
             template = template.replace("*", rf"\g<{number}>", 1)
-        hits = fitting(pattern, names.values(), f"rename={rule!r}", weights)
-        names = {name: pattern.sub(template, now) if now in hits else now for name, now in names.items()}
+        hits = fitting(expression, names.values(), f"rename={rule!r}", weights)
+        names = {name: expression.sub(template, now, count=1) if now in hits else now for name, now in names.items()}
     double: dict[str, list[str]] = {}
     for name, now in names.items():
         double.setdefault(now, []).append(name)

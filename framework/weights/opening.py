@@ -17,8 +17,8 @@ MAGIC = {  # the first bytes of files that others write, and what to do about th
     b"\x89HDF": "HDF5, as Keras writes it. Load it there, and write the arrays by safetensors.numpy.save_file",
 }
 FORMATS = (
-    "a file of torch.save, a Lightning checkpoint, a safetensors file, a directory of torch.distributed.checkpoint or of "
-    "transformers, or a checkpoint of stratagem"
+    "a file of torch.save, a Lightning checkpoint, a safetensors file, a directory of torch.distributed.checkpoint or "
+    "of transformers, or a checkpoint of stratagem"
 )
 
 
@@ -80,7 +80,9 @@ def open_directory(path: Path, key: str | None, part: int, parts: int) -> Stored
     checkpoints = sorted(each.name for each in path.iterdir() if NAME.match(each.name))
     if checkpoints:
         raise ValueError(f"{path} holds checkpoints: give one of them, such as {path / checkpoints[-1]}.")
-    files = sorted(each.name for each in path.iterdir() if each.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"))
+    files = sorted(
+        each.name for each in path.iterdir() if each.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+    )
     hint = f" Give a file in it, such as {files[0]}." if files else ""
     raise ValueError(f"{path} isn't {FORMATS}.{hint}")
 

@@ -45,8 +45,8 @@ class Outgoing:
             cast = tensor.to(dtype)
             if bool((cast.isinf() & tensor.isfinite()).any()):
                 raise ValueError(
-                    f"{name} holds numbers beyond the range of {dtype} (up to {torch.finfo(dtype).max:.5g}): as large as "
-                    f"{tensor.abs().max():.5g}. Convert to bfloat16, or keep {tensor.dtype}."
+                    f"{name} holds numbers beyond the range of {dtype} (up to {torch.finfo(dtype).max:.5g}): as large "
+                    f"as {tensor.abs().max():.5g}. Convert to bfloat16, or keep {tensor.dtype}."
                 )
             tensor = cast
         return tensor.contiguous()

@@ -59,8 +59,8 @@ def write_safetensors(path: Path, weights: Outgoing, names: Sequence[str] | None
     for name in chosen:
         if weights.dtype_of(name) not in NAMES:
             raise ValueError(
-                f"{name} is of {weights.dtype_of(name)}, which a safetensors file doesn't hold here: write another format "
-                "(--to torch, --to dcp)."
+                f"{name} is of {weights.dtype_of(name)}, which a safetensors file doesn't hold here: write another "
+                "format (--to torch, --to dcp)."
             )
     forms = {name: (NAMES[weights.dtype_of(name)], tuple(weights.tensors[name].shape)) for name in chosen}
     tied = {name: first for name, first in weights.tied.items() if first in forms}
@@ -110,16 +110,22 @@ def write_torch(path: Path, weights: Outgoing) -> None:
         for number, name in enumerate(names)
     }
     content = io.BytesIO()
-    RecordPickler(content, protocol=2).dump({**records, **{name: records[first] for name, first in weights.tied.items()}})
+    RecordPickler(content, protocol=2).dump(
+        {**records, **{name: records[first] for name, first in weights.tied.items()}}
+    )
     with path.open("wb") as opened:  # by its name, torch takes ASCII alone
         file = torch._C.PyTorchFileWriter(opened)
-        for record, text in (("data.pkl", content.getvalue()), (".format_version", b"1"), (".storage_alignment", b"64")):
+        for record, text in (
+            ("data.pkl", content.getvalue()),
+            (".format_version", b"1"),
+            (".storage_alignment", b"64"),
+        ):
             file.write_record(record, text, len(text))
         file.write_record("byteorder", sys.byteorder.encode(), len(sys.byteorder))
         for number, tensor in enumerate(weights.all(names)):
             if tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()  # a view of a mapped file
-            file.write_record(f"data/{number}", tensor.untyped_storage(), tensor.nbytes)
+            file.write_record(f"data/{number}", tensor.untyped_storage(), tensor.nbytes)  # type: ignore[arg-type]
         file.write_end_of_file()
 
 
@@ -180,7 +186,7 @@ def write_transformers(path: Path, weights: Outgoing, config: Path, shard_size: 
     if len(shards) == 1:
         write_safetensors(path / SINGLE, weights)
         return
-    files = {}
+    files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(path / file, weights, names)

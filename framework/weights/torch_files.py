@@ -52,7 +52,7 @@ def load(path: Path) -> Any:
             f"{path} holds {culprit(error)}, which only code of the file's could build; nothing is unpickled here. If "
             "you trust where it is from, save its tensors alone, where the classes are known: "
             'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt"). In a Lightning checkpoint '
-            "it is mostly what save_hyperparameters() kept."
+            'it is mostly what save_hyperparameters() kept: save_hyperparameters(ignore=["name"]) leaves objects out.'
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise ValueError(f"{path} can't be read: {' '.join(str(error).split())[:300]}. Is it whole?") from error
@@ -60,7 +60,9 @@ def load(path: Path) -> Any:
 
 def culprit(error: Exception) -> str:
     """What ``weights_only`` didn't take."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"Unsupported (?:global|class)\W+([\w.]+)", str(error))
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
+        r"Unsupported (?:global|class)\W+([\w.]+)", str(error)
+    )
     return f"an object of {found.group(1)}" if found else "something other than tensors and numbers"
 
 
