@@ -92,6 +92,9 @@ class Exchange(Steps):
             ValueError: on every rank; names what is missing, unexpected or of another shape, or what can't be read.
 
         Example:
+            >>> fit = Fit(Regressor(), train_data=dataset, progress=False)
+            >>> weights = {f"model.{name}": tensor for name, tensor in Regressor().state_dict().items()}
+            >>> torch.save({"state_dict": weights}, "epoch=3.ckpt")
             >>> fit.load_weights("epoch=3.ckpt", rename=["model.*=*"])
             LoadedWeights(missing_keys=[], unexpected_keys=[])
         """

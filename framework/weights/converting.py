@@ -83,8 +83,9 @@ def convert(
         OSError: the system refused.
 
     Example:
-        >>> convert("epoch=3.ckpt", "weights.safetensors", rename=["model.*=*"], dtype="bfloat16")
-        Converted(path=PosixPath('weights.safetensors'), format='safetensors', source_format='lightning', ...)
+        >>> torch.save({"state_dict": {"model.weight": torch.ones(2, 3)}, "epoch": 3}, "epoch=3.ckpt")
+        >>> convert("epoch=3.ckpt", "weights.safetensors", rename=["model.*=*"], dtype="bfloat16").left_out
+        ('epoch',)
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     form = find_format(target, to)

@@ -57,6 +57,43 @@ def str_of_path(*parts: str) -> str:
     return "/".join(parts)
 
 
+class Window(io.RawIOBase):
+    """A part of a file, as a file.
+
+    Args:
+        file: open for reading.
+        begin, length: of the part, in bytes.
+    """
+
+    def __init__(self, file: io.RawIOBase, begin: int, length: int) -> None:
+        self._file, self._begin, self._length, self._at = file, begin, length, 0
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Its place can be set."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte is read, from the beginning of the part."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set where the next byte is read."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, as far as the part goes."""
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._begin + self._at)
+        count = self._file.readinto(view) or 0  # type: ignore[attr-defined]
+        self._at += count
+        return count
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of a tensor, as a file of torch.save within a file.
@@ -78,11 +115,9 @@ class Chunk:
         Raises:
             ValueError: it isn't what the metadata says.
         """
-        with self.path.open("rb") as file:
-            file.seek(self.begin)
-            content = file.read(self.length)
         try:
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            with self.path.open("rb", buffering=0) as file:
+                found = torch.load(Window(file, self.begin, self.length), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise ValueError(f"{self.path} was altered: {self.name} can't be read at {self.begin}: {error}") from error
         if not isinstance(found, Tensor) or tuple(found.shape) != self.shape or found.dtype != self.dtype:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
 from ..checkpoint.streaming import NAMES, write_file
@@ -122,11 +123,16 @@ def write_torch(path: Path, weights: Outgoing) -> None:
         ):
             file.write_record(record, text, len(text))
         file.write_record("byteorder", sys.byteorder.encode(), len(sys.byteorder))
-        for number, tensor in enumerate(weights.all(names)):
-            if tensor.untyped_storage().nbytes() != tensor.nbytes:
-                tensor = tensor.clone()  # a view of a mapped file
-            file.write_record(f"data/{number}", tensor.untyped_storage(), tensor.nbytes)  # type: ignore[arg-type]
+        for number, name in enumerate(names):  # no variable keeps a tensor while the next one is read
+            memory: Any = in_memory_of_its_own(weights.read(name)).untyped_storage()
+            file.write_record(f"data/{number}", memory, weights.bytes_of(name))
+            del memory
         file.write_end_of_file()
+
+
+def in_memory_of_its_own(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory holds nothing else: of a view, torch.save would write all that it is a view of."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def write_dcp(path: Path, weights: Outgoing) -> None:
@@ -147,9 +153,7 @@ def write_dcp(path: Path, weights: Outgoing) -> None:
     entries, places, name_of_file = {}, {}, "__0_0.distcp"
     with (path / name_of_file).open("wb") as file:
         for name in (*weights.tensors, *weights.tied):
-            tensor = weights.read(weights.tied.get(name, name))
-            if tensor.untyped_storage().nbytes() != tensor.nbytes:
-                tensor = tensor.clone()  # torch.save would write all of the mapped file
+            tensor = in_memory_of_its_own(weights.read(weights.tied.get(name, name)))
             begin, content = file.tell(), io.BytesIO()
             torch.save(tensor, content)
             file.write(content.getbuffer())

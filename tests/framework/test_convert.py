@@ -476,7 +476,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     most = list(map(float, said.stdout.split()))
     print(most)
     assert max(most[:2]) < 48.0
-    assert max(most[2:]) < 96.0  # DCP's pieces are read as bytes and decoded, and written the same way
+    assert max(most[2:]) < 64.0  # a DCP file holds files of torch.save, each made in memory
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
