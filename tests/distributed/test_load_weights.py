@@ -13,16 +13,21 @@ from stratagem import Average, convert
 from torch import Tensor
 from training import Tagger, make_fit, share_of_16, token_rows, train
 
-PLACEMENTS: list[tuple[int, str, dict[str, Any], str]] = [
-    (2, "ddp", {}, "32-true"),
-    (2, "fsdp1", {}, "32-true"),
+PLACEMENTS: list[Any] = [
     (2, "fsdp2", {}, "32-true"),
-    (2, "fsdp2", {}, "bf16-true"),
-    (2, "fsdp1", {}, "bf16-true"),
-    (2, "tp", {}, "32-true"),
-    (4, "fsdp2", {"tensor_parallel": 2}, "32-true"),
-    (2, "deepspeed_stage_1", {}, "32-true"),
-    (2, "deepspeed_stage_3", {}, "32-true"),
+    *(
+        pytest.param(*placement, marks=pytest.mark.slow)
+        for placement in (
+            (2, "ddp", {}, "32-true"),
+            (2, "fsdp1", {}, "32-true"),
+            (2, "fsdp2", {}, "bf16-true"),
+            (2, "fsdp1", {}, "bf16-true"),
+            (2, "tp", {}, "32-true"),
+            (4, "fsdp2", {"tensor_parallel": 2}, "32-true"),
+            (2, "deepspeed_stage_1", {}, "32-true"),
+            (2, "deepspeed_stage_3", {}, "32-true"),
+        )
+    ),
 ]
 FORMATS = ("safetensors", "torch", "dcp")
 
@@ -107,6 +112,7 @@ def load_there(path: str, target: str, **arguments: Any) -> None:
     fit.export(target)
 
 
+@pytest.mark.slow
 def test_a_directory_that_fsdp2_wrote_on_two_ranks(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     directory = tmp_path / "dcp"
     ranks[2].run(save_sharded, directory=str(directory))
@@ -149,6 +155,7 @@ def test_all_ranks_refuse_alike(ranks: dict[int, Ranks], tmp_path: Path) -> None
         )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_the_next_loss_of_its_run(ranks: dict[int, Ranks], tmp_path: Path) -> None:
     """Under each strategy, the first loss from the weights of a checkpoint is the one that one process has."""
     size = {"per_device_train_batch_size": 16}
