@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Window(io.RawIOBase):
         """Fill a buffer, as far as the part goes."""
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
         self._file.seek(self._begin + self._at)
-        count = self._file.readinto(view) or 0  # type: ignore[attr-defined]
+        count = self._file.readinto(view) or 0
         self._at += count
         return count
 
@@ -117,7 +117,8 @@ class Chunk:
         """
         try:
             with self.path.open("rb", buffering=0) as file:
-                found = torch.load(Window(file, self.begin, self.length), map_location="cpu", weights_only=True)
+                piece = cast(IO[bytes], Window(file, self.begin, self.length))
+                found = torch.load(piece, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise ValueError(f"{self.path} was altered: {self.name} can't be read at {self.begin}: {error}") from error
         if not isinstance(found, Tensor) or tuple(found.shape) != self.shape or found.dtype != self.dtype:
