@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .framework.predictions import PredictionWriter, iterate_predictions, read_predictions
     from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
+    from .precision.frozen import frozen
     from .strategies.sent import launch
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "Upload",
     "WandbLogger",
     "configure",
+    "frozen",
     "iterate_predictions",
     "launch",
     "read_predictions",
@@ -92,6 +94,7 @@ FILES = {
     "Upload": "framework.uploading",
     "WandbLogger": "framework.loggers.wandb",
     "configure": "framework.configuration.command_line",
+    "frozen": "precision.frozen",
     "launch": "strategies.sent",
 }
 

@@ -1,11 +1,11 @@
-"""Frozen and quantized weights, which a checkpoint leaves out, and how a resumed run recognizes them.
+"""Frozen and quantized weights, which a checkpoint leaves out or shares, and how a resumed run recognizes them.
 
-A resumed run takes them from the module as the user built it. So that adapters are never put over another base model
-unnoticed, the checkpoint holds the shape and dtype of each frozen tensor, and a sum over its bits, which is the same
-however the tensor is sharded.
+What is left out a resumed run takes from the module as the user built it. So that adapters are never put over another
+base model unnoticed, the checkpoint holds the shape and dtype of each frozen tensor, and a sum over its bits, which is
+the same however the tensor is sharded.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ...precision.frozen import Frozen, frozen_parts
 from ...precision.quantized import quantized_parameters
 from ...strategies.base import Strategy
 from ...strategies.duplicates import bits
@@ -27,6 +28,25 @@ def left_out(strategy: Strategy, only_trainable: bool) -> set[str]:
     parameters = strategy.named_parameters(remove_duplicate=False)
     quantized = {id(parameter) for parameter in quantized_parameters(strategy.module).values()}
     return {name for name, p in parameters.items() if id(p) in quantized or (only_trainable and not p.requires_grad)}
+
+
+def in_parts(strategy: Strategy, names: Iterable[str], chosen: Callable[[Frozen], bool]) -> set[str]:
+    """Return those names of tensors that are of parts that ``frozen`` was called with.
+
+    Args:
+        strategy: where the module is placed.
+        names: of parameters and buffers.
+        chosen: whether a part counts. What is inside of another goes by its own mark.
+    """
+    with strategy.unwrapped():
+        parts = frozen_parts(strategy.module)
+    if not any(map(chosen, parts.values())):
+        return set()
+
+    def part_of(name: str) -> Frozen | None:
+        return next((parts[part] for part in (*beginnings(name), "") if part in parts), None)
+
+    return {name for name in names if (part := part_of(name)) is not None and chosen(part)}
 
 
 def leave_out(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
