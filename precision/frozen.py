@@ -60,7 +60,8 @@ class Frozen:
         self.exported, self.input_gradients = exported, input_gradients
         self.format = None if precision is None else FORMATS[precision]
         earlier = mark_of(module)
-        self.own_forward = earlier.own_forward if earlier else vars(module).get("forward")
+        before = earlier.own_forward if earlier else vars(module).get("forward")
+        self.own_forward: Callable[..., Any] | None = before
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -69,7 +70,8 @@ class Frozen:
 
     @property
     def _forward(self) -> Callable[..., Any]:
-        return self.own_forward or type(self.module).forward.__get__(self.module)
+        own: Callable[..., Any] = self.own_forward or type(self.module).forward.__get__(self.module)
+        return own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward: without a graph, and in its number format."""
@@ -161,7 +163,7 @@ def frozen(
 def take_over(layer: nn.Module, forward: Callable[..., Any], train: Callable[..., nn.Module]) -> None:
     """Put a mark where torch looks for a layer's own methods."""
     layer.forward = forward
-    layer.train = train  # type: ignore[method-assign, assignment]
+    layer.train = train  # type: ignore[method-assign]
 
 
 def mark_of(layer: nn.Module) -> Frozen | None:

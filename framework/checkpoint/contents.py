@@ -258,10 +258,13 @@ def match(
     """
     strategy = run.strategy
     saved_groups: list[dict[str, Any]] = []
-    on_all_ranks(
-        strategy, lambda: saved_groups.extend(match_groups(path, strategy, state["parameter_groups"])), CheckpointError
-    )
-    groups = own_options(strategy, saved_groups) if run.args.resume_with == "arguments" else saved_groups
+    own_count = run.args.resume_with == "arguments"
+
+    def match_them() -> None:
+        saved_groups.extend(match_groups(path, strategy, state["parameter_groups"], own_count))
+
+    on_all_ranks(strategy, match_them, CheckpointError)
+    groups = own_options(strategy, saved_groups) if own_count else saved_groups
     try:  # where a step is collective, so is this, and it fails on all ranks alike
         fresh, untried = fresh_states(strategy, groups)
     except OptionsRefused as error:

@@ -15,6 +15,7 @@ from ..measures.parameters import Layer, ParameterCounts, counts_of, layers_of
 from ..module import TrainModule
 from ..optim.closure import Closure, needs_closure
 from ..optim.mode import OptimizerMode
+from ..optim.parameter_options import ShownGroup, check_effect
 from ..printing import say
 from ..switches.preparation import prepare_module
 from .configured import configured_optimizer
@@ -45,6 +46,7 @@ class Placement:
 
     Attributes:
         layers: of the whole module, with the numbers of their parameters, before any of it was cut or wrapped.
+        groups: of the optimizer, where ``parameter_options`` made them.
         mode: tells the optimizer whether training or evaluation comes.
         closure: hands an optimizer that evaluates the loss several times in a step what it needs; None for others.
     """
@@ -52,6 +54,7 @@ class Placement:
     def __init__(self, strategy: Strategy, module: TrainModule, args: FitArguments, trains: bool) -> None:
         self.strategy, self.module, self.trains = strategy, module, trains
         self.layers: tuple[Layer, ...] = ()
+        self.groups: tuple[ShownGroup, ...] = ()
         self._first_state: dict[Any, dict[str, Any]] = {}  # of an optimizer that has one from the start, as Adagrad
         self._fingerprints: dict[str, Any] = {}
 
@@ -60,7 +63,10 @@ class Placement:
             prepare_module(module, args, strategy)
 
         def configure_optimizer(whole: nn.Module) -> Optimizer:  # called when the parameters are final
-            optimizer = check_optimizer(configured_optimizer(module, args), strategy, args)
+            with strategy.unwrapped():  # parameters have the names that the user knows
+                made = configured_optimizer(module, args)
+                self.groups = check_effect(made, module, args)
+            optimizer = check_optimizer(made, strategy, args)
             self._first_state = copied(optimizer.state)
             return optimizer
 
@@ -110,8 +116,24 @@ class Placement:
             self.strategy.precision.load_state_dict(self._first_scaling)
 
     def take_options(self, args: FitArguments) -> None:
-        """Have the next reset set the options that an optimizer of these arguments would have."""
-        self._first_options = options_by_parameter(self.module.configure_optimizer(args), self.strategy)
+        """Have the next reset set the options that an optimizer of these arguments would have.
+
+        Raises:
+            ValueError: it would have other groups.
+        """
+        with self.strategy.unwrapped():
+            optimizer = self.module.configure_optimizer(args)
+            groups = check_effect(optimizer, self.module, args)
+        options = options_by_parameter(optimizer, self.strategy)
+        for group in self.optimizer.param_groups:
+            found = [options[id(parameter)] for parameter in group["params"] if id(parameter) in options]
+            if any(other != found[0] for other in found):
+                raise ValueError(
+                    f"parameter_options={args.parameter_options!r}: the optimizer was made with other groups of "
+                    "parameters by an earlier run of this Fit. Change options of the same patterns, or write "
+                    "Fit(module_init=...), which makes a fresh module for each trial, or another Fit."
+                )
+        self._first_options, self.groups = options, groups
 
     def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprints of frozen tensors, by name: read once, as what is frozen doesn't change. Collective."""

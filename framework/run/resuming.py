@@ -9,11 +9,12 @@ from .. import checkpoint
 from ..agreement import on_all_ranks
 from ..arguments import FitArguments
 from ..module import TrainModule
+from ..optim.parameter_options import NAME
 from ..printing import say
 from .run import Run
 
 # Their values are in the optimizer's groups, which a checkpoint holds.
-OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", NAME)
 # Their values make the schedule's curve, which a checkpoint doesn't hold: the run's own counts, over saved peaks.
 OF_THE_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
 WAY_OUT = "set ignore_data_skip=True, and the epoch begins anew"
