@@ -14,7 +14,7 @@ from typing import Any
 from ...strategies.duplicates import fingerprints
 from .sharing import TensorFile
 
-Entry = Mapping[str, Any]
+Entry = dict[str, Any]
 """Of a file in a manifest."""
 
 

@@ -45,7 +45,7 @@ def problem(own: Any) -> str | None:
 
 def options_of_group(own: Mapping[str, Any], args: ArgumentFields) -> dict[str, Any]:
     """A pattern's options under the names that an optimizer's groups have."""
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    found: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
     rate, scale = found.pop(RATE, None), found.pop(SCALE, None)
     if scale is not None:
         rate = args.learning_rate * scale

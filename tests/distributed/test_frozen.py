@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import RankFailure, Ranks
 from safetensors.torch import load_file
 from stratagem import TrainModule, frozen
 from stratagem.strategies.local_parts import local_part
@@ -46,8 +46,8 @@ class Distilled(TrainModule):
     def loss(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         answer, taught = outputs
         taught = self.teacher(batch["x"]) if taught is None else taught
-        assert taught.dtype == torch.float32 and not taught.requires_grad
-        return nn.functional.mse_loss(answer, taught)
+        assert not taught.requires_grad
+        return nn.functional.mse_loss(answer.float(), taught.float())
 
     def tensor_parallel_plan(self) -> dict[str, str]:
         return {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
@@ -66,6 +66,24 @@ class Bare(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class Judged(TrainModule):
+    """Blocks whose outputs a frozen part judges: gradients go through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.judge = frozen(make_teacher(), precision="64-true", input_gradients=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.judge(x)
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return outputs.square().mean()
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -166,6 +184,35 @@ def test_on_one_device_it_is_the_loop_to_the_bit(tmp_path: Path) -> None:
     assert_weights(file, weights, 0.0)
 
 
+def judged(strategy: str = "single", world: int = 1) -> list[float]:
+    run = {"max_steps": UPDATES, "shuffle": False, "max_grad_norm": 0.0, "learning_rate": RATE}
+    fit = make_fit(Judged(), rows(), strategy=strategy, per_device_train_batch_size=BATCH // world, **run)
+    fit.train()
+    assert all(p.grad is None for p in fit.module.judge.parameters())
+    losses = [log["loss"] for log in fit.state.log_history if "loss" in log]
+    fit.close()
+    return losses
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_gradients_go_through_it_where_that_is_asked_for(ranks: dict[int, Ranks], strategy: str) -> None:
+    bare, judge = Judged().blocks, make_teacher().double().eval()
+    optimizer = torch.optim.AdamW(bare.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0 - update / UPDATES)
+    losses = []
+    for x in torch.stack([row["x"] for row in rows()]).split(BATCH):
+        for block in bare:
+            x = block(x)
+        loss = judge(x.double()).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    for found in ranks[2].run(judged, strategy=strategy, world=2):
+        assert found == pytest.approx(losses, abs=1e-6) and losses[-1] < losses[0]
+
+
 # Checkpoints.
 
 
@@ -232,3 +279,52 @@ def test_a_teacher_that_is_never_saved_must_be_the_same_at_a_resume(
         resume_with_another_teacher, strategy=strategy, world=world, output_dir=str(tmp_path), resume=str(checkpoint)
     ):
         assert "teacher.3.bias" in said and "other values" in said and "teacher.3.weight" not in said
+
+
+# Other number formats, and DeepSpeed.
+
+
+@pytest.mark.parametrize(("strategy", "precision", "own"), [
+    ("fsdp1", "bf16-mixed", "bf16-true"),
+    ("fsdp2", "bf16-mixed", "bf16-true"),
+    ("fsdp1", "bf16-true", "32-true"),
+    ("fsdp2", "bf16-true", "32-true"),
+    ("fsdp2", "bf16-mixed", "32-true"),
+    ("fsdp1", "bf16-mixed", None),
+    ("fsdp2", "bf16-mixed", None),
+    ("ddp", "bf16-true", "bf16-mixed"),
+    ("fsdp2", "bf16-mixed", "bf16-mixed"),
+])  # fmt: skip
+def test_its_own_precision_beside_the_runs(
+    ranks: dict[int, Ranks], strategy: str, precision: str, own: str | None
+) -> None:
+    module = {"precision": own, "in_loss": False}
+    alone = distill(precision=precision, module=module)
+    for each in ranks[2].run(distill, strategy=strategy, world=2, precision=precision, module=module):
+        assert each["losses"] == pytest.approx(alone["losses"], rel=1e-2)
+        assert each["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)  # one batch in halves, so far
+        assert each["dtypes"] == alone["dtypes"]
+        assert each["dtypes"] == ["torch.bfloat16" if own == "bf16-true" else "torch.float32"]
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_0", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_deepspeed_distils_with_parameters_in_float32(ranks: dict[int, Ranks], tmp_path: Path, strategy: str) -> None:
+    module = {"precision": "32-true"}
+    losses, weights = hand_written(torch.float32)
+    run: dict[str, Any] = {"strategy": strategy, "world": 2, "module": module, "output_dir": str(tmp_path)}
+    saves = {"save_strategy": "steps", "save_steps": 2, "export": str(tmp_path / "student.safetensors")}
+    found = ranks[2].run(distill, **run, **saves)
+    for each in found:
+        assert each["losses"] == pytest.approx(losses, abs=1e-6)
+        assert each["state"] == [] and not each["training"]
+    assert_weights(str(tmp_path / "student.safetensors"), weights, 1e-6)
+    size = sum(tensor.nbytes for tensor in make_teacher().state_dict().values())
+    assert size <= bytes_on_disk(tmp_path, "checkpoint-*/model/*-frozen-*") < size + 2 * 2500
+    again = ranks[2].run(distill, **run, resume=str(tmp_path / "checkpoint-2"), save_strategy="no")
+    assert [each["losses"] for each in again] == [each["losses"] for each in found]
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2"])
+def test_deepspeed_refuses_other_parameters_by_name(ranks: dict[int, Ranks], strategy: str) -> None:
+    with pytest.raises(RankFailure, match=r"'teacher' \(bf16-true\).*strategy='fsdp2' or 'ddp'"):
+        ranks[2].run(distill, strategy=strategy, world=2)

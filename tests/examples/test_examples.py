@@ -156,6 +156,19 @@ def test_digits_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_student_on_two_sharded_ranks_learns_from_its_teacher(tmp_path: Path) -> None:
+    printed = run_example("distillation.py", "--strategy=fsdp2", "--devices=2", directory=tmp_path)
+    lines = re.findall(r"^(.+): held-out accuracy ([\d.]+)", printed, re.MULTILINE)
+    found = {name: float(accuracy) for name, accuracy in lines}
+    assert list(found) == ["teacher", "student", "its average"]
+    assert found["teacher"] > 0.96 and found["student"] > 0.85 and found["its average"] > 0.88
+    first, second = sorted((tmp_path / "output" / "distillation").glob("checkpoint-*"))
+    assert {file.stat().st_ino for file in first.glob("model/*-frozen-*")} == {
+        file.stat().st_ino for file in second.glob("model/*-frozen-*")
+    }
+
+
+@pytest.mark.slow
 def test_the_best_arguments_found_beat_the_defaults(tmp_path: Path) -> None:
     printed = run_example("search.py", "--search.trials=5", "--num_train_epochs=4", directory=tmp_path)
     assert len(re.findall(r"^trial \d+ \(\d/5\) \| (?:complete|pruned)", printed, flags=re.MULTILINE)) == 5
