@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +170,10 @@ class Runs(Steps):
         run = self._follow(self.plan.settled(stream), stream)  # a resume may have set another length
         if path is not None and saved is not None:
             resuming.compare(run, self.module, path, saved)
-            run = self._with_groups_of(saved, run)
+            if (plan := run.plan.with_groups_of(saved)) is not run.plan:
+                if self._placement is not None:
+                    self._placement.take_options(plan.args)
+                run = self._follow(plan, stream)
         placement = self.placement
         placement.reset_optimizer()
         self.state.reset()
@@ -184,15 +187,6 @@ class Runs(Steps):
         else:
             run.go_on_from(path, saved)
         return run
-
-    def _with_groups_of(self, saved: Mapping[str, Any], run: Run) -> Run:
-        """Have the optimizer's groups be cut as the checkpoint's, where its options count."""
-        plan = run.plan.with_groups_of(saved)
-        if plan is run.plan:
-            return run
-        if self._placement is not None:
-            self._placement.take_options(plan.args)
-        return self._follow(plan, run.stream)
 
     def follow(self, plan: Plan) -> None:
         """Have the next run follow a plan, over data that it cuts anew.

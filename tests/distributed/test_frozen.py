@@ -227,6 +227,7 @@ def saved_names(checkpoint: Path) -> set[str]:
     return {name for name in listed if name.startswith("teacher.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (2, "fsdp1"), (2, "fsdp2")], ids=str)
 def test_a_teacher_is_saved_once_and_resumed_from_any_checkpoint_that_is_left(
     ranks: dict[int, Ranks], tmp_path: Path, world: int, strategy: str
@@ -284,6 +285,7 @@ def test_a_teacher_that_is_never_saved_must_be_the_same_at_a_resume(
 # Other number formats, and DeepSpeed.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "precision", "own"), [
     ("fsdp1", "bf16-mixed", "bf16-true"),
     ("fsdp2", "bf16-mixed", "bf16-true"),
