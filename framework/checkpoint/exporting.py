@@ -1,6 +1,7 @@
 """Export of the plain weights of a module in one file, for use anywhere else."""
 
 import os
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
+from ..printing import say
 from .directory import PARTIAL, CheckpointError
 from .finite import check_finite
 from .frozen import in_parts, leave_out, left_out
@@ -32,6 +34,9 @@ def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> N
     weights = weights_to_write(strategy, absent)
     unexported = in_parts(strategy, weights, lambda part: not part.exported)
     weights, absent = leave_out(weights, unexported), absent | unexported
+    if unexported and strategy.is_main:
+        some = f"{len(unexported)} tensors of frozen parts, such as {min(unexported)!r}"
+        say(f"{path} is without {some}; frozen(..., exported=True) has them written.", sys.stderr)
     # Dtypes of most bytes come first, as safetensors has them: each tensor is aligned then.
     sizes = sorted({tensor.itemsize for tensor in weights.values()}, reverse=True)
     passes = [{name for name, tensor in weights.items() if tensor.itemsize == size} for size in sizes]

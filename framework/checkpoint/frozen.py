@@ -92,13 +92,13 @@ def as_stored(frozen: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
 
 
 def check_frozen(path: Path, strategy: Strategy, model: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-    """Refuse a module with other frozen weights than the run of the checkpoint had. Values can't be compared where
-    another precision keeps them in another dtype. Collective.
+    """Refuse a module with other frozen weights than the run of the checkpoint had. Values that are kept in a wider
+    dtype than they were are rounded to it, and those in a narrower one can't be compared. Collective.
 
     Raises:
         CheckpointError: the message names the weights that differ.
     """
-    current = fingerprints(strategy, {name: model[name] for name in saved})
+    current = fingerprints(strategy, {name: rounded(model[name], entry["dtype"]) for name, entry in saved.items()})
     other = [
         name
         for name, entry in saved.items()
@@ -110,3 +110,10 @@ def check_frozen(path: Path, strategy: Strategy, model: Mapping[str, Tensor], sa
             f"{path} holds trained weights without the frozen ones they belong to, and this module's frozen ones have "
             f"other values: {', '.join(other[:10])}{more}. Build it from the same pretrained weights."
         )
+
+
+def rounded(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor in the floating-point dtype of that name, where that is narrower, else as it is."""
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    narrows = tensor.is_floating_point() and dtype.is_floating_point and dtype.itemsize < tensor.itemsize
+    return tensor.to(dtype) if narrows else tensor

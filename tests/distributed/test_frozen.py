@@ -330,3 +330,34 @@ def test_deepspeed_distils_with_parameters_in_float32(ranks: dict[int, Ranks], t
 def test_deepspeed_refuses_other_parameters_by_name(ranks: dict[int, Ranks], strategy: str) -> None:
     with pytest.raises(RankFailure, match=r"'teacher' \(bf16-true\).*strategy='fsdp2' or 'ddp'"):
         ranks[2].run(distill, strategy=strategy, world=2)
+
+
+class Late(Distilled):
+    """Its teacher is made where it is placed, with values of a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.teacher
+
+    def build(self) -> None:
+        self.teacher = frozen(nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 3)), precision="bf16-true")
+
+    def initial_values(self, name: str, part: tuple[slice, ...]) -> Tensor | None:
+        return torch.linspace(-1, 1, 48).view(6, 8)[:3].expand(3, 8)[part] if name == "teacher.2.weight" else None
+
+
+def train_late(strategy: str = "single", world: int = 1) -> list[Any]:
+    run = {"max_steps": 3, "shuffle": False, "max_grad_norm": 0.0, "learning_rate": RATE}
+    fit = make_fit(Late(), rows(), rows(), strategy=strategy, per_device_train_batch_size=BATCH // world, **run)
+    fit.train()
+    found = [log["loss"] for log in fit.state.log_history if "loss" in log] + [fit.evaluate()["eval_loss"]]
+    dtypes = {str(p.dtype) for name, p in fit.strategy.named_parameters().items() if name.startswith("teacher.")}
+    fit.close()
+    return [found, sorted(dtypes)]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_a_late_teacher_is_filled_shard_by_shard(ranks: dict[int, Ranks], strategy: str) -> None:
+    losses, _ = train_late()
+    for found, dtypes in ranks[2].run(train_late, strategy=strategy, world=2):
+        assert found == pytest.approx(losses, abs=1e-6) and dtypes == ["torch.bfloat16"]

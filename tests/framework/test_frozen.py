@@ -180,6 +180,48 @@ def test_an_averages_batch_norm_leaves_the_teachers_alone(make_fit: MakeFit) -> 
     assert len(average._statistics) == 3  # the student's alone
 
 
+def test_one_that_is_wider_now_is_compared_as_it_was(make_fit: MakeFit, tmp_path: Path) -> None:
+    def taught(seed: int, **options: Any) -> Taught:
+        torch.manual_seed(seed)
+        return Taught(saved="never", **options)
+
+    make_fit(taught(0, precision="bf16-true"), rows(), max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "output" / "checkpoint-1")
+    make_fit(taught(0, precision="32-true"), rows(), max_steps=2).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"other values: teacher\.0\.weight"):
+        make_fit(taught(1), rows(), max_steps=2).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_module_that_is_given_back_has_it_frozen_as_before(make_fit: MakeFit) -> None:
+    module = Taught(precision="bf16-true")
+    fit = make_fit(module, rows(), max_steps=2)
+    fit.find_learning_rate(updates=10)
+    mark = mark_of(module.teacher)
+    assert mark is not None and mark.module is module.teacher and module.teacher[0].weight.dtype == BF16
+    fit.train()
+    assert module.student.training and not any(layer.training for layer in module.teacher.modules())
+
+
+class Late(Taught):
+    """The same, whose teacher is made where it is placed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.teacher
+
+    def build(self) -> None:
+        self.teacher = frozen(make_teacher(), precision="bf16-true")
+
+
+def test_a_late_one_is_filled_in_its_own_precision(make_fit: MakeFit) -> None:
+    module = Late()
+    fit = make_fit(module, rows(), rows(8), max_steps=2)
+    fit.train()
+    fit.evaluate()
+    weight = module.teacher[0].weight
+    assert weight.dtype == BF16 and weight.abs().sum() > 0 and not weight.requires_grad
+
+
 def test_what_cannot_work_is_refused(make_fit: MakeFit) -> None:
     with pytest.raises(ValueError, match=r"frozen\(precision=...\): Did you mean 'bf16-true'"):
         frozen(nn.Linear(1, 1), precision="bf16_true")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stratagem import FitArguments, TrainModule
+from stratagem import Callback, FitArguments, TrainModule
 from stratagem.framework.optim.optimizers import make_optimizer
 from tiny import MakeFit
 from torch import Tensor, nn
@@ -226,3 +226,39 @@ def test_a_run_says_its_groups_where_they_were_asked_for(make_fit: MakeFit, caps
 def test_they_come_from_a_command_line_as_json() -> None:
     made = FitArguments(parameter_options=json.dumps(BY_NAME))  # type: ignore[arg-type]
     assert made.parameter_options == BY_NAME
+
+
+def peaks(fit: Any) -> list[float]:
+    return sorted({group["initial_lr"] for group in fit.optimizer.param_groups})
+
+
+def test_a_trial_changes_options_of_the_same_patterns(make_fit: MakeFit) -> None:
+    fit = make_fit(
+        Model(), rows(8), max_steps=1, learning_rate=0.5, parameter_options={"embed*": {"learning_rate": 0.1}}
+    )
+    fit.train()
+    assert peaks(fit) == [0.1, 0.5]
+    fit.train(trial={"parameter_options": {"embed*": {"learning_rate": 0.2}}})
+    assert peaks(fit) == [0.2, 0.5]
+    with pytest.raises(ValueError, match=r"parameter_options=.*other groups.*module_init"):
+        fit.train(trial={"parameter_options": {"last*": {"learning_rate": 0.2}}})
+
+
+@pytest.mark.slow
+def test_a_search_may_change_patterns_and_options(make_fit: MakeFit) -> None:
+    pytest.importorskip("optuna")
+    seen = []
+
+    def space(trial: Any) -> dict[str, Any]:
+        pattern = trial.suggest_categorical("pattern", ["embed*", "last*"])
+        return {"parameter_options": {pattern: {"learning_rate_scale": trial.suggest_float("scale", 0.1, 0.9)}}}
+
+    class Looking(Callback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            group = context["fit"].optimizer.param_groups[-1]
+            seen.append((next(iter(args.parameter_options)), len(group["params"]), group["lr"]))
+
+    fit = make_fit(Model(), rows(8), rows(8), max_steps=1, learning_rate=1.0, callbacks=[Looking()])
+    fit.hyperparameter_search(space, n_trials=6)
+    assert {pattern for pattern, _, _ in seen} == {"embed*", "last*"}
+    assert all(count == 1 and 0.1 <= rate <= 0.9 for _, count, rate in seen)
