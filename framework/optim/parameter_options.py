@@ -82,7 +82,8 @@ def patterns_of(module: nn.Module, options: Mapping[str, Any]) -> dict[int, str]
         if not own:
             near = f"{pattern}.*" if any(name.startswith(f"{pattern}.") for name in names) else None
             hint = f"Did you mean {near!r}?" if near else did_you_mean(pattern, names) if len(names) < 20 else ""
-            wrong.append(f"{pattern!r} matches {'frozen parameters alone' if pattern in frozen else f'none. {hint}'}")
+            what = "frozen parameters alone" if pattern in frozen else f"none. {hint}".rstrip()
+            wrong.append(f"{pattern!r} matches {what}")
         elif all(found[key] != pattern for key in own):
             others = dict.fromkeys(found[key] for key in own)
             wrong.append(
@@ -99,7 +100,7 @@ def split_by_options(module: nn.Module, groups: Groups, spared: set[str], args: 
 
     Args:
         module: see ``patterns_of``.
-        groups: over its trainable parameters.
+        groups: over its trainable parameters; those that weight decay spares are in a group without others.
         spared: the names of parameters that weight decay spares; that of a pattern spares them, too.
         args: of the run.
 
@@ -120,13 +121,11 @@ def split_by_options(module: nn.Module, groups: Groups, spared: set[str], args: 
                 "which are never decayed. Leave it out, or write configure_optimizer."
             )
         for group in groups:
-            for is_spared in (False, True):
-                held = [
-                    p for p in group["params"] if found.get(id(p)) == pattern and (id(p) in without_decay) == is_spared
-                ]
-                kept = {name: value for name, value in own.items() if not (is_spared and name == DECAY)}
-                if held:
-                    parts.append({**group, **kept, "params": held})
+            held = [parameter for parameter in group["params"] if found.get(id(parameter)) == pattern]
+            is_spared = any(id(parameter) in without_decay for parameter in held)
+            kept = {name: value for name, value in own.items() if not (is_spared and name == DECAY)}
+            if held:
+                parts.append({**group, **kept, "params": held})
     return parts
 
 
