@@ -11,6 +11,7 @@ from .measures import best
 from .objective import Count
 from .optim.schedulers import waits_for_metric
 from .printing import say
+from .rounds import Rounds
 from .run.run import Run
 from .steps import Steps
 from .watch.endings import EvaluationInterrupted, interruption
@@ -49,6 +50,7 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
         log the run's totals -> on_log
         on_train_end
 
+    Of a module that is trained in turns, what is between on_step_begin and on_step_end is a round (``rounds.py``).
     Nothing in here waits for the device: losses and norms are read when a log is due.
 
     Args:
@@ -58,9 +60,10 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
             update; without on_substep_end and on_pre_optimizer_step.
     """
     args, state, control, strategy = run.args, run.state, run.control, run.strategy
-    placement, rescue, emit = run.placement, run.rescue, steps.emit
+    placement, rescue, emit, stepping = run.placement, run.rescue, steps.emit, run.stepping
     assert placement is not None
     model = strategy.model
+    rounds = None if run.turns is None else Rounds(steps, run, run.turns)
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
@@ -96,7 +99,9 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
             emit("on_step_begin")
             if rescue is not None:
                 rescue.begin_update()
-            if program is not None and program.update(micro_batches):
+            if (program is not None and program.update(micro_batches)) or (
+                rounds is not None and rounds.update(micro_batches, num_items, batches, micro_batches_per_update)
+            ):
                 end_update(steps, run)
                 continue
 
@@ -112,14 +117,14 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
                     emit("on_substep_end")
             assert update_loss is not None
 
-            run.clip(trainable)
+            stepping.clip(trainable)
             emit("on_pre_optimizer_step")
             if placement.closure is not None:
                 compute_again = partial(compute_update, steps, run, micro_batches, num_items)
                 placement.closure.begin_update(update_loss, compute_again)
-            run.step(update_loss)
+            stepping.step(update_loss)
             emit("on_optimizer_step")
-            run.settle_known_schedule()
+            stepping.settle_known_schedule()
             for parameter in trainable:
                 parameter.grad = None
             strategy.flush()
@@ -255,8 +260,9 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
         metrics = evaluate(steps, run)
         improved = best.note_evaluation(run.args, run.state, metrics)
         control.should_save |= improved and run.args.save_strategy == cadence.BEST
-        if waits_for_metric(run.scheduler):
-            run.scheduler.step(best.chosen_metric(run.args, metrics))  # type: ignore[arg-type]
+        for scheduler in run.schedules.values():
+            if waits_for_metric(scheduler):
+                scheduler.step(best.chosen_metric(run.args, metrics))  # type: ignore[arg-type]
     if control.should_save:
         control.should_save = False
         if not run.args.fast_dev_run:  # a callback may ask for it

@@ -21,6 +21,7 @@ from .run.plan import Plan
 from .run.run import Run
 from .run.source import Source
 from .state import Control, TrainState
+from .turns import Turns
 from .watch.watch import Watch
 
 
@@ -51,6 +52,7 @@ class Members(Labelled):
     override_divides: bool
     ignore_keys_for_eval: tuple[str, ...]
     _objective: Objective | None
+    _turns: Turns | None
     _count_tokens: TokenCounter
     _placement: Placement | None
     _run: Run | None
@@ -110,4 +112,4 @@ class Members(Labelled):
             if self.args.auto_find_batch_size:
                 self.source.keep_copy()
             trains = self.train_data is not None
-            self._placement = Placement(self.strategy, self.module, self.args, trains)
+            self._placement = Placement(self.strategy, self.module, self.args, trains, self._turns)

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 
 from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
+from .calling import forward_call
 from .data.stand_in import StandIn
-from .module import TrainModule, forward_call
+from .module import TrainModule
 from .rows import Rows
 
 Count = int | Tensor  # a Tensor where the batch was on an accelerator from the start
@@ -40,7 +41,10 @@ class Objective:
         past: what the next batch is given as ``mems``.
         noted: what ``note`` returns; None before the first loss.
         takes_num_items: whether the loss function itself divides by the global count of items.
+        own_loss: (outputs, batch[, num_items_in_batch]) to loss, in place of the module's; None leaves the module's.
     """
+
+    own_loss: Callable[..., Tensor | Mapping[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -128,6 +132,8 @@ class Objective:
             rows.open()
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
+        elif self.own_loss is not None:
+            loss = self.own_loss(outputs, batch, **options)
         else:
             loss = self.module.loss(outputs, batch, **options)
         if rows is not None:

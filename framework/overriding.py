@@ -130,14 +130,25 @@ def own_classes(kind: type, base: type) -> list[type]:
 IN_PROGRAM = ("training_step", "compute_loss", "compute_loss_context_manager")
 
 
-def check_one_program(fit: type, base: type) -> None:
-    """Refuse what a subclass of Fit overrides and ``torch_compile="update"`` would pass by.
+def check_called(fit: type, base: type, in_program: bool, in_turns: bool) -> None:
+    """Refuse what a subclass of Fit overrides and nothing would call.
+
+    Args:
+        fit: the class of the object.
+        base: where the methods are defined.
+        in_program: whether updates are programs (``torch_compile="update"``).
+        in_turns: whether the module is trained in turns.
 
     Raises:
         ValueError: names the methods.
     """
     own = [name for name in IN_PROGRAM if is_overridden(fit, base, name)]
-    if own:
+    if own and in_turns:
+        raise ValueError(
+            f"A module with turns() has a loss for each turn, and {fit.__name__}.{' and '.join(own)} would not be "
+            "called for them. Write what a turn computes into its loss method on the TrainModule."
+        )
+    if own and in_program:
         raise ValueError(
             f"torch_compile='update' makes an update one program, which doesn't call {fit.__name__}."
             f"{' and '.join(own)}. Write torch_compile=True, or the loss as loss(self, outputs, batch) on the "

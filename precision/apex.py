@@ -39,6 +39,11 @@ class Apex(Precision):
         "spike_updates": "apex.amp alone decides whether its optimizer steps. Use precision='16-mixed'"
     }
 
+    refused_turns = (
+        "apex.amp has one loss scale and changes one optimizer's methods, and each turn has its own. Use "
+        "precision='16-mixed', which does the same natively"
+    )
+
     level: ClassVar[str]
 
     def __init__(self) -> None:

@@ -82,6 +82,7 @@ class Strategy(Updating):
             clip_grad_norm          the true norm over all shards; find_nonfinite where gradients aren't clipped
             step, skip              the step may be left out by loss scaling, or by a flag on the device
             flush                   when the gradients are gone; in evaluation after each micro-batch
+        place_turns, turn           after place, and around all of the above, where a module is trained in turns
         sum_over_data_ranks, read, gather, broadcast, barrier
         model_state, optimizer_state, load_optimizer_state
         tell_failure, release, begin_again      where a run that failed is begun anew; attempt is entered around it
@@ -99,6 +100,7 @@ class Strategy(Updating):
         device: where this rank's tensors live; set by ``set_up``.
         rank, world_size, ...: see Ranks.
         precision, module, model, optimizer: see PlacedModule.
+        moved, turn_now: see TurnTaking.
         gradients_are_alike, normed, ...: see Updating.
     """
 

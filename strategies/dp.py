@@ -20,6 +20,10 @@ class DP(Strategy):
 
     name = "dp"
     runs_copies = True
+    refused_turns = (
+        "it cuts up what forward is given, and the loss of a turn has its batch without forward. Use strategy='ddp', "
+        "or 'single'"
+    )
 
     def choose_device(self) -> torch.device:
         """Choose the first GPU, else the CPU."""

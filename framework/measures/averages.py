@@ -36,6 +36,7 @@ class Averages:
         self.counted: int | Tensor | None = None  # else, the items of its micro-batches on this rank
         self.updates_pending = 0  # updates since the last settle
         self.uncertain: dict[str, list[tuple[int, Tensor]]] = {}  # (place of a pending value, its items)
+        self.in_round: dict[str, list[tuple[Tensor, int | Tensor | None]]] = {}  # turn to its losses, with their items
 
     def add(self, name: str, value: Tensor, items: Tensor | None = None) -> None:
         """Note a value of an update.
@@ -80,6 +81,47 @@ class Averages:
         self.add("loss", loss, uncertain)
         for name, value in shares.items():
             self.add(name, value, uncertain)
+
+    # An update in turns reads several batches, and makes several losses of one.
+
+    def begin_batch(self) -> int | Tensor | None:
+        """Forget the items of the last batch of a round, before the next one is read.
+
+        Returns:
+            Those items, for ``expect`` where there is no next one.
+        """
+        items = self.counted if self.expected is None else self.expected
+        self.expected = self.counted = None
+        return items
+
+    def end_turn(self, turn: str, loss: Tensor) -> None:
+        """Note the loss of a turn that was made on a batch, and the values of ``add_share``."""
+        items = self.counted if self.expected is None else self.expected
+        shares, self.shares = self.shares, {}
+        self.in_round.setdefault(turn, []).append((loss, items))
+        if isinstance(items, int) and items == 0:
+            return
+        uncertain = items if isinstance(items, Tensor) else None
+        self.add(f"loss_{turn}", loss, uncertain)
+        for name, value in shares.items():
+            self.add(name, value, uncertain)
+
+    def end_round(self) -> None:
+        """Note the loss of the round under way: the sum of its turns', each the mean over the batches it was made on.
+        A turn whose batches had no items has none.
+        """
+        losses, self.in_round = self.in_round, {}
+        self.expected = self.counted = None
+        self.updates_pending += 1
+        means, counts = [], []
+        for made in losses.values():
+            values = [loss for loss, items in made if not (isinstance(items, int) and items == 0)]
+            if values:
+                means.append(values[0] if len(values) == 1 else torch.stack(values).mean())
+                counts += [items for _, items in made if isinstance(items, Tensor)]
+        if means:
+            total = means[0] if len(means) == 1 else torch.stack(means).sum()
+            self.add("loss", total, torch.stack(counts).sum() if counts else None)
 
     def count(self, items: int | Tensor, tokens: int) -> None:
         """Count the items and input tokens of a micro-batch. A tensor stays on the device."""

@@ -79,7 +79,7 @@ class UpdateProgram:
             CannotCompileError, CannotTraceError: it can't be one program.
         """
         run, state, held = self.run, self.run.state, self.held
-        run.settle_schedule()
+        run.stepping.settle_schedule()
         if state.global_step == state.skipped_updates:
             return False
         [inputs] = micro_batches
@@ -95,9 +95,9 @@ class UpdateProgram:
         for name, value in extras.items():
             run.averages.add_share(name, value)
         assert held.measure is not None and held.each is not None
-        run.take_update(loss, held.measure, held.normed, held.each)
+        run.stepping.take_update(loss, held.measure, held.normed, held.each)
         self.emit("on_optimizer_step")
-        run.settle_known_schedule()
+        run.stepping.settle_known_schedule()
         run.end_update(loss)
         return True
 

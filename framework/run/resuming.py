@@ -11,6 +11,7 @@ from ..arguments import FitArguments
 from ..module import TrainModule
 from ..optim.parameter_options import NAME
 from ..printing import say
+from .plan import Plan
 from .run import Run
 
 # Their values are in the optimizer's groups, which a checkpoint holds.
@@ -20,7 +21,7 @@ OF_THE_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "
 WAY_OUT = "set ignore_data_skip=True, and the epoch begins anew"
 
 
-def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any]) -> None:
+def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any]) -> Plan:
     """Say once, on the main process, what differs between a run and the checkpoint that it goes on from. Collective.
 
     Args:
@@ -28,6 +29,9 @@ def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any])
         module: of the run.
         path: the checkpoint.
         state: what ``checkpoint.read_state`` gave for it.
+
+    Returns:
+        The run's plan; where the checkpoint's options of the optimizer count, with its groups.
 
     Raises:
         CheckpointError: the optimizer is another; or the checkpoint was saved in mid-epoch, and the samples that are
@@ -37,23 +41,26 @@ def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any])
 
     def look() -> None:
         if run.strategy.is_main:
-            check_optimizer_name(run.args.optim, module, path, state)
+            of_turns = state.get("turns", {}).get("steppings", {})
+            for turn, stepping in run.steppings.items():
+                saved = of_turns.get(turn, {}).get("optim") if turn else state["arguments"].get("optim")
+                check_optimizer_name(stepping.args.optim, module, path, saved)
             said.extend([*argument_differences(run.args, state), *data_differences(run, path, state)])
             said.extend(callback_differences(run, state))
 
     on_all_ranks(run.strategy, look, checkpoint.CheckpointError)
     for line in said:
         say(f"Resuming from {path}: {line}", sys.stderr)
+    return run.plan.with_groups_of(state)
 
 
-def check_optimizer_name(optim: str, module: TrainModule, path: Path, state: Mapping[str, Any]) -> None:
+def check_optimizer_name(optim: str, module: TrainModule, path: Path, saved: str | None) -> None:
     """Refuse an ``optim`` by another name, where the module doesn't make its optimizer by itself: adam and adamw, for
     two, have the same options.
 
     Raises:
         CheckpointError: names both.
     """
-    saved = state["arguments"].get("optim")
     makes_its_own = type(module).configure_optimizer is not TrainModule.configure_optimizer
     if saved is not None and saved != optim and not makes_its_own:
         raise checkpoint.CheckpointError(

@@ -65,6 +65,10 @@ class DeepSpeed(ProcessGroupStrategy):
     """
 
     name = "deepspeed"
+    refused_turns = (
+        "its engine has one optimizer, one loss scale and one backward an update. Use strategy='fsdp2', which shards "
+        "as ZeRO does, or 'ddp'"
+    )
     parameter_form = "flat"
     Options = DeepSpeedOptions
     options: DeepSpeedOptions

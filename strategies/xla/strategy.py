@@ -71,6 +71,10 @@ class XLASPMD(Strategy):
     """
 
     name = "xla"
+    refused_turns = (
+        "it compiles a whole update, with one optimizer that moves all parameters. On GPUs, use strategy='fsdp2' or "
+        "'ddp'"
+    )
     Options = XLASPMDOptions
     options: XLASPMDOptions
     parameter_form = "lazy"
