@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stratagem import Callback, FitArguments, TrainModule
+from stratagem import Callback, FitArguments, TrainModule, Turn, frozen
 from stratagem.framework.optim.optimizers import make_optimizer
 from tiny import MakeFit
 from torch import Tensor, nn
@@ -262,3 +262,43 @@ def test_a_search_may_change_patterns_and_options(make_fit: MakeFit) -> None:
     fit.hyperparameter_search(space, n_trials=6)
     assert {pattern for pattern, _, _ in seen} == {"embed*", "last*"}
     assert all(count == 1 and 0.1 <= rate <= 0.9 for _, count, rate in seen)
+
+
+class Pair(TrainModule):
+    """Two parts that are trained in turns, and a frozen one that both ask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        self.other = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        self.judge = frozen(nn.Linear(4, 1), precision="bf16-true")
+
+    def turns(self) -> list[Turn]:
+        return [Turn("one", self.loss_of_one, "one", optim="sgd", learning_rate=0.1),
+                Turn("other", self.loss_of_other, "other")]  # fmt: skip
+
+    def loss_of_one(self, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self.one(batch["x"]), self.judge(batch["x"]))
+
+    def loss_of_other(self, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self.other(batch["x"]), self.one(batch["x"]).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x)
+
+
+def test_each_turns_optimizer_has_those_of_its_parameters(make_fit: MakeFit) -> None:
+    module, data = Pair(), [{"x": torch.randn(4)} for _ in range(8)]
+    judge = {name: weight.clone() for name, weight in module.judge.state_dict().items()}
+    options = {"*.0.*": {"learning_rate_scale": 0.5}, "other.1.*": {"betas": [0.5, 0.6]}}
+    fit = make_fit(module, data, max_steps=2, learning_rate=0.01, parameter_options=options)
+    fit.train()
+    one, other = (fit.placement.optimizers[name].param_groups for name in ("one", "other"))
+    assert [group["initial_lr"] for group in one] == [0.1, 0.1, 0.05, 0.05]
+    assert [(group["initial_lr"], group["betas"]) for group in other] == [
+        *[(0.005, (0.9, 0.999))] * 2,
+        *[(0.01, (0.5, 0.6))] * 2,
+    ]
+    assert all(torch.equal(weight, judge[name]) for name, weight in module.judge.state_dict().items())
+    with pytest.raises(ValueError, match=r"'one\.1\.\*': SGD.* has no option 'betas'"):
+        make_fit(Pair(), data, max_steps=1, parameter_options={"one.1.*": {"betas": [0.5, 0.6]}}).train()
