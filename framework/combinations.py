@@ -145,6 +145,8 @@ def check_combination(
         args.label_smoothing_factor > 0 and strategy.splits_classes,
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
+    uncut = no_pieces(strategy)
+    refuse("contrastive_chunks", args.contrastive_chunks is not None and bool(uncut), uncut)
     in_one = args.torch_compile == UPDATE
     refuse(
         "torch_compile",
@@ -193,6 +195,21 @@ def check_combination(
         raise ValueError("These arguments can't work together:\n  " + "\n  ".join(found))
 
 
+def no_pieces(strategy: Strategy) -> str:
+    """Say why a strategy's options leave no micro-batch in pieces, and what to write instead; "" where they do."""
+    if strategy.splits_classes:
+        return (
+            "joins forward's outputs along the samples, and loss_parallel=True keeps them cut by class. Leave one of "
+            "them out"
+        )
+    if strategy.learns_first_graph:
+        return (
+            "has a loss's own parameters take part in the last piece's backward alone, and static_graph=True needs all "
+            "backwards to be alike. Leave one of them out"
+        )
+    return ""
+
+
 def turn_problems(
     turns: Turns,
     args: FitArguments,
@@ -231,6 +248,11 @@ def turn_problems(
             args.past_index >= 0,
             f"past_index={args.past_index!r}",
             "hands an output of forward on to the next batch, and a turn's loss calls the layers itself. Leave it out",
+        ),
+        (
+            args.contrastive_chunks is not None,
+            f"contrastive_chunks={args.contrastive_chunks!r}",
+            "cuts what forward is given, and a turn's loss calls the layers itself. Leave it out",
         ),
         (
             evaluates and not has_forward,

@@ -110,7 +110,7 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
                 last = index == len(micro_batches)
                 if waiting is not None:
                     waiting.begin_forward()
-                with strategy.accumulate(last):
+                with steps.accumulate(last):
                     loss = steps.training_step(model, inputs, num_items)
                 update_loss = loss if update_loss is None else update_loss + loss
                 if not last:
@@ -152,7 +152,7 @@ def compute_update(steps: Steps, run: Run, micro_batches: list[Any], num_items: 
     run.optimizer.zero_grad()
     with run.averages.paused():  # the update's items were counted once
         for index, inputs in enumerate(micro_batches, start=1):
-            with strategy.accumulate(index == len(micro_batches)):
+            with steps.accumulate(index == len(micro_batches)):
                 loss = steps.training_step(strategy.model, inputs, num_items)
             total = loss if total is None else total + loss
     strategy.prepare_gradients()

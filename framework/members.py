@@ -1,7 +1,7 @@
 """Members: what a Fit has, as far as its steps need it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from .run.source import Source
 from .state import Control, TrainState
 from .turns import Turns
 from .watch.watch import Watch
+
+if TYPE_CHECKING:
+    from .run.cached_representations import CachedRepresentations
 
 
 class Members(Labelled):
@@ -52,6 +55,7 @@ class Members(Labelled):
     override_divides: bool
     ignore_keys_for_eval: tuple[str, ...]
     _objective: Objective | None
+    _cached: "CachedRepresentations | None"  # with contrastive_chunks
     _turns: Turns | None
     _count_tokens: TokenCounter
     _placement: Placement | None

@@ -8,6 +8,7 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
-from .calling import forward_call
+from .calling import Call, forward_call
 from .data.stand_in import StandIn
 from .module import TrainModule
 from .rows import Rows
@@ -36,6 +37,7 @@ class Objective:
         label_smoothing: above 0, replaces the loss by smoothed cross entropy of the logits.
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
         rows: gathers all ranks' rows within the loss; None where nobody can.
+        forward: calls the model in the place of ``forward_call``'s function, which it is given first.
 
     Attributes:
         past: what the next batch is given as ``mems``.
@@ -53,6 +55,7 @@ class Objective:
         label_smoothing: float = 0.0,
         past_index: int = -1,
         rows: Rows | None = None,
+        forward: Callable[[Call, nn.Module, Any], Any] | None = None,
     ) -> None:
         self.module = module
         self.rows = rows
@@ -61,7 +64,9 @@ class Objective:
         self.past: Any = None
         self.noted: tuple[Mapping[str, Tensor], bool] | None = None
         self._was_checked = False
-        self.call = forward_call(module)
+        self.call: Call = forward_call(module)
+        if forward is not None:
+            self.call = partial(forward, self.call)
         # (model, batch on the device) to outputs. A method around it would make the user's traceback longer.
         self.forward = self.call if past_index < 0 else self.forward_with_past
         self.compute_loss_func = compute_loss_func

@@ -25,9 +25,8 @@ from .fields.compilation import UPDATE
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
-from .objective import Objective
-from .rows import make_rows
 from .run import elastic, resuming
+from .run.cached_representations import make_objective
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
 from .run.plan import Plan
@@ -366,8 +365,7 @@ class Runs(Steps):
         self.plan = self.plan.of_batches(1 if turns is None else turns.batches)
         if turns is not None and not self.placed and type(module).build is TrainModule.build:
             turns.moved(module)  # what it refuses is refused now, not when the module is placed
-        rows = make_rows(module, self.strategy)
-        self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows)
+        self._objective, self._cached = make_objective(module, args, self.strategy, self.compute_loss_func)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 
     def _collect_callbacks(self) -> None:

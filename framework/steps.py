@@ -36,6 +36,10 @@ class Steps(Members):
 
     # A micro-batch.
 
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Make a context for one micro-batch's forward and backward; the last one of an update reduces gradients."""
+        return self.strategy.accumulate(last) if self._cached is None else self._cached.micro_batch(last)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Count | None = None) -> Tensor:
         """Forward, loss and backward of one micro-batch.
 
@@ -63,7 +67,11 @@ class Steps(Members):
             extras, is_share = objective.note()
         num_items = count if num_items_in_batch is None else num_items_in_batch
         loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
-        run.backward(loss)
+        if self._cached is None:
+            run.backward(loss)
+        else:
+            around = self.compute_loss_context_manager if self.overrides_loss else contextlib.nullcontext
+            self._cached.backward(loss, run.backward, f"{type(self).__name__}.compute_loss", around)
         for name, value in extras.items():
             averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
         ranks = strategy.gradient_ranks

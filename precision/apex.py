@@ -36,7 +36,9 @@ class Apex(Precision):
     judges_gradients = True
     computes_by_itself = True
     refused_arguments: Mapping[str, str] = {
-        "spike_updates": "apex.amp alone decides whether its optimizer steps. Use precision='16-mixed'"
+        "spike_updates": "apex.amp alone decides whether its optimizer steps. Use precision='16-mixed'",
+        "contrastive_chunks": "apex.amp alone scales the loss, and needs it to be what backward begins with. Use "
+        "precision='16-mixed'",
     }
 
     refused_turns = (

@@ -143,6 +143,11 @@ class Strategy(Updating):
         self.options = self.Options(**options)
 
     @property
+    def learns_first_graph(self) -> bool:
+        """Whether every backward must have the graph of the first one."""
+        return False
+
+    @property
     def splits_classes(self) -> bool:
         """Whether the loss is given logits cut by class over ranks, which not every loss can take."""
         return False
@@ -273,6 +278,12 @@ class Strategy(Updating):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` (scaled where the precision scales) to those of the update."""
         self.precision.backward(loss)
+
+    def gradients(self, loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return what ``backward`` would add to the gradients of some tensors, and add it to none; None for those that
+        the loss doesn't depend on.
+        """
+        return list(torch.autograd.grad(self.precision.scale(loss), tensors, allow_unused=True))
 
     # Beginning again after a failure that another attempt may not meet: between ``tell_failure`` and another run.
 

@@ -52,6 +52,11 @@ class DDP(ProcessGroupStrategy):
     options: DDPOptions
     replicas_of_turns: Mapping[str, Replicas] = {}
 
+    @property
+    def learns_first_graph(self) -> bool:
+        """Whether DDP learns the order of gradients once."""
+        return self.options.static_graph
+
     def check_precision(self, precision: Precision) -> None:
         """Refuse to compress gradients that have 16 bits already."""
         super().check_precision(precision)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,10 @@ class DeepSpeed(ProcessGroupStrategy):
     parameter_form = "flat"
     Options = DeepSpeedOptions
     options: DeepSpeedOptions
+    refused_arguments: ClassVar[Mapping[str, str]] = {
+        "contrastive_chunks": "can't be had under strategy='deepspeed', whose engine counts backwards, and reduces "
+        "gradients by that count. Use strategy='fsdp2', or 'ddp'",
+    }
     engine: Any = None
     linear: AbstractContextManager[None] = nullcontext()
     zero_state: ZeroState | None = None

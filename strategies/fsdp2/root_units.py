@@ -10,14 +10,13 @@ The names with an underscore are torch's own, of 2.9 to 2.13.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...precision.frozen import Frozen
 from .gathering import gather, parameter_groups
 
 SMALLEST = 2**22
@@ -25,7 +24,10 @@ SMALLEST = 2**22
 
 
 def root_units(
-    module: nn.Module, blocks: Mapping[nn.Module, Frozen | None], kept: set[nn.Parameter]
+    module: nn.Module,
+    blocks: Collection[nn.Module],
+    kept: set[nn.Parameter],
+    frozen: Collection[nn.Module] = (),
 ) -> dict[nn.Module, bool]:
     """Find the big layers outside of the blocks, and whether each follows all blocks, so that its backward comes first.
 
@@ -34,11 +36,11 @@ def root_units(
 
     Args:
         module: the user's.
-        blocks: those that are sharded by themselves, with the frozen part that each is in, or is. Frozen ones
-            aren't counted among the blocks.
+        blocks: those that are sharded by themselves.
         kept: parameters that aren't sharded.
+        frozen: those of the blocks that make no gradients, and so have no place among the others.
     """
-    trained = [block for block, frozen in blocks.items() if frozen is None]
+    trained = [block for block in blocks if block not in frozen]
     if not trained:
         return {}
     inside = {layer for block in blocks for layer in block.modules()}

@@ -223,8 +223,9 @@ class FSDP2(ProcessGroupStrategy):
         policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
         kept = float32_slots(module) if mixed else set()
         blocks = units_to_gather(module, list(module.shard_units()))  # type: ignore[operator]
+        frozen = [unit for unit, mark in blocks.items() if mark is not None]
         # Ranks that use different layers of the root are why the option is there: each gathers the same messages.
-        around = {} if options.find_unused_parameters else root_units(module, blocks, common["ignored_params"])
+        around = {} if options.find_unused_parameters else root_units(module, blocks, common["ignored_params"], frozen)
         for unit in (*blocks, *around):
             mark = blocks.get(unit)
             # What follows the blocks has its backward at once, as the root has; what makes no graph has none.

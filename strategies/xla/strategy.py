@@ -87,6 +87,8 @@ class XLASPMD(Strategy):
         "torch_compile": "has no effect under strategy='xla', which compiles whole updates. Leave it out",
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",
+        "contrastive_chunks": "can't be had under strategy='xla', where the random numbers of a piece would be part of "
+        "the compiled program. Raise the number of devices instead",
     }
     unprofiled = (
         "the host only writes programs down, and the devices run them later, where torch's profiler doesn't see them; "

@@ -511,6 +511,7 @@ BAD: dict[str, tuple[list[Callable[[Pair], Turn]], dict[str, Any], str]] = {
     "smooth": ([critic(), generator()], {"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1 with"),
     "func": ([critic(), generator()], {"compute_loss_func": nn.functional.mse_loss}, r"compute_loss_func with"),
     "past": ([critic(), generator()], {"past_index": 1}, r"past_index=1 with"),
+    "chunks": ([critic(), generator()], {"contrastive_chunks": 2}, r"contrastive_chunks=2 with"),
     "evaluates": (
         [critic(), generator()], {"eval_strategy": "epoch", "eval_data": rows(2)}, "Listing defines no forward"
     ),
