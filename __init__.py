@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
     from .framework.weights.converting import convert
+    from .precision.frozen import frozen
     from .strategies.sent import launch
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "WandbLogger",
     "configure",
     "convert",
+    "frozen",
     "iterate_predictions",
     "launch",
     "read_predictions",
@@ -97,6 +99,7 @@ FILES = {
     "WandbLogger": "framework.loggers.wandb",
     "configure": "framework.configuration.command_line",
     "convert": "framework.weights.converting",
+    "frozen": "precision.frozen",
     "launch": "strategies.sent",
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from ..precision.frozen import parts_by_layer
 from ..strategies.base import Strategy
 from ..strategies.local_parts import copy_each
 from .arguments import FitArguments
@@ -186,6 +187,11 @@ class Calling(nn.Module):
         super().__init__()
         self.fit, self.model = fit, fit.strategy.model
 
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """The layers whose statistics are measured; frozen ones keep theirs."""
+        frozen = parts_by_layer(self.model)
+        return (layer for layer in super().modules(remove_duplicate) if layer not in frozen)
+
     def forward(self, batch: Any) -> None:
         """Call the model."""
         strategy = self.fit.strategy
@@ -194,8 +200,9 @@ class Calling(nn.Module):
 
 
 def statistics_of(module: nn.Module) -> list[Tensor]:
-    """The running statistics of a module's BatchNorm layers."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    """The running statistics of a module's BatchNorm layers, but for those in frozen parts."""
+    frozen, kind = parts_by_layer(module), nn.modules.batchnorm._BatchNorm
+    layers = [layer for layer in module.modules() if isinstance(layer, kind) and layer not in frozen]
     return [buffer for layer in layers if layer.track_running_stats for buffer in layer.buffers(recurse=False)]
 
 

@@ -168,9 +168,9 @@ class Runs(Exchange):
         stream = self.run.stream
         run = self._follow(self.plan.settled(stream), stream)  # a resume may have set another length
         if path is not None and saved is not None:
-            resuming.compare(run, self.module, path, saved)
+            run = self._follow(resuming.compare(run, self.module, path, saved), stream)
         placement = self.placement
-        placement.reset_optimizer()
+        placement.reset_optimizer(run.args)
         self.state.reset()
         if saved is not None and not run.plan.has_updates_of(saved, stream):
             stream.load_state_dict({"position": 0} if run.args.ignore_data_skip else saved["data"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .base import MaxReduce, Precision
+from .frozen import frozen_parts
 from .full import cast_floating
 
 LAST = "25.05"
@@ -68,7 +69,17 @@ class Apex(Precision):
             )
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Cast the module to float32, from where apex.amp casts."""
+        """Cast the module to float32, from where apex.amp casts.
+
+        Raises:
+            ValueError: a frozen part has a precision of its own, which apex.amp would undo.
+        """
+        own = [name for name, mark in frozen_parts(module).items() if mark.format is not None]
+        if own:
+            raise ValueError(
+                f"precision={self.name!r} casts the whole module, and these frozen parts have a precision of their "
+                f"own: {', '.join(own)}. Leave it out, or use precision='16-mixed'."
+            )
         return cast_floating(module, torch.float32)
 
     def initialize(self, module: nn.Module, optimizer: Optimizer | None) -> None:

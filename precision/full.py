@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .base import Precision
 from .boundary import remove_border
+from .frozen import own_dtypes
 from .quantized import is_quantized
 
 
@@ -27,11 +28,14 @@ def cast_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the floating-point parameters and buffers of a module in place.
 
     ``module.to(dtype)`` would turn complex buffers (rotary embeddings) into real ones, so complex tensors are kept, and
-    so are quantized ones, whose dtype is only what their codes are stored in.
+    so are quantized ones, whose dtype is only what their codes are stored in. Frozen parts with a number format of
+    their own keep it.
     """
+    own = own_dtypes(module)
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and not is_quantized(tensor) else tensor
+        is_number = tensor.is_floating_point() and not is_quantized(tensor)
+        return tensor.to(own.get(id(tensor), dtype)) if is_number else tensor
 
     remove_border(module)  # an earlier run in another dtype may have left one
     apply: Callable[..., nn.Module] = module._apply  # nn.Module.to itself is made of it; ties and optimizers last

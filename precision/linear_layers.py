@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import ShapesOnRank
+from .frozen import parts_by_layer
 from .quantized import is_quantized
 from .second_gradients import check_first_gradient
 
@@ -35,12 +36,15 @@ def qualifying(
     """
     found: dict[str, nn.Linear] = {}
     left_out: dict[str, list[str]] = {}
+    frozen = parts_by_layer(module)
     for name, layer in module.named_modules():
         # A subclass's forward is its own, as is one that somebody put there: neither would be called any more.
         if type(layer) is not nn.Linear or "forward" in vars(layer) or is_quantized(layer.weight):
             continue
         shape = shapes.get(name, tuple(layer.weight.shape))
-        if any(fnmatchcase(name, pattern) for pattern in skip):
+        if layer in frozen and frozen[layer].format is not None:
+            left_out.setdefault("a frozen part with a precision of its own", []).append(name)
+        elif any(fnmatchcase(name, pattern) for pattern in skip):
             left_out.setdefault(f"a name that skip={tuple(skip)} matches", []).append(name)
         elif any(size % multiple for size in shape):
             left_out.setdefault(f"a size that isn't a multiple of {multiple} on its rank", []).append(f"{name} {shape}")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from ..precision.base import Precision, ShapesOnRank
+from ..precision.frozen import check_frozen_parts, convert_frozen
 from ..precision.linear_layers import put_back
 from ..precision.names import did_you_mean
 from .devices import default_device, move_to
@@ -217,7 +218,9 @@ class Strategy(Updating):
 
         put_back(module)
         build_on_meta(module)
+        check_frozen_parts(module)
         self.precision.convert_module(module)
+        convert_frozen(module)  # a precision of the user's own may know nothing of them
         self.precision.replace_layers(module, self.shapes_on_rank(module))
         return [layer for layer in module.modules() if has_meta(layer)]
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..precision.frozen import frozen_parts
 from .base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
 
 
@@ -37,10 +38,20 @@ class DP(Strategy):
         self.devices_per_rank = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
         return device
 
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse frozen parts: a copy's would compute with the weights of the first device."""
+        if parts := frozen_parts(module):
+            raise ValueError(
+                f"strategy='dp' copies the module in every forward, which parts that frozen() was called with can't "
+                f"follow: {', '.join(map(repr, parts))}. Use strategy='ddp', or requires_grad_(False) in the place of "
+                "frozen()."
+            )
+
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
         """Wrap the module where there are several GPUs."""
+        self.check_module(module)
         super().place(module, configure_optimizer, prepare)
         if self.devices_per_rank > 1:
             self.model = nn.DataParallel(module)

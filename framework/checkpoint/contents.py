@@ -13,6 +13,8 @@
                                       and with save_only_trainable without frozen ones; state.json has fingerprints of
                                       what is missing
         optimizer/shard-*.safetensors "<parameter>/<state key>", e.g. "head.weight/exp_avg"
+        model/shard-*-frozen-*        those of parts that ``frozen`` was called with: one file with a name in each
+                                      checkpoint, see kept_files.py
         callbacks/shard-*.safetensors tensors in callbacks' states, e.g. "MovingAverage-0/shadow/head.weight"
 
 ``schema.py`` has the fields of the JSON files, ``matching.py`` what must fit the run.
@@ -36,7 +38,7 @@ from ..data.parts import own_state_problem
 from . import callback_states, directory
 from .directory import CheckpointError
 from .finite import check_finite
-from .frozen import as_stored, check_frozen, leave_out, left_out
+from .frozen import as_stored, check_frozen, in_parts, leave_out, left_out
 from .line import Line
 from .loading import load_tensors
 from .log_history import HistoryPart
@@ -64,6 +66,7 @@ class Snapshot:
 
     Attributes:
         model: name to (possibly sharded) tensor, tied parameters once; perhaps only the trainable ones.
+        frozen: those of them that are saved once.
         optimizer: "<parameter>/<state key>" to tensor.
         state: everything else that all ranks share, as JSON.
         random: this rank's random state, as JSON.
@@ -77,9 +80,10 @@ class Snapshot:
     random: str
     callbacks: dict[str, Tensor] = field(default_factory=dict)
     history: HistoryPart | None = None
+    frozen: dict[str, Tensor] = field(default_factory=dict)
 
     def folders(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors by the folder of a checkpoint that they are written into."""
+        """The tensors by the folder of a checkpoint that they are written into, but for those that are saved once."""
         return {"model": self.model, "optimizer": self.optimizer, "callbacks": self.callbacks}
 
 
@@ -98,6 +102,7 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
     strategy.settle_buffers()
     model = untied_state(strategy)
     absent = left_out(strategy, run.args.save_only_trainable).intersection(model)
+    absent |= in_parts(strategy, model, lambda part: part.saved == "never")
     frozen = run.fingerprints({name: tensor for name, tensor in model.items() if name in absent})
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -112,6 +117,7 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
     check_finite(strategy, model, tensors)
     callbacks, callback_tensors = callback_states.split_tensors(run.callbacks.state_dict())
     model = leave_out(model, absent)
+    once = in_parts(strategy, model, lambda part: part.saved == "once")
     state = {
         "run": line.to_dict(),
         "torch": torch.__version__,
@@ -137,7 +143,8 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
     mine = callback_states.tensors_to_write(callback_tensors, strategy)
     if (history := run.take_history()) is not None:
         state["log_history"] = vars(history.mark)
-    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine, history)
+    shared = {name: model.pop(name) for name in list(model) if name in once}
+    return Snapshot(model, tensors, as_json(state), json.dumps(random), mine, history, shared)
 
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -253,10 +260,13 @@ def match(
     """
     strategy = run.strategy
     saved_groups: list[dict[str, Any]] = []
-    on_all_ranks(
-        strategy, lambda: saved_groups.extend(match_groups(path, strategy, state["parameter_groups"])), CheckpointError
-    )
-    groups = own_options(strategy, saved_groups) if run.args.resume_with == "arguments" else saved_groups
+    own_count = run.args.resume_with == "arguments"
+
+    def match_them() -> None:
+        saved_groups.extend(match_groups(path, strategy, state["parameter_groups"], own_count))
+
+    on_all_ranks(strategy, match_them, CheckpointError)
+    groups = own_options(strategy, saved_groups) if own_count else saved_groups
     try:  # where a step is collective, so is this, and it fails on all ranks alike
         fresh, untried = fresh_states(strategy, groups)
     except OptionsRefused as error:

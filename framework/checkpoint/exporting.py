@@ -1,6 +1,7 @@
 """Export of the plain weights of a module in one file, for use anywhere else."""
 
 import os
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -8,15 +9,17 @@ from torch import Tensor
 
 from ...strategies.base import Strategy
 from ..agreement import on_all_ranks
+from ..printing import say
 from .directory import PARTIAL, CheckpointError
 from .finite import check_finite
-from .frozen import leave_out, left_out
+from .frozen import in_parts, leave_out, left_out
 from .streaming import check_is_storable, form_of, write_file
 
 
 def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> None:
     """Write whole parameters and buffers by name as safetensors, and tied ones once. Collective; rank 0 writes, and
-    holds one whole tensor at a time. The file is there once it is whole, and on the disk.
+    holds one whole tensor at a time. The file is there once it is whole, and on the disk. Parts that ``frozen`` was
+    called with are left out, unless it was told otherwise.
 
     Args:
         strategy: it holds the placed module.
@@ -29,6 +32,11 @@ def export(strategy: Strategy, path: Path, *, only_trainable: bool = False) -> N
     """
     absent = names_to_leave_out(strategy, only_trainable)
     weights = weights_to_write(strategy, absent)
+    unexported = in_parts(strategy, weights, lambda part: not part.exported)
+    weights, absent = leave_out(weights, unexported), absent | unexported
+    if unexported and strategy.is_main:
+        some = f"{len(unexported)} tensors of frozen parts, such as {min(unexported)!r}"
+        say(f"{path} is without {some}; frozen(..., exported=True) has them written.", sys.stderr)
     # Dtypes of most bytes come first, as safetensors has them: each tensor is aligned then.
     sizes = sorted({tensor.itemsize for tensor in weights.values()}, reverse=True)
     passes = [{name for name, tensor in weights.items() if tensor.itemsize == size} for size in sizes]

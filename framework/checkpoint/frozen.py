@@ -1,11 +1,11 @@
-"""Frozen and quantized weights, which a checkpoint leaves out, and how a resumed run recognizes them.
+"""Frozen and quantized weights, which a checkpoint leaves out or shares, and how a resumed run recognizes them.
 
-A resumed run takes them from the module as the user built it. So that adapters are never put over another base model
-unnoticed, the checkpoint holds the shape and dtype of each frozen tensor, and a sum over its bits, which is the same
-however the tensor is sharded.
+What is left out a resumed run takes from the module as the user built it. So that adapters are never put over another
+base model unnoticed, the checkpoint holds the shape and dtype of each frozen tensor, and a sum over its bits, which is
+the same however the tensor is sharded.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ...precision.frozen import Frozen, frozen_parts
 from ...precision.quantized import quantized_parameters
 from ...strategies.base import Strategy
 from ...strategies.duplicates import bits
@@ -27,6 +28,25 @@ def left_out(strategy: Strategy, only_trainable: bool) -> set[str]:
     parameters = strategy.named_parameters(remove_duplicate=False)
     quantized = {id(parameter) for parameter in quantized_parameters(strategy.module).values()}
     return {name for name, p in parameters.items() if id(p) in quantized or (only_trainable and not p.requires_grad)}
+
+
+def in_parts(strategy: Strategy, names: Iterable[str], chosen: Callable[[Frozen], bool]) -> set[str]:
+    """Return those names of tensors that are of parts that ``frozen`` was called with.
+
+    Args:
+        strategy: where the module is placed.
+        names: of parameters and buffers.
+        chosen: whether a part counts. What is inside of another goes by its own mark.
+    """
+    with strategy.unwrapped():
+        parts = frozen_parts(strategy.module)
+    if not any(map(chosen, parts.values())):
+        return set()
+
+    def part_of(name: str) -> Frozen | None:
+        return next((parts[part] for part in (*beginnings(name), "") if part in parts), None)
+
+    return {name for name in names if (part := part_of(name)) is not None and chosen(part)}
 
 
 def leave_out(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
@@ -72,13 +92,13 @@ def as_stored(frozen: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
 
 
 def check_frozen(path: Path, strategy: Strategy, model: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-    """Refuse a module with other frozen weights than the run of the checkpoint had. Values can't be compared where
-    another precision keeps them in another dtype. Collective.
+    """Refuse a module with other frozen weights than the run of the checkpoint had. Values that are kept in a wider
+    dtype than they were are rounded to it, and those in a narrower one can't be compared. Collective.
 
     Raises:
         CheckpointError: the message names the weights that differ.
     """
-    current = fingerprints(strategy, {name: model[name] for name in saved})
+    current = fingerprints(strategy, {name: rounded(model[name], entry["dtype"]) for name, entry in saved.items()})
     other = [
         name
         for name, entry in saved.items()
@@ -90,3 +110,10 @@ def check_frozen(path: Path, strategy: Strategy, model: Mapping[str, Tensor], sa
             f"{path} holds trained weights without the frozen ones they belong to, and this module's frozen ones have "
             f"other values: {', '.join(other[:10])}{more}. Build it from the same pretrained weights."
         )
+
+
+def rounded(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor in the floating-point dtype of that name, where that is narrower, else as it is."""
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    narrows = tensor.is_floating_point() and dtype.is_floating_point and dtype.itemsize < tensor.itemsize
+    return tensor.to(dtype) if narrows else tensor

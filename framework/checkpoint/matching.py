@@ -96,8 +96,16 @@ def to_number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def match_groups(
+    path: Path, strategy: Strategy, saved: list[dict[str, Any]], own_count: bool = False
+) -> list[dict[str, Any]]:
     """Find the saved options for each group of the optimizer, by parameter name, since groups may be cut differently.
+
+    Args:
+        path: the checkpoint.
+        strategy: it holds the optimizer.
+        saved: the groups in the checkpoint.
+        own_count: whether the run's own options count, so that those of parameters in one group may have differed.
 
     Raises:
         CheckpointError: a parameter is in no saved group, one group mixes parameters with different saved options, the
@@ -125,7 +133,7 @@ def match_groups(path: Path, strategy: Strategy, saved: list[dict[str, Any]]) ->
             )
         if options and "lr" in keys - saved_keys:  # no version had none
             raise CheckpointError(f"{path / 'state.json'}: parameter_groups[{number}].options lacks lr.")
-        if any(other != first for _, other in options):
+        if not own_count and any(other != first for _, other in options):
             raise CheckpointError(f"{path} was saved with other parameter groups: {current['names']} were not one.")
         for key, value in first.items():
             field = f"parameter_groups[{number}].options.{key}"

@@ -18,6 +18,7 @@ from .run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from .contents import Snapshot
+    from .kept_files import KeptFiles
     from .writing import BackgroundWriter  # importing it takes longer than training a small model
 
 
@@ -33,6 +34,7 @@ class Saver:
     Attributes:
         directory: where the checkpoints go.
         writer: writes in the background; None where nothing was written that way.
+        kept: the files of frozen tensors that the checkpoints so far have; None before the first.
         seconds: that the longest save kept training waiting.
     """
 
@@ -42,6 +44,7 @@ class Saver:
         self.strategy, self.args, self.callbacks, self.tell = strategy, args, callbacks, tell
         self.directory = RunDirectory(strategy, args)
         self.writer: BackgroundWriter | None = None
+        self.kept: KeptFiles | None = None
         self.seconds = 0.0
         self.names: dict[int, tuple[str, ...]] = {}  # that were given to the checkpoint of an update
 
@@ -76,8 +79,10 @@ class Saver:
     def _save(
         self, take: Callable[[Sequence[str]], "Snapshot"], update: int, best: Sequence[int], names: tuple[str, ...]
     ) -> None:
+        from .kept_files import KeptFiles
         from .writing import BackgroundWriter, share_of, write
 
+        self.kept = self.kept or KeptFiles()
         snapshot = take(names)
         self.names[update] = names
         with self.directory.saving(update) as path:
@@ -92,11 +97,11 @@ class Saver:
             if self.args.async_save:
                 if self.writer is None:
                     self.writer = BackgroundWriter(self.strategy)
-                self.writer.start(snapshot, path, then=published)
+                self.writer.start(snapshot, path, published, self.kept)
                 if not self.directory.is_at_work:
                     self.writer.finish()
             else:
-                write(share_of(snapshot, self.strategy), path, self.strategy)
+                write(share_of(snapshot, self.strategy, self.kept), path, self.strategy)
                 on_all_ranks(self.strategy, published, CheckpointError)
 
     def rotate(self, best: Sequence[int]) -> None:

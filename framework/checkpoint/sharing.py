@@ -44,7 +44,9 @@ class TensorFile:
     data: Sequence[Tensor]
 
 
-def share_out(folders: Mapping[str, Mapping[str, Tensor]], strategy: Strategy, group: Any = None) -> list[TensorFile]:
+def share_out(
+    folders: Mapping[str, Mapping[str, Tensor]], strategy: Strategy, group: Any = None, kind: str = "model"
+) -> list[TensorFile]:
     """Find the files that this rank writes. Collective.
 
     Args:
@@ -52,6 +54,7 @@ def share_out(folders: Mapping[str, Mapping[str, Tensor]], strategy: Strategy, g
             one rank may have more.
         strategy: its ranks write together.
         group: the process group to use, where this isn't called in the thread that trains.
+        kind: a word in the names of the files.
 
     Raises:
         CheckpointError: on every rank; a tensor is of a dtype or layout that no file can hold.
@@ -79,7 +82,7 @@ def share_out(folders: Mapping[str, Mapping[str, Tensor]], strategy: Strategy, g
         else:
             names = strategy.gather([(part.name, part.begin) for part in held[folder]], group)
             mine = own_share(with_named_holders(held[folder], names), strategy.rank, {})
-        files += files_of(folder, mine, strategy.rank)
+        files += files_of(folder, mine, strategy.rank, kind)
     return files
 
 
@@ -140,7 +143,7 @@ def own_share(parts: Iterable[tuple[Part, tuple[int, ...]]], rank: int, loads: L
     return mine
 
 
-def files_of(folder: str, parts: Iterable[Part], rank: int) -> list[TensorFile]:
+def files_of(folder: str, parts: Iterable[Part], rank: int, kind: str = "model") -> list[TensorFile]:
     """Divide the parts that a rank writes among files, in which the dtypes of most bytes come first, as safetensors
     has them: each tensor is aligned then.
     """
@@ -155,7 +158,7 @@ def files_of(folder: str, parts: Iterable[Part], rank: int) -> list[TensorFile]:
         size += nbytes
     return [
         TensorFile(
-            f"{folder}/shard-{rank + 1:05d}-model-{number:05d}-of-{len(files):05d}.safetensors",
+            f"{folder}/shard-{rank + 1:05d}-{kind}-{number:05d}-of-{len(files):05d}.safetensors",
             {part.name: form_of(part.tensor) for part in held},
             {part.name: part.begin for part in held},
             [part.tensor for part in held],

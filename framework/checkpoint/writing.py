@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..agreement import on_all_ranks
 from . import directory
 from .contents import Snapshot
 from .directory import CheckpointError
+from .kept_files import KeptFiles
 from .log_history import HistoryPart
 from .sharing import TensorFile, share_out
 from .staging import HostCopies
@@ -25,7 +26,10 @@ class Share:
     """What one rank writes of a checkpoint.
 
     Attributes:
-        files: of tensors.
+        files: of tensors, to be written.
+        kept_files: of tensors that an earlier checkpoint of the run has.
+        frozen: names of those files, of both kinds, that later checkpoints are to have, too.
+        kept: knows them.
         state: of the run, as JSON, which rank 0 writes.
         random: this rank's random state, as JSON.
         history: the logs so far, on the main process.
@@ -35,11 +39,25 @@ class Share:
     state: str
     random: str
     history: HistoryPart | None = None
+    kept_files: Sequence[TensorFile] = ()
+    frozen: Sequence[str] = ()
+    kept: KeptFiles = field(default_factory=KeptFiles)
 
 
-def share_of(snapshot: Snapshot, strategy: Strategy) -> Share:
-    """Find what this rank writes of a snapshot. Collective."""
-    return Share(share_out(snapshot.folders(), strategy), snapshot.state, snapshot.random, snapshot.history)
+def share_of(snapshot: Snapshot, strategy: Strategy, kept: KeptFiles | None = None) -> Share:
+    """Find what this rank writes of a snapshot. Collective.
+
+    Args:
+        snapshot: of the run.
+        strategy: its ranks write together.
+        kept: the files of frozen tensors that earlier checkpoints have; None where there are no earlier ones.
+    """
+    kept = KeptFiles() if kept is None else kept
+    files = share_out(snapshot.folders(), strategy)
+    frozen = share_out({"model": snapshot.frozen}, strategy, kind="frozen") if snapshot.frozen else []
+    new, held = kept.divide(frozen)
+    names = [file.name for file in frozen]
+    return Share([*files, *new], snapshot.state, snapshot.random, snapshot.history, held, names, kept)
 
 
 def write(share: Share, final: Path, strategy: Strategy, group: Any = None) -> None:
@@ -66,6 +84,8 @@ def write(share: Share, final: Path, strategy: Strategy, group: Any = None) -> N
 def _write(share: Share, final: Path, strategy: Strategy, group: Any) -> None:
     rank, partial = strategy.rank, directory.partial_path(final)
     headers: dict[str, str] = {}
+    own: dict[str, dict[str, Any]] = {}
+    kept = {file.name for file in share.kept_files}
     interrupted: list[BaseException] = []
 
     def write_part() -> dict[str, dict[str, Any]]:
@@ -76,9 +96,11 @@ def _write(share: Share, final: Path, strategy: Strategy, group: Any) -> None:
                 listed["state.json"] = directory.write_text(partial / "state.json", share.state)
             if share.history is not None:
                 share.history.place(partial)
-            for file in share.files:
+            for file in (*share.files, *share.kept_files):
                 (partial / file.name).parent.mkdir(exist_ok=True)
-                listed[file.name], headers[file.name] = write_tensors(partial / file.name, file)
+                linked = share.kept.link(partial, file.name) if file.name in kept else None
+                listed[file.name], headers[file.name] = linked or write_tensors(partial / file.name, file)
+            own.update(listed)
             return listed
         except Exception:
             raise
@@ -104,6 +126,7 @@ def _write(share: Share, final: Path, strategy: Strategy, group: Any) -> None:
         directory.publish(final, files)
 
     on_all_ranks(strategy, lambda: publish() if strategy.is_main else None, CheckpointError, group)
+    share.kept.note(final, share.frozen, own, headers)
 
 
 def write_tensors(path: Path, file: TensorFile) -> tuple[dict[str, Any], str]:
@@ -154,7 +177,7 @@ class BackgroundWriter:
         self.under_way: Future[None] | None = None
         self.copies = HostCopies()
 
-    def start(self, snapshot: Snapshot, final: Path, then: Callable[[], None]) -> None:
+    def start(self, snapshot: Snapshot, final: Path, then: Callable[[], None], kept: KeptFiles | None = None) -> None:
         """Copy what this rank writes of the snapshot to the host, and write it in the background, after the snapshot
         before it is written. Collective.
 
@@ -162,9 +185,10 @@ class BackgroundWriter:
             snapshot: the snapshot, which is copied before this returns.
             final: the path of the checkpoint.
             then: called in the background once the checkpoint is published.
+            kept: see ``share_of``.
         """
         self.finish()
-        share = share_of(snapshot, self.strategy)
+        share = share_of(snapshot, self.strategy, kept)
         copied = replace(share, files=self.copies.copy(share.files))
 
         def work() -> None:

@@ -41,6 +41,7 @@ def beginning(fit: ShownFit) -> Rows:
         *([("world", world(strategy))] if strategy.world_size * strategy.devices_per_rank > 1 else []),
         ("batch", batch(args, strategy, run.stream, run.plan.batches)),
         ("length", length(args.gradient_accumulation_steps * run.plan.batches, state, run.stream)),
+        *((f"group {number}", str(group)) for number, group in enumerate(fit.placement.groups)),
         ("output", output(args)),
     ]
     if run.resumed_from is not None:

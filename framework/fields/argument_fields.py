@@ -51,6 +51,10 @@ class ArgumentFields(KnownNames):
         optim_args: the optimizer's own options, by name; also as JSON, or as "name=value,name=value".
         optim_target_modules: the linear layers whose gradients GaLore and APOLLO project: parts of their names, one
             regular expression of the whole name, or "all-linear".
+        parameter_options: options for parameters by name, over those of the whole run: {"embed*": {"learning_rate":
+            1e-4, "weight_decay": 0.0}, "blocks.0.*": {"learning_rate_scale": 0.5}}; the first pattern that matches
+            counts. learning_rate, learning_rate_scale (a factor on ``learning_rate``), weight_decay and the optimizer's
+            own; also as JSON. See docs/parameter_options.md.
         lr_scheduler_type: shape of the schedule: linear, cosine, cosine_with_restarts, cosine_with_min_lr,
             cosine_warmup_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay,
             reduce_lr_on_plateau or greedy.
@@ -186,6 +190,7 @@ class ArgumentFields(KnownNames):
     optim: str = "adamw"
     optim_args: Options = field(default_factory=dict)
     optim_target_modules: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser reads the second type)
+    parameter_options: Options = field(default_factory=dict)
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: Options = field(default_factory=dict)
     warmup_steps: float = 0

@@ -51,7 +51,8 @@ def split_projected(
             f"optim_target_modules={targets!r} names no linear layer with a trainable weight. There are "
             f"{', '.join(linear) or 'none'}."
         )
-    return [group for group in (*others, *projected) if group["params"]]
+    held = [group for group in (*others, *projected) if group["params"]]
+    return sorted(held, key=lambda group: "lr" in group)  # those with rates of their own last
 
 
 def is_target(name: str, targets: str | list[str]) -> bool:

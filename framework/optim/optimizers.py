@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from ...precision.names import did_you_mean
 from ..fields.argument_fields import ArgumentFields
 from ..fields.argument_types import load
-from . import low_rank
+from . import low_rank, parameter_options
 from .adapted_optimizers import grok_adamw, stable_adamw
 from .lomo import AdaLomo, Lomo, argument_problems
 from .optimizer_makers import (
@@ -27,6 +27,7 @@ from .optimizer_makers import (
     schedule_free_maker,
     torch_maker,
 )
+from .parameter_options import split_by_options
 
 
 def undecayed_names(module: nn.Module) -> set[str]:
@@ -87,13 +88,14 @@ def make_optimizer(module: nn.Module, args: ArgumentFields, names: Collection[st
         TypeError: the optimizer has no such option.
     """
     groups = decay_groups(module, args.weight_decay, names)
+    groups = split_by_options(module, groups, undecayed_names(module), args)
     make = OPTIMIZERS.get(args.optim) or make_from_path
     return make(module, groups, args)
 
 
 def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     """Return (field, why it can't work and what to write instead) for every field of the optimizer that can't work."""
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, str]] = parameter_options.problems(args)
     is_path = "." in args.optim
     if args.optim in REFUSED:
         found.append(("optim", REFUSED[args.optim]))

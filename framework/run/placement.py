@@ -17,6 +17,7 @@ from ..measures.parameters import Layer, ParameterCounts, counts_of, layers_of
 from ..module import TrainModule
 from ..optim.closure import Closure, needs_closure
 from ..optim.mode import OptimizerMode
+from ..optim.parameter_options import ShownGroup, check_effect
 from ..printing import say
 from ..switches.preparation import prepare_module
 from ..turns import Turns, left_out, listed
@@ -49,6 +50,7 @@ class Placement:
 
     Attributes:
         layers: of the whole module, with the numbers of their parameters, before any of it was cut or wrapped.
+        groups: of the optimizer, where ``parameter_options`` made them.
         mode: tells the optimizer whether training or evaluation comes.
         closure: hands an optimizer that evaluates the loss several times in a step what it needs; None for others.
     """
@@ -59,8 +61,10 @@ class Placement:
         self.strategy, self.module, self.trains, self.turns = strategy, module, trains, turns
         self.moved: dict[str, list[str]] = {}  # turn to the names of the parameters that it moves
         self.layers: tuple[Layer, ...] = ()
+        self.groups: tuple[ShownGroup, ...] = ()
         self._first_state: dict[Any, dict[str, Any]] = {}  # of an optimizer that has one from the start, as Adagrad
         self._fingerprints: dict[str, Any] = {}
+        self._parameter_options = args.parameter_options
 
         def prepare(whole: nn.Module) -> None:  # called when all layers are there
             self.layers = layers_of(whole)
@@ -93,9 +97,15 @@ class Placement:
     def _make_optimizer(self, args: FitArguments) -> Optimizer:
         """Have the module make its optimizer, or those of its turns, and check it."""
         module, strategy = self.module, self.strategy
-        if self.turns is None:
-            return check_optimizer(configured_optimizer(module, args), strategy, args)
-        made = configured_optimizers(module, args, self.turns, self.moved)
+        with strategy.unwrapped():  # parameters have the names that the user knows
+            if self.turns is None:
+                optimizer = configured_optimizer(module, args)
+                self.groups = check_effect(optimizer, module, args)
+                return check_optimizer(optimizer, strategy, args)
+            made = configured_optimizers(module, args, self.turns, self.moved)
+            self.groups = ()
+            for turn in self.turns:
+                self.groups += check_effect(made[turn.name], module, turn.arguments(args))
         for turn in self.turns:
             check_turn_optimizer(turn.name, made[turn.name], strategy, turn.arguments(args))
         return JoinedOptimizer(made)
@@ -117,10 +127,18 @@ class Placement:
         """The numbers of the module's parameters, whatever part of them this rank holds."""
         return counts_of(self.layers)
 
-    def reset_optimizer(self) -> None:
+    def reset_optimizer(self, args: FitArguments) -> None:
         """Make the optimizer what it was when it was made: no moments, no gradients, its first learning rates and loss
         scale. A second ``train`` begins here too.
+
+        Args:
+            args: of the run that begins. A resume may ask for other groups than the optimizer was made with.
+
+        Raises:
+            ValueError: see ``take_options``.
         """
+        if args.parameter_options != self._parameter_options:
+            self.take_options(args)
         self.mode.eval()
         optimizer = self.optimizer
         optimizer.state.clear()
@@ -138,9 +156,28 @@ class Placement:
             self.strategy.precision.load_state_dict(self._first_scaling)
 
     def take_options(self, args: FitArguments) -> None:
-        """Have the next reset set the options that an optimizer of these arguments would have."""
-        made: Any = self.module.configure_optimizer(args) if self.turns is None else self._make_optimizer(args)
-        self._first_options = options_by_parameter(made, self.strategy)
+        """Have the next reset set the options that an optimizer of these arguments would have.
+
+        Raises:
+            ValueError: it would have other groups.
+        """
+        made: Any
+        if self.turns is None:
+            with self.strategy.unwrapped():
+                made = self.module.configure_optimizer(args)
+                self.groups = check_effect(made, self.module, args)
+        else:
+            made = self._make_optimizer(args)
+        options = options_by_parameter(made, self.strategy)
+        for group in self.optimizer.param_groups:
+            found = [options[id(parameter)] for parameter in group["params"] if id(parameter) in options]
+            if any(other != found[0] for other in found):
+                raise ValueError(
+                    f"parameter_options={args.parameter_options!r}: the optimizer was made with other groups of "
+                    "parameters by an earlier run of this Fit. Change options of the same patterns, or write "
+                    "Fit(module_init=...), which makes a fresh module for each trial, or another Fit."
+                )
+        self._first_options, self._parameter_options = options, args.parameter_options
 
     def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprints of frozen tensors, by name: read once, as what is frozen doesn't change. Collective."""

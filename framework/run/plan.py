@@ -8,6 +8,7 @@ from ..arguments import FitArguments
 from ..data import DataStream
 from ..fields import cadence
 from ..fields.accumulation import epochs_of, micro_batches_at
+from ..optim.parameter_options import NAME
 from .length import length_of_resumed, run_length
 
 LIMITS = ("limit_train_batches", "overfit_batches")
@@ -68,6 +69,15 @@ class Plan:
     def with_batch_size(self, args: FitArguments) -> "Plan":
         """The plan of a run with the batch size and accumulation of ``args``, not settled yet."""
         return Plan(self.given, replace(self, args=args).unsettled, batches=self.batches)
+
+    def with_groups_of(self, saved: Mapping[str, Any]) -> "Plan":
+        """The plan of a run that goes on from a checkpoint whose options of the optimizer count: its groups are cut as
+        they were when it was saved.
+        """
+        options = saved["arguments"].get(NAME, {})
+        if self.given.resume_with == "arguments" or options == self.given.parameter_options:
+            return self
+        return replace(self, given=self.given.replace(**{NAME: options}), args=self.args.replace(**{NAME: options}))
 
     def settled(self, stream: DataStream) -> "Plan":
         """The plan with epochs, and fractions of the run, turned into updates.

@@ -9,17 +9,19 @@ from .. import checkpoint
 from ..agreement import on_all_ranks
 from ..arguments import FitArguments
 from ..module import TrainModule
+from ..optim.parameter_options import NAME
 from ..printing import say
+from .plan import Plan
 from .run import Run
 
 # Their values are in the optimizer's groups, which a checkpoint holds.
-OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", NAME)
 # Their values make the schedule's curve, which a checkpoint doesn't hold: the run's own counts, over saved peaks.
 OF_THE_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
 WAY_OUT = "set ignore_data_skip=True, and the epoch begins anew"
 
 
-def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any]) -> None:
+def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any]) -> Plan:
     """Say once, on the main process, what differs between a run and the checkpoint that it goes on from. Collective.
 
     Args:
@@ -27,6 +29,9 @@ def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any])
         module: of the run.
         path: the checkpoint.
         state: what ``checkpoint.read_state`` gave for it.
+
+    Returns:
+        The run's plan; where the checkpoint's options of the optimizer count, with its groups.
 
     Raises:
         CheckpointError: the optimizer is another; or the checkpoint was saved in mid-epoch, and the samples that are
@@ -46,6 +51,7 @@ def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any])
     on_all_ranks(run.strategy, look, checkpoint.CheckpointError)
     for line in said:
         say(f"Resuming from {path}: {line}", sys.stderr)
+    return run.plan.with_groups_of(state)
 
 
 def check_optimizer_name(optim: str, module: TrainModule, path: Path, saved: str | None) -> None:

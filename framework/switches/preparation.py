@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from ...precision.frozen import frozen_parts
 from ...precision.quantized import keep_trainable
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
@@ -30,6 +31,12 @@ def prepare_module(module: TrainModule, args: FitArguments, strategy: Strategy) 
         raise ValueError(
             f"save_only_trainable=True has no effect: {type(module).__name__} has no frozen parameters. Leave it out, "
             "or freeze some (requires_grad_(False)) before Fit is given the module."
+        )
+    always = [name for name, part in frozen_parts(module).items() if part.saved == "always"]
+    if args.save_only_trainable and always:
+        raise ValueError(
+            f"save_only_trainable=True leaves frozen parameters out of checkpoints, and frozen(..., saved='always') "
+            f"keeps those of {', '.join(map(repr, always))} in them. Leave one of the two out."
         )
     keep_trainable(module)
     if args.gradient_checkpointing:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...precision.base import Precision
+from ...precision.frozen import frozen_parts
 
 NO_NESTED_TENSORS = (
     "Stage 3 of strategy='deepspeed' puts its own linear layers in the place of torch's, and their backward can't take "
@@ -66,6 +67,17 @@ def check_parameters(module: nn.Module, stage: int) -> None:
             f"strategy='deepspeed' can't train complex parameters: the engine lays real numbers end to end. Found: "
             f"{', '.join(found)}. Use strategy='fsdp2' or 'ddp', or hold torch.view_as_real(...) of them as parameters "
             "and write torch.view_as_complex(...) in forward."
+        )
+    found = [
+        f"{name!r} ({mark.precision})"
+        for name, mark in frozen_parts(module).items()
+        if mark.format is not None and mark.format.parameters != torch.float32
+    ]
+    if found:
+        raise ValueError(
+            "strategy='deepspeed' takes a module whose parameters are all float32, and these frozen parts have a "
+            f"precision of their own: {', '.join(found)}. Write frozen(..., precision='bf16-mixed'), which computes in "
+            "bfloat16 with float32 parameters, or use strategy='fsdp2' or 'ddp'."
         )
     cut = (torch.float16, torch.bfloat16, torch.float32)
     found = [f"{name} ({p.dtype})" for name, p in module.named_parameters() if stage == 3 and p.dtype not in cut]

@@ -17,11 +17,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
+from ...precision.frozen import parts_by_layer
 from ...precision.products import casts, float32_slots
 from ...precision.quantized import check_storage
 from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from ..duplicates import Part
 from ..environment import find_place
+from ..frozen_units import makes_no_graph, units_to_gather
 from ..gradient_norm import clip_by_norm
 from ..host_memory import memory_of_host, warn_if_too_large
 from ..materialize import has_meta, materialize
@@ -101,13 +103,17 @@ class FSDP1(ProcessGroupStrategy):
         # Products' matrices are gathered in 16 bits, by the layers that hold them. Inputs and outputs pass as they are:
         # autocast casts where single-device runs do, and nowhere else.
         narrow = MixedPrecision(compute, reduce, cast_root_forward_inputs=False, _module_classes_to_ignore=())
-        layers = wrapped_layers(module, units, float32_slots(module)) if mixed else dict.fromkeys((*units, module))
+        gathered = units_to_gather(module, units)
+        kinds = dict.fromkeys((*gathered, module), False)
+        layers = wrapped_layers(module, gathered, float32_slots(module)) if mixed else kinds
         policy_of = {layer: narrow if is_narrow else None for layer, is_narrow in layers.items()}
+        frozen = parts_by_layer(module)
 
         def wrapping(layer: nn.Module) -> dict[str, Any]:
             if layer is module or layer not in policy_of:
                 return {}
-            return {"mixed_precision": policy_of[layer], "sharding_strategy": of_units}
+            cut = dropped if makes_no_graph(frozen.get(layer)) else of_units
+            return {"mixed_precision": policy_of[layer], "sharding_strategy": cut}
 
         check_storage(module, self.name, flat=self.precision.parameter_dtype, cast_to=compute if mixed else None)
         # A layer that keeps some of its parameters whole is filled now, since they are no affair of param_init_fn.

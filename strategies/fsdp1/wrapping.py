@@ -5,28 +5,35 @@ autocast wants the rest in float32: the fewer of the two kinds are wrapped apart
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
+from ...precision.frozen import Frozen
 from ...precision.products import MULTIPLYING, Slot, own_parameters
+from ..frozen_units import has_own_format
 
 WHOLE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """torch's own layers that read the parameters of layers inside them, which must therefore be whole when they do."""
 
 
-def wrapped_layers(module: nn.Module, units: Iterable[nn.Module], kept: set[Slot]) -> Mapping[nn.Module, bool]:
+def wrapped_layers(
+    module: nn.Module, units: Mapping[nn.Module, Frozen | None], kept: set[Slot]
+) -> Mapping[nn.Module, bool]:
     """The layers to wrap: the blocks, the module itself, and what stands apart in each; and whether in 16 bits.
 
     Args:
         module: the user's.
-        units: its blocks.
+        units: its blocks, with the frozen part that each is in, or is. One with a format of its own isn't cast.
         kept: where the parameters stand that are gathered in float32.
     """
     blocks = set(units)
     places = Counter(id(parameter) for _, parameter in own_parameters(module))
     wrapped: dict[nn.Module, bool] = {}
     for block in (*blocks, module):
+        if has_own_format(units.get(block)):
+            wrapped[block] = False
+            continue
         leaves: dict[bool, list[nn.Module]] = {True: [], False: []}  # in 16 bits, in float32
         rest: set[bool] = set()  # which of the two the block itself has
         for layer in inside(block, blocks):

@@ -10,7 +10,7 @@ The names with an underscore are torch's own, of 2.9 to 2.13.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +23,12 @@ SMALLEST = 2**22
 """Numbers in a layer that is worth messages of its own: gathered beside the root's others, it would cost none."""
 
 
-def root_units(module: nn.Module, blocks: Sequence[nn.Module], kept: set[nn.Parameter]) -> dict[nn.Module, bool]:
+def root_units(
+    module: nn.Module,
+    blocks: Collection[nn.Module],
+    kept: set[nn.Parameter],
+    frozen: Collection[nn.Module] = (),
+) -> dict[nn.Module, bool]:
     """Find the big layers outside of the blocks, and whether each follows all blocks, so that its backward comes first.
 
     Such a layer has no layers in it and shares no parameter. Two of them without a block between them may be
@@ -33,21 +38,23 @@ def root_units(module: nn.Module, blocks: Sequence[nn.Module], kept: set[nn.Para
         module: the user's.
         blocks: those that are sharded by themselves.
         kept: parameters that aren't sharded.
+        frozen: those of the blocks that make no gradients, and so have no place among the others.
     """
-    if not blocks:
+    trained = [block for block in blocks if block not in frozen]
+    if not trained:
         return {}
     inside = {layer for block in blocks for layer in block.modules()}
     places = Counter(id(p) for layer in module.modules() for p in layer._parameters.values() if p is not None)
     found: dict[int, list[nn.Module]] = {}  # by the number of blocks before it
     passed = 0
     for layer in module.modules():
-        passed += layer in blocks
+        passed += layer in trained
         if layer in inside or layer is module or any(True for _ in layer.children()):
             continue
         own = list(layer.parameters(recurse=False))
         if sum(p.numel() for p in own) >= SMALLEST and all(places[id(p)] == 1 and p not in kept for p in own):
             found.setdefault(passed, []).append(layer)
-    return {layers[0]: passed == len(blocks) for passed, layers in found.items() if len(layers) == 1}
+    return {layers[0]: passed == len(trained) for passed, layers in found.items() if len(layers) == 1}
 
 
 class RootUnits:

@@ -21,6 +21,7 @@ from ...precision.quantized import check_storage
 from ..alike import broadcast_module, move_module
 from ..base import ConfigureOptimizer, Prepare, RunDescription, nothing_to_prepare
 from ..environment import find_place
+from ..frozen_units import has_own_format, makes_no_graph, units_to_gather
 from ..gradient_norm import clip_by_norm
 from ..host_memory import memory_of_host, warn_if_too_large
 from ..materialize import materialize
@@ -221,14 +222,18 @@ class FSDP2(ProcessGroupStrategy):
         # device runs do, and nowhere else.
         policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False) if mixed else MixedPrecisionPolicy()
         kept = float32_slots(module) if mixed else set()
-        blocks = list(module.shard_units())  # type: ignore[operator]
+        blocks = units_to_gather(module, list(module.shard_units()))  # type: ignore[operator]
+        frozen = [unit for unit, mark in blocks.items() if mark is not None]
         # Ranks that use different layers of the root are why the option is there: each gathers the same messages.
-        around = {} if options.find_unused_parameters else root_units(module, blocks, common["ignored_params"])
+        around = {} if options.find_unused_parameters else root_units(module, blocks, common["ignored_params"], frozen)
         for unit in (*blocks, *around):
-            # What follows the blocks has its backward at once, as the root has.
-            drops = options.reshard_after_forward and not around.get(unit, False)
-            fully_shard(unit, mp_policy=policy, **{**common, "reshard_after_forward": drops})
-            gather_by_parameter(unit, kept)
+            mark = blocks.get(unit)
+            # What follows the blocks has its backward at once, as the root has; what makes no graph has none.
+            drops = makes_no_graph(mark) or (options.reshard_after_forward and not around.get(unit, False))
+            by_itself = MixedPrecisionPolicy() if has_own_format(mark) else policy
+            fully_shard(unit, mp_policy=by_itself, **{**common, "reshard_after_forward": drops})
+            if by_itself is policy:
+                gather_by_parameter(unit, kept)
         # The root's backward follows its forward at once: dropping its parameters would only gather them twice.
         fully_shard(module, mp_policy=policy, **{**common, "reshard_after_forward": False})
         gather_by_parameter(module, kept)

@@ -156,6 +156,19 @@ def test_digits_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_student_on_two_sharded_ranks_learns_from_its_teacher(tmp_path: Path) -> None:
+    printed = run_example("distillation.py", "--strategy=fsdp2", "--devices=2", directory=tmp_path)
+    lines = re.findall(r"^(.+): held-out accuracy ([\d.]+)", printed, re.MULTILINE)
+    found = {name: float(accuracy) for name, accuracy in lines}
+    assert list(found) == ["teacher", "student", "its average"]
+    assert found["teacher"] > 0.96 and found["student"] > 0.85 and found["its average"] > 0.88
+    first, second = sorted((tmp_path / "output" / "distillation").glob("checkpoint-*"))
+    assert {file.stat().st_ino for file in first.glob("model/*-frozen-*")} == {
+        file.stat().st_ino for file in second.glob("model/*-frozen-*")
+    }
+
+
+@pytest.mark.slow
 def test_a_generator_and_its_critic_take_turns(tmp_path: Path) -> None:
     first, rest = (f"--max_steps={updates}" for updates in (40, 100))
     run_example("gan.py", first, "--save_steps=40", "--logging_steps=20", directory=tmp_path)
