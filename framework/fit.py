@@ -314,7 +314,7 @@ class Fit(Configured, Shown):
     def _check_overriding(self, args: FitArguments) -> None:
         """Warn of what a subclass, or the module's class, defines in vain, and note what it overrides."""
         kind = type(self)
-        overriding.check_module(type(self.module), TrainModule)
+        overriding.check_module(self.module, TrainModule)
         options = {
             "compute_loss_func": self.compute_loss_func,
             "label_smoothing_factor": args.label_smoothing_factor,

@@ -60,13 +60,13 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
             update; without on_substep_end and on_pre_optimizer_step.
     """
     args, state, control, strategy = run.args, run.state, run.control, run.strategy
-    placement, rescue, emit, stepping = run.placement, run.rescue, steps.emit, run.stepping
+    placement, rescue, emit, stepping, model = run.placement, run.rescue, steps.emit, run.stepping, strategy.model
     assert placement is not None
-    model = strategy.model
     rounds = None if run.turns is None else Rounds(steps, run, run.turns)
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
+    steps.begin_counters()
     control.begin_training(is_finished=state.global_step >= state.max_steps)  # finished: a run that was resumed
     model.train()
     placement.mode.train()
@@ -208,6 +208,7 @@ def evaluate(steps: Steps, run: Run) -> dict[str, float]:
 
 def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
+    steps.follow_counters()
     several = run.strategy.world_size > 1
     early = run.control.flags() if several else []  # raised by this rank's callbacks alone, in the update
     if any(early):

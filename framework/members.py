@@ -10,6 +10,7 @@ from . import checkpoint
 from .arguments import FitArguments
 from .callbacks import Callbacks
 from .data import DataStream
+from .in_run import OfRun
 from .labelling import Labelled
 from .loggers.together import Loggers
 from .measures.memory import MemoryByStage
@@ -58,6 +59,7 @@ class Members(Labelled):
     _cached: "CachedRepresentations | None"  # with contrastive_chunks
     _turns: Turns | None
     _count_tokens: TokenCounter
+    _of_run: OfRun
     _placement: Placement | None
     _run: Run | None
     _saver: "checkpoint.Saver | None"
@@ -78,6 +80,17 @@ class Members(Labelled):
         """How a loss is found."""
         assert self._objective is not None
         return self._objective
+
+    def begin_counters(self) -> None:
+        """Have the module read where a run begins or goes on."""
+        factor, compiles = self.strategy.factor, bool(self.args.torch_compile)
+        self.module._share_run(self._of_run)  # with layers that came late, too
+        self._of_run.counters.begin(factor(self.state.global_step), factor(self.state.epoch), compiles)
+
+    def follow_counters(self) -> None:
+        """Have the module read the run's progress as it is now, in forward and loss."""
+        factor = self.strategy.factor
+        self._of_run.counters.follow(factor(self.state.global_step), factor(self.state.epoch))
 
     @property
     def placed(self) -> bool:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..strategies.batches import labels_in, tensors_of
 from .arguments import FitArguments
+from .in_run import InRun
 from .optim.optimizers import make_optimizer
 from .optim.schedulers import make_scheduler
 from .rows import rows_of
@@ -21,7 +22,7 @@ from .wrapping import wrap_late, wrap_model
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 
-class TrainModule(nn.Module):
+class TrainModule(InRun):
     """A module that says how it is trained. ``forward`` and ``loss`` are yours; all other methods have defaults.
 
     ``forward`` is given what it names: of a batch that is a mapping, the keys that are its parameters; of a tuple, the

@@ -19,6 +19,7 @@ from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
 from .calling import Call, forward_call
 from .data.stand_in import StandIn
+from .in_run import logged_of
 from .module import TrainModule
 from .rows import Rows
 
@@ -40,6 +41,7 @@ class Objective:
         forward: calls the model in the place of ``forward_call``'s function, which it is given first.
 
     Attributes:
+        logged: collects what the module logs, from the first forward of a micro-batch.
         past: what the next batch is given as ``mems``.
         noted: what ``note`` returns; None before the first loss.
         takes_num_items: whether the loss function itself divides by the global count of items.
@@ -59,6 +61,7 @@ class Objective:
     ) -> None:
         self.module = module
         self.rows = rows
+        self.logged = logged_of(module)
         self.label_smoothing = label_smoothing
         self.past_index = past_index
         self.past: Any = None

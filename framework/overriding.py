@@ -7,6 +7,7 @@ Lightning on a module; each message has the name that does the same here.
 
 import copy
 import inspect
+import itertools
 import types
 import warnings
 from collections.abc import Mapping
@@ -70,6 +71,13 @@ OF_LIGHTNING = {
 }
 """Names of a LightningModule that nothing here calls on a TrainModule, to what is called instead."""
 
+READ_OF_LIGHTNING = {
+    "log_dict": "self.log(name, value), once for each value",
+    "current_epoch": "self.epoch, a 0-dim tensor with the fraction of the present pass over the data",
+    "global_step": "self.update_number, a 0-dim tensor",
+}
+"""Names that a LightningModule reads of itself, to what a TrainModule reads."""
+
 COUNT = "num_items_in_batch"
 
 
@@ -107,13 +115,21 @@ def check_fit(fit: type, base: type) -> None:
         ) from None
 
 
-def check_module(module: type, base: type) -> None:
+def check_module(given: Any, base: type) -> None:
     """Warn of names of Lightning on a TrainModule.
 
     Args:
-        module: the class of the user's module.
+        given: the user's module.
         base: TrainModule.
     """
+    module = type(given)
+    methods = [value for kind in own_classes(module, base) for value in vars(kind).values() if callable(value)]
+    codes = [code for each in methods if (code := getattr(inspect.unwrap(each), "__code__", None)) is not None]
+    for name, ours in READ_OF_LIGHTNING.items():
+        if not hasattr(given, name) and any(reads_of_self(code, name) for code in codes):
+            warnings.warn(
+                f"{module.__name__} reads self.{name}: that is Lightning's name. Here it is {ours}.", stacklevel=4
+            )
     for name, ours in OF_LIGHTNING.items():
         if hasattr(module, name) and not hasattr(base, name):
             warnings.warn(
@@ -191,6 +207,28 @@ def reads(code: types.CodeType | None) -> bool:
         if COUNT in values and not instruction.opname.startswith(("STORE", "DELETE")):
             return True
     return any(reads(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
+def reads_of_self(code: types.CodeType, name: str) -> bool:
+    """Return whether a function's code has ``self.<name>``, and sets no such attribute."""
+    import dis
+
+    if name in code.co_names:
+        instructions = list(dis.get_instructions(code))
+        found = [
+            now.opname
+            for before, now in itertools.pairwise(instructions)
+            if now.argval == name and now.opname.endswith(("_ATTR", "_METHOD")) and is_self(before)
+        ]
+        if found:
+            return "STORE_ATTR" not in found
+    return any(reads_of_self(each, name) for each in code.co_consts if isinstance(each, types.CodeType))
+
+
+def is_self(instruction: Any) -> bool:
+    """Return whether an instruction loads the variable ``self``."""
+    loaded = instruction.argval[-1:] if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    return "self" in loaded and instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
 
 
 def own_inputs(inputs: Any) -> Any:

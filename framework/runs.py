@@ -127,7 +127,7 @@ class Runs(Steps):
 
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
-        with torch_settings.of_run(self.args.full_determinism, self.args.tf32, self.strategy.device):
+        with torch_settings.of_run(self.args, self.strategy.device):
             run = self._begin(path)
             assert self._watch is not None
             run.begin_training(self._watch)
@@ -365,6 +365,7 @@ class Runs(Steps):
         self.plan = self.plan.of_batches(1 if turns is None else turns.batches)
         if turns is not None and not self.placed and type(module).build is TrainModule.build:
             turns.moved(module)  # what it refuses is refused now, not when the module is placed
+        self._of_run = module._enter_run(self.strategy.device)
         self._objective, self._cached = make_objective(module, args, self.strategy, self.compute_loss_func)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 

@@ -53,9 +53,10 @@ class Steps(Members):
         """
         strategy, objective, run = self.strategy, self._objective, self._run
         assert objective is not None and run is not None
-        averages = run.averages
-        count = objective.count(inputs)
+        averages, logged = run.averages, objective.logged
+        count, is_mine = objective.count(inputs), not isinstance(inputs, StandIn)
         averages.count(count, self._count_tokens(inputs))
+        logged.open()
         inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
         is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
         if self.overrides_loss or is_empty:
@@ -67,11 +68,13 @@ class Steps(Members):
             extras, is_share = objective.note()
         num_items = count if num_items_in_batch is None else num_items_in_batch
         loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
+        averages.note(logged.take(count, strategy.local_loss, is_mine, extras))
         if self._cached is None:
             run.backward(loss)
         else:
             around = self.compute_loss_context_manager if self.overrides_loss else contextlib.nullcontext
             self._cached.backward(loss, run.backward, f"{type(self).__name__}.compute_loss", around)
+        logged.close()
         for name, value in extras.items():
             averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
         ranks = strategy.gradient_ranks
@@ -91,16 +94,20 @@ class Steps(Members):
         """
         strategy, run = self.strategy, self._run
         assert run is not None
-        averages = run.averages
-        count = objective.count(inputs)
+        averages, logged = run.averages, objective.logged
+        count, is_mine = objective.count(inputs), not isinstance(inputs, StandIn)
         if is_first:
             averages.count(count, self._count_tokens(inputs))
+        logged.open()
         inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
         loss, extras = self.turn_loss(objective, inputs, num_items_in_batch)
         is_share = objective.note()[1] and not (isinstance(count, int) and count == 0)
         num_items = count if num_items_in_batch is None else num_items_in_batch
         loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
+        taken = {*extras, *(f"loss_{turn.name}" for turn in run.turns or ())}
+        averages.note(logged.take(count, strategy.local_loss, is_mine, taken))
         run.backward(loss)
+        logged.close()
         for name, value in extras.items():
             averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
         ranks = strategy.gradient_ranks
@@ -264,6 +271,7 @@ class Steps(Members):
         if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         metrics: dict[str, float] = {}
+        self.follow_counters()
         with self.placement.mode.evaluating(), using(weights, self.strategy):
             for name, part in sets_by_name(self.eval_data if eval_data is None else eval_data).items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
@@ -294,6 +302,7 @@ class Steps(Members):
                 ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
         placement, batches = self.placement, self.eval_batches(data)
+        self.follow_counters()
         written: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if output is not None:
             from .predictions import writing as of_predictions  # who writes none needn't import it

@@ -25,8 +25,10 @@ FUNCTION_LENGTH = 80
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "__init__",
+        "counters",
         "foreign_events",
         "labelling",
+        "logged",
         "overriding",
         "pretrained/",
         "printing",
@@ -36,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "state",
     ),
     ("agreement", "calling", "fields/", "rows", "wrapping"),
+    ("in_run",),
     ("optim/",),
     ("arguments",),
     ("turns",),

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
 from ..calling import Call
+from ..in_run import logged_of
 from ..module import TrainModule
 from ..objective import Objective, leaves
 from ..random_state import Moment
@@ -70,12 +71,13 @@ class CachedRepresentations:
     forward: they follow the statistics of each piece, once.
 
     Args:
+        module: the user's.
         strategy: set up.
         number: of pieces.
     """
 
-    def __init__(self, strategy: Strategy, number: int) -> None:
-        self.strategy, self.number = strategy, number
+    def __init__(self, module: TrainModule, strategy: Strategy, number: int) -> None:
+        self.module, self.strategy, self.number = module, strategy, number
         self._calls: list[ForwardInPieces] = []
         self._is_open, self._is_last, self._was_checked = False, False, False
 
@@ -116,13 +118,16 @@ class CachedRepresentations:
         forward: Any = strategy.module.forward
         # Ranks wait for one another in a forward (for sharded parameters, for joint statistics): all make as many.
         pieces = cut(forward, args, kwargs, self.number, fill=strategy.world_size > 1)
-        joined = Joined(max(piece.end for piece in pieces), self.number)
+        samples, logged = max(piece.end for piece in pieces), logged_of(self.module)
+        joined = Joined(samples, self.number)
         before = {} if self._was_checked else self._buffers()
         moments = []
         for piece in pieces:
             moments.append(Moment(strategy.device))
+            before_piece = logged.last
             with strategy.accumulate(False):
                 outputs = model(*piece.args, **piece.kwargs)
+            logged.end_piece(before_piece, (piece.end - piece.begin) / samples if piece.counts else 0.0)
             if piece.counts:
                 joined.fill(piece, outputs)
             del outputs  # and with it the graph, before the next piece's
@@ -231,7 +236,8 @@ def make_objective(
     module: TrainModule, args: FitArguments, strategy: Strategy, compute_loss_func: Callable[..., Any] | None
 ) -> tuple[Objective, CachedRepresentations | None]:
     """Make what finds losses, and what computes representations in pieces for it, where the arguments ask for them."""
-    cached = None if args.contrastive_chunks is None else CachedRepresentations(strategy, args.contrastive_chunks)
+    number = args.contrastive_chunks
+    cached = None if number is None else CachedRepresentations(module, strategy, number)
     replaced = compute_loss_func, args.label_smoothing_factor, args.past_index
     forward = None if cached is None else cached.forward
     return Objective(module, *replaced, make_rows(module, strategy), forward), cached

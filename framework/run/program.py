@@ -91,7 +91,11 @@ class UpdateProgram:
         run.averages.count(count, self.count_tokens(inputs))
         self._take_rates()
         state.begin_step(self.groups[0]["lr"])
+        logged = self.objective.logged
+        logged.open()
         loss, extras = self._call(run.strategy.to_device(inputs), count)
+        run.averages.note(logged.take(count, run.strategy.local_loss, taken=extras))
+        logged.close()
         for name, value in extras.items():
             run.averages.add_share(name, value)
         assert held.measure is not None and held.each is not None
@@ -133,7 +137,8 @@ class UpdateProgram:
         except FailOnRecompileLimitHit as error:
             raise CannotCompileError(
                 "a Python value that forward or loss reads keeps changing, and each of its values is another program; "
-                "TORCH_LOGS=recompiles names it. Make it a buffer, a tensor that changes in place."
+                "TORCH_LOGS=recompiles names it. Make it a buffer, a tensor that changes in place, as "
+                "self.update_number and self.epoch are."
             ) from error
         except TorchDynamoException as error:
             inner = getattr(error, "inner_exception", error)

@@ -248,9 +248,9 @@ class DeepSpeed(ProcessGroupStrategy):
         if self.zero_state is not None:
             self.zero_state.load_parameters(state)
 
-    def held_weights(self) -> dict[str, Tensor]:
+    def held_weights(self, parameters: Mapping[str, nn.Parameter] | None = None) -> dict[str, Tensor]:
         """This rank's flat shards of the master weights; at stage 0 the weights."""
-        return super().held_weights() if self.zero_state is None else self.zero_state.held()
+        return super().held_weights(parameters) if self.zero_state is None else self.zero_state.held()
 
     def weights_by_name(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather one parameter at a time and cut it by rows."""

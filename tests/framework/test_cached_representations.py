@@ -512,3 +512,21 @@ def test_a_module_that_it_is_not_for(make_fit: MakeFit, make: Callable[[], Train
 def test_what_it_can_not_be_had_with(make_fit: MakeFit, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_fit(Towers(), pairs(ROWS), **{"contrastive_chunks": 2, **arguments})
+
+
+class LoggingInForward(Towers):
+    """Logs the mean of a piece's inputs."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Any:
+        self.log("mean_of_left", left.mean())
+        return super().forward(left, right)
+
+
+def test_what_forward_logs_is_the_mean_over_the_micro_batch(make_fit: MakeFit) -> None:
+    # Pieces of 4, 3 and 3 rows, each computed twice: the mean of their means would be another number.
+    data = pairs(ROWS)
+    arguments = {"max_steps": 1, "per_device_train_batch_size": ROWS, "contrastive_chunks": PIECES}
+    fit = make_fit(LoggingInForward(), data, logging_steps=1, **arguments)
+    fit.train()
+    [logged] = [log["mean_of_left"] for log in fit.state.log_history if "mean_of_left" in log]
+    assert logged == pytest.approx(torch.stack([row["left"] for row in data]).double().mean().item(), rel=1e-6)

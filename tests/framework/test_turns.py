@@ -622,3 +622,36 @@ def test_patterns_stand_for_parts_of_names() -> None:
         True
     ] * 4
     assert not any(matches(name, each) for each in ("block", "adapter", "blocks.adapter", f"{name}.x", "*.adapter"))
+
+
+class Logging(Pair):
+    """Logs in both turns, and reads the update."""
+
+    def critic_loss(self, batch: dict[str, Tensor]) -> Any:
+        found = super().critic_loss(batch)
+        self.log("penalty_again", found["penalty"])
+        self.log("update", self.update_number)
+        return found
+
+    def generator_loss(self, batch: dict[str, Tensor]) -> Any:
+        found = super().generator_loss(batch)
+        self.log("score", -found)
+        return found
+
+
+class Clashing(Pair):
+    def critic_loss(self, batch: dict[str, Tensor]) -> Any:
+        self.log("loss_generator", 1.0)
+        return super().critic_loss(batch)
+
+
+def test_what_turns_log_is_one_mean_in_a_round(make_fit: MakeFit) -> None:
+    fit = make_fit(Logging(), rows(60), max_steps=2, logging_steps=1, per_device_train_batch_size=BATCH)
+    fit.train()
+    logs = [log for log in fit.state.log_history if "loss" in log]
+    for number, log in enumerate(logs):
+        assert log["penalty_again"] == pytest.approx(log["penalty"])  # the mean over the critic's five batches
+        assert log["score"] == pytest.approx(-log["loss_generator"])
+        assert log["update"] == number  # a round is an update
+    with pytest.raises(ValueError, match="'loss_generator' is logged by log"):
+        make_fit(Clashing(), rows(30), max_steps=1, per_device_train_batch_size=BATCH).train()
