@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .framework.predictions import PredictionWriter, iterate_predictions, read_predictions
     from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
+    from .framework.weights.converting import convert
     from .strategies.sent import launch
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "Upload",
     "WandbLogger",
     "configure",
+    "convert",
     "iterate_predictions",
     "launch",
     "read_predictions",
@@ -94,6 +96,7 @@ FILES = {
     "Upload": "framework.uploading",
     "WandbLogger": "framework.loggers.wandb",
     "configure": "framework.configuration.command_line",
+    "convert": "framework.weights.converting",
     "launch": "strategies.sent",
 }
 

@@ -16,11 +16,10 @@ from ..precision.base import Precision
 from . import checkpoint, loop, overriding
 from .agreement import check_ranks_agree
 from .arguments import FitArguments
-from .averaging import Average, using
 from .callbacks import Callback, Callbacks
-from .checkpoint import pretrained
 from .combinations import check_combination, check_optimizer_by_name
 from .data import DataStream
+from .exchange import Exchange
 from .fields.compilation import UPDATE
 from .measures import best
 from .measures.tokens import TokenCounter
@@ -50,7 +49,7 @@ BY_FIT_ALONE = ("auto_find_batch_size", "fast_dev_run")
 """Arguments that a Fit is made with, and a trial can't switch on."""
 
 
-class Runs(Steps):
+class Runs(Exchange):
     """What a Fit does between two runs: begins the next, takes the last one apart, changes arguments and module.
 
     Attributes:
@@ -206,29 +205,11 @@ class Runs(Steps):
         self.saver.close()
         return path
 
-    # Its checkpoints, and its weights for other programs.
+    # Its checkpoints.
 
     def rotate_checkpoints(self) -> None:
         """Remove the oldest checkpoints beyond ``save_total_limit``; ``Saver.rotate`` says which stay. Collective."""
         self.saver.rotate(best.best_updates(self.args, self.state))
-
-    def export(self, path: str | Path, weights: Average | None = None) -> Path:
-        """Write the module's plain whole weights, by parameter name, as one safetensors file; only the trainable ones
-        with ``save_only_trainable``; with ``weights``, those of an Average among the callbacks.
-        """
-        path = Path(path).expanduser()
-        with self.placement.mode.evaluating(), using(weights, self.strategy):
-            checkpoint.export(self.strategy, path, only_trainable=self.args.save_only_trainable)
-        return path
-
-    def save_pretrained(self, directory: str | Path, weights: Average | None = None, **options: Any) -> Path:
-        """Have a transformers or peft model write the directory that its ``from_pretrained`` loads. Every rank calls
-        it. ``weights`` as for ``export``; ``options`` are those of the model's own ``save_pretrained``.
-        """
-        directory = Path(directory).expanduser()
-        with self.placement.mode.evaluating(), using(weights, self.strategy):
-            pretrained.save_pretrained(self.strategy, directory, self.args.save_only_trainable, **options)
-        return directory
 
     # The length of a run, under transformers' names.
 

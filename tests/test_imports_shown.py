@@ -105,7 +105,7 @@ def test_a_name_at_the_root_costs_nothing_before_it_is_used() -> None:
     unused = (
         "uploading", "loggers.json_lines", "loggers.tensorboard", "checkpoint.contents", "search.running",
         "search.study",
-        "display.progress", "display.summary", "profiling", "predictions", "record", "configuration",
+        "display.progress", "display.summary", "profiling", "predictions", "record", "configuration", "weights",
     )  # fmt: skip
     for file in unused:
         assert f"stratagem.framework.{file}" not in loaded

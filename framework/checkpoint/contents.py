@@ -19,7 +19,8 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -297,8 +298,24 @@ def load_weights(strategy: Strategy, path: Path | None) -> None:
         return
     table = share_table(strategy, path)
     model = saved_part(path, strategy, read_state(path), untied_state(strategy), table)
-    on_all_ranks(strategy, lambda: load_tensors(table, "model", model), CheckpointError)
-    strategy.load_model_state(model)
+    with masters_of(strategy, model) as masters:
+        on_all_ranks(strategy, lambda: load_tensors(table, "model", masters, model), CheckpointError)
+        strategy.load_model_state(model)
+
+
+@contextmanager
+def masters_of(strategy: Strategy, names: Container[str]) -> Iterator[dict[str, Tensor]]:
+    """Entered around the loading of weights outside of a resume: the float32 master weights that the optimizer steps,
+    by parameter name, to be filled with the same values. Else the next update, and the next checkpoint, would have the
+    old ones. There are none before the first update, and with formats that keep none. Collective.
+    """
+    state = {}
+    if strategy.optimizer is not None and strategy.precision.master_weights:
+        state = strategy.optimizer_state()
+    masters = {name: entries[MASTER_WEIGHT] for name, entries in state.items() if MASTER_WEIGHT in entries}
+    yield {name: master for name, master in masters.items() if name in names}
+    if masters:
+        strategy.load_optimizer_state(state)
 
 
 def random_of_rank(path: Path, strategy: Strategy, state: Mapping[str, Any], seed: int, step: int) -> dict[str, Any]:

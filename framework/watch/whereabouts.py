@@ -35,8 +35,9 @@ PHASES: Mapping[tuple[str, str], str] = {
     ("framework/callbacks.py", "emit"): "a callback",
     ("framework/steps.py", "log_training"): "logging",
     ("framework/steps.py", "log"): "logging",
-    ("framework/runs.py", "export"): "exporting weights",
-    ("framework/runs.py", "save_pretrained"): "exporting weights",
+    ("framework/exchange.py", "export"): "exporting weights",
+    ("framework/exchange.py", "save_pretrained"): "exporting weights",
+    ("framework/exchange.py", "load_weights"): "loading weights",
     ("framework/steps.py", "evaluate"): "an evaluation",
     ("framework/steps.py", "predict"): "a prediction",
     ("framework/steps.py", "save_checkpoint"): "saving a checkpoint",
@@ -47,7 +48,14 @@ PHASES: Mapping[tuple[str, str], str] = {
 OUTERMOST = "framework/runs.py", "train_from"
 MESSAGE = "strategies/tree.py", "sum_along_tree"
 """Where the ranks' hosts wait for one another in messages that torch doesn't record."""
-LONG = ("beginning the run", "saving a checkpoint", "exporting weights", "ending the run", "loading the best weights")
+LONG = (
+    "beginning the run",
+    "saving a checkpoint",
+    "exporting weights",
+    "ending the run",
+    "loading the best weights",
+    "loading weights",
+)
 # Other files of torch's compiler stay on the stack of what is compiled already.
 COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/")
 DEBUGGERS = ("/bdb.py", "/pdb.py", "/debugpy/")
