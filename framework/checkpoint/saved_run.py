@@ -32,10 +32,6 @@ class SavedRun(Protocol):
         """The module, placed."""
 
     @property
-    def optimizer(self) -> Optimizer:
-        """The strategy's optimizer."""
-
-    @property
     def optimizers(self) -> Mapping[str, Optimizer]:
         """The optimizer of each turn; that of a run without turns by the name ""."""
 

@@ -463,6 +463,19 @@ def test_a_second_run_and_a_trial_begin_anew(make_fit: MakeFit) -> None:
     assert_same(first, weights_of(fit.module))
 
 
+def test_a_turns_loss_may_log_beside_it(make_fit: MakeFit) -> None:
+    class Telling(Pair):
+        def generator_loss(self, batch: dict[str, Tensor]) -> Any:
+            loss = super().generator_loss(batch)
+            self.log("judged", -loss)
+            return loss
+
+    fit = make_fit(Telling(), rows(10 * BATCH), per_device_train_batch_size=BATCH, max_steps=2, logging_steps=1)
+    fit.train()
+    for log in logs_of(fit):
+        assert log["judged"] == pytest.approx(-log["loss_generator"], rel=1e-6)
+
+
 def test_numbers_of_all_rows_within_a_turns_loss(make_fit: MakeFit) -> None:
     class Gathering(Pair):
         def generator_loss(self, batch: dict[str, Tensor]) -> Any:
