@@ -23,8 +23,6 @@ CLASSES, SIDE = 10, 8
 class DigitPainter(TrainModule):
     """Paints the digit that it is asked for, from noise."""
 
-    item_name = "images"
-
     def __init__(self, width: int = 128, noise: int = 32) -> None:
         super().__init__()
         self.noise = noise

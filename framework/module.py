@@ -1,6 +1,7 @@
 """TrainModule: what the user writes, a module with forward and loss, and with methods that have defaults."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -92,20 +93,29 @@ class TrainModule(InRun):
         """
         return ()
 
-    def call_once(self, function: Callable[[], Any]) -> None:
-        """Have the next call of this module be one of a function, and the calls after it of ``forward`` again, also
-        within that function. So a turn's loss goes through what wraps the module, or hooks into it.
+    @contextmanager
+    def calling_once(self, function: Callable[[], Any]) -> Iterator[None]:
+        """In here, the first call of this module is one of a function, and the calls after it of ``forward`` again,
+        also within that function. So a turn's loss goes through what wraps the module, or hooks into it.
         """
         own = vars(self).get("forward")
 
-        def forward() -> Any:
+        def give_back() -> None:
             if own is None:
                 del self.forward
             else:
                 self.forward = own
+
+        def forward() -> Any:
+            give_back()
             return function()
 
         self.forward = forward
+        try:
+            yield
+        finally:
+            if vars(self).get("forward") is forward:  # a hook raised before it was called
+                give_back()
 
     def gather(self, rows: Tensor, pad_to: int | None = None) -> Any:
         """Return the rows of all data-parallel ranks, in ``loss``: what a contrastive loss takes its negatives from.

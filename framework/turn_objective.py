@@ -44,8 +44,8 @@ class TurnObjective(Objective):
         wrapper would cast or move what is given, and labels with it.
         """
         find = self.find_without_items if self._is_empty else self.turn.loss
-        self.module.call_once(partial(find, batch, **options))
-        found: Tensor | Mapping[str, Tensor] = model()
+        with self.module.calling_once(partial(find, batch, **options)):
+            found: Tensor | Mapping[str, Tensor] = model()
         return found
 
     def find_without_items(self, batch: Any, **options: Any) -> Any:

@@ -668,3 +668,16 @@ def test_what_turns_log_is_one_mean_in_a_round(make_fit: MakeFit) -> None:
         assert log["update"] == number  # a round is an update
     with pytest.raises(ValueError, match="'loss_generator' is logged by log"):
         make_fit(Clashing(), rows(30), max_steps=1, per_device_train_batch_size=BATCH).train()
+
+
+def test_a_hook_that_raises_leaves_the_module_its_own_forward(make_fit: MakeFit) -> None:
+    module = Pair()
+
+    def accident(*call: Any) -> None:
+        raise KeyError("the accident")
+
+    handle = module.register_forward_pre_hook(accident)
+    with pytest.raises(KeyError, match="the accident"):
+        make_fit(module, rows(5 * BATCH), max_steps=1, per_device_train_batch_size=BATCH).train()
+    handle.remove()
+    assert "forward" not in vars(module)
