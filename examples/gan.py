@@ -74,9 +74,9 @@ def data() -> TensorDataset:
 def painted(module: DigitPainter, path: Path, rows: int = 8, scale: int = 4) -> None:
     """Write a picture of generated digits: each column is one digit, each row other noise."""
     images = module(torch.arange(CLASSES).repeat(rows).to(next(module.parameters()).device))
-    grid = images.view(rows, CLASSES, SIDE, SIDE).transpose(1, 2).reshape(rows * SIDE, CLASSES * SIDE)
-    pixels = (255 * (1 - grid)).round().to(torch.uint8).cpu().numpy()
-    picture = Image.fromarray(pixels)
+    framed = F.pad(images.view(rows, CLASSES, SIDE, SIDE), (1, 1, 1, 1))
+    grid = framed.transpose(1, 2).reshape(rows * (SIDE + 2), CLASSES * (SIDE + 2))
+    picture = Image.fromarray((255 * (1 - grid)).round().to(torch.uint8).cpu().numpy())
     picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(path)
 
 
