@@ -19,6 +19,7 @@ class DP(Strategy):
 
     name = "dp"
     runs_copies = True
+    unplayed = "copies the module to the GPUs of this machine in every forward. Plan strategy='ddp' instead."
 
     def choose_device(self) -> torch.device:
         """Choose the first GPU, else the CPU."""

@@ -59,6 +59,7 @@ class FSDP1(ProcessGroupStrategy):
     """
 
     name = "fsdp1"
+    played_by = "fsdp1.played:PlayedFSDP1"
     parameter_form = "flat"
     gradients_are_alike = False
     Options = FSDP1Options
