@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 aten = torch.ops.aten
+PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator apart, and has the parts computed
 SENDING = "c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"  # namespaces of operators that send
 FORWARD, BACKWARD, RECOMPUTED, OTHER = "forward", "backward", "recomputed", "update"
 PARAMETERS, GRADIENTS, STATE, BUFFERS = "parameters", "gradients", "optimizer_state", "buffers"
@@ -171,7 +172,7 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator and see what it made."""
         kwargs = kwargs or {}
-        if any(kind is not FakeTensor for kind in types):
+        if not all(kind in PLAIN for kind in types):
             return NotImplemented  # a class of its own takes the operator apart first
         out = func(*args, **kwargs)
         if func.namespace in SENDING:

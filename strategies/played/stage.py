@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..batches import map_batch
 
 aten = torch.ops.aten
+PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator apart, and has the parts computed
 # What the framework, not the user, asks of numbers that nobody has: a norm of 0 is finite, and needs no clipping.
 ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: lambda tensor: tensor.dtype.is_floating_point and 0.0 or 0,
@@ -41,7 +42,7 @@ class Stage(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator, on fake tensors where any is fake or none is given."""
         kwargs = kwargs or {}
-        if any(kind is not FakeTensor for kind in types):
+        if not all(kind in PLAIN for kind in types):
             return NotImplemented  # a class of its own (DTensor) takes the operator apart first, and comes here again
         some, fake = look(args)
         if kwargs:
