@@ -67,8 +67,8 @@ class Account:
 
     Attributes:
         rank: that was played.
-        parameters, frozen_parameters, gradients, optimizer_state, buffers: bytes that it holds; a storage that two share
-            counts once.
+        parameters, frozen_parameters, gradients, optimizer_state, buffers: bytes that it holds; a storage that two
+            tensors share counts once.
         samples, accumulation: of a micro-batch, and micro-batches of an update.
         data_ranks: ranks with different samples.
         peak: None where no update could be played.

@@ -5,6 +5,7 @@ it. Its environment says which rank of how many it is, as a launcher's would.
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ...strategies.base import Strategy
-from ...strategies.environment import find_place
 from ...strategies.materialize import parameters_on_meta
 from ...strategies.played import Stage, play, world_of
 from ..configuration.command_line import Command
@@ -43,6 +43,7 @@ NO_GPU = "CUDA", "cuda", "HIP", "No XPU", "accelerator"  # in what torch says wh
 def main(request: Path, answer: Path) -> None:
     """Play the rank that the environment says, and write its account, or what can't work, as JSON."""
     asked = json.loads(request.read_text(encoding="utf-8"))
+    found: dict[str, Any]
     try:
         found = {"account": played(asked)}
     except (ValueError, TypeError, ImportError) as error:
@@ -57,7 +58,7 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
         asked: "config" (the path of a file) or "words" (of a command line), "fit" (the class, as "module:Class"),
             "ranks_per_node", "capacity", "margin".
     """
-    place = find_place()
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if asked["config"] is not None:
         run = Configuration.read(asked["config"])
     else:
@@ -66,7 +67,7 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
     module, name = load_module(asked["fit"])
     make_fit = function_in(module, name, asked["fit"])
     stage = Stage()
-    with tempfile.TemporaryDirectory() as directory, world_of(place.rank, place.world_size):
+    with tempfile.TemporaryDirectory() as directory, world_of(rank, world_size):
         given = {**WITHOUT_EFFECT, "output_dir": directory, "strategy": play(strategy, stage), "loggers": ()}
         arguments, notes = made(run, given)
         fit = make_fit(**arguments)

@@ -62,7 +62,7 @@ DEVICES = {
 }  # fmt: skip
 CPU = "cpu"
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "B": 1.0}
-GIVEN = "memory", "flops", "memory_bandwidth", "link", "network"
+FIGURES = 5
 OWN = (
     'A device of your own is five figures: --device "80GiB,989e12,3.35e12,450e9,50e9" (memory, dense bf16 FLOP/s, and '
     "bytes/s of its memory, to a device of its node, and to one of another node; the last two may be left out where "
@@ -88,7 +88,9 @@ def find_device(name: str) -> Device:
     plain = asked.removeprefix("nvidia-").removeprefix("amd-").removeprefix("geforce-")
     known = {re.sub(r"[^a-z0-9]", "", each): each for each in DEVICES}
     key = re.sub(r"[^a-z0-9]", "", plain)
-    begins = [each for short, each in known.items() if short.startswith(key) or short.removeprefix("rtx").startswith(key)]
+    begins = [
+        each for short, each in known.items() if short.startswith(key) or short.removeprefix("rtx").startswith(key)
+    ]
     if key and len(begins) == 1:
         return DEVICES[begins[0]]
     if key and key + "b" in known:  # h100-80
@@ -105,7 +107,7 @@ def device_of(figures: str) -> Device:
         ValueError: they are others than ``Device`` has.
     """
     parts = [part.strip() for part in figures.split(",")]
-    if not 3 <= len(parts) <= len(GIVEN):
+    if not 3 <= len(parts) <= FIGURES:
         raise ValueError(f"device={figures!r} has {len(parts)} figures. {OWN}")
     try:
         values = [bytes_in(part) for part in parts]
@@ -113,9 +115,9 @@ def device_of(figures: str) -> Device:
         raise ValueError(f"device={figures!r}: {error}. {OWN}") from error
     if min(values) <= 0:
         raise ValueError(f"device={figures!r}: figures are above 0. {OWN}")
-    memory, *rates = values
-    rates += [rates[1]] * (len(GIVEN) - 1 - len(rates))
-    return Device("own", int(memory), *rates, source="given")
+    memory, flops, bandwidth, *ways = values
+    ways += [ways[-1] if ways else bandwidth] * (2 - len(ways))
+    return Device("own", int(memory), flops, bandwidth, ways[0], ways[1], "given")
 
 
 def bytes_in(text: str) -> float:

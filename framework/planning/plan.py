@@ -33,14 +33,14 @@ class Floors:
 
 FORMULA = (
     "compute = FLOPs of this rank / dense bf16 FLOP/s + (parameters + gradients + optimizer state) x 2 / memory "
-    "bandwidth; traffic = over all collectives, bytes x (n - 1) / n (an all-reduce twice) / bandwidth of the link, which "
-    "is the network x the group's ranks on the node where the group lies on several. From max(compute, traffic), where "
-    "all of it overlaps, to their sum, where nothing does."
+    "bandwidth; messages = over all collectives, sent in rings: bytes x (n - 1) / n (an all-reduce twice) / bandwidth "
+    "of the link; of a group on several nodes that is the network x the ranks of the group on the node. From "
+    "max(compute, messages), where all of it overlaps, to their sum, where nothing does."
 )
 UNKNOWN = (
-    "What a plan can't know: how far kernels stay below the data sheet's rates (40 to 70 % of them is usual, float32 is "
-    "slower), latency and congestion of links, reading data; fragmentation of the allocator, workspaces of cuBLAS and "
-    "attention, buffers of NCCL, the 0.5 GiB of a CUDA context: the margin is for those."
+    "What a plan can't know: how far kernels stay below the data sheet's rates, latency and congestion of links, "
+    "reading data; fragmentation of the allocator, workspaces of cuBLAS and of attention, buffers of NCCL, the CUDA "
+    "context: the margin is for those."
 )
 
 
@@ -106,7 +106,9 @@ class RunPlan:
             "fits": self.fits,
             "largest_micro_batch": self.largest_micro_batch,
             "peak_bytes": None if peak is None else peak.bytes,
-            "seconds_per_update": None if floors is None else {**asdict(floors), "from": floors.overlapped, "to": floors.apart},
+            "seconds_per_update": None
+            if floors is None
+            else {**asdict(floors), "from": floors.overlapped, "to": floors.apart},
             "formula": FORMULA,
             "unknown": UNKNOWN,
             "ranks": [each.to_dict() for each in self.accounts],

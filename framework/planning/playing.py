@@ -3,7 +3,6 @@
 import gc
 import linecache
 import traceback
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,7 @@ class Player:
         run.begin(placement, has_evaluations=False)
         with self.stage.left():
             run.begin_anew()
-        run.begin_training(Watch(fit.strategy, fit.args, fit.state, None))  # type: ignore[arg-type]
+        run.begin_training(Watch(fit.strategy, fit.args, fit.state, None))
         placement.mode.train()
         self.strategy.model.train()
         self.trainable = [p for p in self.strategy.named_parameters().values() if p.requires_grad]

@@ -47,6 +47,15 @@ class Piece:
     def __init__(self, size: int, kind: str, phase: str, where: str) -> None:
         self.bytes, self.kind, self.phase, self.where = size, kind, phase, where
 
+    def resize(self, size: int) -> int:
+        """Have another size; return by how much that changed."""
+        change, self.bytes = size - self.bytes, size
+        return change
+
+    def hold(self, kind: str) -> None:
+        """Hold something of a kind from here on."""
+        self.kind = kind
+
 
 @dataclass(frozen=True)
 class Event:
@@ -151,17 +160,17 @@ class Recording(TorchDispatchMode):
         self._turn()
 
     def _turn(self) -> None:
-        if torch._C._current_graph_task_id() < 0:  # type: ignore[attr-defined]
+        if torch._C._current_graph_task_id() < 0:
             self.turns.append((torch.autograd._get_sequence_nr(), self.layers[-1] if self.layers else "loss"))
 
     def place(self) -> tuple[str, str]:
         """The phase of the update, and the layer, that is computed."""
-        in_backward = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
+        in_backward = torch._C._current_graph_task_id() >= 0
         if self.layers:
             return (RECOMPUTED if in_backward else FORWARD), self.layers[-1]
         if not in_backward:
             return OTHER, ""
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         if node is None:
             return BACKWARD, ""
         found = bisect.bisect_right(self.turns, (node._sequence_nr(), "\uffff")) - 1
@@ -203,10 +212,11 @@ class Recording(TorchDispatchMode):
     def _ranks_of(self, args: Any) -> tuple[int, ...]:
         for value in args:
             if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
-                group: Any = dist.ProcessGroup.unbox(value)  # type: ignore[attr-defined]
+                group: Any = dist.ProcessGroup.unbox(value)
                 break
         else:
-            group = torch._C._distributed_c10d._resolve_process_group([v for v in args if isinstance(v, str)][-1])
+            name: Any = [value for value in args if isinstance(value, str)][-1]
+            group = torch._C._distributed_c10d._resolve_process_group(name)
         if group.group_name not in self.group_ranks:
             self.group_ranks[group.group_name] = tuple(dist.get_process_group_ranks(group))
         return self.group_ranks[group.group_name]
@@ -223,7 +233,7 @@ class Recording(TorchDispatchMode):
             return
         piece = self.see_storage(tensor.untyped_storage(), kind)
         if overrides:
-            piece.kind = kind
+            piece.hold(kind)
 
     def see_storage(self, storage: torch.UntypedStorage, kind: str = "") -> Piece:
         """Note a storage."""
@@ -238,7 +248,7 @@ class Recording(TorchDispatchMode):
             return piece
         piece = found[0]
         if kind and not piece.kind:
-            piece.kind = kind
+            piece.hold(kind)
         if size != piece.bytes:
             self._change(piece, size)
         return piece
@@ -249,9 +259,9 @@ class Recording(TorchDispatchMode):
             self._change(piece, 0)
 
     def _change(self, piece: Piece, size: int) -> None:
+        change = piece.resize(size)
         if self.is_on:
-            self.events.append(Event(piece, size - piece.bytes, *self.place()))
-        piece.bytes = size
+            self.events.append(Event(piece, change, *self.place()))
 
     def note(self, kind: str, tensors: Iterable[Tensor]) -> int:
         """Note what some tensors are, each storage of a kind once.
@@ -272,13 +282,15 @@ EXTRA_FLOPS: dict[Any, Formula] = {
 # Collectives by the names of torch's operators. Others wait; or send from host to host, as the message of an update is
 # sent, which is a few numbers.
 PLAIN_NAMES = {
-    "all_reduce": "all_reduce", "broadcast": "broadcast", "allreduce_": "all_reduce", "all_reduce_": "all_reduce", "_allgather_base_": "all_gather",
-    "allgather_": "all_gather", "all_gather_into_tensor": "all_gather", "all_gather_into_tensor_out": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter", "reduce_scatter_": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter", "broadcast_": "broadcast", "alltoall_base_": "all_to_all",
-    "alltoall_": "all_to_all", "all_to_all_single": "all_to_all", "shard_dim_alltoall": "all_to_all",
-    "allgather_into_tensor_coalesced_": "all_gather", "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "allreduce_coalesced_": "all_reduce", "reduce_": "reduce", "all_reduce_coalesced": "all_reduce",
+    "all_reduce": "all_reduce", "all_reduce_": "all_reduce", "all_reduce_coalesced": "all_reduce",
+    "allreduce_": "all_reduce", "allreduce_coalesced_": "all_reduce", "reduce_": "reduce",
+    "all_gather_into_tensor": "all_gather", "all_gather_into_tensor_out": "all_gather", "allgather_": "all_gather",
+    "_allgather_base_": "all_gather", "allgather_into_tensor_coalesced_": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter", "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter", "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "broadcast": "broadcast", "broadcast_": "broadcast",
+    "all_to_all_single": "all_to_all", "alltoall_base_": "all_to_all", "alltoall_": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
 }  # fmt: skip
 
 

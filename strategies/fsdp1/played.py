@@ -33,7 +33,7 @@ def exchange(functions: dict[str, Any]) -> None:
 
 def share_storage(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors lie in one storage."""
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)
 
 
 def has_storage(tensor: Tensor) -> bool:

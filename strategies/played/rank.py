@@ -22,10 +22,10 @@ class PlayedRank(Strategy):
     compute the shapes of on any machine. Nothing has a value.
 
     Attributes:
-        stage: where its tensors are.
+        fake_stage: where its tensors are.
     """
 
-    stage: Stage
+    fake_stage: Stage
 
     def choose_device(self) -> torch.device:
         """The CPU."""
@@ -35,19 +35,19 @@ class PlayedRank(Strategy):
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
         """Place the module as the strategy does, with no values in it."""
-        with self.stage.placing():
+        with self.fake_stage.placing():
             super().place(module, configure_optimizer, prepare)
 
     def build(self, module: nn.Module) -> list[nn.Module]:
         """Build layers and buffers for real: how many there are may hang on numbers. Parameters are without memory."""
-        with self.stage.left():
+        with self.fake_stage.left():
             late = super().build(module)
-        module.initial_values = no_values
+        module.initial_values = no_values  # type: ignore[assignment]
         return late
 
     def begin_alike(self, module: nn.Module) -> None:
         """Exchange what has values for what has none; nothing is sent."""
-        self.stage.take(module)
+        self.fake_stage.take(module)
 
     def move(self, module: nn.Module) -> nn.Module:
         """Leave the module where it is."""
@@ -55,17 +55,17 @@ class PlayedRank(Strategy):
 
     def to_device(self, batch: Any) -> Any:
         """The batch without its values."""
-        return self.stage.copied(batch)
+        return self.fake_stage.copied(batch)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Make the strategy's context, and note that the user's module computes."""
-        with self.stage.in_module(), super().forward_context():
+        with self.fake_stage.in_module(), super().forward_context():
             yield
 
     def backward(self, loss: Tensor) -> None:
         """Compute gradients as the strategy does."""
-        with self.stage.in_module():
+        with self.fake_stage.in_module():
             super().backward(loss)
 
     # What the ranks would tell one another.
@@ -113,7 +113,7 @@ def play(strategy: Kind, stage: Stage) -> Kind:
     kind = type(strategy)
     file, _, name = kind.played_by.partition(":")
     played = getattr(import_module(f"..{file}", __package__), name)
-    strategy.__class__ = type(f"Played{kind.__name__}", (played, kind), {"stage": stage})
+    strategy.__class__ = type(f"Played{kind.__name__}", (played, kind), {"fake_stage": stage})
     return strategy
 
 

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator apart, and has the parts computed
 # What the framework, not the user, asks of numbers that nobody has: a norm of 0 is finite, and needs no clipping.
 ANSWERS: dict[Any, Callable[..., Any]] = {
-    aten._local_scalar_dense.default: lambda tensor: tensor.dtype.is_floating_point and 0.0 or 0,
+    aten._local_scalar_dense.default: lambda tensor: 0.0 if tensor.dtype.is_floating_point else 0,
     aten.is_nonzero.default: lambda tensor: False,
     aten.equal.default: lambda first, second: True,
 }
@@ -35,7 +35,7 @@ class Stage(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.is_in_module = self.is_placing = False
 
@@ -120,6 +120,7 @@ class Stage(TorchDispatchMode):
             return exchanged[id(tensor)][1]
 
         for layer in module.modules():
+            held: Any
             for held in (layer._parameters, layer._buffers):
                 for name, tensor in held.items():
                     if tensor is not None and not tensor.is_meta:

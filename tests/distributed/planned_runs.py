@@ -97,9 +97,7 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def observed(
-    target: str, strategy: str, options: dict[str, Any], directory: str, **arguments: Any
-) -> dict[str, Any]:
+def observed(target: str, strategy: str, options: dict[str, Any], directory: str, **arguments: Any) -> dict[str, Any]:
     """Train a few updates for real, and say what this rank held and sent."""
     module, name = target.split(":")
     made = getattr(import_module(module), name)()

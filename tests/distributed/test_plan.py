@@ -51,7 +51,9 @@ def test_a_plan_says_what_a_run_holds_and_sends(
     arguments: dict[str, Any],
 ) -> None:
     target = f"planned_runs:{build}"
-    real = ranks[world].run(observed, target=target, strategy=strategy, options=options, directory=str(tmp_path), **arguments)
+    real = ranks[world].run(
+        observed, target=target, strategy=strategy, options=options, directory=str(tmp_path), **arguments
+    )
     values = values_of(strategy, options, arguments)
     answers = ranks[1].run(planned, target=target, world=world, ranks=list(range(world)), values=values)[0]
     for rank, (run, answer) in enumerate(zip(real, answers, strict=True)):
