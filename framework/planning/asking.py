@@ -72,7 +72,7 @@ def ask(request: Mapping[str, Any], world_size: int, device: str, nodes: int | N
     found = find_device(device)
     nodes = check(world_size, nodes, margin)
     per_node = world_size // nodes
-    request = {**request, "ranks_per_node": per_node, "capacity": found.memory, "margin": margin}
+    request = {**request, "ranks_per_node": per_node}
     # Shards are cut as torch.chunk cuts: the first rank has the largest, the last one the smallest.
     ranks = sorted({0, world_size - 1})
     accounts = play_ranks(request, ranks, world_size, per_node)

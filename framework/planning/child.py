@@ -56,7 +56,7 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         asked: "config" (the path of a file) or "words" (of a command line), "fit" (the class, as "module:Class"),
-            "ranks_per_node", "capacity", "margin".
+            "ranks_per_node".
     """
     rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if asked["config"] is not None:
@@ -71,7 +71,7 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
         given = {**WITHOUT_EFFECT, "output_dir": directory, "strategy": play(strategy, stage), "loggers": ()}
         arguments, notes = made(run, given)
         fit = make_fit(**arguments)
-        account = Player(fit, stage, asked["ranks_per_node"]).play(asked["capacity"], asked["margin"]).to_dict()
+        account = Player(fit, stage, asked["ranks_per_node"]).play().to_dict()
         strategy.release(fit.module)
     if run.values.get("torch_compile"):
         notes.append(NOT_COMPILED)

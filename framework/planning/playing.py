@@ -20,7 +20,7 @@ from .recording import BUFFERS, GRADIENTS, PARAMETERS, STATE, Recording
 if TYPE_CHECKING:
     from ..steps import Steps
 
-OURS = Path(__file__).parents[2]
+OURS = Path(__file__).resolve().parents[2]
 
 
 class Player:
@@ -38,15 +38,19 @@ class Player:
         self.recording = Recording()
         self.account = Account(self.strategy.rank)
 
-    def play(self, capacity: int | None, margin: float) -> Account:
+    def play(self) -> Account:
         """Place the module and make updates.
 
-        Args:
-            capacity: bytes of the device; None where that isn't known.
-            margin: the part of them that the largest micro-batch is to leave free.
+        Raises:
+            ValueError: it can't be placed; names the line.
         """
         with self.stage, self.recording:
-            self.begin()
+            try:
+                self.begin()
+            except (ValueError, TypeError, ImportError):
+                raise
+            except Exception as error:
+                raise ValueError(f"The module can't be placed without memory: {where_it_stopped(error)}") from error
             batches = self.read()
             try:
                 self.update(batches)  # makes the optimizer's state

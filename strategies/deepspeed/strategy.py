@@ -65,6 +65,10 @@ class DeepSpeed(ProcessGroupStrategy):
     """
 
     name = "deepspeed"
+    unplayed = (
+        "runs in DeepSpeed's own engine, which computes with addresses of memory. Plan strategy='fsdp2' instead, which "
+        "shares out what stage 3 does."
+    )
     parameter_form = "flat"
     Options = DeepSpeedOptions
     options: DeepSpeedOptions

@@ -71,6 +71,7 @@ class XLASPMD(Strategy):
     """
 
     name = "xla"
+    unplayed = "is placed by XLA's compiler, which decides what is held and sent. Plan strategy='fsdp2' instead."
     Options = XLASPMDOptions
     options: XLASPMDOptions
     parameter_form = "lazy"

@@ -142,7 +142,7 @@ def planned(target: str, world: int, ranks: list[int], values: dict[str, Any]) -
     with tempfile.TemporaryDirectory() as directory:
         (config := Path(directory) / "config.yaml").write_text(text_of(values, target))
         asked = {"config": str(config), "words": None, "fit": "stratagem:Fit", "ranks_per_node": world}
-        (request := Path(directory) / "request.json").write_text(json.dumps({**asked, "capacity": None, "margin": 0.1}))
+        (request := Path(directory) / "request.json").write_text(json.dumps(asked))
         for rank in ranks:
             answer = Path(directory) / f"{rank}.json"
             process = os.fork()
