@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator apart, and has the parts computed
 SENDING = "c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"  # namespaces of operators that send
 FORWARD, BACKWARD, RECOMPUTED, OTHER = "forward", "backward", "recomputed", "update"
@@ -180,6 +181,8 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator and see what it made."""
+        if func is DEVICE:  # a fake tensor is asked for it at every turn
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         if not all(kind in PLAIN for kind in types):
             return NotImplemented  # a class of its own takes the operator apart first

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..batches import map_batch
 
 aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator apart, and has the parts computed
 # What the framework, not the user, asks of numbers that nobody has: a norm of 0 is finite, and needs no clipping.
 ANSWERS: dict[Any, Callable[..., Any]] = {
@@ -26,7 +27,7 @@ class Stage(TorchDispatchMode):
 
     What is made in here, and what is computed from such tensors, is fake: torch's FakeTensor, whose storage has a size
     and no memory. What is computed from real tensors alone stays real, so that a batch can be read and its items be
-    counted.
+    counted. Ranges of numbers are real, too: models look at positions to find out which mask they need.
 
     Attributes:
         is_in_module: whether the user's forward and loss run, or their backward: there a number that nobody has is an
@@ -41,6 +42,8 @@ class Stage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator, on fake tensors where any is fake or none is given."""
+        if func is DEVICE:  # a fake tensor is asked for it at every turn
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         if not all(kind in PLAIN for kind in types):
             return NotImplemented  # a class of its own (DTensor) takes the operator apart first, and comes here again
@@ -55,6 +58,8 @@ class Stage(TorchDispatchMode):
         if not some:
             device = kwargs.get("device")
             if device is not None and torch.device(device).type == "meta":
+                return func(*args, **kwargs)
+            if func._overloadpacket is aten.arange:
                 return func(*args, **kwargs)
             # torch's C++ reads what it puts into such: DDP agrees by them upon which bucket a gradient lies in.
             if self.is_placing and kwargs.get("dtype") is torch.int32:
