@@ -28,15 +28,15 @@ def shown(plan: RunPlan, title: str) -> Group:
         plan: of a run.
         title: what was planned.
     """
-    parts: list[Table | Text] = [memory_table(plan, title)]
+    parts: list[Table | Text] = [Text(title, style="bold"), memory_table(plan)]
     if any(account.traffic for account in plan.accounts):
         parts.append(traffic_table(plan))
     return Group(*parts, *(Text(f"\n{sentence}") for sentence in sentences(plan)))
 
 
-def memory_table(plan: RunPlan, title: str) -> Table:
+def memory_table(plan: RunPlan) -> Table:
     """Make the table of what each kind of rank holds."""
-    table = Table(title=Text(title), title_justify="left")
+    table = Table()
     table.add_column("memory of a rank")
     for account in plan.accounts:
         name = "every rank" if len(plan.accounts) == 1 else f"rank {account.rank}"
@@ -78,8 +78,9 @@ def where(account: Account) -> str:
     """Say where in an update the peak is."""
     if account.peak is None:
         return ""
-    phase = f"{RECOMPUTED} in {BACKWARD}" if account.peak.phase == RECOMPUTED else account.peak.phase
-    return " ".join(filter(None, (phase, account.peak.module)))
+    peak = account.peak
+    phase = f"{RECOMPUTED} in {BACKWARD}" if peak.phase == RECOMPUTED else peak.phase
+    return f"{phase}: {peak.module}" if peak.module else phase
 
 
 def traffic_table(plan: RunPlan) -> Table:
@@ -165,4 +166,4 @@ def duration(seconds: float) -> str:
     """
     if seconds >= 1:
         return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{round(seconds * 1e6):.3g} us"

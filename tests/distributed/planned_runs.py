@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stratagem import Callback, Fit
+from stratagem import Callback, Fit, TrainModule
 from stratagem.framework.planning.recording import Recording
 from stratagem.strategies import get_strategy
 from torch import Tensor, nn
@@ -48,15 +48,24 @@ def build_normed() -> Normed:
     return Normed()
 
 
-def build_late() -> Any:
-    from stratagem import TrainModule
+class Late(TrainModule):
+    """Layers that are made where they are placed, by parts."""
 
-    made = TrainModule.wrap(lambda: nn.Sequential(nn.Linear(6, 13), nn.Tanh(), nn.Linear(13, 1)), late_loss)
-    return {"module": made, "train_data": [(torch.randn(6), torch.randn(1)) for _ in range(64)]}
+    def build(self) -> None:
+        self.first, self.second = nn.Linear(6, 13), nn.Linear(13, 1)
+
+    def init_weights(self, layer: nn.Module) -> None:
+        layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(outputs, batch[1])
 
 
-def late_loss(outputs: Tensor, batch: Any) -> Tensor:
-    return nn.functional.mse_loss(outputs, batch[1])
+def build_late() -> dict[str, Any]:
+    return {"module": Late(), "train_data": [(torch.randn(6), torch.randn(1)) for _ in range(64)]}
 
 
 def build_writer() -> Any:

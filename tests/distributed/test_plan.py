@@ -55,9 +55,10 @@ def test_a_plan_says_what_a_run_holds_and_sends(
         observed, target=target, strategy=strategy, options=options, directory=str(tmp_path), **arguments
     )
     values = values_of(strategy, options, arguments)
-    answers = ranks[1].run(planned, target=target, world=world, ranks=list(range(world)), values=values)[0]
-    for rank, (run, answer) in enumerate(zip(real, answers, strict=True)):
-        account = answer.get("account")
+    first_and_last = sorted({0, world - 1})
+    answers = ranks[1].run(planned, target=target, world=world, ranks=first_and_last, values=values)[0]
+    for rank, answer in zip(first_and_last, answers, strict=True):
+        run, account = real[rank], answer.get("account")
         assert account is not None, answer
         assert not account["stopped"], account["stopped"]
         assert {name: account[name] for name in HELD} == {name: run[name] for name in HELD}, f"rank {rank}"
