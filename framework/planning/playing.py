@@ -20,6 +20,8 @@ from .recording import BUFFERS, GRADIENTS, PARAMETERS, STATE, Recording
 if TYPE_CHECKING:
     from ..steps import Steps
 
+MANY = 20_000  # storages that an update makes and frees; of a model with more, no other size is played
+BY_ACTIVATIONS = "The largest micro-batch follows from the activations of one sample, since the model is large."
 OURS = Path(__file__).resolve().parents[2]
 
 
@@ -165,9 +167,14 @@ class Player:
         return sum_up(self.recording.messages, mesh, self.strategy.rank, self.ranks_per_node)
 
     def grow(self, batches: list[Any]) -> None:
-        """Find out how the peak grows with the micro-batch, by an update of twice as many samples."""
+        """Find out how the peak grows with the micro-batch, by an update of twice as many samples; of a large model, by
+        the activations, since another update would take as long as the others did.
+        """
         samples, peak = self.account.samples, self.account.peak
         assert peak is not None
+        if len(self.recording.events) > MANY:
+            self.account = replace(self.account, per_sample=peak.activations / samples, notes=[BY_ACTIVATIONS])
+            return
         try:
             doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]
             kept = self.account

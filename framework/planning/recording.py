@@ -191,7 +191,8 @@ class Recording(TorchDispatchMode):
             self._see_message(func, args, out)
         elif self.is_on:
             self._count_flops(func, args, kwargs, out)
-        for tensor in tensors_in((out,)):
+        # A thousand chunks of a tensor lie where the first does.
+        for tensor in tensors_in(out[:1] if func.is_view and isinstance(out, list | tuple) else (out,)):
             self.see(tensor)
         return out
 
@@ -228,7 +229,7 @@ class Recording(TorchDispatchMode):
 
     def see(self, tensor: Tensor, kind: str = "", overrides: bool = False) -> None:
         """Note a tensor's storage, and what it holds; a kind that is known stays, unless it is overridden."""
-        if tensor.is_sparse or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided:
             for part in (tensor._indices(), tensor._values()):
                 self.see(part, kind, overrides)
             return

@@ -22,7 +22,7 @@ CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (2, "fsdp2", {}, "build", HALF),
     (2, "fsdp2", {}, "build", {"precision": "bf16-mixed"}),
     (2, "fsdp2", {}, "build_late", {}),
-    (2, "fsdp2", {"context_parallel": 2}, "build_writer", {}),
+    (2, "fsdp2", {"context_parallel": 2}, "build_writer", {"per_device_train_batch_size": 2}),
     (2, "tp", {}, "build", {}),
     (4, "ddp", {}, "build", {}),
     (4, "fsdp1", {}, "build", {}),
@@ -31,7 +31,7 @@ CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (4, "fsdp2", {"replicas": 2}, "build", {}),
     (4, "fsdp2", {"tensor_parallel": 2}, "build", {}),
     (4, "fsdp2", {"tensor_parallel": 2}, "build", {"precision": "bf16-mixed"}),
-    (4, "fsdp2", {"context_parallel": 2}, "build_writer", {}),
+    (4, "fsdp2", {"context_parallel": 2}, "build_writer", {"per_device_train_batch_size": 2}),
 ]
 
 
