@@ -6,6 +6,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Half of a test is imports and waiting: two at once end in little more than half the time, on two cores too.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS)
 TYPED := precision strategies framework testing examples benchmarks
 
 .PHONY: help train test fast test-xla test-zoo bench-gpu lint venv clean
@@ -16,14 +19,14 @@ help:  ## lists the targets
 train: .venv/.examples-installed  ## trains the main example; ARGS="--max_steps 100" passes options on, ARGS=--help lists them
 	$(BIN)/python examples/gpt.py $(ARGS)
 
-test: lint  ## runs every check but those of XLA and the zoo; ARGS="-k resume" passes options on to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: lint  ## runs every check but those of XLA and the zoo; ARGS="-k resume" passes options on, WORKERS=0 is one process
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 fast: lint  ## lint, and the tests that take less than a few seconds each
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
-test-zoo: venv .venv/.zoo-installed  ## tries other people's models; ARGS="--write-results" renews docs/models.md's figures
-	$(BIN)/python -m pytest tests/zoo $(ARGS)
+test-zoo: venv .venv/.zoo-installed  ## tries other people's models; WORKERS=0 ARGS=--write-results renews docs/models.md's figures
+	$(BIN)/python $(PYTEST) tests/zoo $(ARGS)
 
 bench-gpu: venv  ## measures tokens/s and MFU, on a machine with a GPU; ARGS=--help lists the options
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -32,7 +35,7 @@ bench-gpu: venv  ## measures tokens/s and MFU, on a machine with a GPU; ARGS=--h
 # the tests of one device run, too, so that the oldest torch that pyproject.toml allows is one that was tried.
 test-xla: venv .venv-xla/.installed  ## runs the tests of XLA, and those of one device under the oldest torch
 	.venv-xla/bin/python -m pytest tests/xla $(ARGS)
-	.venv-xla/bin/python -m pytest tests/framework tests/precision tests/strategies -m "not slow" $(ARGS)
+	.venv-xla/bin/python $(PYTEST) tests/framework tests/precision tests/strategies -m "not slow" $(ARGS)
 
 # The repository's root is the package, whatever a clone's directory is called, and mypy names modules by directory:
 # it is shown the root through a link that has the package's name.

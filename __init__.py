@@ -11,6 +11,7 @@ from .framework.callbacks import Callback
 from .framework.fit import Fit
 from .framework.module import TrainModule
 from .framework.state import Control, TrainOutput, TrainState
+from .framework.turns import Turn
 from .framework.watch.endings import AnotherRankFailed, Interrupted
 from .precision.names import lazy_exports
 
@@ -65,6 +66,7 @@ __all__ = [
     "TrainModule",
     "TrainOutput",
     "TrainState",
+    "Turn",
     "Upload",
     "WandbLogger",
     "configure",

@@ -72,6 +72,7 @@ class Average(Callback):
         self.count = 0  # averagings so far
         self._strategy: Strategy | None = None
         self._held: dict[str, Tensor] = {}  # this rank's parts
+        self._stepped: Mapping[str, nn.Parameter] | None = None  # in a run, so that no update walks over the module
         self._statistics: list[tuple[Tensor, Tensor]] = []  # (buffer of the module, what it is with the average)
         self._loaded: Mapping[str, Tensor] | None = None  # of a checkpoint, until the weights are there
         self._follows_run = self._is_evaluating = False
@@ -87,10 +88,11 @@ class Average(Callback):
                 f"Average(batch_norm_batches={self.batch_norm_batches}) has no effect: {type(fit.module).__name__} has "
                 "no BatchNorm layer with running statistics. Leave it out."
             )
+        self._stepped = strategy.stepped_parameters()
         if self._loaded:
             held, self._loaded = strategy.held_from(self._loaded), None
         else:
-            held, self.count = strategy.held_weights(), 0
+            held, self.count = strategy.held_weights(self._stepped), 0
         self._held = {name: self._kept(part) for name, part in held.items()}
 
     def on_step_end(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
@@ -101,7 +103,7 @@ class Average(Callback):
         assert self._strategy is not None
         self.count += 1
         weight = self.weight_of_next(self.count)
-        parts = self._strategy.held_weights()
+        parts = self._strategy.held_weights(self._stepped)
         with torch.no_grad():
             own = list(self._held.values())
             torch._foreach_lerp_(own, [self._as(parts[name], mean) for name, mean in self._held.items()], weight)
@@ -126,7 +128,7 @@ class Average(Callback):
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
         """Take the statistics of BatchNorm anew. Evaluations that come later are the user's own."""
-        self._follows_run = False
+        self._follows_run, self._stepped = False, None
         if self.batch_norm_batches:
             with self.in_place(fit.strategy):
                 found = measured_statistics(fit, self.batch_norm_batches)
@@ -134,7 +136,7 @@ class Average(Callback):
 
     def on_exception(self, args: FitArguments, state: TrainState, control: Control, **context: Any) -> None:
         """Evaluations that come later are the user's own."""
-        self._follows_run = False
+        self._follows_run, self._stepped = False, None
 
     @contextmanager
     def in_place(self, strategy: Strategy) -> Iterator[None]:

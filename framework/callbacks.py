@@ -72,7 +72,9 @@ class Callback:
     def on_pre_optimizer_step(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any
     ) -> None:
-        """Gradients are complete, unscaled and clipped; the optimizer has not stepped."""
+        """Gradients are complete, unscaled and clipped; the optimizer has not stepped. Of a module that is trained in
+        turns, it comes for each turn that is made, with its name as ``turn``; so does the next event.
+        """
 
     def on_optimizer_step(
         self, args: FitArguments, state: TrainState, control: Control, *, fit: Any, **context: Any

@@ -11,8 +11,8 @@ There are five places. Each one comes as early as what it looks at is known, and
    (``Precision.refused_arguments``), the module and the data. For a Fit, and for each trial of a search.
 4. **check_optimizer_by_name**: the optimizer that ``optim`` names, with the strategy as it is set up, before the module
    is placed.
-5. **check_optimizer**: the optimizer that was made, by a module of the user's perhaps, with the table UNSUITED and the
-   strategy (``Strategy.optimizer_problem``).
+5. **check_optimizer**, and ``check_turn_optimizer``: the optimizer that was made, by a module of the user's perhaps,
+   with the table UNSUITED and the strategy (``Strategy.optimizer_problem``).
 
 A new combination that can't work becomes an entry in one of the tables named here, or a line in one of these functions.
 Something else are a device that can't compute a precision (``Precision.set_up``), layers that a strategy can't place
@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from ..precision.base import Precision
@@ -32,11 +33,12 @@ from ..strategies.base import Strategy
 from .arguments import FitArguments
 from .fields.compilation import NEEDED_FOR_UPDATE, UPDATE
 from .module import TrainModule
-from .optim.closure import check_closure
+from .optim.closure import check_closure, needs_closure
 from .optim.lomo import check_update_in_backward
 from .optim.optimizer_makers import PackageMaker
 from .optim.optimizers import LOW_RANK, OPTIMIZERS, PAGED, SCHEDULE_FREE, UPDATING_IN_BACKWARD
 from .optim.traced_step import check_traceable
+from .turns import Turns, turns_of
 
 FROM_PACKAGES = {name: make for name, make in OPTIMIZERS.items() if isinstance(make, PackageMaker)}
 BITSANDBYTES = {make.class_name for make in FROM_PACKAGES.values() if make.distribution == "bitsandbytes"}
@@ -143,6 +145,8 @@ def check_combination(
         args.label_smoothing_factor > 0 and strategy.splits_classes,
         "sums over all classes, and loss_parallel=True keeps the logits cut by class. Leave one of them out",
     )
+    uncut = no_pieces(strategy)
+    refuse("contrastive_chunks", args.contrastive_chunks is not None and bool(uncut), uncut)
     in_one = args.torch_compile == UPDATE
     refuse(
         "torch_compile",
@@ -179,20 +183,127 @@ def check_combination(
         f"hands an output on as 'mems', which {type(module).__name__}.forward doesn't take. Write forward(..., "
         "mems=None)",
     )
-    if type(module).configure_optimizer is TrainModule.configure_optimizer:
-        why = unsuited(CLASSES.get(args.optim, ""), bool(args.optim_args.get("fused")), strategy)
-        refuse("optim", why is not None, f"doesn't work under strategy={strategy.name!r}: {why}")
+    turns = turns_of(module)
+    if turns is not None:
+        found += turn_problems(turns, args, strategy, module, compute_loss_func, precision)
+    for each in (turn.arguments(args) for turn in turns) if turns is not None else (args,):
+        if type(module).configure_optimizer is TrainModule.configure_optimizer:
+            why = unsuited(CLASSES.get(each.optim, ""), bool(each.optim_args.get("fused")), strategy)
+            if why is not None:
+                found.append(f"optim={each.optim!r}: doesn't work under strategy={strategy.name!r}: {why}")
     if found:
         raise ValueError("These arguments can't work together:\n  " + "\n  ".join(found))
 
 
-def check_optimizer_by_name(args: FitArguments, strategy: Strategy) -> None:
+def no_pieces(strategy: Strategy) -> str:
+    """Say why a strategy's options leave no micro-batch in pieces, and what to write instead; "" where they do."""
+    if strategy.splits_classes:
+        return (
+            "joins forward's outputs along the samples, and loss_parallel=True keeps them cut by class. Leave one of "
+            "them out"
+        )
+    if strategy.learns_first_graph:
+        return (
+            "has a loss's own parameters take part in the last piece's backward alone, and static_graph=True needs all "
+            "backwards to be alike. Leave one of them out"
+        )
+    return ""
+
+
+def turn_problems(
+    turns: Turns,
+    args: FitArguments,
+    strategy: Strategy,
+    module: TrainModule,
+    compute_loss_func: Callable[..., Any] | None,
+    precision: Precision | None,
+) -> list[str]:
+    """What can't be with a module that is trained in turns: a line for each, with what to write instead."""
+    name, kind = turns.listed_by, type(module)
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    has_forward = kind.forward is not nn.Module.forward
+    rules = (
+        (bool(strategy.refused_turns), f"strategy={strategy.name!r}", strategy.refused_turns),
+        (
+            precision is not None and bool(precision.refused_turns),
+            f"precision={getattr(precision, 'name', '')!r}",
+            getattr(precision, "refused_turns", ""),
+        ),
+        (
+            args.torch_compile == UPDATE,
+            f"torch_compile={UPDATE!r}",
+            "makes an update one program of one loss and one optimizer. Write torch_compile=True, or leave it out",
+        ),
+        (
+            compute_loss_func is not None,
+            "compute_loss_func",
+            "is one loss of forward's outputs, and each turn has a loss of its own. Write it as that turn's method",
+        ),
+        (
+            args.label_smoothing_factor > 0,
+            f"label_smoothing_factor={args.label_smoothing_factor!r}",
+            "replaces the module's one loss. Smooth in the loss of the turn",
+        ),
+        (
+            args.past_index >= 0,
+            f"past_index={args.past_index!r}",
+            "hands an output of forward on to the next batch, and a turn's loss calls the layers itself. Leave it out",
+        ),
+        (
+            args.contrastive_chunks is not None,
+            f"contrastive_chunks={args.contrastive_chunks!r}",
+            "cuts what forward is given, and a turn's loss calls the layers itself. Leave it out",
+        ),
+        (
+            evaluates and not has_forward,
+            f"eval_strategy={args.eval_strategy!r}",
+            f"evaluates by forward and loss, and {kind.__name__} defines no forward. Write both, or leave it out",
+        ),
+    )
+    found = [f"{words} with {name}: {why}" for applies, words, why in rules if applies]
+    for turn in turns:
+        optim = turn.arguments(args).optim
+        if optim in UPDATING_IN_BACKWARD:
+            found.append(
+                f"optim={optim!r} in turn {turn.name!r}: it updates parameters in backward, whichever turn's backward "
+                "that is. Use optim='adamw'"
+            )
+    return found
+
+
+def check_turn_optimizer(turn: str, optimizer: Optimizer, strategy: Strategy, args: FitArguments) -> None:
+    """Refuse an optimizer that can't be a turn's; see ``check_optimizer``.
+
+    Args:
+        turn: the turn's name.
+        args: as the turn has them.
+
+    Raises:
+        ValueError: says why, and what works.
+    """
+    check_optimizer(optimizer, strategy, args)
+    name = type(optimizer).__name__
+    if getattr(optimizer, "updates_in_backward", False):
+        why = "updates parameters in backward, whichever turn's backward that is"
+    elif needs_closure(optimizer):
+        why = "evaluates the loss several times in a step, and a turn's step is made once its loss is gone"
+    else:
+        return
+    raise ValueError(f"Turn {turn!r}: {name} {why}. Use AdamW, or another that steps once by given gradients.")
+
+
+def check_optimizer_by_name(args: FitArguments, strategy: Strategy, turns: Turns | None = None) -> None:
     """Refuse what ``check_optimizer`` would, before anything is placed.
 
     Args:
         args: of the run, whose ``optim`` is the optimizer.
         strategy: set up, with the precision it runs in.
+        turns: of the module, each with an ``optim``; None where it has none.
     """
+    if turns is not None:
+        for turn in turns:
+            check_optimizer_by_name(turn.arguments(args), strategy)
+        return
     if args.optim in PAGED and strategy.device.type != "cuda":
         raise ValueError(
             f"optim={args.optim!r} moves its state between a GPU's memory and the host's, and this run is on "

@@ -149,7 +149,7 @@ class Fit(Configured, Shown):
         if train_data is not None:
             if self.args.save_strategy != "no":
                 first_checks.check_can_save(self.strategy, self.args.output_dir)
-            check_optimizer_by_name(own, self.strategy)
+            check_optimizer_by_name(own, self.strategy, self._turns)
         if eval_data is not None:
             for data in sets_by_name(eval_data).values():
                 # So that unusable data is refused now, not after an hour of training.
@@ -314,7 +314,7 @@ class Fit(Configured, Shown):
     def _check_overriding(self, args: FitArguments) -> None:
         """Warn of what a subclass, or the module's class, defines in vain, and note what it overrides."""
         kind = type(self)
-        overriding.check_module(type(self.module), TrainModule)
+        overriding.check_module(self.module, TrainModule)
         options = {
             "compute_loss_func": self.compute_loss_func,
             "label_smoothing_factor": args.label_smoothing_factor,

@@ -11,6 +11,7 @@ from .measures import best
 from .objective import Count
 from .optim.schedulers import waits_for_metric
 from .printing import say
+from .rounds import Rounds
 from .run.run import Run
 from .steps import Steps
 from .watch.endings import EvaluationInterrupted, interruption
@@ -49,7 +50,8 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
         log the run's totals -> on_log
         on_train_end
 
-    Nothing in here waits for the device: losses and norms are read when a log is due.
+    Nothing in here waits for the device: losses and norms are read when a log is due. Of a module that is trained in
+    turns, what is between on_step_begin and on_step_end is a round (``rounds.py``).
 
     Args:
         steps: the verbs, which a subclass of Fit may do otherwise.
@@ -58,12 +60,13 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
             update; without on_substep_end and on_pre_optimizer_step.
     """
     args, state, control, strategy = run.args, run.state, run.control, run.strategy
-    placement, rescue, emit = run.placement, run.rescue, steps.emit
+    placement, rescue, emit, stepping, model = run.placement, run.rescue, steps.emit, run.stepping, strategy.model
     assert placement is not None
-    model = strategy.model
+    rounds = None if run.turns is None else Rounds(steps, run, run.turns)
     waiting = run.pace if strategy.forward_waits else None
     trainable = [p for p in strategy.named_parameters().values() if p.requires_grad]
 
+    steps.begin_counters()
     control.begin_training(is_finished=state.global_step >= state.max_steps)  # finished: a run that was resumed
     model.train()
     placement.mode.train()
@@ -96,7 +99,9 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
             emit("on_step_begin")
             if rescue is not None:
                 rescue.begin_update()
-            if program is not None and program.update(micro_batches):
+            if (program is not None and program.update(micro_batches)) or (
+                rounds is not None and rounds.update(micro_batches, num_items, batches, micro_batches_per_update)
+            ):
                 end_update(steps, run)
                 continue
 
@@ -105,21 +110,21 @@ def train(steps: Steps, run: Run, program: "UpdateProgram | None" = None) -> Non
                 last = index == len(micro_batches)
                 if waiting is not None:
                     waiting.begin_forward()
-                with strategy.accumulate(last):
+                with steps.accumulate(last):
                     loss = steps.training_step(model, inputs, num_items)
                 update_loss = loss if update_loss is None else update_loss + loss
                 if not last:
                     emit("on_substep_end")
             assert update_loss is not None
 
-            run.clip(trainable)
+            stepping.clip(trainable)
             emit("on_pre_optimizer_step")
             if placement.closure is not None:
                 compute_again = partial(compute_update, steps, run, micro_batches, num_items)
                 placement.closure.begin_update(update_loss, compute_again)
-            run.step(update_loss)
+            stepping.step(update_loss)
             emit("on_optimizer_step")
-            run.settle_known_schedule()
+            stepping.settle_known_schedule()
             for parameter in trainable:
                 parameter.grad = None
             strategy.flush()
@@ -147,7 +152,7 @@ def compute_update(steps: Steps, run: Run, micro_batches: list[Any], num_items: 
     run.optimizer.zero_grad()
     with run.averages.paused():  # the update's items were counted once
         for index, inputs in enumerate(micro_batches, start=1):
-            with strategy.accumulate(index == len(micro_batches)):
+            with steps.accumulate(index == len(micro_batches)):
                 loss = steps.training_step(strategy.model, inputs, num_items)
             total = loss if total is None else total + loss
     strategy.prepare_gradients()
@@ -203,6 +208,7 @@ def evaluate(steps: Steps, run: Run) -> dict[str, float]:
 
 def end_update(steps: Steps, run: Run) -> None:
     """Tell callbacks that an update is over, and act on the flags."""
+    steps.follow_counters()
     several = run.strategy.world_size > 1
     early = run.control.flags() if several else []  # raised by this rank's callbacks alone, in the update
     if any(early):
@@ -255,8 +261,9 @@ def log_evaluate_save(steps: Steps, run: Run) -> None:
         metrics = evaluate(steps, run)
         improved = best.note_evaluation(run.args, run.state, metrics)
         control.should_save |= improved and run.args.save_strategy == cadence.BEST
-        if waits_for_metric(run.scheduler):
-            run.scheduler.step(best.chosen_metric(run.args, metrics))  # type: ignore[arg-type]
+        for scheduler in run.schedules.values():
+            if waits_for_metric(scheduler):
+                scheduler.step(best.chosen_metric(run.args, metrics))  # type: ignore[arg-type]
     if control.should_save:
         control.should_save = False
         if not run.args.fast_dev_run:  # a callback may ask for it

@@ -1,7 +1,7 @@
 """Members: what a Fit has, as far as its steps need it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from . import checkpoint
 from .arguments import FitArguments
 from .callbacks import Callbacks
 from .data import DataStream
+from .in_run import OfRun
 from .labelling import Labelled
 from .loggers.together import Loggers
 from .measures.memory import MemoryByStage
@@ -21,7 +22,11 @@ from .run.plan import Plan
 from .run.run import Run
 from .run.source import Source
 from .state import Control, TrainState
+from .turns import Turns
 from .watch.watch import Watch
+
+if TYPE_CHECKING:
+    from .run.cached_representations import CachedRepresentations
 
 
 class Members(Labelled):
@@ -51,7 +56,10 @@ class Members(Labelled):
     override_divides: bool
     ignore_keys_for_eval: tuple[str, ...]
     _objective: Objective | None
+    _cached: "CachedRepresentations | None"  # with contrastive_chunks
+    _turns: Turns | None
     _count_tokens: TokenCounter
+    _of_run: OfRun
     _placement: Placement | None
     _run: Run | None
     _saver: "checkpoint.Saver | None"
@@ -72,6 +80,17 @@ class Members(Labelled):
         """How a loss is found."""
         assert self._objective is not None
         return self._objective
+
+    def begin_counters(self) -> None:
+        """Have the module read where a run begins or goes on."""
+        factor, compiles = self.strategy.factor, bool(self.args.torch_compile)
+        self.module._share_run(self._of_run)  # with layers that came late, too
+        self._of_run.counters.begin(factor(self.state.global_step), factor(self.state.epoch), compiles)
+
+    def follow_counters(self) -> None:
+        """Have the module read the run's progress as it is now, in forward and loss."""
+        factor = self.strategy.factor
+        self._of_run.counters.follow(factor(self.state.global_step), factor(self.state.epoch))
 
     @property
     def placed(self) -> bool:
@@ -110,4 +129,4 @@ class Members(Labelled):
             if self.args.auto_find_batch_size:
                 self.source.keep_copy()
             trains = self.train_data is not None
-            self._placement = Placement(self.strategy, self.module, self.args, trains)
+            self._placement = Placement(self.strategy, self.module, self.args, trains, self._turns)

@@ -1,6 +1,5 @@
 """TrainModule: what the user writes, a module with forward and loss, and with methods that have defaults."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -11,17 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..strategies.batches import is_by_position, labels_in, tensors_of
+from ..strategies.batches import labels_in, tensors_of
 from .arguments import FitArguments
+from .in_run import InRun
 from .optim.optimizers import make_optimizer
 from .optim.schedulers import make_scheduler
 from .rows import rows_of
+from .turns import Turn
 from .wrapping import wrap_late, wrap_model
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 
-class TrainModule(nn.Module):
+class TrainModule(InRun):
     """A module that says how it is trained. ``forward`` and ``loss`` are yours; all other methods have defaults.
 
     ``forward`` is given what it names: of a batch that is a mapping, the keys that are its parameters; of a tuple, the
@@ -75,6 +76,37 @@ class TrainModule(nn.Module):
             "Write loss(self, outputs, batch), or have forward return {'loss': ...}."
         )
 
+    def turns(self) -> Sequence[Turn]:
+        """Return the turns by which the module is trained, where several optimizers move parts of it: a critic and a
+        generator, an actor and a critic. The default lists none: ``loss`` and one optimizer move the whole module.
+
+        An update is one round: batches are read until each turn was made as often as its ``every`` says, in the order
+        of the list. ``global_step``, schedules, logs and checkpoints count rounds. See docs/turns.md.
+
+        Example:
+            >>> def turns(self):
+            ...     return [
+            ...         Turn("critic", loss=self.critic_loss, moves="critic", learning_rate=1e-4),
+            ...         Turn("generator", loss=self.generator_loss, moves="generator", every=5),
+            ...     ]
+        """
+        return ()
+
+    def call_once(self, function: Callable[[], Any]) -> None:
+        """Have the next call of this module be one of a function, and the calls after it of ``forward`` again, also
+        within that function. So a turn's loss goes through what wraps the module, or hooks into it.
+        """
+        own = vars(self).get("forward")
+
+        def forward() -> Any:
+            if own is None:
+                del self.forward
+            else:
+                self.forward = own
+            return function()
+
+        self.forward = forward
+
     def gather(self, rows: Tensor, pad_to: int | None = None) -> Any:
         """Return the rows of all data-parallel ranks, in ``loss``: what a contrastive loss takes its negatives from.
 
@@ -121,15 +153,17 @@ class TrainModule(nn.Module):
             return (labels != IGNORED_LABEL).sum()
         return first_dimension(batch)
 
-    def configure_optimizer(self, args: FitArguments) -> Optimizer:
+    def configure_optimizer(self, args: FitArguments) -> Optimizer | Mapping[str, Optimizer]:
         """Make the optimizer over the parameters of this module, which are placed, and may be sharded, when this is
-        called. The default makes the one that ``args.optim`` names, without weight decay on norms and biases.
+        called. The default makes the one that ``args.optim`` names, without weight decay on norms and biases. A module
+        with ``turns`` that writes this method returns a mapping, from each turn's name to its optimizer.
         """
         return make_optimizer(self, args)
 
-    def configure_scheduler(self, optimizer: Optimizer, args: FitArguments) -> LRScheduler:
+    def configure_scheduler(self, optimizer: Any, args: FitArguments) -> LRScheduler | Mapping[str, LRScheduler]:
         """Make the schedule, which is stepped once an update. ``args.max_steps`` is the number of updates in the run,
-        also where epochs set its length.
+        also where epochs set its length. A module with ``turns`` that writes this method is given the optimizers in a
+        mapping by turn, and returns schedules in one; they are stepped once a round.
         """
         return make_scheduler(optimizer, args, args.max_steps)
 
@@ -325,66 +359,3 @@ def length_of_list(batch: list[Any]) -> int:
         f"{len(batch)} samples or {size}. Have collate_fn return a tuple if they are {size}, or write "
         "count_items(self, batch) on your TrainModule."
     )
-
-
-Call = Callable[[nn.Module, Any], Any]
-
-
-def forward_call(module: nn.Module) -> Call:
-    """Make the function that calls the model on a batch, from the signature of the module's forward.
-
-    Returns:
-        A function (model, batch) -> outputs, where ``model`` may be a wrapper around ``module``. It raises a ValueError
-        where the batch lacks what forward needs, or is a list that can be read in two ways.
-    """
-    name = f"{type(module).__name__}.forward"
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes_rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    names = [p.name for p in named if p.kind is not p.POSITIONAL_ONLY]
-    positions = len([p for p in named if p.kind is not p.KEYWORD_ONLY])
-    required = [p.name for p in named if p.default is p.empty]
-    lists_are_whole = positions <= 1 and not takes_rest
-
-    def call(model: nn.Module, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            arguments = dict(batch) if takes_all else {name: batch[name] for name in names if name in batch}
-            missing = [name for name in required if name not in arguments]
-            if missing:
-                raise ValueError(
-                    f"{name} needs {', '.join(missing)}, which the batch doesn't hold. "
-                    f"forward names {', '.join(names)}; the batch's keys are {', '.join(map(str, batch))}."
-                )
-            return model(**arguments)
-        if is_by_position(batch):
-            if len(batch) < len(required):
-                raise ValueError(
-                    f"{name} needs {len(required)} inputs ({', '.join(required)}), but the "
-                    f"batch is a {type(batch).__name__} of {len(batch)}."
-                )
-            return model(*(batch if takes_rest else batch[:positions]))
-        if not lists_are_whole and isinstance(batch, list):
-            check_list(batch)
-        return model(batch)
-
-    def check_list(batch: list[Any]) -> None:
-        nonlocal lists_are_whole
-        ways = (
-            "Have collate_fn return a tuple if its entries are forward's inputs, and (batch,), a tuple of one, if the "
-            "list is its first input."
-        )
-        if len(required) > 1:
-            raise ValueError(
-                f"{name} needs {len(required)} inputs ({', '.join(required)}), but the batch is a list of "
-                f"{len(batch)}, which is one input. {ways}"
-            )
-        if len(batch) > 1 and (takes_rest or len(batch) <= positions):
-            raise ValueError(
-                f"The batch is a list of {len(batch)}, and {name} could take it in two ways: whole as "
-                f"{names[0] if names else 'its first input'}, or entry by entry as {len(batch)} inputs. {ways}"
-            )
-        # A longer list can only be whole, and so is every other batch of the same collate_fn, also a short last one.
-        lists_are_whole = len(batch) > positions
-
-    return call

@@ -8,6 +8,7 @@ unequal counts change nothing. Strategies average gradients over their ranks, so
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch.utils._pytree import tree_map
 
 from ..strategies.base import Strategy
 from ..strategies.batches import is_by_position, labels_in
+from .calling import Call, forward_call
 from .data.stand_in import StandIn
-from .module import TrainModule, forward_call
+from .in_run import logged_of
+from .module import TrainModule
 from .rows import Rows
 
 Count = int | Tensor  # a Tensor where the batch was on an accelerator from the start
@@ -35,12 +38,17 @@ class Objective:
         label_smoothing: above 0, replaces the loss by smoothed cross entropy of the logits.
         past_index: this entry of the outputs goes to the next batch as ``mems``; -1 hands on nothing.
         rows: gathers all ranks' rows within the loss; None where nobody can.
+        forward: calls the model in the place of ``forward_call``'s function, which it is given first.
 
     Attributes:
+        logged: collects what the module logs, from the first forward of a micro-batch.
         past: what the next batch is given as ``mems``.
         noted: what ``note`` returns; None before the first loss.
         takes_num_items: whether the loss function itself divides by the global count of items.
+        own_loss: (outputs, batch[, num_items_in_batch]) to loss, in place of the module's; None leaves the module's.
     """
+
+    own_loss: Callable[..., Tensor | Mapping[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -49,15 +57,19 @@ class Objective:
         label_smoothing: float = 0.0,
         past_index: int = -1,
         rows: Rows | None = None,
+        forward: Callable[[Call, nn.Module, Any], Any] | None = None,
     ) -> None:
         self.module = module
         self.rows = rows
+        self.logged = logged_of(module)
         self.label_smoothing = label_smoothing
         self.past_index = past_index
         self.past: Any = None
         self.noted: tuple[Mapping[str, Tensor], bool] | None = None
         self._was_checked = False
-        self.call = forward_call(module)
+        self.call: Call = forward_call(module)
+        if forward is not None:
+            self.call = partial(forward, self.call)
         # (model, batch on the device) to outputs. A method around it would make the user's traceback longer.
         self.forward = self.call if past_index < 0 else self.forward_with_past
         self.compute_loss_func = compute_loss_func
@@ -128,6 +140,8 @@ class Objective:
             rows.open()
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels_of(batch), **options)
+        elif self.own_loss is not None:
+            loss = self.own_loss(outputs, batch, **options)
         else:
             loss = self.module.loss(outputs, batch, **options)
         if rows is not None:

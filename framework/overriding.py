@@ -7,6 +7,7 @@ Lightning on a module; each message has the name that does the same here.
 
 import copy
 import inspect
+import itertools
 import types
 import warnings
 from collections.abc import Mapping
@@ -70,6 +71,13 @@ OF_LIGHTNING = {
 }
 """Names of a LightningModule that nothing here calls on a TrainModule, to what is called instead."""
 
+READ_OF_LIGHTNING = {
+    "log_dict": "self.log(name, value), once for each value",
+    "current_epoch": "self.epoch, a 0-dim tensor with the fraction of the present pass over the data",
+    "global_step": "self.update_number, a 0-dim tensor",
+}
+"""Names that a LightningModule reads of itself, to what a TrainModule reads."""
+
 COUNT = "num_items_in_batch"
 
 
@@ -107,13 +115,21 @@ def check_fit(fit: type, base: type) -> None:
         ) from None
 
 
-def check_module(module: type, base: type) -> None:
+def check_module(given: Any, base: type) -> None:
     """Warn of names of Lightning on a TrainModule.
 
     Args:
-        module: the class of the user's module.
+        given: the user's module.
         base: TrainModule.
     """
+    module = type(given)
+    methods = [value for kind in own_classes(module, base) for value in vars(kind).values() if callable(value)]
+    codes = [code for each in methods if (code := getattr(inspect.unwrap(each), "__code__", None)) is not None]
+    for name, ours in READ_OF_LIGHTNING.items():
+        if not hasattr(given, name) and any(reads_of_self(code, name) for code in codes):
+            warnings.warn(
+                f"{module.__name__} reads self.{name}: that is Lightning's name. Here it is {ours}.", stacklevel=4
+            )
     for name, ours in OF_LIGHTNING.items():
         if hasattr(module, name) and not hasattr(base, name):
             warnings.warn(
@@ -130,14 +146,25 @@ def own_classes(kind: type, base: type) -> list[type]:
 IN_PROGRAM = ("training_step", "compute_loss", "compute_loss_context_manager")
 
 
-def check_one_program(fit: type, base: type) -> None:
-    """Refuse what a subclass of Fit overrides and ``torch_compile="update"`` would pass by.
+def check_called(fit: type, base: type, in_program: bool, in_turns: bool) -> None:
+    """Refuse what a subclass of Fit overrides and nothing would call.
+
+    Args:
+        fit: the class of the object.
+        base: where the methods are defined.
+        in_program: whether updates are programs (``torch_compile="update"``).
+        in_turns: whether the module is trained in turns.
 
     Raises:
         ValueError: names the methods.
     """
     own = [name for name in IN_PROGRAM if is_overridden(fit, base, name)]
-    if own:
+    if own and in_turns:
+        raise ValueError(
+            f"A module with turns() has a loss for each turn, and {fit.__name__}.{' and '.join(own)} would not be "
+            "called for them. Write what a turn computes into its loss method on the TrainModule."
+        )
+    if own and in_program:
         raise ValueError(
             f"torch_compile='update' makes an update one program, which doesn't call {fit.__name__}."
             f"{' and '.join(own)}. Write torch_compile=True, or the loss as loss(self, outputs, batch) on the "
@@ -180,6 +207,28 @@ def reads(code: types.CodeType | None) -> bool:
         if COUNT in values and not instruction.opname.startswith(("STORE", "DELETE")):
             return True
     return any(reads(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
+def reads_of_self(code: types.CodeType, name: str) -> bool:
+    """Return whether a function's code has ``self.<name>``, and sets no such attribute."""
+    import dis
+
+    if name in code.co_names:
+        instructions = list(dis.get_instructions(code))
+        found = [
+            now.opname
+            for before, now in itertools.pairwise(instructions)
+            if now.argval == name and now.opname.endswith(("_ATTR", "_METHOD")) and is_self(before)
+        ]
+        if found:
+            return "STORE_ATTR" not in found
+    return any(reads_of_self(each, name) for each in code.co_consts if isinstance(each, types.CodeType))
+
+
+def is_self(instruction: Any) -> bool:
+    """Return whether an instruction loads the variable ``self``."""
+    loaded = instruction.argval[-1:] if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    return "self" in loaded and instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
 
 
 def own_inputs(inputs: Any) -> Any:

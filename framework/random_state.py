@@ -66,6 +66,28 @@ def restore(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(decode(state["cuda"]))
 
 
+class Moment:
+    """The state of every generator of this process at the moment when it is made, to draw the same numbers again. It
+    doesn't wait for the device.
+
+    Args:
+        device: whose generator is kept beside the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.python, self.numpy, self.torch = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        self.generators: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self.of_device = None if self.generators is None else self.generators.get_rng_state()
+
+    def restore(self) -> None:
+        """Set every generator to what it was."""
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.generators is not None:
+            self.generators.set_rng_state(self.of_device)
+
+
 def problem(state: Any) -> str | None:
     """Return why ``restore`` can't take a state that was read from a file, or None where it can. Unchecked, numpy would
     read beyond its memory at a position that isn't in it.

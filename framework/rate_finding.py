@@ -38,7 +38,8 @@ class RateFinding(Runs):
             The curve, a ``suggestion`` and ``plot(path)``; the same on every rank.
 
         Raises:
-            ValueError: the module is placed already: this comes before ``train``, ``evaluate`` and ``predict``.
+            ValueError: the module is placed already: this comes before ``train``, ``evaluate`` and ``predict``; or it
+                is trained in turns, each of which has a rate of its own.
             TypeError: the module can't be copied.
 
         Example:
@@ -50,6 +51,12 @@ class RateFinding(Runs):
         from .search.learning_rates import RateSweep, check_sweep  # who looks for none needn't import it
 
         check_sweep(min, max, updates, diverged)
+        if self._turns is not None:
+            raise ValueError(
+                f"find_learning_rate raises one rate until one loss diverges, and {self._turns.listed_by} lists "
+                f"several turns ({', '.join(self._turns.turns)}), whose losses follow one another. Give each a "
+                "learning_rate= of its own, and compare runs, by hyperparameter_search for instance."
+            )
         if self.placed or self._has_trained:
             raise ValueError(
                 "find_learning_rate gives the module back as Fit was given it, and this one is placed already. Call it "

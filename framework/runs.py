@@ -25,9 +25,8 @@ from .fields.compilation import UPDATE
 from .measures import best
 from .measures.tokens import TokenCounter
 from .module import TrainModule
-from .objective import Objective
-from .rows import make_rows
 from .run import elastic, resuming
+from .run.cached_representations import make_objective
 from .run.length import run_length
 from .run.placement import MADE_IN_PLACING
 from .run.plan import Plan
@@ -38,6 +37,7 @@ from .steps import Steps
 from .switches import torch_settings
 from .switches.preparation import callbacks_of
 from .switches.ranks_agree import RanksAgree
+from .turns import turns_of
 from .watch.endings import Interrupted
 from .watch.watch import Watch
 
@@ -127,7 +127,7 @@ class Runs(Steps):
 
     def train_from(self, path: Path | None) -> TrainOutput:
         """Train from a checkpoint, or from the beginning where it is None, to the end of the run."""
-        with torch_settings.of_run(self.args.full_determinism, self.args.tf32, self.strategy.device):
+        with torch_settings.of_run(self.args, self.strategy.device):
             run = self._begin(path)
             assert self._watch is not None
             run.begin_training(self._watch)
@@ -198,7 +198,7 @@ class Runs(Steps):
 
     def _follow(self, plan: Plan, stream: DataStream) -> Run:
         self.plan = plan
-        self._run = Run(plan, self.strategy, stream, self.state, self.control, self.callbacks)
+        self._run = Run(plan, self.strategy, stream, self.state, self.control, self.callbacks, self._turns)
         return self._run
 
     def _save_at_once(self) -> Path:
@@ -234,7 +234,7 @@ class Runs(Steps):
 
     def get_total_train_batch_size(self, args: FitArguments) -> int:
         """Samples in an update over all data-parallel ranks; ranks that share a sample count once."""
-        return self.run.stream.global_micro_batch * args.gradient_accumulation_steps
+        return self.run.stream.global_micro_batch * args.gradient_accumulation_steps * self.plan.batches
 
     def get_tp_size(self) -> int:
         """Ranks that hold one layer together."""
@@ -246,7 +246,7 @@ class Runs(Steps):
         """The length of a run, see RunLength: (num_train_epochs, num_update_steps_per_epoch, num_examples,
         num_train_samples, epoch_based, len_dataloader, max_steps).
         """
-        return run_length(args, dataloader, total_train_batch_size)
+        return run_length(args, dataloader, total_train_batch_size, self.plan.batches)
 
     # Another run than the last: a trial's, one with a smaller batch. Search and auto_find_batch_size call these.
 
@@ -333,7 +333,7 @@ class Runs(Steps):
             ValueError: they can't work with the module, the data or the strategy, or come too late.
         """
         self._check_together(args, self.module, self.strategy.precision)
-        check_optimizer_by_name(args, self.strategy)
+        check_optimizer_by_name(args, self.strategy, turns_of(self.module))
         for name in BY_FIT_ALONE:
             if getattr(args, name) and not getattr(self.own_args, name):
                 raise ValueError(f"{name} can't be switched on by a trial. Write Fit({name}={getattr(args, name)}).")
@@ -361,8 +361,12 @@ class Runs(Steps):
         args, module = self.args, self.module
         if not self.placed and type(module).build is TrainModule.build:  # else its layers are still to come
             self.strategy.check_module(module)
-        rows = make_rows(module, self.strategy)
-        self._objective = Objective(module, self.compute_loss_func, args.label_smoothing_factor, args.past_index, rows)
+        turns = self._turns = turns_of(module)
+        self.plan = self.plan.of_batches(1 if turns is None else turns.batches)
+        if turns is not None and not self.placed and type(module).build is TrainModule.build:
+            turns.moved(module)  # what it refuses is refused now, not when the module is placed
+        self._of_run = module._enter_run(self.strategy.device)
+        self._objective, self._cached = make_objective(module, args, self.strategy, self.compute_loss_func)
         self._count_tokens = TokenCounter(module, args, warns=self.strategy.is_main)
 
     def _collect_callbacks(self) -> None:
@@ -384,8 +388,7 @@ class Runs(Steps):
 
     def _check_together(self, args: FitArguments, module: TrainModule, precision: Precision) -> None:
         check_combination(args, self.strategy, module, self.eval_data, self.compute_loss_func, precision)
-        if args.torch_compile == UPDATE:
-            overriding.check_one_program(type(self), Steps)
+        overriding.check_called(type(self), Steps, args.torch_compile == UPDATE, turns_of(module) is not None)
 
 
 def one_line(error: BaseException) -> str:

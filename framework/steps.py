@@ -17,7 +17,7 @@ from .measures import best
 from .measures.evaluation import Evaluation
 from .measures.outputs import KeptOutputs
 from .members import Members
-from .objective import NO_EXTRAS, Count, weigh, without_loss
+from .objective import NO_EXTRAS, Count, Objective, weigh, without_loss
 from .run.in_step import Pass
 from .run.micro_batches import read_update
 from .state import PredictionOutput
@@ -30,11 +30,15 @@ class Steps(Members):
     """The verbs of a Fit. ``overriding.OVERRIDABLE`` lists those that are called by name wherever they are needed."""
 
     PHASES = {
-        "get_batch_samples": "data", "compute_loss": "forward", "evaluate": "evaluation",
+        "get_batch_samples": "data", "compute_loss": "forward", "turn_loss": "forward", "evaluate": "evaluation",
         "save_checkpoint": "saving", "log_training": "logging",
     }  # fmt: skip
 
     # A micro-batch.
+
+    def accumulate(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Make a context for one micro-batch's forward and backward; the last one of an update reduces gradients."""
+        return self.strategy.accumulate(last) if self._cached is None else self._cached.micro_batch(last)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Count | None = None) -> Tensor:
         """Forward, loss and backward of one micro-batch.
@@ -49,9 +53,10 @@ class Steps(Members):
         """
         strategy, objective, run = self.strategy, self._objective, self._run
         assert objective is not None and run is not None
-        averages = run.averages
-        count = objective.count(inputs)
+        averages, logged = run.averages, objective.logged
+        count, is_mine = objective.count(inputs), not isinstance(inputs, StandIn)
         averages.count(count, self._count_tokens(inputs))
+        logged.open()
         inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
         is_empty = isinstance(count, int) and count == 0  # all padding, or a stand-in
         if self.overrides_loss or is_empty:
@@ -63,11 +68,58 @@ class Steps(Members):
             extras, is_share = objective.note()
         num_items = count if num_items_in_batch is None else num_items_in_batch
         loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
-        run.backward(loss)
+        averages.note(logged.take(count, strategy.local_loss, is_mine, extras))
+        if self._cached is None:
+            run.backward(loss)
+        else:
+            around = self.compute_loss_context_manager if self.overrides_loss else contextlib.nullcontext
+            self._cached.backward(loss, run.backward, f"{type(self).__name__}.compute_loss", around)
+        logged.close()
         for name, value in extras.items():
             averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
         ranks = strategy.gradient_ranks
         return loss.detach() if ranks == 1 else loss.detach() / ranks
+
+    def turn_step(self, objective: Objective, inputs: Any, num_items_in_batch: Count | None, is_first: bool) -> Tensor:
+        """Forward, loss and backward of one micro-batch in a turn; ``training_step`` of a module with turns.
+
+        Args:
+            objective: of the turn.
+            inputs: a micro-batch as the data gave it.
+            num_items_in_batch: items in the whole batch of the round over all ranks; None if this micro-batch is it.
+            is_first: whether no other turn was given the micro-batch before.
+
+        Returns:
+            This micro-batch's share of the turn's mean loss, detached, 0-dim, on the device.
+        """
+        strategy, run = self.strategy, self._run
+        assert run is not None
+        averages, logged = run.averages, objective.logged
+        count, is_mine = objective.count(inputs), not isinstance(inputs, StandIn)
+        if is_first:
+            averages.count(count, self._count_tokens(inputs))
+        logged.open()
+        inputs = strategy.to_device(inputs.batch if isinstance(inputs, StandIn) else inputs)
+        loss, extras = self.turn_loss(objective, inputs, num_items_in_batch)
+        is_share = objective.note()[1] and not (isinstance(count, int) and count == 0)
+        num_items = count if num_items_in_batch is None else num_items_in_batch
+        loss = objective.share(strategy.local_loss(loss), count, num_items, is_share, strategy)
+        taken = {*extras, *(f"loss_{turn.name}" for turn in run.turns or ())}
+        averages.note(logged.take(count, strategy.local_loss, is_mine, taken))
+        run.backward(loss)
+        logged.close()
+        for name, value in extras.items():
+            averages.add_share(name, weigh(value, count, num_items, 1, strategy.factor))
+        ranks = strategy.gradient_ranks
+        return loss.detach() if ranks == 1 else loss.detach() / ranks
+
+    def turn_loss(
+        self, objective: Objective, inputs: Any, num_items: Count | None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of a micro-batch in a turn, and the other entries of a mapping loss."""
+        strategy = self.strategy
+        with strategy.forward_context():
+            return objective.loss(strategy.model, strategy.precision.cast_batch(inputs), num_items)
 
     def find_loss(
         self, model: nn.Module, inputs: Any, count: Count, num_items: Count | None = None, wants_outputs: bool = False
@@ -163,8 +215,10 @@ class Steps(Members):
 
     def stream_over(self, data: Any, *, training: bool) -> DataStream:
         """A stream as it is, and a stream over any other data."""
+        if isinstance(data, DataStream):
+            return data
         rest = self.args, self.strategy, self.data_collator
-        return data if isinstance(data, DataStream) else make_stream(data, *rest, training=training)
+        return make_stream(data, *rest, training=training, batches=self.plan.batches)
 
     def batches(self, stream: DataStream, epoch: int) -> Iterator[Any]:
         """This rank's micro-batches of one epoch, each cut to the rank's part where ranks share samples."""
@@ -217,6 +271,7 @@ class Steps(Members):
         if eval_data is None and self.eval_data is None and not overfits:
             raise ValueError("There is nothing to evaluate on: pass eval_data= to Fit, or to evaluate.")
         metrics: dict[str, float] = {}
+        self.follow_counters()
         with self.placement.mode.evaluating(), using(weights, self.strategy):
             for name, part in sets_by_name(self.eval_data if eval_data is None else eval_data).items():
                 prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
@@ -247,6 +302,7 @@ class Steps(Members):
                 ("predictions.parquet") or a directory of safetensors files, see ``read_predictions``.
         """
         placement, batches = self.placement, self.eval_batches(data)
+        self.follow_counters()
         written: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if output is not None:
             from .predictions import writing as of_predictions  # who writes none needn't import it
@@ -270,7 +326,17 @@ class Steps(Members):
         return Pass(self.strategy, stream, self.batches(stream, 0), self._watch)
 
     def evaluation(self, keep: Any = KeptOutputs) -> Evaluation:
-        """What evaluates the placed module; ``keep`` makes what keeps its outputs."""
+        """What evaluates the placed module; ``keep`` makes what keeps its outputs.
+
+        Raises:
+            ValueError: the module is trained in turns, and has no forward.
+        """
+        kind = type(self.module)
+        if kind.forward is nn.Module.forward and self._turns is not None:
+            raise ValueError(
+                f"{kind.__name__} is trained in turns and defines no forward, by which evaluate and predict compute. "
+                "Write forward, and for evaluate loss(self, outputs, batch)."
+            )
         return Evaluation(
             self.strategy, self.module, self.objective, self.args, self.memory, self.find_loss,
             loss_name=f"{type(self).__name__}.compute_loss",

@@ -35,8 +35,15 @@ class Apex(Precision):
     judges_gradients = True
     computes_by_itself = True
     refused_arguments: Mapping[str, str] = {
-        "spike_updates": "apex.amp alone decides whether its optimizer steps. Use precision='16-mixed'"
+        "spike_updates": "apex.amp alone decides whether its optimizer steps. Use precision='16-mixed'",
+        "contrastive_chunks": "apex.amp alone scales the loss, and needs it to be what backward begins with. Use "
+        "precision='16-mixed'",
     }
+
+    refused_turns = (
+        "apex.amp has one loss scale and changes one optimizer's methods, and each turn has its own. Use "
+        "precision='16-mixed', which does the same natively"
+    )
 
     level: ClassVar[str]
 

@@ -46,6 +46,8 @@ class Precision:
     """
 
     name: ClassVar[str]
+    refused_turns: ClassVar[str] = ""
+    """Why a module can't be trained in turns in this format, and what to use instead; "" where it can."""
     parameter_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -109,6 +111,12 @@ class Precision:
             ValueError: there is none to replace.
         """
 
+    def cast_batch(self, batch: Any) -> Any:
+        """Return a batch as a loss computes with it that isn't called by forward, whose inputs are cast at its border:
+        the loss of a turn.
+        """
+        return batch
+
     def weights_have_changed(self, module: nn.Module) -> None:
         """Renew what was computed from weights: they were stepped, loaded or swapped."""
 
@@ -150,6 +158,11 @@ class Precision:
 
     def skip_step(self, optimizer: Optimizer) -> None:
         """Do what an update asks for whose step is left out."""
+
+    def begin_turn(self, turn: str | None) -> None:
+        """Called before a turn is made, of a module that is trained in turns, and with None after it. A format that
+        scales the loss has one scale a turn.
+        """
 
     def is_at_floor(self) -> bool:
         """Whether a loss scale is so small that gradients are lost. It may wait for the device."""

@@ -33,11 +33,16 @@ def remove_border(module: nn.Module) -> None:
 
 def cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Positional and keyword arguments with floating-point tensors in ``dtype``."""
+    return cast_floats(dtype, args), cast_floats(dtype, kwargs)
+
+
+def cast_floats(dtype: torch.dtype, values: Any) -> Any:
+    """Anything that holds tensors, with floating-point ones in ``dtype``."""
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return tree_map(cast, args), tree_map(cast, kwargs)
+    return tree_map(cast, values)
 
 
 def widen_outputs(module: nn.Module, args: Any, outputs: Any) -> Any:

@@ -1,10 +1,12 @@
 """64-bit parameters and arithmetic: for a loss that must not round, and for telling a bug from rounding."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .base import Precision
-from .boundary import cast_at_the_border
+from .boundary import cast_at_the_border, cast_floats
 from .full import cast_floating
 
 
@@ -29,3 +31,7 @@ class Double(Precision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast floating-point parameters and buffers to float64; floating-point inputs are cast as they come."""
         return cast_at_the_border(cast_floating(module, torch.float64), torch.float64)
+
+    def cast_batch(self, batch: Any) -> Any:
+        """Cast floating-point tensors as they are at the border."""
+        return cast_floats(torch.float64, batch)

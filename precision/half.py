@@ -1,13 +1,14 @@
 """True halves: parameters and arithmetic in 16 bits, updates in float32."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .base import MaxReduce, Precision
-from .boundary import cast_at_the_border
+from .boundary import cast_at_the_border, cast_floats
 from .full import cast_floating
 from .loss_scaling import LossScaling
 from .master_weights import on_master_weights, widen_gradients
@@ -40,6 +41,10 @@ class TrueHalf(Precision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast floating-point parameters and buffers; inputs are cast as they come, outputs are float32."""
         return cast_at_the_border(cast_floating(module, self.parameter_dtype), self.parameter_dtype)
+
+    def cast_batch(self, batch: Any) -> Any:
+        """Cast floating-point tensors as they are at the border."""
+        return cast_floats(self.parameter_dtype, batch)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Widen the gradients to float32, from here to the end of the update."""

@@ -3,11 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .base import ShapesOnRank
 from .quantized import is_quantized
+from .second_gradients import check_first_gradient
 
 HEADS = ("*lm_head", "*head")
 """Names of output heads: their few features for many classes gain little, and their rounding costs the loss most."""
@@ -61,7 +64,24 @@ def put_in_place(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
         if name not in vars(new) or name == "training" or name.startswith(("_forward", "_backward")):
             setattr(new, name, value)
     vars(new)[REPLACED] = old  # nn.Module.__setattr__ would make the old layer a part of the new one
+    if refuse_second_gradient not in new._forward_hooks.values():  # the old layer has the same hooks
+        new.register_forward_hook(refuse_second_gradient)
     exchange(module, old, new)
+
+
+def refuse_second_gradient(layer: nn.Module, inputs: Any, output: Any) -> None:
+    """A hook on layers in the place of others: their products' gradients have none."""
+    differs = REPLACED in vars(layer) and isinstance(output, Tensor) and output.requires_grad
+    if differs and not torch.compiler.is_compiling():
+        output.register_hook(check_gradient)
+
+
+def check_gradient(gradient: Tensor) -> None:
+    """Refuse a backward that will be differentiated, on the way to such a layer."""
+    check_first_gradient(
+        "products in float8 have",
+        "Use precision='bf16-mixed', or leave the layers that the gradient passes out of this format by its skip=.",
+    )
 
 
 def put_back(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Dynamic loss scaling, for formats whose gradients are float16."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ class LossScaling(Precision):
     """The part of a float16 format that scales: to be inherited from first.
 
     The scale doubles after ``growth_interval`` updates without overflow and halves when a gradient overflows; such an
-    update is skipped and the learning-rate schedule does not move for it (Micikevicius et al., 2018).
+    update is skipped and the learning-rate schedule does not move for it (Micikevicius et al., 2018). Each turn of a
+    module that is trained in turns has a scale of its own, which the others' overflows leave alone.
 
     Args:
         initial_scale: first factor on the loss.
@@ -37,9 +39,21 @@ class LossScaling(Precision):
         """Create the scaler on the run's device."""
         super().set_up(device, max_over_ranks)
         self.device = device
-        self.scaler = RankAwareGradScaler(
-            device, max_over_ranks, init_scale=self.initial_scale, growth_interval=self.growth_interval
+        self.make_scaler = partial(
+            RankAwareGradScaler,
+            device,
+            max_over_ranks,
+            init_scale=self.initial_scale,
+            growth_interval=self.growth_interval,
         )
+        self.scaler = self.scaler_outside = self.make_scaler()
+        self.scalers: dict[str, RankAwareGradScaler] = {}  # of the turns
+
+    def begin_turn(self, turn: str | None) -> None:
+        """Scale by the turn's own scale from here on."""
+        if turn is not None and turn not in self.scalers:
+            self.scalers[turn] = self.make_scaler()
+        self.scaler = self.scaler_outside if turn is None else self.scalers[turn]
 
     def scale(self, loss: Tensor) -> Tensor:
         """Multiply the loss by the current scale."""
@@ -77,16 +91,22 @@ class LossScaling(Precision):
         return self.scaler.step_was_skipped()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return scale and growth counter."""
+        """Return scale and growth counter, of each turn where there are turns."""
+        if self.scalers:
+            return {"turns": {turn: scaler.state_dict() for turn, scaler in self.scalers.items()}}
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore scale and growth counter; the state of a format without a scale leaves both as they are."""
-        if state:
+        for turn, saved in state.get("turns", {}).items():
+            self.scalers.setdefault(turn, self.make_scaler()).load_state_dict(saved)
+        if state and "turns" not in state:
             self.scaler.load_state_dict(state)
 
     def log_values(self) -> dict[str, float]:
-        """The current loss scale."""
+        """The current loss scale; in and around turns, that of each by its name."""
+        if self.scalers:
+            return {f"loss_scale_{turn}": scaler.get_scale() for turn, scaler in self.scalers.items()}
         return {"loss_scale": self.scaler.get_scale()}
 
     def __repr__(self) -> str:

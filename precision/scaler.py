@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from .base import MaxReduce
 from .complex_numbers import as_real
-from .device_flag import DeviceFlag
+from .device_flag import DeviceFlag, takes_flag
 
 
 class RankAwareGradScaler(GradScaler):
@@ -78,13 +79,16 @@ class RankAwareGradScaler(GradScaler):
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step the optimizer unless its gradients overflowed, or the flag of ``refuse_where`` is up."""
         refused, self._refused = self._refused, None
-        if refused is None:
-            return super().step(optimizer, *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
         found: dict[torch.device, Tensor] = state["found_inf_per_device"]
-        device = next(iter(found))
-        state["found_inf_per_device"] = {**found, device: torch.maximum(found[device], refused.to(device))}
-        result = super().step(optimizer, *args, **kwargs)
+        if refused is not None:
+            device = next(iter(found))
+            state["found_inf_per_device"] = {**found, device: torch.maximum(found[device], refused.to(device))}
+        result = None
+        if misses_flag(optimizer) and any(flag.item() for flag in state["found_inf_per_device"].values()):
+            state["stage"] = OptState.STEPPED
+        else:
+            result = super().step(optimizer, *args, **kwargs)
         state["found_inf_per_device"] = found
         return result
 
@@ -100,3 +104,8 @@ class RankAwareGradScaler(GradScaler):
         scale, growth_tracker = self._check_scale_growth_tracker("load_state_dict")
         scale.fill_(state["scale"])
         growth_tracker.fill_(state["_growth_tracker"])
+
+
+def misses_flag(optimizer: Optimizer) -> bool:
+    """Whether torch leaves it to an optimizer to read the flag on the device, and the coming step can't."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not takes_flag(optimizer)

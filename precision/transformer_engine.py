@@ -45,6 +45,8 @@ class TransformerEngine(BF16Mixed):
     refused_arguments = {
         "gradient_checkpointing": "backward would compute blocks again outside of Transformer Engine's autocast, in "
         "other numbers. Leave it out, or use precision='fp8'.",
+        "contrastive_chunks": "computes each piece twice, which delayed scales would count as two updates. Leave it "
+        "out, or use precision='fp8'.",
     }
 
     def __init__(self, recipe: str = "current", skip: Sequence[str] = HEADS) -> None:

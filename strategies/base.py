@@ -81,6 +81,7 @@ class Strategy(Updating):
             clip_grad_norm          the true norm over all shards; find_nonfinite where gradients aren't clipped
             step, skip              the step may be left out by loss scaling, or by a flag on the device
             flush                   when the gradients are gone; in evaluation after each micro-batch
+        place_turns, turn           after place, and around all of the above, where a module is trained in turns
         sum_over_data_ranks, read, gather, broadcast, barrier
         model_state, optimizer_state, load_optimizer_state
         tell_failure, release, begin_again      where a run that failed is begun anew; attempt is entered around it
@@ -98,6 +99,7 @@ class Strategy(Updating):
         device: where this rank's tensors live; set by ``set_up``.
         rank, world_size, ...: see Ranks.
         precision, module, model, optimizer: see PlacedModule.
+        moved, turn_now: see TurnTaking.
         gradients_are_alike, normed, ...: see Updating.
     """
 
@@ -143,6 +145,11 @@ class Strategy(Updating):
                 hint = did_you_mean(option, known) if known else "It has none."
                 raise TypeError(f"{type(self).__name__} has no option {option!r}. {hint}")
         self.options = self.Options(**options)
+
+    @property
+    def learns_first_graph(self) -> bool:
+        """Whether every backward must have the graph of the first one."""
+        return False
 
     @property
     def splits_classes(self) -> bool:
@@ -277,6 +284,12 @@ class Strategy(Updating):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` (scaled where the precision scales) to those of the update."""
         self.precision.backward(loss)
+
+    def gradients(self, loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return what ``backward`` would add to the gradients of some tensors, and add it to none; None for those that
+        the loss doesn't depend on.
+        """
+        return list(torch.autograd.grad(self.precision.scale(loss), tensors, allow_unused=True))
 
     # Beginning again after a failure that another attempt may not meet: between ``tell_failure`` and another run.
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..precision.second_gradients import check_first_gradient
+
 GROUPS: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
 
 
@@ -102,6 +104,7 @@ class JointNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias; those of the last two are this rank's share, as of any parameter."""
+        check_first_gradient("sync_batchnorm's layers have", "Leave sync_batchnorm out, or normalize otherwise.")
         input, weight, mean, scale, count = ctx.saved_tensors
         x, gradient = input.to(mean.dtype), gradients[0].to(mean.dtype)
         normed = (x - along(mean, x)) * along(scale, x)

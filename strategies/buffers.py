@@ -9,7 +9,7 @@ itself, and told in the message that the ranks exchange once an update anyway.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -29,24 +29,27 @@ Gather = Callable[[Any], list[Any]]
 class ChangingBuffers:
     """Finds the buffers that change in an update, and keeps them the same on all ranks.
 
-    A change is seen by the tensor's version, or by its being another tensor; in the first update by its values too,
-    because some kernels write without telling: torch's own do so with the statistics of a BatchNorm.
+    A change is seen by the tensor's version, or by its being another tensor; in the first update (of each turn, where
+    there are turns) by its values too, because some kernels write without telling: torch's own do so with the
+    statistics of a BatchNorm.
 
     Args:
         module: the user's, placed.
+        turns: by name, where it is trained in turns.
 
     Attributes:
         has_news: whether this rank saw a change, or a shape, that the ranks haven't agreed upon.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, turns: Collection[str] = ()) -> None:
         self.module = module
+        self.unmade: set[str | None] = set(turns)  # those that have made no update yet
         self.layers: dict[str, nn.Module] = {}  # those that have buffers
         self.changing: set[Name] = set()
         self.shared: Shapes = {}  # those that change, and can be broadcast
         self.watched: list[tuple[Name, dict[str, Tensor | None]]] = []  # those that don't change, so far
         self.seen: list[tuple[Name, Tensor | None, int]] = []  # how they were before the update
-        self.values: dict[Name, Tensor] | None = None  # before the first update
+        self.values: dict[Name, Tensor] | None = None  # before the first update, until each turn has made one
         self.is_first = True
         self.has_news = False
         self.look_for_layers()
@@ -66,10 +69,11 @@ class ChangingBuffers:
         """Note the present versions of the buffers that nothing has changed so far."""
         self.seen = [(name, buffers[name[1]], version(buffers[name[1]])) for name, buffers in self.watched]
         if self.is_first:
+            self.is_first = False
             self.values = {name: buffer.detach().clone() for name, buffer, _ in self.seen if buffer is not None}
 
-    def end_update(self) -> None:
-        """See what has changed since ``begin_update``."""
+    def end_update(self, turn: str | None = None) -> None:
+        """See what has changed since ``begin_update``, after the step of a turn where there are turns."""
         for (name, before, count), (_, buffers) in zip(self.seen, self.watched, strict=False):
             buffer = buffers[name[1]]
             if buffer is not before or version(buffer) != count or self.has_other_values(name, buffer):
@@ -77,14 +81,16 @@ class ChangingBuffers:
                 layer = self.layers[name[0]]
                 keys = layer._buffers if isinstance(layer, _NormBase) else (name[1],)
                 self.changing |= {(name[0], key) for key in keys}
-        self.is_first, self.values = False, None
+        self.unmade -= {turn}
+        if not self.unmade:
+            self.values = None
         for (layer_name, key), (shape, _) in self.shared.items():
             now = self.layers[layer_name]._buffers.get(key)
             if now is None or now.shape != shape:
                 self.has_news = True
 
     def has_other_values(self, name: Name, buffer: Tensor | None) -> bool:
-        """Whether a buffer isn't what it was before the first update; known in that update alone."""
+        """Whether a buffer isn't what it was before the first update; known until each turn has made one."""
         return self.values is not None and buffer is not None and not torch.equal(self.values[name], buffer)
 
     def agree(self, gather: Gather) -> None:

@@ -1,5 +1,8 @@
 """nn.DataParallel: one process, several GPUs, the model copied to them in every forward."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -20,6 +23,14 @@ class DP(Strategy):
     name = "dp"
     runs_copies = True
     unplayed = "copies the module to the GPUs of this machine in every forward. Plan strategy='ddp' instead."
+    refused_arguments: ClassVar[Mapping[str, str]] = {
+        "contrastive_chunks": "can't be had under strategy='dp', whose copies draw random numbers on devices of their "
+        "own, which nobody could draw again. Use strategy='ddp'",
+    }
+    refused_turns = (
+        "it cuts up what forward is given, and the loss of a turn has its batch without forward. Use strategy='ddp', "
+        "or 'single'"
+    )
 
     def choose_device(self) -> torch.device:
         """Choose the first GPU, else the CPU."""

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..precision.second_gradients import check_first_gradient
 from .ranks import padded, with_mask
 
 # torch 2.13 has given them other names.
@@ -28,6 +29,7 @@ class AllRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Sum what each rank's loss says of this rank's rows."""
+        check_first_gradient("rows that gather() brings from other ranks have", "Compute the penalty without them.")
         [gradient] = gradients
         own = gradient.new_empty(gradient.shape[1:])
         reduce_scatter(own, gradient.reshape(-1, *gradient.shape[2:]).contiguous(), group=ctx.group)

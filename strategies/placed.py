@@ -178,13 +178,16 @@ class PlacedModule:
 
     # Other weights for a while, such as averages of the trained ones.
 
-    def held_weights(self) -> dict[str, Tensor]:
+    def held_weights(self, parameters: Mapping[str, nn.Parameter] | None = None) -> dict[str, Tensor]:
         """This rank's parts of the weights that the optimizer steps, as plain tensors: masters where a precision keeps
         some. What is computed from them elementwise needs no other rank. They are the trained weights themselves.
+
+        Args:
+            parameters: what ``stepped_parameters`` gave since the module was placed; None walks over the module.
         """
         assert self.optimizer is not None
         state, found = self.optimizer.state, {}
-        for name, parameter in self.stepped_parameters().items():
+        for name, parameter in (self.stepped_parameters() if parameters is None else parameters).items():
             if parameter.requires_grad:
                 stepped = state[parameter].get(MASTER_WEIGHT, parameter) if parameter in state else parameter
                 found[name] = local_part(stepped.detach())

@@ -118,13 +118,13 @@ class ProcessGroupStrategy(Strategy):
         """Step the optimizer, and see which buffers the update has changed."""
         super().step(refused)
         if self.buffers is not None:
-            self.buffers.end_update()
+            self.buffers.end_update(self.turn_now)
 
     def skip(self) -> None:
         """Leave the step out, and see which buffers the update has changed."""
         super().skip()
         if self.buffers is not None:
-            self.buffers.end_update()
+            self.buffers.end_update(self.turn_now)
 
     def has_news_of_buffers(self) -> bool:
         """Whether ``step`` saw a buffer change that the ranks haven't agreed upon."""
@@ -135,7 +135,7 @@ class ProcessGroupStrategy(Strategy):
         if self.world_size == 1:
             return
         if self.buffers is None:
-            self.buffers = ChangingBuffers(self.module)
+            self.buffers = ChangingBuffers(self.module, self.moved)
         if news:
             self.buffers.agree(self.gather)
         self.buffers.broadcast()

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from .clip_factor import clip_factor
 from .local_parts import local_part
-from .placed import PlacedModule
 from .ranks import Ranks
+from .turns import TurnTaking
 
 Names = Callable[[], list[str]]
 
 
-class Updating(Ranks, PlacedModule):
+class Updating(Ranks, TurnTaking):
     """The part of a strategy that ends an update.
 
     Attributes:
@@ -52,9 +52,8 @@ class Updating(Ranks, PlacedModule):
 
     def prepare_gradients(self) -> None:
         """Bring the gradients to their true size, after the last backward of an update."""
-        assert self.optimizer is not None
         self.normed = None
-        self.precision.unscale(self.optimizer)
+        self.precision.unscale(self.optimizer_in_turn)
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients so that their 2-norm over the whole model is at most ``max_norm``.
@@ -139,9 +138,8 @@ class Updating(Ranks, PlacedModule):
         return {id(tensor): name for named in (self.named_parameters(), stepped) for name, tensor in named.items()}
 
     def groups_stepped(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
-        assert self.optimizer is not None
-        return self.optimizer.param_groups
+        """The groups of the optimizer that steps."""
+        return self.optimizer_in_turn.param_groups
 
     def step(self, refused: Tensor | None = None) -> None:
         """Step the optimizer.
@@ -150,17 +148,15 @@ class Updating(Ranks, PlacedModule):
             refused: 0-dim on the device; where it isn't 0, parameters and the optimizer's state stay as they are. None
                 steps.
         """
-        assert self.optimizer is not None
         if refused is None:
-            self.precision.step(self.optimizer)
+            self.precision.step(self.optimizer_in_turn)
         else:
-            self.precision.step_unless(self.optimizer, refused)
+            self.precision.step_unless(self.optimizer_in_turn, refused)
         self.weights_have_changed()
 
     def skip(self) -> None:
         """Do all that ``step`` does but step: the update isn't made."""
-        assert self.optimizer is not None
-        self.precision.skip_step(self.optimizer)
+        self.precision.skip_step(self.optimizer_in_turn)
 
     def step_was_skipped(self) -> bool:
         """Whether the last ``step`` itself found that it must leave the parameters alone. Waits at most for that step,

@@ -50,7 +50,7 @@ from .matching import (
     parameter_groups,
 )
 from .own_options import own_options, own_rates
-from .parts import check_parts, load_parts
+from .parts import check_parts, check_turns, load_parts
 from .saved_run import SavedRun
 from .schema import read_state
 from .tensors import Table, share_table
@@ -197,6 +197,7 @@ def restore(run: SavedRun, path: Path, state: Mapping[str, Any]) -> dict[str, An
         CheckpointError: it belongs to another model or run, or can't be what a run saved.
     """
     strategy = run.strategy
+    check_turns(run, path, state)
     whole, table = untied_state(strategy), share_table(strategy, path)
     saved = saved_part(path, strategy, state, whole, table)
     matched = match(run, path, state, whole, saved, table)

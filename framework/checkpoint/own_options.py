@@ -55,14 +55,17 @@ def own_rates(run: SavedRun, groups: list[dict[str, Any]], state: Mapping[str, A
         groups: the checkpoint's options for each of the optimizer's groups.
         state: see ``checkpoint.read_state``.
     """
-    scheduler: Any = run.scheduler
-    if type(scheduler) in (LambdaLR, Schedule):
-        pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
-        return [float(peak) * shape(scheduler.last_epoch) for shape, peak in pairs]
     before = state["arguments"].get("learning_rate")
     ratio = run.args.learning_rate / before if before else 1.0
-    rates = []
-    for group, options in zip(run.optimizer.param_groups, groups, strict=True):
-        peak, saved_peak = group.get("initial_lr"), options.get("initial_lr")
-        rates.append(options["lr"] * (peak / saved_peak if peak is not None and saved_peak else ratio))
+    rates: list[float] = []
+    for turn, optimizer in run.optimizers.items():  # their groups are those of the run's optimizer, in this order
+        scheduler: Any = run.schedules[turn]
+        own = groups[len(rates) : len(rates) + len(optimizer.param_groups)]
+        if type(scheduler) in (LambdaLR, Schedule):
+            pairs = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
+            rates += [float(peak) * shape(scheduler.last_epoch) for shape, peak in pairs]
+            continue
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            peak, saved_peak = group.get("initial_lr"), options.get("initial_lr")
+            rates.append(options["lr"] * (peak / saved_peak if peak is not None and saved_peak else ratio))
     return rates

@@ -26,8 +26,8 @@ def check_parts(run: SavedRun, path: Path, state: Mapping[str, Any]) -> None:
         CheckpointError: names the field.
     """
     file, progress = path / "state.json", state["progress"]
-    for name, own in (("scheduler", run.scheduler.state_dict()), ("loss_scaling", run.strategy.precision.state_dict())):
-        saved = state[name]
+    schedules = [(name, run.schedules[turn].state_dict(), saved) for turn, name, saved in saved_schedules(state)]
+    for name, own, saved in (*schedules, ("loss_scaling", run.strategy.precision.state_dict(), state["loss_scaling"])):
         if not own or (not saved and name == "loss_scaling"):  # of a format without a scale
             continue
         lacking = [key for key in own if key not in saved]
@@ -39,15 +39,47 @@ def check_parts(run: SavedRun, path: Path, state: Mapping[str, Any]) -> None:
     if isinstance(scale, int | float) and not scale > 0:
         raise CheckpointError(f"{file}: loss_scaling.scale is {scale!r}: it is a factor above 0.")
     made = progress["global_step"] - progress["skipped_updates"]
-    is_own = type(run.scheduler) is Schedule and type(run.module).configure_scheduler is TrainModule.configure_scheduler
-    if is_own and state["scheduler"]["last_epoch"] != made:
+    names_one = type(run.module).configure_scheduler is TrainModule.configure_scheduler
+    same_groups = len(state["parameter_groups"]) == sum(len(each.param_groups) for each in run.optimizers.values())
+    for turn, name, saved in saved_schedules(state):
+        scheduler = run.schedules[turn]
+        if not names_one or type(scheduler) is not Schedule:
+            continue
+        if turn:
+            made = progress["global_step"] - state["turns"]["steppings"][turn]["skipped_rounds"]
+        if saved["last_epoch"] != made:
+            raise CheckpointError(
+                f"{file}: {name}.last_epoch is {saved['last_epoch']!r}; progress tells of {made} updates."
+            )
+        groups, rates = len(scheduler.optimizer.param_groups), saved.get("base_lrs")
+        if same_groups and len(rates) != groups:
+            raise CheckpointError(f"{file}: {name}.base_lrs has {len(rates)} values for {groups} parameter groups.")
+
+
+def check_turns(run: SavedRun, path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a run whose module had other turns.
+
+    Raises:
+        CheckpointError: names the turns of both.
+    """
+    saved, own = [turn for turn, _, _ in saved_schedules(state)], list(run.schedules)
+    if set(saved) != set(own):
+
+        def said(turns: list[str]) -> str:
+            return f"has the turns {', '.join(turns)}" if turns != [""] else "has none"
+
         raise CheckpointError(
-            f"{file}: scheduler.last_epoch is {state['scheduler']['last_epoch']!r}; progress tells of {made} updates."
+            f"{path} was saved by a run in other turns: the checkpoint {said(saved)}, and this run's module "
+            f"{said(own)}."
         )
-    groups = len(run.scheduler.optimizer.param_groups)
-    rates = state["scheduler"].get("base_lrs")
-    if is_own and len(state["parameter_groups"]) == groups and len(rates) != groups:
-        raise CheckpointError(f"{file}: scheduler.base_lrs has {len(rates)} values for {groups} parameter groups.")
+
+
+def saved_schedules(state: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """The schedules in a checkpoint's state: (turn, place in the file, state). Without turns, the turn is ""."""
+    if "turns" not in state:
+        return [("", "scheduler", state["scheduler"])]
+    steppings = state["turns"]["steppings"]
+    return [(turn, f"turns.steppings.{turn}.scheduler", saved["scheduler"]) for turn, saved in steppings.items()]
 
 
 def load_parts(run: SavedRun, path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -57,14 +89,13 @@ def load_parts(run: SavedRun, path: Path, state: Mapping[str, Any], tensors: Map
     Raises:
         CheckpointError: names the section, and what was raised.
     """
-    scheduler, precision, callbacks = run.scheduler, run.strategy.precision, run.callbacks.stateful()
-    schedule = convert_like(scheduler.state_dict(), state["scheduler"])
-    if run.args.resume_with == "arguments":
-        schedule = own_schedule(scheduler, schedule)
-    parts: dict[str, tuple[Any, Any]] = {
-        "scheduler": (scheduler, schedule),
-        "loss_scaling": (precision, state["loss_scaling"]),
-    }
+    precision, callbacks = run.strategy.precision, run.callbacks.stateful()
+    parts: dict[str, tuple[Any, Any]] = {}
+    for turn, name, saved in saved_schedules(state):
+        scheduler = run.schedules[turn]
+        schedule = convert_like(scheduler.state_dict(), saved)
+        parts[name] = scheduler, own_schedule(scheduler, schedule) if run.args.resume_with == "arguments" else schedule
+    parts["loss_scaling"] = precision, state["loss_scaling"]
     for name, callback in callbacks.items():
         if name in state["callbacks"]:
             parts[f"callbacks.{name}"] = callback, callback_states.join_tensors(state["callbacks"][name], tensors)

@@ -36,8 +36,12 @@ class SavedRun(Protocol):
         """The strategy's optimizer."""
 
     @property
-    def scheduler(self) -> LRScheduler:
-        """The schedule of the learning rate."""
+    def optimizers(self) -> Mapping[str, Optimizer]:
+        """The optimizer of each turn; that of a run without turns by the name ""."""
+
+    @property
+    def schedules(self) -> Mapping[str, LRScheduler]:
+        """The schedule of each of them."""
 
     def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprints of frozen tensors, by name. Collective."""

@@ -20,9 +20,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..state import TrainState
 from .directory import HISTORY, MANIFEST, READ_FORMATS, CheckpointError, read_json
+from .schema_of_updates import Count, Positive, Transaction, TurnsOfRun
 
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -116,22 +115,6 @@ class Data(DataOfFormat1, kw_only=True):
     ranks: Positive | UnsetType = UNSET
 
 
-class Spikes(Struct):
-    """The running mean and variance of the gradients' norm."""
-
-    count: Count
-    mean: Annotated[float, Meta(ge=0.0)]
-    variance: Annotated[float, Meta(ge=0.0)]
-
-
-class Transaction(Struct):
-    """The updates that weren't made last, one after the other, and what tells a spike."""
-
-    in_a_row: Count
-    began: str
-    spikes: Spikes | None
-
-
 class Ancestor(Struct):
     """A run that this one goes on from, and its last update that belongs to the line."""
 
@@ -195,6 +178,7 @@ class StateOfFormat2(StateOfFormat1, kw_only=True):
     optimizer: dict[str, TensorEntry]
     callback_tensors: dict[str, TensorEntry]
     names: list[str] | UnsetType = UNSET
+    turns: TurnsOfRun | UnsetType = UNSET
 
 
 class State(StateOfFormat2, kw_only=True):
@@ -323,10 +307,17 @@ def check_numbers(state: Mapping[str, Any], file: Path) -> None:
     require(state["progress"]["epoch"] >= 0.0, "progress.epoch", "it is negative")
     skipped = state["progress"]["skipped_updates"]
     require(skipped <= state["progress"]["global_step"], "progress.skipped_updates", "more than there were updates")
-    in_a_row = state.get("transaction", {}).get("in_a_row", 0)
-    require(in_a_row <= skipped, "transaction.in_a_row", "more than were skipped")
-    for name, value in (state.get("transaction", {}).get("spikes") or {}).items():
-        require(math.isfinite(value), f"transaction.spikes.{name}", "it isn't finite")
+    of_turns = state.get("turns", {}).get("steppings", {})
+    places = [("", state.get("transaction", {}), skipped)]
+    places += [(f"turns.steppings.{turn}.", saved["transaction"], saved["skipped"]) for turn, saved in of_turns.items()]
+    for place, transaction, were_skipped in places:
+        in_a_row = transaction.get("in_a_row", 0)
+        require(in_a_row <= were_skipped, f"{place}transaction.in_a_row", "more than were skipped")
+        for name, value in (transaction.get("spikes") or {}).items():
+            require(math.isfinite(value), f"{place}transaction.spikes.{name}", "it isn't finite")
+    for turn, saved in of_turns.items():
+        fits = saved["skipped_rounds"] <= min(saved["skipped"], skipped)
+        require(fits, f"turns.steppings.{turn}.skipped_rounds", "more than were skipped")
     for name, sums in state["averages"].get("sums", {}).items():
         require(all(map(math.isfinite, sums["parts"])), f"averages.sums.{name}.parts", "one isn't finite")
     names = [name for group in state["parameter_groups"] for name in group["names"]]

@@ -11,8 +11,13 @@ from ..arguments import FitArguments
 from .stream import DataStream
 
 
-def limit_epochs(stream: DataStream, args: FitArguments) -> None:
+def limit_epochs(stream: DataStream, args: FitArguments, batches: int) -> None:
     """Have the epochs of training end where ``limit_train_batches`` or ``overfit_batches`` says.
+
+    Args:
+        stream: not begun.
+        args: of the run.
+        batches: of an update, each of ``gradient_accumulation_steps`` micro-batches.
 
     Raises:
         ValueError: a fraction of data without a length; or every epoch was to have the same batches, and can't.
@@ -20,7 +25,8 @@ def limit_epochs(stream: DataStream, args: FitArguments) -> None:
     if args.overfit_batches:
         stream.repeat()
     for name in ("limit_train_batches", "overfit_batches"):
-        limit(stream, name, getattr(args, name), stream.positions_of_micro_batch * args.gradient_accumulation_steps)
+        of_update = stream.positions_of_micro_batch * args.gradient_accumulation_steps * batches
+        limit(stream, name, getattr(args, name), of_update)
 
 
 def limit_evaluation(stream: DataStream, args: FitArguments) -> None:

@@ -27,14 +27,20 @@ from .worker import OutliveSignal
 
 
 def make_stream(
-    data: Any, args: FitArguments, strategy: Strategy, collator: Collate | None = None, *, training: bool
+    data: Any,
+    args: FitArguments,
+    strategy: Strategy,
+    collator: Collate | None = None,
+    *,
+    training: bool,
+    batches: int = 1,
 ) -> DataStream:
     """Make the stream over a Dataset, an IterableDataset or a ready DataLoader, see ``make_whole_stream``; one to train
-    on ends its epochs where the arguments limit them.
+    on ends its epochs where the arguments limit them. ``batches`` are those of an update.
     """
     stream = make_whole_stream(data, args, strategy, collator, training=training)
     if training:
-        limit_epochs(stream, args)
+        limit_epochs(stream, args, batches)
     return stream
 
 

@@ -39,8 +39,8 @@ def beginning(fit: ShownFit) -> Rows:
         ("module", f"{fit.placement.layers[0].kind}: {parameters(fit.placement.parameters)}"),
         ("strategy", f"{strategy.name}, {strategy.precision.name}, {device(strategy)}"),
         *([("world", world(strategy))] if strategy.world_size * strategy.devices_per_rank > 1 else []),
-        ("batch", batch(args, strategy, run.stream)),
-        ("length", length(args, state, run.stream)),
+        ("batch", batch(args, strategy, run.stream, run.plan.batches)),
+        ("length", length(args.gradient_accumulation_steps * run.plan.batches, state, run.stream)),
         ("output", output(args)),
     ]
     if run.resumed_from is not None:
@@ -108,27 +108,28 @@ def world(strategy: Strategy) -> str:
     return ranks if strategy.data_size == strategy.world_size and len(told) < 2 else f"{ranks}: {' x '.join(told)}"
 
 
-def batch(args: FitArguments, strategy: Strategy, stream: DataStream) -> str:
-    """How many samples are in an update, and how they come together."""
+def batch(args: FitArguments, strategy: Strategy, stream: DataStream, turns: int) -> str:
+    """How many samples are in an update, and how they come together; ``turns`` is the number of its batches."""
     accumulated = args.gradient_accumulation_steps
     if isinstance(stream, LoaderStream) and not stream.batch_size_is_known:
-        batches = accumulated * strategy.data_size
+        batches = accumulated * strategy.data_size * turns
         return f"{format_count(batches)} batch{'es' * (batches != 1)} of the DataLoader's own in an update"
     per_device = stream.global_micro_batch // (strategy.data_size * strategy.devices_per_rank)
     factors = [f"{per_device} per device"]
     factors += [f"{accumulated} accumulated"] * (accumulated > 1)
+    factors += [f"{turns} batches"] * (turns > 1)
     factors += [f"{strategy.devices_per_rank} devices"] * (strategy.devices_per_rank > 1)
     factors += [f"{strategy.data_size} ranks"] * (strategy.data_size > 1)
-    whole = f"{format_count(stream.global_micro_batch * accumulated)} samples in an update"
+    whole = f"{format_count(stream.global_micro_batch * accumulated * turns)} samples in an update"
     return f"{whole} = {' x '.join(factors)}" if len(factors) > 1 else whole
 
 
-def length(args: FitArguments, state: TrainState, stream: DataStream) -> str:
-    """How many updates there are, and passes over the data where they can be counted."""
+def length(micro_batches: int, state: TrainState, stream: DataStream) -> str:
+    """How many updates there are, of so many micro-batches, and passes over the data where they can be counted."""
     updates = f"{format_count(state.max_steps)} update{'s' * (state.max_steps != 1)}"
     if state.num_train_epochs >= sys.maxsize or stream.num_examples is None:
         return updates
-    per_epoch = max(1, math.ceil(len(stream) / args.gradient_accumulation_steps))
+    per_epoch = max(1, math.ceil(len(stream) / micro_batches))
     epochs = state.max_steps / per_epoch
     return f"{updates}, {epochs:.3g} epoch{'s' * (epochs != 1)} of {format_count(stream.num_examples)} samples"
 

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...strategies.batches import tensors_of
+from ..calling import forward_call
 from ..measures.parameters import Layer, numbers_of
-from ..module import TrainModule, forward_call
+from ..module import TrainModule
 
 MOST_NUMBERS = 10**9  # in a module of which a copy with memory is made, where one without doesn't do
 

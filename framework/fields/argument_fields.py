@@ -126,6 +126,9 @@ class ArgumentFields(KnownNames):
         pad_index: fills up the outputs and labels of shorter batches, where those of an evaluation or prediction are
             joined and differ in length; False where they are bools.
         past_index: this entry of the outputs is handed to the next batch as ``mems``; -1 hands on nothing.
+        contrastive_chunks: compute the embeddings of a micro-batch in so many pieces, with the loss and the gradients
+            of the whole and the activations of one piece in memory, for one forward more (GradCache: Gao et al., 2021);
+            None computes it whole. See docs/losses_over_ranks.md.
         neftune_noise_alpha: noise on input embeddings in training, see NEFTune; the paper uses 5 to 15.
         gradient_checkpointing: recompute blocks in backward instead of keeping what they computed.
         gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint.
@@ -233,6 +236,7 @@ class ArgumentFields(KnownNames):
     label_smoothing_factor: float = 0.0
     pad_index: int = -100
     past_index: int = -1
+    contrastive_chunks: int | None = None
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: Options = field(default_factory=dict)

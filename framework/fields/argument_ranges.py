@@ -83,6 +83,13 @@ def problems(args: ArgumentFields) -> list[tuple[str, str]]:
     for name, known in ONE_OF.items():
         require(name, getattr(args, name) in known, f"must be one of {', '.join(map(repr, known))}")
     require("past_index", args.past_index >= -1, "is the place of an output, or -1 for none")
+    pieces = args.contrastive_chunks
+    require("contrastive_chunks", pieces is None or pieces >= 2, "must be 2 or more pieces; None computes it whole")
+    require(
+        "past_index",
+        args.past_index < 0 or pieces is None,
+        f"hands an output on to the next batch, and contrastive_chunks={pieces!r} cuts batches; leave one of them out",
+    )
     for name in ABOVE_ZERO_OR_NONE:
         value = getattr(args, name)
         require(name, value is None or value > 0, "must be above 0, or None")

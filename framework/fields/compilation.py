@@ -18,6 +18,7 @@ OUTSIDE_ONE_PROGRAM = {  # argument: (its value that asks for nothing, why one p
     "auto_find_batch_size": (False, "makes an update of several micro-batches where memory runs out"),
     "spike_updates": (None, "has the host judge the norm between gradients and step"),
     "gradient_checkpointing": (False, "has no effect where the compiler chooses what is computed again"),
+    "contrastive_chunks": (None, "computes a micro-batch in pieces, twice each, and the program has one forward"),
     "past_index": (-1, "hands an output of one update on to the next"),
     "debug": ("", "looks at layers one by one, which are fused"),
 }

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ...strategies.base import Strategy
+from ..logged import Noted
 from .exact_sums import ExactSum
+from .logged_means import LoggedMeans
 
 
 class Averages:
-    """A value for each update, by name ("loss" and what a mapping loss adds): the sum of this rank's weighted shares.
+    """A value for each update, by name ("loss" and what a mapping loss adds): the sum of this rank's weighted shares;
+    and the means of what the module logs.
 
     Adding a value keeps a reference to a 0-dim tensor, without a kernel or a wait. ``settle`` stacks the values, sums
     them over ranks in one collective, and reads them in one transfer.
@@ -36,6 +39,8 @@ class Averages:
         self.counted: int | Tensor | None = None  # else, the items of its micro-batches on this rank
         self.updates_pending = 0  # updates since the last settle
         self.uncertain: dict[str, list[tuple[int, Tensor]]] = {}  # (place of a pending value, its items)
+        self.logged = LoggedMeans(strategy)
+        self.in_round: dict[str, list[tuple[Tensor, int | Tensor | None]]] = {}  # turn to its losses, with their items
 
     def add(self, name: str, value: Tensor, items: Tensor | None = None) -> None:
         """Note a value of an update.
@@ -61,14 +66,19 @@ class Averages:
         so_far = self.shares.get(name)
         self.shares[name] = share if so_far is None else so_far + share
 
+    def note(self, noted: list[Noted]) -> None:
+        """Note what the module logged in a micro-batch of the update under way."""
+        self.logged.note(noted)
+
     def expect(self, items: int | Tensor) -> None:
         """Note, before an update, how many items over all ranks it has. A tensor stays on the device."""
         self.expected = items
 
     def end_update(self, loss: Tensor) -> None:
-        """Note the loss of the update under way, and the values of ``add_share``. An update without items has no
-        values.
+        """Note the loss of the update under way, and the values of ``add_share`` and ``note``. An update without items
+        has no loss.
         """
+        self.logged.end_update()
         alone = self.strategy.world_size == 1
         items = self.counted if self.expected is None and alone else self.expected
         shares, self.shares = self.shares, {}
@@ -81,6 +91,48 @@ class Averages:
         for name, value in shares.items():
             self.add(name, value, uncertain)
 
+    # An update in turns reads several batches, and makes several losses of one.
+
+    def begin_batch(self) -> int | Tensor | None:
+        """Forget the items of the last batch of a round, before the next one is read.
+
+        Returns:
+            Those items, for ``expect`` where there is no next one.
+        """
+        items = self.counted if self.expected is None else self.expected
+        self.expected = self.counted = None
+        return items
+
+    def end_turn(self, turn: str, loss: Tensor) -> None:
+        """Note the loss of a turn that was made on a batch, and the values of ``add_share``."""
+        items = self.counted if self.expected is None else self.expected
+        shares, self.shares = self.shares, {}
+        self.in_round.setdefault(turn, []).append((loss, items))
+        if isinstance(items, int) and items == 0:
+            return
+        uncertain = items if isinstance(items, Tensor) else None
+        self.add(f"loss_{turn}", loss, uncertain)
+        for name, value in shares.items():
+            self.add(name, value, uncertain)
+
+    def end_round(self) -> None:
+        """Note the loss of the round under way: the sum of its turns', each the mean over the batches it was made on.
+        A turn whose batches had no items has none.
+        """
+        self.logged.end_update()
+        losses, self.in_round = self.in_round, {}
+        self.expected = self.counted = None
+        self.updates_pending += 1
+        means, counts = [], []
+        for made in losses.values():
+            values = [loss for loss, items in made if not (isinstance(items, int) and items == 0)]
+            if values:
+                means.append(values[0] if len(values) == 1 else torch.stack(values).mean())
+                counts += [items for _, items in made if isinstance(items, Tensor)]
+        if means:
+            total = means[0] if len(means) == 1 else torch.stack(means).sum()
+            self.add("loss", total, torch.stack(counts).sum() if counts else None)
+
     def count(self, items: int | Tensor, tokens: int) -> None:
         """Count the items and input tokens of a micro-batch. A tensor stays on the device."""
         self.items = self.items + items
@@ -92,22 +144,30 @@ class Averages:
     def paused(self) -> Iterator[None]:
         """Entered around micro-batches that are computed once more: what is noted of them inside is forgotten."""
         before = self.shares, self.items, self.tokens
+        noted = len(self.logged.noted)
         self.shares = {}
         try:
             yield
         finally:
             self.shares, self.items, self.tokens = before
+            self.logged.forget_after(noted)
 
     def settle(self) -> None:
         """Sum pending values over ranks and read them to the host. Nothing else in here waits for the device."""
         if not self.updates_pending:
             return
         self.settled.setdefault("loss", ExactSum())  # stays empty where no update had items
+        logged, alone = self.logged, self.strategy.world_size == 1
+        if alone:
+            logged.learn(logged.calls)
+        of_ranks = [] if alone else [len(logged.new_names())]
         names = list(self.pending)
         rows = [value for name in names for value in self.pending[name]]
         uncertain = [count.reshape(-1) for name in names for _, count in self.uncertain.get(name, ())]
-        counts = [torch.as_tensor(count, device=self.strategy.device) for count in (self.items, self.tokens)]
-        values = self.strategy.read([*rows, *uncertain, *counts], summed=True)
+        counts = [torch.as_tensor(count, device=self.strategy.device) for count in (*of_ranks, self.items, self.tokens)]
+        sums_logged = [logged.sums(name, logged.updates) for name in logged.names]
+        values = self.strategy.read([*sums_logged, *rows, *uncertain, *counts], summed=True)
+        self._take_logged(logged.names, values)
         of_items = values[sum(value.numel() for value in rows) :]
         for name in names:
             length = sum(value.numel() for value in self.pending[name])
@@ -117,10 +177,21 @@ class Averages:
             sums = self.settled.setdefault(name, ExactSum())
             sums.extend(v for place, v in enumerate(values[:length]) if place not in empty)
             del values[:length]
+        if not alone and of_items.pop(0):
+            new = logged.names_of_ranks()
+            self._take_logged(new, self.strategy.read([logged.sums(name, logged.updates) for name in new], summed=True))
+            logged.learn(new)
         self.counts_settled = [before + int(more) for before, more in zip(self.counts_settled, of_items, strict=True)]
         self.items = self.tokens = self.updates_pending = 0
         self.pending.clear()
         self.uncertain.clear()
+        logged.clear()
+
+    def _take_logged(self, names: list[str], numbers: list[float]) -> None:
+        """Take the means of what modules logged from the beginning of what was read."""
+        for name in names:
+            self.settled.setdefault(name, ExactSum()).extend(self.logged.means(numbers[: 2 * self.logged.updates]))
+            del numbers[: 2 * self.logged.updates]
 
     def take(self) -> tuple[dict[str, ExactSum], int, int]:
         """Return the sums over the updates since the last ``take``, and the items and tokens since then, over all
@@ -143,6 +214,7 @@ class Averages:
         """Restore what ``state_dict`` returned."""
         self.pending.clear()
         self.uncertain.clear()
+        self.logged.clear()
         self.items = self.tokens = self.updates_pending = 0
         if "settled" in state:  # formats 1 and 2 held the values
             self.settled = {name: ExactSum(values) for name, values in state["settled"].items()}

@@ -13,6 +13,7 @@ from ...strategies.base import Strategy
 from ..agreement import describe
 from ..arguments import FitArguments
 from ..data.stand_in import StandIn
+from ..logged import Noted
 from ..module import TrainModule
 from ..objective import Count, Objective, labels_of
 from .exchange import exchange
@@ -66,12 +67,14 @@ class PassTotals:
         outputs: outputs and labels, where they are kept.
         sums: on the device: the loss and other values, each times the items of its batch.
         items: in the batches; a tensor on the device, where they were counted there.
+        logged: what the module logs, by name: values times items, and items, in float64 on the device.
     """
 
     metrics: dict[str, Any]
     outputs: KeptOutputs | None
     sums: dict[str, Tensor] = field(default_factory=dict)
     items: Count = 0
+    logged: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, loss: Tensor, extras: Mapping[str, Tensor], count: Count) -> None:
         """Add the means over the items of a batch, weighed by their number."""
@@ -79,6 +82,19 @@ class PassTotals:
         self._add("loss", loss, count)
         for name, value in extras.items():
             self._add(name, value, count)
+
+    def add_logged(self, noted: list[Noted], device: torch.device) -> None:
+        """Add what the module logged in a batch. A name counts also where no item does, so that all ranks have it."""
+        for name, value, items in noted:
+            total = self.logged.get(name)
+            if total is None:
+                total = self.logged[name] = torch.zeros(2, dtype=torch.float64, device=device)
+            if isinstance(value, Tensor) or isinstance(items, Tensor):
+                weight = torch.as_tensor(items, dtype=torch.float64, device=device)
+                total[0] += torch.where(weight == 0, 0.0, value * weight)
+                total[1] += weight
+            elif items:
+                total += torch.tensor([value * items, items], dtype=torch.float64, device=device)
 
     def _add(self, name: str, mean: Tensor, count: Count) -> None:
         total = self.sums.get(name)
@@ -226,10 +242,14 @@ class Evaluation:
             is_mine = not isinstance(batch, StandIn)
             inputs = strategy.to_device(batch if is_mine else batch.batch)
             labels = labels_of(inputs) if predict or kept is not None else None
+            objective.logged.open()
             if not predict or labels is not None:
                 count = objective.count(batch)
                 loss, outputs, extras, _ = find_loss(model, inputs, count, wants_outputs=True)
                 loss = strategy.local_loss(loss)
+                noted = objective.logged.take(count, strategy.local_loss, is_mine, {*extras, *totals.metrics})
+                if not predict:
+                    totals.add_logged(noted, strategy.device)
                 if outputs is None and (metrics or kept is not None):
                     raise missing_outputs(self.loss_name)
                 if is_mine:
@@ -244,6 +264,7 @@ class Evaluation:
                     kept.add(outputs, labels)
             elif kept is not None:
                 kept.pass_by()
+            objective.logged.close()
             strategy.flush()
             after_batch()
 
@@ -251,10 +272,11 @@ class Evaluation:
         """Gather what every rank has added up, but its outputs, on the host, in one message. The tensor-parallel ranks
         of a sample have all counted it, and the first of them speaks for them.
         """
-        sums = totals.sums
-        to_read = [*sums.values(), *([totals.items] if isinstance(totals.items, Tensor) else [])]
+        sums, logged = totals.sums, totals.logged
+        to_read = [*logged.values(), *sums.values(), *([totals.items] if isinstance(totals.items, Tensor) else [])]
         numbers = self.strategy.read(to_read) if to_read else []
         report = {
+            "logged": {name: (numbers.pop(0), numbers.pop(0)) for name in logged},
             "sums": dict(zip(sums, numbers, strict=False)),
             "items": totals.items if isinstance(totals.items, int) else numbers[-1],
             "metrics": {name: states_on_host(metric) for name, metric in totals.metrics.items()},
@@ -272,6 +294,10 @@ class Evaluation:
                 sums[name] = sums.get(name, 0.0) + value
         items = sum(report["items"] for report in reports)
         found = {f"{prefix}_{name}": value / items if items else math.nan for name, value in sums.items()}
+        for name in sorted({name for report in reports for name in report["logged"]}):
+            values, counts = zip(*(report["logged"].get(name, (0.0, 0.0)) for report in reports), strict=True)
+            if sum(counts):
+                found[f"{prefix}_{name}"] = sum(values) / sum(counts)
         for name, metric in metrics.items():
             if len(reports) > 1:
                 merge_states(metric, [report["metrics"][name] for report in reports])

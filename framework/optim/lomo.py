@@ -203,6 +203,14 @@ def argument_problems(args: ArgumentFields) -> list[tuple[str, str]]:
                 "per_device_train_batch_size",
             )
         )
+    if args.contrastive_chunks is not None:
+        found.append(
+            (
+                "contrastive_chunks",
+                "LOMO and AdaLOMO update with every backward, and each piece has one; leave it out, or use "
+                "optim='lion'",
+            )
+        )
     if args.nonfinite_updates == "raise":
         found.append(
             (

@@ -1,6 +1,6 @@
 """Optimizers by name, over parameter groups that spare norms and biases from weight decay."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -43,12 +43,13 @@ def undecayed_names(module: nn.Module) -> set[str]:
     return names
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> Groups:
+def decay_groups(module: nn.Module, weight_decay: float, names: Collection[str] | None = None) -> Groups:
     """Make parameter groups for an optimizer: trainable weights with ``weight_decay``, norms and biases with none.
 
     Args:
         module: its parameters that require a gradient are grouped; frozen ones are left out.
         weight_decay: of the first group.
+        names: of the parameters that may be grouped; None takes all.
 
     Returns:
         One or two groups, in the order of ``module.named_parameters()``.
@@ -57,7 +58,9 @@ def decay_groups(module: nn.Module, weight_decay: float) -> Groups:
         ValueError: nothing in the module is trainable.
     """
     undecayed = undecayed_names(module)
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    trainable = [
+        (name, p) for name, p in module.named_parameters() if p.requires_grad and (names is None or name in names)
+    ]
     groups = [
         {"params": [p for name, p in trainable if name not in undecayed], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable if name in undecayed], "weight_decay": 0.0},
@@ -71,18 +74,19 @@ def decay_groups(module: nn.Module, weight_decay: float) -> Groups:
     return groups
 
 
-def make_optimizer(module: nn.Module, args: ArgumentFields) -> Optimizer:
+def make_optimizer(module: nn.Module, args: ArgumentFields, names: Collection[str] | None = None) -> Optimizer:
     """Make the optimizer that ``args.optim`` names, over the trainable parameters of a module.
 
     Args:
         module: placed, so that its parameters are final.
         args: gives the name, learning rate, weight decay and ``optim_args``, the optimizer's own options.
+        names: of the parameters that it steps; None takes all.
 
     Raises:
         ValueError: nothing is trainable, or the optimizer lives in a package that isn't installed.
         TypeError: the optimizer has no such option.
     """
-    groups = decay_groups(module, args.weight_decay)
+    groups = decay_groups(module, args.weight_decay, names)
     make = OPTIMIZERS.get(args.optim) or make_from_path
     return make(module, groups, args)
 

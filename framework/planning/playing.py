@@ -75,7 +75,13 @@ class Player:
     def begin(self) -> None:
         """Place the module and begin the run."""
         fit = self.fit
+        if fit.run.turns is not None:
+            raise ValueError(
+                f"{type(fit.module).__name__} is trained in turns, which no plan plays. Plan a module with one loss and "
+                "one optimizer, of the same layers."
+            )
         placement, run = fit.placement, fit.run
+        fit.begin_counters()
         self.recording.name_layers(fit.module)
         placement.reset_optimizer()
         run.begin(placement, has_evaluations=False)
@@ -113,14 +119,14 @@ class Player:
         micro_batches, num_items = fit.get_batch_samples(iter(batches), len(batches), strategy.device)
         update_loss: Tensor | None = None
         for index, inputs in enumerate(micro_batches, start=1):
-            with strategy.accumulate(index == len(micro_batches)):
+            with fit.accumulate(index == len(micro_batches)):
                 loss = fit.training_step(strategy.model, inputs, num_items)
             update_loss = loss if update_loss is None else update_loss + loss
         assert update_loss is not None
-        run.clip(self.trainable)
+        run.stepping.clip(self.trainable)
         self.note_gradients()
-        run.step(update_loss)
-        run.settle_known_schedule()
+        run.stepping.step(update_loss)
+        run.stepping.settle_known_schedule()
         for parameter in self.trainable:
             parameter.grad = None
         strategy.flush()

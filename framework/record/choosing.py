@@ -28,7 +28,7 @@ def is_rate(name: str) -> bool:
 # What belongs together, in the order of the page: (title, which names, unit, note).
 GROUPS: Sequence[tuple[str, Callable[[str], bool], str, str]] = (
     ("Loss", is_loss, "", ""),
-    ("Gradient norm", lambda name: name == "grad_norm", "", "before clipping"),
+    ("Gradient norm", lambda name: name.startswith("grad_norm"), "", "before clipping"),
     ("Learning rate", lambda name: name.startswith("learning_rate"), "", ""),
     ("Updates a second", lambda name: name == "updates_per_second", "", "by the clock, between two logs"),
     ("Memory", lambda name: name.startswith("memory_"), "bytes", "of the main process"),

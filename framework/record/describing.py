@@ -27,7 +27,7 @@ def describe(fit: Any) -> dict[str, Any]:
         "world_size": strategy.world_size,
         "max_steps": fit.state.max_steps,
         "num_train_epochs": fit.state.num_train_epochs,
-        "samples_per_update": fit.stream.global_micro_batch * args.gradient_accumulation_steps,
+        "samples_per_update": fit.stream.global_micro_batch * plan.accumulated,
         "arguments": {
             "given": plan.given.to_dict(),
             "settled": args.to_dict(),

@@ -1,5 +1,6 @@
 """Checks of what a module's ``configure_optimizer`` and ``configure_scheduler`` return, where a run begins."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -7,7 +8,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..arguments import FitArguments
 from ..module import TrainModule
+from ..optim.optimizers import make_optimizer
 from ..optim.schedulers import waits_for_metric
+from ..turns import Turns, listed
 
 
 def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:
@@ -17,7 +20,71 @@ def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:
         TypeError: the method returned something else; the message says what to return.
         ValueError: the optimizer steps tensors that aren't parameters of the module.
     """
-    optimizer: Any = module.configure_optimizer(args)
+    return checked_optimizer(module, module.configure_optimizer(args))
+
+
+def configured_optimizers(
+    module: TrainModule, args: FitArguments, turns: Turns, moved: Mapping[str, Sequence[str]]
+) -> dict[str, Optimizer]:
+    """Have the module make the optimizer of each turn, or make those that the turns name.
+
+    Args:
+        module: placed.
+        args: of the run.
+        turns: of the module.
+        moved: turn to the names of the parameters that it moves.
+
+    Raises:
+        TypeError: the method returned something else than a mapping of optimizers.
+        ValueError: turns are missing in it, or an optimizer steps other parameters than its turn moves.
+    """
+    name = f"{type(module).__name__}.configure_optimizer"
+    if type(module).configure_optimizer is TrainModule.configure_optimizer:
+        return {turn.name: make_optimizer(module, turn.arguments(args), moved[turn.name]) for turn in turns}
+    found = of_each_turn(name, module.configure_optimizer(args), turns)
+    parameters = {id(parameter): name for name, parameter in module.named_parameters()}
+    for turn, optimizer in found.items():
+        checked_optimizer(module, optimizer)
+        stepped = {parameters[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+        others, missing = sorted(stepped - {*moved[turn]}), sorted({*moved[turn]} - stepped)
+        if others or missing:
+            what = f"also steps {listed(others)}" if others else f"doesn't step {listed(missing)}"
+            raise ValueError(
+                f"{name}: the optimizer of turn {turn!r} {what}. It steps what the turn moves, no more and no less: "
+                "freeze a parameter (requires_grad_(False)) that isn't to be trained."
+            )
+    return found
+
+
+def of_each_turn(name: str, found: Any, turns: Turns) -> dict[str, Any]:
+    """What a method of the module made for each turn.
+
+    Args:
+        name: of the method.
+        found: what it returned.
+
+    Raises:
+        TypeError: it is no mapping.
+        ValueError: its keys aren't the turns' names.
+    """
+    names = list(turns.turns)
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"{name} must return a mapping from the names of the turns ({', '.join(names)}), and returned "
+            f"{describe(found)}."
+        )
+    if set(found) != set(names):
+        missing = [turn for turn in names if turn not in found]
+        unknown = [str(key) for key in found if key not in names]
+        what = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has no turn for {', '.join(unknown)}"] * bool(
+            unknown
+        )
+        raise ValueError(f"{name} returned a mapping that {' and '.join(what)}. The turns are {', '.join(names)}.")
+    return {turn: found[turn] for turn in names}
+
+
+def checked_optimizer(module: TrainModule, optimizer: Any) -> Optimizer:
+    """Check what ``configure_optimizer`` returned, or what it returned for a turn; see ``configured_optimizer``."""
     if isinstance(optimizer, Optimizer):
         own = {id(parameter) for parameter in module.parameters()}
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -36,8 +103,9 @@ def configured_optimizer(module: TrainModule, args: FitArguments) -> Optimizer:
     elif isinstance(optimizer, tuple | list | dict):
         hint = (
             "Several optimizers are one with a group of parameters each: "
-            "AdamW([{'params': self.body.parameters()}, {'params': self.head.parameters(), 'lr': 1e-4}]). A schedule "
-            "is what configure_scheduler(self, optimizer, args) returns. "
+            "AdamW([{'params': self.body.parameters()}, {'params': self.head.parameters(), 'lr': 1e-4}]). Several that "
+            "move parts of the module by losses of their own are turns: write turns(self), see docs/turns.md. A "
+            "schedule is what configure_scheduler(self, optimizer, args) returns. "
         )
     elif optimizer is None:
         hint = "Its last line lacks a return? "
@@ -62,7 +130,35 @@ def configured_scheduler(
         TypeError: the method returned something else; the message says what to return.
         ValueError: the schedule waits for a metric, and nothing is evaluated.
     """
-    scheduler: Any = module.configure_scheduler(optimizer, args)
+    return checked_scheduler(module, module.configure_scheduler(optimizer, args), has_evaluations)
+
+
+def configured_schedulers(
+    module: TrainModule,
+    optimizers: Mapping[str, Optimizer],
+    args: FitArguments,
+    turns: Turns | None,
+    has_evaluations: bool,
+) -> dict[str, LRScheduler]:
+    """The schedule of each turn; of a module without turns, the schedule by the name "". See ``configured_scheduler``.
+
+    Args:
+        optimizers: by the same names.
+    """
+    if turns is None:
+        return {"": configured_scheduler(module, optimizers[""], args, has_evaluations)}
+    if type(module).configure_scheduler is TrainModule.configure_scheduler:
+        return {
+            turn.name: configured_scheduler(module, optimizers[turn.name], turn.arguments(args), has_evaluations)
+            for turn in turns
+        }
+    name = f"{type(module).__name__}.configure_scheduler"
+    found = of_each_turn(name, module.configure_scheduler(dict(optimizers), args), turns)
+    return {turn: checked_scheduler(module, schedule, has_evaluations) for turn, schedule in found.items()}
+
+
+def checked_scheduler(module: TrainModule, scheduler: Any, has_evaluations: bool) -> LRScheduler:
+    """Check what ``configure_scheduler`` returned, or what it returned for a turn; see ``configured_scheduler``."""
     verbs = ("step", "state_dict", "load_state_dict")
     if isinstance(scheduler, type) or not all(callable(getattr(scheduler, verb, None)) for verb in verbs):
         raise TypeError(

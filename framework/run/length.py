@@ -32,13 +32,14 @@ class RunLength(NamedTuple):
     max_steps: int
 
 
-def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int) -> RunLength:
+def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int, batches: int = 1) -> RunLength:
     """Compute the length of a run.
 
     Args:
         args: ``max_steps`` sets the length, or else ``num_train_epochs``.
         dataloader: its length, where it has one, is in micro-batches.
         total_train_batch_size: samples in an update.
+        batches: of an update, see ``Turns``.
 
     Raises:
         ValueError: neither max_steps nor the data says when to stop.
@@ -62,7 +63,7 @@ def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int)
         samples = args.max_steps * total_train_batch_size
         return RunLength(sys.maxsize, args.max_steps, samples, samples, epoch_based, None, args.max_steps)
     samples = getattr(dataloader, "num_examples", None) or len(dataloader.dataset)
-    passes = Passes(args, micro_batches)
+    passes = Passes(args, micro_batches, batches)
     updates = passes.updates(0)
     if not epoch_based:
         epochs, all_samples = passes.passes_of(args.max_steps), args.max_steps * total_train_batch_size
@@ -76,7 +77,7 @@ def run_length(args: FitArguments, dataloader: Any, total_train_batch_size: int)
 
 
 def length_of_resumed(
-    args: FitArguments, length: RunLength, total_train_batch_size: int, done: tuple[int, int, float]
+    args: FitArguments, length: RunLength, total_train_batch_size: int, done: tuple[int, int, float], batches: int = 1
 ) -> tuple[int, int]:
     """Compute the length of a run that goes on with another global batch than it began with.
 
@@ -88,6 +89,7 @@ def length_of_resumed(
         length: the length of a run that begins with the new global batch.
         total_train_batch_size: samples in an update, with the new global batch.
         done: (updates, whole passes over the data, fraction of the pass under way) that the run has made.
+        batches: of an update, see ``Turns``.
 
     Returns:
         (num_train_epochs, max_steps)
@@ -95,7 +97,8 @@ def length_of_resumed(
     updates, passes, fraction = done
     if length.len_dataloader is None:
         return length.num_train_epochs, length.max_steps
-    accumulation, all_passes = args.gradient_accumulation_steps, Passes(args, length.len_dataloader)
+    accumulation = args.gradient_accumulation_steps * batches
+    all_passes = Passes(args, length.len_dataloader, batches)
     # A short last micro-batch counts by the samples in it, and one that is dropped doesn't count.
     micro_batches = min(length.num_examples * accumulation / total_train_batch_size, length.len_dataloader)
 
@@ -103,7 +106,7 @@ def length_of_resumed(
         """Count the updates in a part of the pass under way that reaches its end; rounding must not make an update of
         nothing.
         """
-        return math.ceil(part * micro_batches / micro_batches_at(vars(args), passes) - 1e-9)
+        return math.ceil(part * micro_batches / (batches * micro_batches_at(vars(args), passes)) - 1e-9)
 
     rest_of_pass = updates_in(1.0 - fraction)
     if args.max_steps > 0:

@@ -10,6 +10,7 @@ class Passes:
     Args:
         args: how many micro-batches an update takes, in each pass.
         micro_batches: in a whole pass.
+        batches: of an update, each of so many micro-batches as ``args`` says; see ``Turns``.
 
     Example:
         >>> passes = Passes(FitArguments(gradient_accumulation_steps=4, gradient_accumulation_schedule={2: 1}), 10)
@@ -17,12 +18,12 @@ class Passes:
         ([3, 3, 10, 10], 23, 3)
     """
 
-    def __init__(self, args: FitArguments, micro_batches: int) -> None:
-        self.args, self.micro_batches = args, micro_batches
+    def __init__(self, args: FitArguments, micro_batches: int, batches: int = 1) -> None:
+        self.args, self.micro_batches, self.batches = args, micro_batches, batches
 
     def updates(self, number: int) -> int:
         """The updates in a pass, by its number from 0."""
-        return max(1, -(-self.micro_batches // micro_batches_at(vars(self.args), number)))
+        return max(1, -(-self.micro_batches // (self.batches * micro_batches_at(vars(self.args), number))))
 
     def updates_between(self, first: int, end: int) -> int:
         """The updates in some passes, from the first to before the end."""

@@ -1,6 +1,7 @@
 """Placement: the module where it runs, its optimizer, and how both were when they were made."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,16 +9,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...strategies.base import Strategy
+from ...strategies.joined_optimizer import JoinedOptimizer
 from .. import random_state
 from ..arguments import FitArguments
-from ..combinations import check_optimizer
+from ..combinations import check_optimizer, check_turn_optimizer
 from ..measures.parameters import Layer, ParameterCounts, counts_of, layers_of
 from ..module import TrainModule
 from ..optim.closure import Closure, needs_closure
 from ..optim.mode import OptimizerMode
 from ..printing import say
 from ..switches.preparation import prepare_module
-from .configured import configured_optimizer
+from ..turns import Turns, left_out, listed
+from .configured import configured_optimizer, configured_optimizers
 from .description import describe_run
 
 MADE_IN_PLACING = (
@@ -42,6 +45,7 @@ class Placement:
         module: not placed yet.
         args: of the run, whose length is settled.
         trains: whether there is something to train on; without, no optimizer is made.
+        turns: of the module; None where it has one optimizer.
 
     Attributes:
         layers: of the whole module, with the numbers of their parameters, before any of it was cut or wrapped.
@@ -49,18 +53,24 @@ class Placement:
         closure: hands an optimizer that evaluates the loss several times in a step what it needs; None for others.
     """
 
-    def __init__(self, strategy: Strategy, module: TrainModule, args: FitArguments, trains: bool) -> None:
-        self.strategy, self.module, self.trains = strategy, module, trains
+    def __init__(
+        self, strategy: Strategy, module: TrainModule, args: FitArguments, trains: bool, turns: Turns | None = None
+    ) -> None:
+        self.strategy, self.module, self.trains, self.turns = strategy, module, trains, turns
+        self.moved: dict[str, list[str]] = {}  # turn to the names of the parameters that it moves
         self.layers: tuple[Layer, ...] = ()
         self._first_state: dict[Any, dict[str, Any]] = {}  # of an optimizer that has one from the start, as Adagrad
         self._fingerprints: dict[str, Any] = {}
 
         def prepare(whole: nn.Module) -> None:  # called when all layers are there
             self.layers = layers_of(whole)
+            if turns is not None:
+                self.moved = turns.moved(whole)
+                freeze_left_out(whole, self.moved, warns=trains and strategy.is_main)
             prepare_module(module, args, strategy)
 
         def configure_optimizer(whole: nn.Module) -> Optimizer:  # called when the parameters are final
-            optimizer = check_optimizer(configured_optimizer(module, args), strategy, args)
+            optimizer = self._make_optimizer(args)
             self._first_state = copied(optimizer.state)
             return optimizer
 
@@ -68,6 +78,8 @@ class Placement:
             strategy.expect(describe_run(module, args))
         random_state.seed_everything(args.seed)  # late layers draw the same initial values on every rank
         strategy.place(module, configure_optimizer if trains else None, prepare)
+        if trains and turns is not None:
+            strategy.place_turns(self.moved)
         if module.weights_note and strategy.is_main:
             say(module.weights_note, sys.stderr)
         self.mode = OptimizerMode(strategy.optimizer, strategy.weights_have_changed)
@@ -77,6 +89,22 @@ class Placement:
                 self.closure = Closure(self.optimizer)
             self._first_options = options_by_parameter(self.optimizer, strategy)
             self._first_scaling = strategy.precision.state_dict()
+
+    def _make_optimizer(self, args: FitArguments) -> Optimizer:
+        """Have the module make its optimizer, or those of its turns, and check it."""
+        module, strategy = self.module, self.strategy
+        if self.turns is None:
+            return check_optimizer(configured_optimizer(module, args), strategy, args)
+        made = configured_optimizers(module, args, self.turns, self.moved)
+        for turn in self.turns:
+            check_turn_optimizer(turn.name, made[turn.name], strategy, turn.arguments(args))
+        return JoinedOptimizer(made)
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizer of each turn; that of a module without turns by the name ""."""
+        optimizer = self.optimizer
+        return optimizer.optimizers if isinstance(optimizer, JoinedOptimizer) else {"": optimizer}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -111,7 +139,8 @@ class Placement:
 
     def take_options(self, args: FitArguments) -> None:
         """Have the next reset set the options that an optimizer of these arguments would have."""
-        self._first_options = options_by_parameter(self.module.configure_optimizer(args), self.strategy)
+        made: Any = self.module.configure_optimizer(args) if self.turns is None else self._make_optimizer(args)
+        self._first_options = options_by_parameter(made, self.strategy)
 
     def fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fingerprints of frozen tensors, by name: read once, as what is frozen doesn't change. Collective."""
@@ -120,6 +149,25 @@ class Placement:
 
             self._fingerprints = fingerprints(self.strategy, tensors)
         return self._fingerprints
+
+
+def freeze_left_out(module: nn.Module, moved: Mapping[str, list[str]], warns: bool) -> None:
+    """Freeze what no turn moves: it gets no gradient, no reduction and no memory for either.
+
+    Args:
+        module: with all of its layers.
+        moved: turn to the names of the parameters that it moves.
+        warns: say so, with the names.
+    """
+    names = left_out(module, moved)
+    if names and warns:
+        warnings.warn(
+            f"{type(module).__name__}.turns(): no turn moves {listed(names)}, so they aren't trained. Name them in a "
+            "turn's moves=, or freeze them (requires_grad_(False)) and this is silent.",
+            stacklevel=2,
+        )
+    for name in names:
+        module.get_parameter(name).requires_grad_(False)
 
 
 def copied(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:

@@ -24,6 +24,8 @@ class Plan:
             found to fit into memory, and, once the plan is settled, with epochs and fractions of the run turned into
             updates.
         num_train_epochs: passes over the data; 0 before the plan is settled.
+        batches: of an update: one, or those of a round, see ``Turns``. Each takes ``gradient_accumulation_steps``
+            micro-batches.
 
     Example:
         >>> Plan.of(FitArguments(max_steps=4, logging_steps=0.5)).args.logging_steps
@@ -33,11 +35,21 @@ class Plan:
     given: FitArguments
     args: FitArguments
     num_train_epochs: int = 0
+    batches: int = 1
 
     @classmethod
     def of(cls, given: FitArguments) -> "Plan":
         """The plan of a run whose length isn't known yet."""
         return cls(given, tried(given))
+
+    def of_batches(self, batches: int) -> "Plan":
+        """The plan of a run whose updates take so many batches."""
+        return replace(self, batches=batches)
+
+    @property
+    def accumulated(self) -> int:
+        """The micro-batches of an update, where ``gradient_accumulation_schedule`` says nothing else."""
+        return self.args.gradient_accumulation_steps * self.batches
 
     @property
     def unsettled(self) -> FitArguments:
@@ -55,7 +67,7 @@ class Plan:
 
     def with_batch_size(self, args: FitArguments) -> "Plan":
         """The plan of a run with the batch size and accumulation of ``args``, not settled yet."""
-        return Plan(self.given, replace(self, args=args).unsettled)
+        return Plan(self.given, replace(self, args=args).unsettled, batches=self.batches)
 
     def settled(self, stream: DataStream) -> "Plan":
         """The plan with epochs, and fractions of the run, turned into updates.
@@ -64,7 +76,7 @@ class Plan:
             ValueError: the data has no length, and nothing else says when to stop; or what is due contradicts itself.
         """
         args = self.unsettled
-        length = run_length(args, stream, stream.global_micro_batch * args.gradient_accumulation_steps)
+        length = run_length(args, stream, stream.global_micro_batch * self.accumulated, self.batches)
         return self._of_length(args, length.num_train_epochs, length.max_steps)
 
     def has_updates_of(self, saved: Mapping[str, Any], stream: DataStream) -> bool:
@@ -74,10 +86,11 @@ class Plan:
         arguments = saved["arguments"]
         if any(arguments.get(name) != getattr(self.args, name) for name in LIMITS):
             return False
+        batches = saved.get("turns", {}).get("batches", 1)
         sizes = (
             (
-                saved["data"]["global_micro_batch"] * micro_batches_at(arguments, epoch),
-                stream.global_micro_batch * micro_batches_at(vars(self.args), epoch),
+                saved["data"]["global_micro_batch"] * micro_batches_at(arguments, epoch) * batches,
+                stream.global_micro_batch * micro_batches_at(vars(self.args), epoch) * self.batches,
             )
             for epoch in epochs_of(arguments) | epochs_of(vars(self.args))
         )
@@ -91,13 +104,13 @@ class Plan:
             stream: of the run; it stands where the checkpoint left it.
         """
         args = self.unsettled
-        total = stream.global_micro_batch * args.gradient_accumulation_steps
+        total = stream.global_micro_batch * self.accumulated
         done = (saved["progress"]["global_step"], saved["data"]["epoch"], stream.fraction())
-        length = run_length(args, stream, total)
-        return self._of_length(args, *length_of_resumed(args, length, total, done))
+        length = run_length(args, stream, total, self.batches)
+        return self._of_length(args, *length_of_resumed(args, length, total, done, self.batches))
 
     def _of_length(self, unsettled: FitArguments, num_train_epochs: int, max_steps: int) -> "Plan":
-        return Plan(self.given, cadence.resolve(unsettled, max_steps), num_train_epochs)
+        return Plan(self.given, cadence.resolve(unsettled, max_steps), num_train_epochs, self.batches)
 
 
 def tried(given: FitArguments) -> FitArguments:

@@ -79,7 +79,7 @@ class UpdateProgram:
             CannotCompileError, CannotTraceError: it can't be one program.
         """
         run, state, held = self.run, self.run.state, self.held
-        run.settle_schedule()
+        run.stepping.settle_schedule()
         if state.global_step == state.skipped_updates:
             return False
         [inputs] = micro_batches
@@ -91,13 +91,17 @@ class UpdateProgram:
         run.averages.count(count, self.count_tokens(inputs))
         self._take_rates()
         state.begin_step(self.groups[0]["lr"])
+        logged = self.objective.logged
+        logged.open()
         loss, extras = self._call(run.strategy.to_device(inputs), count)
+        run.averages.note(logged.take(count, run.strategy.local_loss, taken=extras))
+        logged.close()
         for name, value in extras.items():
             run.averages.add_share(name, value)
         assert held.measure is not None and held.each is not None
-        run.take_update(loss, held.measure, held.normed, held.each)
+        run.stepping.take_update(loss, held.measure, held.normed, held.each)
         self.emit("on_optimizer_step")
-        run.settle_known_schedule()
+        run.stepping.settle_known_schedule()
         run.end_update(loss)
         return True
 
@@ -133,7 +137,8 @@ class UpdateProgram:
         except FailOnRecompileLimitHit as error:
             raise CannotCompileError(
                 "a Python value that forward or loss reads keeps changing, and each of its values is another program; "
-                "TORCH_LOGS=recompiles names it. Make it a buffer, a tensor that changes in place."
+                "TORCH_LOGS=recompiles names it. Make it a buffer, a tensor that changes in place, as "
+                "self.update_number and self.epoch are."
             ) from error
         except TorchDynamoException as error:
             inner = getattr(error, "inner_exception", error)

@@ -36,7 +36,10 @@ def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any])
 
     def look() -> None:
         if run.strategy.is_main:
-            check_optimizer_name(run.args.optim, module, path, state)
+            of_turns = state.get("turns", {}).get("steppings", {})
+            for turn, stepping in run.steppings.items():
+                saved = of_turns.get(turn, {}).get("optim") if turn else state["arguments"].get("optim")
+                check_optimizer_name(stepping.args.optim, module, path, saved)
             said.extend([*argument_differences(run.args, state), *data_differences(run, path, state)])
             said.extend(callback_differences(run, state))
 
@@ -45,14 +48,13 @@ def compare(run: Run, module: TrainModule, path: Path, state: Mapping[str, Any])
         say(f"Resuming from {path}: {line}", sys.stderr)
 
 
-def check_optimizer_name(optim: str, module: TrainModule, path: Path, state: Mapping[str, Any]) -> None:
+def check_optimizer_name(optim: str, module: TrainModule, path: Path, saved: str | None) -> None:
     """Refuse an ``optim`` by another name, where the module doesn't make its optimizer by itself: adam and adamw, for
     two, have the same options.
 
     Raises:
         CheckpointError: names both.
     """
-    saved = state["arguments"].get("optim")
     makes_its_own = type(module).configure_optimizer is not TrainModule.configure_optimizer
     if saved is not None and saved != optim and not makes_its_own:
         raise checkpoint.CheckpointError(

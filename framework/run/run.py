@@ -1,7 +1,7 @@
 """Run: all that changes between two updates, and so all that a checkpoint holds but tensors."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from ...strategies.base import Strategy
 from .. import checkpoint, random_state
 from ..callbacks import Callbacks
 from ..data import DataStream
-from ..labelling import Labelled
+from ..labelling import Label, Labelled
 from ..measures.averages import Averages
 from ..measures.memory import MemoryByStage
 from ..module import TrainModule
-from ..optim.schedulers import waits_for_metric
 from ..printing import say
 from ..state import Control, TrainState
+from ..turns import Turns
 from ..watch.watch import Watch
-from .configured import configured_scheduler
+from .configured import configured_schedulers
 from .exchange import UpdateExchange
 from .in_step import InStep
 from .pace import Pace
@@ -29,6 +29,7 @@ from .placement import Placement
 from .plan import Plan
 from .rescue import Rescue
 from .statistics import RunningStatistics, running_statistics
+from .stepping import Stepping, TurnStepping
 from .totals import Totals
 from .transaction import Attempt, Transaction
 
@@ -42,6 +43,7 @@ class Run(Labelled):
         stream: the training data of this rank.
         state, control: the Fit's progress and flags, which outlive the run.
         callbacks: of the Fit.
+        turns: of the module; None where it has one optimizer.
 
     Attributes:
         args: the plan's arguments.
@@ -49,7 +51,8 @@ class Run(Labelled):
         averages: what the updates since the last log noted.
         exchange: the ranks' message of an update.
         pace: measures how long this rank's own work takes; None on one rank.
-        transaction: decides which updates are made.
+        steppings: what ends an update, for each turn by its name; "" is that of a run without turns.
+        stepping: the first of them.
         history: the file of its logs.
         rescue: saves the run where an exception ends it; None where that wasn't asked for.
         totals: adds up the run's numbers; None before training begins.
@@ -57,10 +60,11 @@ class Run(Labelled):
         results: the numbers at the run's end.
         resumed_from: the checkpoint that it went on from; None where it began anew.
         epoch_index: whole passes over the data done.
-        grad_norm: of the last update, on the device; None where gradients aren't clipped.
+        begins_at: the first position of the samples that are trained on.
+        attempts: numbers an update, or each turn of it, for who must take one back.
     """
 
-    PHASES = {"backward": "backward", "clip": "gradients", "step": "optimizer"}
+    PHASES = {"backward": "backward"}
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Run(Labelled):
         state: TrainState,
         control: Control,
         callbacks: Callbacks,
+        turns: Turns | None = None,
     ) -> None:
         self.plan, self.args, self.strategy, self.stream = plan, plan.args, strategy, stream
         self.state, self.control, self.callbacks = state, control, callbacks
@@ -78,25 +83,25 @@ class Run(Labelled):
         several = strategy.world_size > 1
         self.pace = Pace(self.args, strategy.rank, strategy.world_size, strategy.forward_waits) if several else None
         self.exchange = UpdateExchange(strategy, control, InStep(strategy, "train_data"), self.pace)
-        self.transaction = Transaction(self.args, strategy, stream.indices)
+        self.turns = turns
+        self.epoch_index = self.begins_at = self.attempts = 0
+        self.steppings: dict[str, Stepping] = {}
+        for turn in turns or ():
+            self.steppings[turn.name] = TurnStepping(self, turn.arguments(self.args), turn.name)
+        if turns is None:
+            self.steppings[""] = Stepping(self, self.args)
+        self.stepping = next(iter(self.steppings.values()))
         saves = self.args.save_on_exception
         self.rescue = Rescue(strategy, stream, self.args.auto_find_batch_size) if saves else None
         self.history = checkpoint.LogHistory()
         self.totals: Totals | None = None
         self.results: dict[str, float] = {}
         self.resumed_from: Path | None = None
-        self.epoch_index = 0
-        self.grad_norm: Tensor | None = None
         self.watch: Watch
-        self._schedule_is_due = False
-        self._measure: Tensor | None = None  # of the last update's gradients; not finite where they aren't
-        self._loss: Tensor | None = None  # of the last update, on this rank
-        self._begin = 0  # the last update's first position
-        self._attempted: Attempt | None = None  # the last update, where it isn't known yet whether it was made
         self._statistics: RunningStatistics | None = None
         self._earlier_samples = 0  # handed out in earlier epochs of this run, less those before a resume
         self._random_to_restore: dict[str, Any] | None = None
-        self._scheduler: LRScheduler | None = None
+        self._last_taken_back = 0
 
     # What a run is made of.
 
@@ -114,9 +119,29 @@ class Run(Labelled):
 
     @property
     def scheduler(self) -> LRScheduler:
-        """The schedule of the learning rate."""
-        assert self._scheduler is not None, "the schedule is made when training begins"
-        return self._scheduler
+        """The schedule of the learning rate; of several turns, the first one's."""
+        return self.stepping.scheduler
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizer of each turn; that of a run without turns by the name ""."""
+        assert self.placement is not None, "the optimizer is made when training begins"
+        return self.placement.optimizers
+
+    @property
+    def schedules(self) -> dict[str, LRScheduler]:
+        """The schedule of each turn; that of a run without turns by the name ""."""
+        return {name: stepping.scheduler for name, stepping in self.steppings.items()}
+
+    @property
+    def transaction(self) -> Transaction:
+        """Decides which updates are made; of several turns, the first one's."""
+        return self.stepping.transaction
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Of the last update, on the device; of several turns, the first one's. None where gradients aren't clipped."""
+        return self.stepping.grad_norm
 
     @property
     def samples(self) -> int:
@@ -133,8 +158,10 @@ class Run(Labelled):
             has_evaluations: whether the run evaluates.
         """
         self.placement = placement
-        self.transaction.say_what_it_cannot(placement.optimizer)
-        self._scheduler = configured_scheduler(placement.module, placement.optimizer, self.args, has_evaluations)
+        optimizers = placement.optimizers
+        schedules = configured_schedulers(placement.module, optimizers, self.args, self.turns, has_evaluations)
+        for name, stepping in self.steppings.items():
+            stepping.begin(optimizers[name], schedules[name])
 
     def begin_anew(self) -> None:
         """Stand at the beginning of the data, with the seed's random numbers."""
@@ -183,6 +210,18 @@ class Run(Labelled):
 
     # What happens in it.
 
+    def begin_labels(self, label: Label, methods: Iterable[str] | None = None) -> None:
+        """Label the phases of what ends updates, too."""
+        super().begin_labels(label, methods)
+        for stepping in self.steppings.values():
+            stepping.begin_labels(label)
+
+    def end_labels(self) -> None:
+        """Have all methods be what they were."""
+        super().end_labels()
+        for stepping in self.steppings.values():
+            stepping.end_labels()
+
     def check_callbacks(self) -> None:
         """Refuse a callback's state that no checkpoint can hold, when training begins and not at the first save.
 
@@ -208,9 +247,17 @@ class Run(Labelled):
 
     def begin_update(self, position: int) -> None:
         """Note where in the data an update's samples begin."""
-        self._begin = position
+        self.begins_at = position
+        if self.turns is None:
+            self.attempts = self.state.global_step + 1
+            if self._statistics is not None:
+                self._statistics.keep(self.attempts)
+
+    def begin_turn(self) -> None:
+        """Note that a turn of an update begins."""
+        self.attempts += 1
         if self._statistics is not None:
-            self._statistics.keep(self.state.global_step + 1)
+            self._statistics.keep(self.attempts)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a micro-batch's loss."""
@@ -222,87 +269,13 @@ class Run(Labelled):
         self.strategy.backward(loss)
         pace.end_backward()
 
-    def clip(self, parameters: list[Any]) -> None:
-        """Complete the gradients, scale them down to ``max_grad_norm``, and keep their norm, on the device."""
-        self.strategy.prepare_gradients()
-        limit = self.args.max_grad_norm
-        if limit:
-            self._measure = self.grad_norm = self.strategy.clip_grad_norm(parameters, limit)
-        else:
-            self.grad_norm = None
-            self._measure = self.strategy.find_nonfinite(parameters) if self.transaction.looks else None
-
-    def step(self, loss: Tensor) -> None:
-        """Step the optimizer, unless the update isn't to be made. The schedule is to follow, once that is known.
-
-        Args:
-            loss: of the update, over this rank.
-        """
-        self.settle_schedule()  # of the update before, where the host has only now learned whether it was made
-        optimizer = self.strategy.optimizer
-        assert optimizer is not None
-        self.state.begin_step(optimizer.param_groups[0]["lr"])
-        self._loss = loss
-        refused = self.transaction.judge(self._measure)
-        if refused is False:
-            self.strategy.step()
-        elif refused is True:
-            self.strategy.skip()
-        else:
-            self.strategy.step(refused)
-        self._schedule_is_due = True
-
-    def take_update(self, loss: Tensor, measure: Tensor, parameters: Sequence[Any], norms: Tensor) -> None:
-        """Take in an update that was made, or left out, by a program: what ``clip`` and ``step`` do otherwise.
-
-        Args:
-            loss: of the update.
-            measure: the norm of its gradients; where they aren't clipped, a number that is finite where they are.
-            parameters: that have a gradient.
-            norms: of each of those gradients.
-        """
-        self._loss, self._measure = loss, measure
-        self.grad_norm = measure if self.args.max_grad_norm else None
-        self.strategy.note_norms(parameters, norms)
-        self.transaction.judge(measure)
-        self.strategy.weights_have_changed()
-        self._schedule_is_due = True
-
-    def settle_known_schedule(self) -> None:
-        """Settle the schedule at once, where the host knows already whether the update was made."""
-        if self.transaction.on_host and self.strategy.precision.skip_is_known():
-            self.settle_schedule()
-
-    def settle_schedule(self) -> None:
-        """Move the schedule for the last update, or count it as skipped, once it is known which."""
-        if self._schedule_is_due:
-            self._schedule_is_due = False
-            scheduler, transaction = self._scheduler, self.transaction
-            assert scheduler is not None
-            if transaction.was_skipped():
-                attempt = self._attempted or self._attempt()
-                self.state.skip_update()
-                if self._statistics is not None:
-                    self._statistics.give_back(attempt.update)
-                transaction.note_skipped(attempt)
-                return
-            if transaction.in_a_row:
-                transaction.end_row()
-            if not waits_for_metric(scheduler):
-                scheduler.step()
-
-    def _attempt(self) -> Attempt:
-        """The update that is under way, for who may have to say that it wasn't made."""
-        assert self._loss is not None
-        transaction, stream = self.transaction, self.stream
-        suspects = transaction.suspects
-        if suspects is None and transaction.on_host and self.strategy.precision.judges_gradients:
-            suspects = self.strategy.suspects()
-        spike = transaction.spikes.describe() if transaction.is_spike and transaction.spikes else None
-        update = self.state.global_step + 1
-        return Attempt(
-            update, self.epoch_index, self._begin, stream.position, self.grad_norm, self._loss, suspects, spike
-        )
+    def take_back(self, attempt: Attempt) -> None:
+        """Count an update that was left out, in part perhaps, and forget what its forward left."""
+        if self._last_taken_back != attempt.update:  # several turns of it may be
+            self._last_taken_back = attempt.update
+            self.state.skip_update()
+        if self._statistics is not None:
+            self._statistics.give_back(attempt.number)
 
     def end_update(self, loss: Tensor) -> None:
         """Count an update, whose loss over this rank is a 0-dim tensor on the device.
@@ -310,21 +283,46 @@ class Run(Labelled):
         Raises:
             SkippedUpdatesError: too many updates in a row were not made; on every rank.
         """
+        stepping = self.stepping
         self.averages.end_update(loss)
-        if self._schedule_is_due:
-            self._attempted = self._attempt()
+        if stepping.schedule_is_due:
+            stepping.note_attempt()
         self.state.end_update(self.epoch_index + self.stream.fraction())
         if self.rescue is not None:
             self.rescue.end_update()
-        if self.transaction.must_end:
+        if stepping.transaction.must_end:
             self.end_if_it_must()
+
+    def end_round(self) -> None:
+        """Count an update that was made in turns.
+
+        Raises:
+            SkippedUpdatesError: a turn was left out too often in a row; on every rank.
+        """
+        self.averages.end_round()
+        for stepping in self.steppings.values():
+            assert isinstance(stepping, TurnStepping)
+            stepping.end_round()
+        self.state.end_update(self.epoch_index + self.stream.fraction())
+        if self.rescue is not None:
+            self.rescue.end_update()
+        self.end_if_it_must()
+
+    def settle_schedule(self) -> None:
+        """Move the schedules for the last update, or count it as skipped."""
+        for stepping in self.steppings.values():
+            if stepping.schedule_is_due:
+                with stepping.at_work():
+                    stepping.settle_schedule()
 
     def report_updates(self) -> None:
         """Say which updates were left out since this was called last, the last update included. Collective."""
-        self.settle_schedule()
-        if not self.transaction.on_host:
-            self.transaction.look_at_scale()
-        self.transaction.say()
+        for stepping in self.steppings.values():
+            with stepping.at_work():
+                stepping.settle_schedule()
+                if not stepping.transaction.on_host:
+                    stepping.transaction.look_at_scale()
+                stepping.transaction.say()
 
     def end_if_it_must(self) -> None:
         """End the run where too many updates in a row were left out.
@@ -332,21 +330,24 @@ class Run(Labelled):
         Raises:
             SkippedUpdatesError: on every rank; says how it began.
         """
-        if self.transaction.must_end:
-            raise self.transaction.failure()
+        for stepping in self.steppings.values():
+            if stepping.transaction.must_end:
+                raise stepping.transaction.failure()
 
     def begin_training(self, watch: Watch) -> None:
         """Begin to measure: everything is placed and restored."""
         self.watch = watch
         watch.begin_training()
         if not self.strategy.compiles_updates:
-            self._statistics = running_statistics(self.module, 1 if self.transaction.on_host else 2)
+            # An accelerator's host learns of an update, or of a turn of it, only when the next of its kind is made.
+            under_way = 1 if self.turns is None else self.turns.made
+            self._statistics = running_statistics(self.module, 1 if self.transaction.on_host else 1 + under_way)
         self.totals = Totals(self.args, self.state, self.averages, self.strategy)
 
     def training_log(self) -> dict[str, float]:
         """The numbers of a training log; empty where no update was made since the last one."""
         assert self.totals is not None
-        logs = self.totals.training_log(self.grad_norm)
+        logs = self.totals.training_log(self.steppings)
         return {**logs, **self.pace.take()} if logs and self.pace is not None else logs
 
     def finish(self, flops_per_token: float, memory: MemoryByStage) -> dict[str, float]:
@@ -374,12 +375,12 @@ class Run(Labelled):
     def state_dict(self) -> dict[str, Any]:
         """All that changes between two updates, but tensors, as JSON types. Collective: means are summed over ranks."""
         stream = self.stream
+        steppings = {name: stepping.state_dict() for name, stepping in self.steppings.items()}
         return {
             "averages": self.averages.state_dict(),
-            "transaction": self.transaction.state_dict(),
+            **(steppings[""] if self.turns is None else {"scheduler": {}, "turns": self.turns.saved_with(steppings)}),
             "progress": self.state.to_dict(),
             "data": {"epoch": self.epoch_index, **stream.state_dict(), **stream.describe(self.strategy.is_main)},
-            "scheduler": self.scheduler.state_dict(),
         }
 
     def rank_state(self) -> dict[str, Any]:
@@ -388,12 +389,12 @@ class Run(Labelled):
         return {} if own is None else {"data": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave, but for the schedule, which is checked as it is loaded and comes first
-        (``checkpoint/parts.py``).
+        """Take back what ``state_dict`` gave, but for the schedules, which are checked as they are loaded and come
+        first (``checkpoint/parts.py``).
         """
         self.averages.load_state_dict(state["averages"])
-        if "transaction" in state:  # earlier versions left no update out
-            self.transaction.load_state_dict(state["transaction"])
+        for name, stepping in self.steppings.items():
+            stepping.load_state_dict(state["turns"]["steppings"][name] if name else state)
         self.state.load(state["progress"])
         self.epoch_index = state["data"]["epoch"]
         self.stream.load_state_dict(state["data"])

@@ -2,8 +2,8 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from ...strategies.base import Strategy
 from ..arguments import FitArguments
@@ -11,6 +11,7 @@ from ..measures.averages import Averages
 from ..measures.exact_sums import ExactSum
 from ..measures.flops import device_name, peak_flops
 from ..state import TrainState
+from .stepping import Stepping, TurnStepping
 
 
 class Totals:
@@ -51,19 +52,23 @@ class Totals:
             means["nonfinite_losses"] = losses.nonfinite
         return means
 
-    def training_log(self, grad_norm: Any) -> dict[str, float]:
+    def training_log(self, steppings: Mapping[str, Stepping]) -> dict[str, float]:
         """The numbers of a training log; empty where no update was made since the last one.
 
         Args:
-            grad_norm: of the last update, a 0-dim tensor; None where gradients aren't clipped.
+            steppings: of the run; see ``Run``.
         """
         state = self.state
         logs = self.take_means()
         if logs is None:
             return {}
-        if grad_norm is not None:
-            logs["grad_norm"] = grad_norm.item()
-        logs["learning_rate"] = float(state.learning_rate)
+        for turn, stepping in steppings.items():
+            of_turn = f"_{turn}" if turn else ""
+            if stepping.grad_norm is not None:
+                logs[f"grad_norm{of_turn}"] = stepping.grad_norm.item()
+            logs[f"learning_rate{of_turn}"] = float(stepping.learning_rate if turn else state.learning_rate)
+            if isinstance(stepping, TurnStepping) and stepping.skipped:
+                logs[f"skipped_updates{of_turn}"] = stepping.skipped
         logs |= self.strategy.precision.log_values()
         if state.skipped_updates:
             logs["skipped_updates"] = state.skipped_updates

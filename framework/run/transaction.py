@@ -46,6 +46,7 @@ class Attempt:
         loss: of this rank, 0-dim.
         suspects: names the parameters whose gradients weren't finite on this rank.
         spike: what the norm is above, where that is why.
+        number: see ``Run.attempts``.
     """
 
     update: int
@@ -56,6 +57,7 @@ class Attempt:
     loss: Tensor
     suspects: Callable[[], list[str]] | None
     spike: str | None = None
+    number: int = 0
 
     def evidence(self) -> tuple[bool, list[str]]:
         """What this rank knows of the cause: whether its loss is finite, and whose gradients aren't."""
@@ -70,6 +72,7 @@ class Transaction:
         args: of the run.
         strategy: set up.
         indices: finds the samples of an update.
+        turn: the name of the turn that they are; "" where updates are made in one.
 
     Attributes:
         looks: whether gradients are looked at that nobody clips.
@@ -77,8 +80,10 @@ class Transaction:
         must_end: whether the run can't go on; ``failure`` says why.
     """
 
-    def __init__(self, args: FitArguments, strategy: Strategy, indices: Indices) -> None:
+    def __init__(self, args: FitArguments, strategy: Strategy, indices: Indices, turn: str = "") -> None:
         self.args, self.strategy, self.indices = args, strategy, indices
+        self.kind = f"turns {turn!r}" if turn else "updates"
+        self.of_turn = f"turn {turn!r} of " if turn else ""
         self.on_host = strategy.reads_at_once
         self.looks = not (args.max_grad_norm or strategy.judges_gradients)
         self.spikes: SpikeRule | None = None
@@ -163,7 +168,7 @@ class Transaction:
         if self.args.nonfinite_updates == "raise" and not self.is_finite(attempt):
             self._end(attempt, "nonfinite_updates='raise'")
         elif self.in_a_row >= self.args.max_skipped_updates:
-            row = f"{self.in_a_row} updates in a row were not made, up to update {attempt.update}"
+            row = f"{self.in_a_row} {self.kind} in a row were not made, up to update {attempt.update}"
             self._end(self.first, f"{row} (max_skipped_updates={self.args.max_skipped_updates})")
         elif self.on_host:
             self.look_at_scale()
@@ -180,7 +185,7 @@ class Transaction:
             values = ", ".join(f"{name} {value:g}" for name, value in self.strategy.precision.log_values().items())
             self._end(
                 self.first,
-                f"{self.in_a_row} updates in a row overflowed, and the loss scale of precision="
+                f"{self.in_a_row} {self.kind} in a row overflowed, and the loss scale of precision="
                 f"{self.strategy.precision.name!r} has fallen to its floor ({values})",
             )
 
@@ -210,7 +215,7 @@ class Transaction:
             if text and self.strategy.is_main:
                 say(text, sys.stderr)
         if more and self.strategy.is_main and not self.strategy.precision.scales_loss:
-            say(f"{more} more updates since the last log were not made.", sys.stderr)
+            say(f"{more} more {self.kind} since the last log were not made.", sys.stderr)
 
     def describe(self, attempts: Sequence[Attempt], always: bool = False) -> list[str]:
         """Put updates that were left out into words. Collective.
@@ -240,7 +245,7 @@ class Transaction:
             why = "not all of its gradients are finite"
         else:
             why = f"its gradients' norm is {norm}"
-        parts = [f"update {attempt.update} was not made, as {why}", self._samples(attempt)]
+        parts = [f"{self.of_turn}update {attempt.update} was not made, as {why}", self._samples(attempt)]
         bad = [str(rank) for rank, (is_finite, _) in enumerate(evidence) if not is_finite]
         if bad:
             where = f" on rank {' and '.join(bad)}" if len(bad) < len(evidence) else " on any rank"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -55,6 +54,6 @@ def recomputed(forward: Forward, recompute: Callable[..., Any], options: Mapping
     def call(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not unit.training:
             return forward(unit, *args, **kwargs)
-        return recompute(MethodType(forward, unit), *args, **options, **kwargs)
+        return recompute(forward, unit, *args, **options, **kwargs)  # torch.compile doesn't know how to bind a method
 
     return call

@@ -8,25 +8,36 @@ from typing import Any
 
 import torch
 
+from ..arguments import FitArguments
+
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 """The environment variable that makes cuBLAS deterministic. It is read once in a process, so it stays set."""
 
 
 @contextmanager
-def of_run(full_determinism: bool, tf32: bool | None, device: torch.device) -> Iterator[None]:
+def of_run(args: FitArguments, device: torch.device) -> Iterator[None]:
     """Entered around a run, with the settings that its arguments ask for.
 
     Args:
-        full_determinism: see FitArguments.
-        tf32: see FitArguments.
+        args: of the run.
         device: the device of the run.
     """
     with contextlib.ExitStack() as settings:
-        if full_determinism:
+        if args.full_determinism:
             settings.enter_context(deterministic())
-        if tf32 is not None and device.type == "cuda":
-            settings.enter_context(float32_products("tf32" if tf32 else "ieee"))
+        if args.tf32 is not None and device.type == "cuda":
+            settings.enter_context(float32_products("tf32" if args.tf32 else "ieee"))
+        if args.torch_compile and args.gradient_checkpointing:
+            settings.enter_context(compiled_side_effects())
         yield
+
+
+def compiled_side_effects() -> contextlib.AbstractContextManager[Any]:
+    """Make a context in which torch compiles a block that logs and is computed again in backward, where it can."""
+    from torch import _dynamo
+
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # not in torch 2.9: such a block runs there as it is
+    return _dynamo.config.patch({name: True}) if hasattr(_dynamo.config, name) else contextlib.nullcontext()
 
 
 @contextmanager

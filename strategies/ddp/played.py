@@ -5,15 +5,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ..played import PlayedRank
+from .replicas import Replicas
 
 
 class PlayedDDP(PlayedRank):
     """Sends each bucket as DDP does, and is ready at once."""
 
-    def register_hook(self, model: DistributedDataParallel, dtype: torch.dtype | None) -> None:
+    def register_hook(self, model: Replicas, dtype: torch.dtype | None) -> None:
         """Have buckets sent by a hook in any case."""
         model.register_comm_hook(dtype, sent_at_once)
 

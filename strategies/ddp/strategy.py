@@ -1,13 +1,13 @@
 """DistributedDataParallel: a whole replica on every rank, gradients averaged in buckets during backward."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ...precision.base import Precision
 from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
@@ -53,6 +53,12 @@ class DDP(ProcessGroupStrategy):
     played_by = "ddp.played:PlayedDDP"
     Options = DDPOptions
     options: DDPOptions
+    replicas_of_turns: Mapping[str, Replicas] = {}
+
+    @property
+    def learns_first_graph(self) -> bool:
+        """Whether DDP learns the order of gradients once."""
+        return self.options.static_graph
 
     def check_precision(self, precision: Precision) -> None:
         """Refuse to compress gradients that have 16 bits already."""
@@ -69,12 +75,20 @@ class DDP(ProcessGroupStrategy):
     ) -> None:
         """Move and convert the module, make the optimizer, and wrap the module."""
         super().place(module, configure_optimizer, prepare)
-        if not any(p.requires_grad for p in module.parameters()):
-            return  # nothing to average; DDP refuses such a module
+        if any(p.requires_grad for p in module.parameters()):  # else there is nothing to average; DDP refuses it
+            self.model = self.replicas([self.device] if self.device.type != "cpu" else None)
+
+    def replicas(self, device_ids: list[torch.device] | None) -> Replicas:
+        """Wrap the module, to average the gradients of the parameters that require some now.
+
+        Args:
+            device_ids: where the wrapper moves what it is called with; None where that is there, or nothing: torch's
+                own fails without arguments to move.
+        """
         options = self.options
-        self.model = Replicas(
-            module,
-            device_ids=[self.device] if self.device.type != "cpu" else None,
+        replicas = Replicas(
+            self.module,
+            device_ids=device_ids,
             process_group=self.gradient_group,
             init_sync=False,  # the ranks are alike
             static_graph=options.static_graph,
@@ -82,30 +96,51 @@ class DDP(ProcessGroupStrategy):
             gradient_as_bucket_view=options.gradient_as_bucket_view,
             bucket_cap_mb=options.bucket_cap_mb,
         )
-        self.register_hook(self.model, SENT_IN[options.compress_gradients] if options.compress_gradients else None)
-        self.first_backward_is_done = False
+        self.register_hook(replicas, SENT_IN[options.compress_gradients] if options.compress_gradients else None)
+        return replicas
 
-    def register_hook(self, model: DistributedDataParallel, dtype: torch.dtype | None) -> None:
+    def place_turns(self, moved: Mapping[str, Sequence[str]]) -> None:
+        """Wrap the module once for each turn, around the parameters that it moves, instead of once around all."""
+        super().place_turns(moved)
+        if isinstance(self.model, Replicas):
+            self.model.let_go()
+        self.model = self.module
+        self.replicas_of_turns = {}
+        for turn in moved:
+            with super().turn(turn):
+                self.replicas_of_turns[turn] = self.replicas(None)
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Call the module by the turn's own wrapper."""
+        with super().turn(name):
+            self.model = self.replicas_of_turns[name]
+            try:
+                yield
+            finally:
+                self.model = self.module
+
+    def forget_module(self) -> None:
+        """Let go of the wrappers, too."""
+        super().forget_module()
+        self.replicas_of_turns = {}
+
+    def register_hook(self, model: Replicas, dtype: torch.dtype | None) -> None:
         """Have gradients be sent in a 16-bit dtype; None leaves that to torch."""
         if dtype is not None:
             model.register_comm_hook(dtype, compressed_average)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Make a context in which gradients aren't reduced before the last micro-batch."""
-        assert isinstance(self.model, DistributedDataParallel)
+        assert isinstance(self.model, Replicas)
         self.precision.begin_micro_batch(last)
-        if last or (self.options.static_graph and not self.first_backward_is_done):
-            # With a static graph DDP learns the order in its first backward, which therefore has to reduce. Averaging
-            # is linear, so an early reduction of the first share changes nothing in the sum.
-            self.first_backward_is_done = True
-            return nullcontext()
-        return self.model.no_sync()
+        return self.model.accumulate(last)
 
     def prepare_gradients(self) -> None:
         """Refuse an update in which a gradient never came, for its bucket waits; else bring gradients to true size."""
-        if isinstance(self.model, DistributedDataParallel):
+        if isinstance(self.model, Replicas):
             try:
-                self.model._check_reducer_finalized()
+                self.model.check_reduced()
             except RuntimeError as error:
                 raise ValueError(self.unreduced()) from error
         super().prepare_gradients()
@@ -113,8 +148,9 @@ class DDP(ProcessGroupStrategy):
     def unreduced(self) -> str:
         """Say which parameters backward didn't reach, and what to write."""
         names = [name for name, p in self.named_parameters().items() if p.requires_grad and p.grad is None]
+        when = "update" if self.turn_now is None else f"turn of {self.turn_now!r}"
         return (
-            f"strategy='ddp': no gradient reached {', '.join(names)} on rank {self.rank} in this update, so that "
+            f"strategy='ddp': no gradient reached {', '.join(names)} on rank {self.rank} in this {when}, so that "
             "gradients were not averaged. Where a layer isn't used in every update, or not on every rank, pass "
             "strategy=DDP(find_unused_parameters=True); where it is never used, freeze it by requires_grad_(False)."
         )

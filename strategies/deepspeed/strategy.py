@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,17 @@ class DeepSpeed(ProcessGroupStrategy):
         "runs in DeepSpeed's own engine, which computes with addresses of memory. Plan strategy='fsdp2' instead, which "
         "shares out what stage 3 does."
     )
+    refused_turns = (
+        "its engine has one optimizer, one loss scale and one backward an update. Use strategy='fsdp2', which shards "
+        "as ZeRO does, or 'ddp'"
+    )
     parameter_form = "flat"
     Options = DeepSpeedOptions
     options: DeepSpeedOptions
+    refused_arguments: ClassVar[Mapping[str, str]] = {
+        "contrastive_chunks": "can't be had under strategy='deepspeed', whose engine counts backwards, and reduces "
+        "gradients by that count. Use strategy='fsdp2', or 'ddp'",
+    }
     engine: Any = None
     linear: AbstractContextManager[None] = nullcontext()
     zero_state: ZeroState | None = None
@@ -244,9 +252,9 @@ class DeepSpeed(ProcessGroupStrategy):
         if self.zero_state is not None:
             self.zero_state.load_parameters(state)
 
-    def held_weights(self) -> dict[str, Tensor]:
+    def held_weights(self, parameters: Mapping[str, nn.Parameter] | None = None) -> dict[str, Tensor]:
         """This rank's flat shards of the master weights; at stage 0 the weights."""
-        return super().held_weights() if self.zero_state is None else self.zero_state.held()
+        return super().held_weights(parameters) if self.zero_state is None else self.zero_state.held()
 
     def weights_by_name(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather one parameter at a time and cut it by rows."""

@@ -65,3 +65,12 @@ def parameter_groups(unit: nn.Module) -> list[Any]:
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     return list(groups)
+
+
+def gather(unit: nn.Module) -> None:
+    """Gather a unit in a forward, unless it is gathered. Collective. torch's own ``unshard`` would settle the dtypes
+    of sums anew, by the parameters that require gradients now: in a turn those may be none.
+    """
+    for group in parameter_groups(unit):
+        group.unshard()
+        group.wait_for_unshard()

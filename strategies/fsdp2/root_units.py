@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .gathering import parameter_groups
+from .gathering import gather, parameter_groups
 
 SMALLEST = 2**22
 """Numbers in a layer that is worth messages of its own: gathered beside the root's others, it would cost none."""
@@ -147,7 +147,7 @@ class RootUnit:
             self.is_kept = True
             self.layer.set_reshard_after_forward(False)
             self.layer.set_unshard_in_backward(True)
-        self.layer.unshard()
+        gather(self.layer)
 
     def defer(self, group: Any) -> None:
         """Have a kept group's gradients summed at the end of the backward, and not when the layer's own is done."""

@@ -1,7 +1,7 @@
 """Fully sharded data parallel by torch's ``fully_shard``, alone or with tensor parallelism on one mesh."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ from ..process_group import ProcessGroupOptions, ProcessGroupStrategy
 from ..sparse_gradients import check_dense
 from ..used_outside import UsedOutside
 from ..whole_parameters import whole_parameters
-from .gathering import gather_by_parameter
+from .gathering import gather_by_parameter, parameter_groups
+from .gradients_in_forward import GradientsInForward
 from .root_units import RootUnits, root_units
 from .used_parameters import UsedParameters
 
@@ -109,6 +110,7 @@ class FSDP2(ProcessGroupStrategy):
     cut_features: CutFeatures | None = None
     compiles_blocks = False
     is_loss_parallel = False
+    gathered: Mapping[int, Any] = {}  # by the ids of shards
 
     @property
     def splits_classes(self) -> bool:
@@ -232,6 +234,7 @@ class FSDP2(ProcessGroupStrategy):
         gather_by_parameter(module, kept)
         self.sum_alike(module)
         self.root_units = RootUnits(module, list(around))
+        self.gradients_in_forward = GradientsInForward(module, options.tensor_parallel > 1, options.loss_parallel)
 
     def sum_alike(self, module: nn.Module) -> None:
         """Have every rank sum gradients of the same parameters, or stop where they don't."""
@@ -255,12 +258,42 @@ class FSDP2(ProcessGroupStrategy):
         for layer in module.modules():
             _composable_state._module_state_mapping.pop(layer, None)
 
+    def place_turns(self, moved: Mapping[str, Sequence[str]]) -> None:
+        """Take note of the turns, and of where parameters are whole while they are gathered."""
+        super().place_turns(moved)
+        units = [unit for unit in self.module.modules() if isinstance(unit, FSDPModule)]
+        # The first forward, in a turn, would settle the dtypes of sums by the parameters that require gradients then.
+        fully_shard.state(self.module)._lazy_init()  # type: ignore[attr-defined]
+        self.gathered = {
+            id(parameter.sharded_param): parameter
+            for unit in units
+            for group in parameter_groups(unit)
+            for parameter in group.fsdp_params
+        }
+
+    def set_moving(self, parameters: Sequence[nn.Parameter], moving: bool) -> None:
+        """Have shards and gathered parameters require gradients, or stand still: torch sees to the latter only where it
+        gathers them anew, and sums zeros for one that it doesn't.
+        """
+        super().set_moving(parameters, moving)
+        for parameter in parameters:
+            whole = getattr(self.gathered.get(id(parameter)), "_unsharded_param", None)
+            if whole is not None:
+                whole.requires_grad_(moving)
+
+    def forget_module(self) -> None:
+        """Let go of the parameters, too."""
+        super().forget_module()
+        self.gathered = {}
+
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are reduced, and parameters resharded, in the last micro-batch's backward."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
-        return self.cut_features.watch(self.compiles_blocks) if self.cut_features else nullcontext()
+        if self.cut_features:
+            return self.cut_features.watch(self.compiles_blocks, self.turn_now)
+        return nullcontext()
 
     def named_parameters(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """The shards, under the user's names."""
@@ -277,6 +310,7 @@ class FSDP2(ProcessGroupStrategy):
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
             self.root_units.reshard()
+            self.gradients_in_forward.reshard()
 
     def split_batch(self, batch: Any) -> Any:
         """Cut this rank's part out of the sequence."""
@@ -303,7 +337,13 @@ class FSDP2(ProcessGroupStrategy):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Enter the precision's context and ``own_operators``; an error in a layer used outside of a block names it."""
-        with self.used_outside, self.root_units, super().forward_context(), self.own_operators():
+        with (
+            self.used_outside,
+            self.root_units,
+            self.gradients_in_forward,
+            super().forward_context(),
+            self.own_operators(),
+        ):
             yield
 
     def local_loss(self, loss: Tensor) -> Tensor:
@@ -314,13 +354,14 @@ class FSDP2(ProcessGroupStrategy):
         """Compute the gradients within ``own_operators``, whose backward isn't torch's either."""
         if self.cut_features:
             self.cut_features.see_loss(loss)
+        self.gradients_in_forward.see_loss(loss)
         with self.used_outside, self.own_operators():
             super().backward(loss)
 
     def prepare_gradients(self) -> None:
         """Sum gradients of which each tensor-parallel rank has a part; then bring all to their true size."""
         if self.cut_features:
-            self.cut_features.sum_gradients(self.named_parameters)
+            self.cut_features.sum_gradients(self.named_parameters, self.turn_now)
         super().prepare_gradients()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
@@ -331,9 +372,8 @@ class FSDP2(ProcessGroupStrategy):
 
     def step(self, refused: Tensor | None = None) -> None:
         """Step the optimizer, mesh by mesh where there are several."""
-        assert self.optimizer is not None
         several = self.options.tensor_parallel > 1 or self.whole_parameters
-        with groups_split_by_mesh(self.optimizer) if several else nullcontext():
+        with groups_split_by_mesh(self.optimizer_in_turn) if several else nullcontext():
             super().step(refused)
 
 

@@ -86,15 +86,16 @@ class CutFeatures:
         self.unsettled = whole.keys() - named.keys()
         self.parameters: dict[str, nn.Parameter] | None = None  # as they are placed
         self.walk: Walk | None = None
-        self.is_first_update = True
+        self.begun: set[str | None] = set()  # turns that have made an update; None without turns
 
-    def watch(self, compiled: bool) -> AbstractContextManager[None]:
+    def watch(self, compiled: bool, turn: str | None = None) -> AbstractContextManager[None]:
         """Entered around the forward and backward of a micro-batch.
 
         Args:
             compiled: whether the module's blocks are. There is no graph to walk through in those.
+            turn: that is made, where the module is trained in turns; each has a first update.
         """
-        if not self.unsettled or (compiled and not self.is_first_update):
+        if not self.unsettled or (compiled and turn in self.begun):
             return nullcontext()
         return self._watch(compiled)
 
@@ -113,17 +114,20 @@ class CutFeatures:
             self.walk.from_whole(loss)
 
     @torch.no_grad()
-    def sum_gradients(self, named_parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+    def sum_gradients(
+        self, named_parameters: Callable[[], Mapping[str, nn.Parameter]], turn: str | None = None
+    ) -> None:
         """After the last backward of an update: sum the gradients that are parts. Collective over the tensor-parallel
         ranks; over all of them where something was found out.
 
         Args:
             named_parameters: the module's parameters as they are placed.
+            turn: that is made.
         """
         if self.parameters is None:
             self.parameters = {n: p for n, p in named_parameters().items() if n in self.unsettled or n in self.partial}
         if self.unsettled:
-            self.settle(self.parameters)
+            self.settle(self.parameters, turn)
         if not self.partial:
             return
         gradients = [g for name in sorted(self.partial) if (g := self.parameters[name].grad) is not None]
@@ -131,16 +135,16 @@ class CutFeatures:
         if local:
             sum_over(local, self.group)
 
-    def settle(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def settle(self, parameters: Mapping[str, nn.Parameter], turn: str | None = None) -> None:
         """Decide, of the parameters that have their first gradient. Collective where there are any.
 
         Raises:
             ValueError: a parameter is used on both kinds of features, or whole features reach cut ones uncut.
         """
         new = {name for name in self.unsettled if parameters[name].grad is not None}
-        if not new and not self.is_first_update:
+        if not new and turn in self.begun:
             return
-        self.is_first_update = False
+        self.begun.add(turn)
         walk = self.walk
         self.walk = None
         seen = ("", set(), set()) if walk is None else (walk.trespass, walk.cut, walk.whole)
@@ -176,7 +180,9 @@ def check(new: set[str], trespass: str, cut: set[str], whole: set[str], watched:
         raise ValueError(
             f"Tensor parallelism: {', '.join(both[:10])} is used on features that the plan cuts and on whole ones. Its "
             "gradient is a sum over ranks in one part and whole in the other, which can't be told apart. Hold two "
-            "parameters, leave the layers around out of the plan, or use strategy='fsdp2', which needs no plan."
+            "parameters, leave the layers around out of the plan, or use strategy='fsdp2', which needs no plan. Where "
+            "it seems so because the loss computes a gradient itself (torch.autograd.grad), say in the plan of the "
+            'layer that holds it which it is: "used_on_cut" or "used_on_whole".'
         )
     if not watched and new:
         raise ValueError(

@@ -72,6 +72,10 @@ class XLASPMD(Strategy):
 
     name = "xla"
     unplayed = "is placed by XLA's compiler, which decides what is held and sent. Plan strategy='fsdp2' instead."
+    refused_turns = (
+        "it compiles a whole update, with one optimizer that moves all parameters. On GPUs, use strategy='fsdp2' or "
+        "'ddp'"
+    )
     Options = XLASPMDOptions
     options: XLASPMDOptions
     parameter_form = "lazy"
@@ -84,6 +88,8 @@ class XLASPMD(Strategy):
         "torch_compile": "has no effect under strategy='xla', which compiles whole updates. Leave it out",
         "auto_find_batch_size": "doesn't work under strategy='xla': a program that doesn't fit into memory ends the "
         "process's client. Choose per_device_train_batch_size",
+        "contrastive_chunks": "can't be had under strategy='xla', where the random numbers of a piece would be part of "
+        "the compiled program. Raise the number of devices instead",
     }
     unprofiled = (
         "the host only writes programs down, and the devices run them later, where torch's profiler doesn't see them; "

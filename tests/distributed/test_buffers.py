@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from safetensors.torch import load_file
-from stratagem import Callback, TrainModule
+from stratagem import Callback, TrainModule, Turn
 from torch import Tensor, nn
 from training import make_fit
 
@@ -384,3 +384,42 @@ def test_sync_batchnorm_without_batch_norm_is_refused() -> None:
 
     with pytest.raises(ValueError, match="sync_batchnorm=True has no effect: Plain has no BatchNorm layer"):
         train_plainly(Plain, strategy="ddp", options={"sync_batchnorm": True})
+
+
+class Gan(TrainModule):
+    """Its generator has a batch norm, and notes without telling, in its own turn alone, which samples it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.critic = nn.Linear(4, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def turns(self) -> list[Turn]:
+        critic = Turn("critic", self.critic_loss, "critic", optim="sgd")
+        return [critic, Turn("generator", self.generator_loss, "generator", every=2, optim="sgd")]
+
+    def critic_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.critic(self.generator(batch["x"])).mean() - self.critic(batch["x"]).square().mean()
+
+    def generator_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        self.seen.data.add_(batch["x"].sum())  # which changes no version
+        return -self.critic(self.generator(batch["x"])).mean()
+
+
+def train_gan(strategy: str) -> dict[str, Any]:
+    fit = make_fit(
+        Gan(), rows(), strategy=strategy, max_steps=4, per_device_train_batch_size=2, shuffle=False, precision="64-true"
+    )
+    fit.train()
+    return {name: buffer.double().flatten().tolist() for name, buffer in fit.module.named_buffers()}
+
+
+def test_buffers_that_one_turn_changes_are_the_first_ranks(ranks: dict[int, Ranks]) -> None:
+    found = [found for strategy in ("ddp", "fsdp2") for found in ranks[2].run(train_gan, strategy=strategy)]
+    for other in found[1:]:
+        for name, values in found[0].items():
+            assert other[name] == pytest.approx(values, rel=1e-9), name
+    assert found[0]["generator.1.num_batches_tracked"] == [3 * 4]  # two turns of the critic a round, one of its own
+    batches = torch.stack([row["x"] for row in rows()]).double().split(4)  # of which the first rank has the first half
+    assert found[0]["seen"] == pytest.approx([float(sum(batch[:2].sum() for batch in batches[1:8:2]))])

@@ -225,8 +225,8 @@ def test_hosts_sum_exactly(ranks: dict[int, Ranks], world: int) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_log_is_one_collective(ranks: dict[int, Ranks], strategy: str) -> None:
     for messages in ranks[2].run(listen, module=Reporting, strategy=strategy):
-        # The loss and three more, of four updates, and the numbers of items and tokens.
-        assert messages["after 4"] == [("allreduce", "float64", 4 * 4 + 2)]
+        # The loss and three more, of four updates, the numbers of items and tokens, and that of new names in logs.
+        assert messages["after 4"] == [("allreduce", "float64", 4 * 4 + 3)]
         # Flags that on_log may have raised, and the next update's items.
         assert messages["logged 4"] == [*FLAGS, *ITEMS_AND_FLAGS]
 

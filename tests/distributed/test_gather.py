@@ -132,7 +132,16 @@ class InForward(Towers):
         return super().forward(self.gather(left), right)
 
 
+class InCallback(Callback):
+    """It gathers between two updates."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, fit: Any, **context: Any) -> None:
+        fit.module.gather(torch.zeros(2, 3))
+
+
 def test_outside_of_a_loss_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="gather\\(\\) is called in loss"):
+        make_fit(Towers(), pairs(8), max_steps=1, callbacks=[InCallback()]).train()
     with pytest.raises(ValueError, match="gather\\(\\) is called in loss"):
         train(InForward, 8)
     with pytest.raises(ValueError, match="gather\\(\\) is called in loss"):

@@ -156,6 +156,18 @@ def test_digits_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_generator_and_its_critic_take_turns(tmp_path: Path) -> None:
+    first, rest = (f"--max_steps={updates}" for updates in (40, 100))
+    run_example("gan.py", first, "--save_steps=40", "--logging_steps=20", directory=tmp_path)
+    printed = run_example("gan.py", rest, "--resume", "--save_steps=50", "--logging_steps=20", directory=tmp_path)
+    found = re.search(r"distance of the mean image: ([\d.]+)", printed)
+    assert found and float(found[1]) < 0.12  # an untrained generator's is above 0.3
+    logs = [row for row in read_log(tmp_path / "output" / "gan") if "loss_critic" in row]
+    assert [row["step"] for row in logs][-1] == 100 and all("loss_generator" in row for row in logs)
+    assert (tmp_path / "output" / "gan" / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_the_best_arguments_found_beat_the_defaults(tmp_path: Path) -> None:
     printed = run_example("search.py", "--search.trials=5", "--num_train_epochs=4", directory=tmp_path)
     assert len(re.findall(r"^trial \d+ \(\d/5\) \| (?:complete|pruned)", printed, flags=re.MULTILINE)) == 5
@@ -171,3 +183,13 @@ def test_a_large_model_runs_tiny_and_says_what_it_would_take(tmp_path: Path) -> 
     printed = run_example("pretrain_large.py", "--size=8b", "--ranks=16", "--dry-run", directory=tmp_path)
     assert "8,030,261,248 parameters, 501,891,328 on each of 16 ranks" in printed  # those of Llama 3 8B
     assert "7.5 GiB a rank" in printed
+
+
+@pytest.mark.slow
+def test_lower_halves_of_digits_are_found_by_two_ranks_in_pieces(tmp_path: Path) -> None:
+    options = ("--strategy=ddp", "--devices=2", "--per_device_train_batch_size=128", "--contrastive_chunks=2")
+    printed = run_example("contrastive.py", *options, "--num_train_epochs=20", directory=tmp_path)
+    found = re.search(r"among 300: ([\d.]+) at once, ([\d.]+) among the first five", printed)
+    assert found and float(found[1]) > 0.12 and float(found[2]) > 0.4  # chance is 0.003 and 0.017
+    picture = (tmp_path / "output" / "contrastive" / "found.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[16:24] == (384).to_bytes(4, "big") + (720).to_bytes(4, "big")

@@ -67,6 +67,26 @@ def test_an_average_is_what_its_definition_says(
     assert all(torch.equal(weight, trail.weights[-1][name]) for name, weight in copies(fit.module).items())
 
 
+class Walked(Regressor):
+    """Counts the walks over its parameters."""
+
+    walks = 0
+
+    def named_parameters(self, *given: Any, **options: Any) -> Any:
+        self.walks += 1
+        return super().named_parameters(*given, **options)
+
+
+@pytest.mark.parametrize("callbacks", [[], [Average()]], ids=["without", "with"])
+def test_no_update_walks_over_the_module(make_fit: MakeFit, callbacks: list[Callback]) -> None:
+    def walks(updates: int) -> int:
+        fit = make_fit(Walked(), regression_rows(32), max_steps=updates, callbacks=callbacks)
+        fit.train()
+        return fit.module.walks
+
+    assert walks(9) == walks(2)
+
+
 def test_evaluate_and_predict_use_it_and_give_the_weights_back(make_fit: MakeFit, tmp_path: Path) -> None:
     average, data = Average(0.8), regression_rows(24)
     fit = make_fit(Regressor(), data, data, max_steps=6, callbacks=[average])

@@ -70,7 +70,7 @@ def names(pattern: str) -> list[str]:
 
 def test_arguments_that_others_are_mapped_to_are_there() -> None:
     taken = {field.name for field in dataclasses.fields(FitArguments)}
-    for function in (Fit.__init__, Fit.train, Fit.predict, EarlyStopping.__init__):
+    for function in (Fit.__init__, Fit.train, Fit.predict, EarlyStopping.__init__, TrainModule.log):
         taken |= set(inspect.signature(function).parameters)
     assert [name for name in names(r"\b(\w+)=") if name not in taken] == []
 

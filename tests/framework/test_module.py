@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as draw
 from stratagem import Fit, FitArguments, TrainModule
+from stratagem.framework.calling import forward_call
 from stratagem.framework.measures.averages import Averages
 from stratagem.framework.measures.exact_sums import ExactSum
-from stratagem.framework.module import forward_call
 from stratagem.framework.objective import Objective
 from stratagem.framework.optim.optimizers import decay_groups
 from stratagem.framework.optim.schedulers import make_scheduler

@@ -259,6 +259,7 @@ def test_arguments_that_leave_no_single_program_are_refused() -> None:
         "auto_find_batch_size": True,
         "spike_updates": 4.0,
         "gradient_checkpointing": True,
+        "contrastive_chunks": 2,
         "past_index": 1,
         "debug": "underflow_overflow",
     }

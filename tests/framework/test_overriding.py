@@ -390,7 +390,7 @@ def test_every_name_on_the_page_is_there_and_none_of_the_foreign_ones() -> None:
     page = (Path(__file__).parents[2] / "docs" / "overriding.md").read_text()
     for name in overriding.OVERRIDABLE:
         assert callable(getattr(Fit, name)) and f"`{name}" in page, name
-    for name in (*overriding.OF_TRANSFORMERS, *overriding.OF_LIGHTNING):
+    for name in (*overriding.OF_TRANSFORMERS, *overriding.OF_LIGHTNING, *overriding.READ_OF_LIGHTNING):
         assert f"`{name}`" in page, name
     assert not [name for name in overriding.OF_TRANSFORMERS if hasattr(Fit, name)]
     assert not [name for name in overriding.OF_LIGHTNING if hasattr(TrainModule, name)]

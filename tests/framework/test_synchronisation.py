@@ -120,6 +120,16 @@ class DeviceCountingTagger(AdamTagger):
         return (batch["labels"] != -100).sum()
 
 
+class LoggingTagger(AdamTagger):
+    """Logs values of the device, and reads its counters."""
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Any:
+        self.log("size", outputs.abs().mean())
+        self.log("of_labels", outputs.mean(), items=(batch["labels"] != -100).sum())
+        self.log("update", self.update_number)
+        return super().loss(outputs, batch) / (1 + self.epoch)
+
+
 class ReadingRegressor(Regressor):
     """A user's own mistake: reads each micro-batch's loss."""
 
@@ -161,7 +171,7 @@ def watched(make_fit: MakeFit, module: TrainModule, rows: Iterable[Any], updates
 # 28 rows are 14 micro-batches of 2: at accumulation 4 an epoch ends in a short group, so 50 updates cross many epochs.
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("module", [Dropping, AdamTagger, DeviceCountingTagger])
+@pytest.mark.parametrize("module", [Dropping, AdamTagger, DeviceCountingTagger, LoggingTagger])
 def test_fifty_updates_between_two_logs_never_wait_for_the_device(
     make_fit: MakeFit, module: type[TrainModule], accumulation: int, precision: str
 ) -> None:

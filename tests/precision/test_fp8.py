@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from stratagem import TrainModule
 from stratagem.precision import FP8, MXFP8, fp8, get_precision
 from stratagem.strategies import Single
 from tiny import MakeFit
@@ -226,3 +227,34 @@ def test_mxfp8_on_a_machine_without_it() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match=r"compute capability 10\.0.*MXFP8\(emulate=True\).*'fp8'"):
         get_precision("mxfp8")
+
+
+class Penalized(TrainModule):
+    """Learns from the gradient of a wide layer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(16, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.narrow(torch.tanh(self.wide(x))).sum(), x, create_graph=True)
+        return slope
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return outputs.square().mean()
+
+
+@pytest.mark.parametrize("make", [FP8, MXFP8])
+@pytest.mark.filterwarnings("ignore:precision='mxfp8' is experimental")
+def test_gradients_of_gradients_are_refused(make_fit: MakeFit, make: Any) -> None:
+    """torchao's products would leave them out, or fail in words of their own."""
+    data = [{"x": torch.full((32,) if make is MXFP8 else (16,), 0.1 * i)} for i in range(8)]
+    module = Penalized()
+    if make is MXFP8:
+        module.wide = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="products in float8 have no gradients of gradients"):
+        make_fit(module, data, precision=make(emulate=True), max_steps=1).train()
+    plain = make_fit(module, data, precision="bf16-mixed", max_steps=1)  # the layers are nn.Linear again
+    plain.train()
+    assert type(module.wide) is nn.Linear

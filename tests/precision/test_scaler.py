@@ -55,6 +55,22 @@ def test_an_overflow_anywhere_skips_the_step_and_halves_the_scale(bad: float, pl
     assert scaler.get_scale() == 4.0
 
 
+def test_a_first_step_that_overflows_leaves_no_momentum_without_values() -> None:
+    """torch's fused SGD makes its momentum in its first step, and gives it no values where that step is refused."""
+    scaler, plain = scaler_and_gradients(torch.tensor([float("inf")]))
+    optimizer = torch.optim.SGD(plain.param_groups[0]["params"], lr=1.0, momentum=0.9, fused=True)
+    for gradient in (None, 8.0):
+        if gradient is not None:
+            optimizer.param_groups[0]["params"][0].grad = torch.tensor([gradient])
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if gradient is None:
+            assert not optimizer.state and scaler.step_was_skipped() and scaler.get_scale() == 4.0
+    assert [entries["momentum_buffer"].tolist() for entries in optimizer.state.values()] == [[2.0]]
+    assert values(optimizer) == [[-1.0]]
+
+
 def test_another_ranks_overflow_skips_the_step_here() -> None:
     scaler, optimizer = scaler_and_gradients(torch.tensor([8.0]), elsewhere=1.0)
     scaler.unscale_(optimizer)

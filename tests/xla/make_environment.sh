@@ -12,8 +12,8 @@ done
 "$python" -m venv "$environment"
 pip=("$environment/bin/python" -m pip install --no-cache-dir --no-deps --quiet)
 "${pip[@]}" -r "$root/tests/xla/requirements.txt"
-# Everything else that the tests run with, but for what needs another torch, and Ray.
-"${pip[@]}" -r <(grep -vE '^(torch|torchao|deepspeed|ray|pandas)==' "$root/constraints.txt")
+# Everything else that the tests run with, but for what needs another torch, Ray, and datasets with its pandas.
+"${pip[@]}" -r <(grep -vE '^(torch|torchao|deepspeed|ray|datasets|pandas)==' "$root/constraints.txt")
 "${pip[@]}" --no-build-isolation -e "$root"
 
 # libtorch is linked against CUDA libraries that it never calls here: empty ones, and one with every symbol they lack.

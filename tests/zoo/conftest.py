@@ -24,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-results", action="store_true", help="replace the zoo's results by this run's")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to write results from several processes, of which each knows its own part alone."""
+    if config.getoption("--write-results") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--write-results takes one process: make test-zoo WORKERS=0 ARGS=--write-results")
+
+
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     """Two processes over gloo, for the whole session."""
