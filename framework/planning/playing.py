@@ -77,8 +77,8 @@ class Player:
         fit = self.fit
         if fit.run.turns is not None:
             raise ValueError(
-                f"{type(fit.module).__name__} is trained in turns, which no plan plays. Plan a module with one loss and "
-                "one optimizer, of the same layers."
+                f"{type(fit.module).__name__} is trained in turns, which no plan plays. Plan a module with one loss "
+                "and one optimizer, of the same layers."
             )
         placement, run = fit.placement, fit.run
         fit.begin_counters()
