@@ -54,6 +54,7 @@ class Player:
             except Exception as error:
                 raise ValueError(f"The module can't be placed without memory: {where_it_stopped(error)}") from error
             batches = self.read()
+            gc.freeze()  # what is there stays, and needn't be looked through at every turn
             try:
                 self.update(batches)  # makes the optimizer's state
                 self.update(batches, records=True)
