@@ -9,6 +9,7 @@ from .commands.convert import add_convert
 from .commands.fit import add_fit
 from .commands.launch import add_launch
 from .commands.parity import add_parity
+from .commands.plan import add_plan
 from .commands.report import add_report
 from .commands.watch import add_watch
 from .record.facts import version_of
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"stratagem {version_of('stratagem')}")
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (add_fit, add_launch, add_watch, add_report, add_convert, add_parity, add_completion):
+    for add in (add_fit, add_plan, add_launch, add_watch, add_report, add_convert, add_parity, add_completion):
         add(commands)
     options = parser.parse_args(arguments)
     return options.run(options) or 0

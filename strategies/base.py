@@ -125,6 +125,11 @@ class Strategy(Updating):
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
     unprofiled: ClassVar[str] = ""
     """Why profilers don't see what runs here, and what to use instead; "" where they do."""
+    unplayed: ClassVar[str] = ""
+    """Why no rank can be played in a process without the others (strategies/played/), and what to plan instead, after
+    the strategy's name; "" where it can."""
+    played_by: ClassVar[str] = "played.rank:PlayedRank"
+    """The class, as "file:Class" of this folder, that says what a played rank does otherwise than a real one."""
     device: torch.device = torch.device("cpu")
 
     # For one strategy: DP runs copies of the module, and XLASPMD recomputes by a function of its own.
@@ -227,6 +232,10 @@ class Strategy(Updating):
     def begin_alike(self, module: nn.Module) -> None:
         """Have all ranks begin from rank 0's values of what was made before ``build``; late layers are filled alike."""
 
+    def move(self, module: nn.Module) -> nn.Module:
+        """Return the module with its tensors on the device that it computes on."""
+        return module.to(self.device)
+
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
@@ -244,7 +253,7 @@ class Strategy(Updating):
         self.begin_alike(module)
         materialize(module, late, self.device)
         prepare(module)
-        self.module = self.model = module.to(self.device)
+        self.module = self.model = self.move(module)
         self.optimizer = configure_optimizer(module) if configure_optimizer else None
         self.precision.initialize(module, self.optimizer)
 

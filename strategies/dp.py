@@ -23,6 +23,7 @@ class DP(Strategy):
 
     name = "dp"
     runs_copies = True
+    unplayed = "copies the module to the GPUs of this machine in every forward. Plan strategy='ddp' instead."
     refused_arguments: ClassVar[Mapping[str, str]] = {
         "contrastive_chunks": "can't be had under strategy='dp', whose copies draw random numbers on devices of their "
         "own, which nobody could draw again. Use strategy='ddp'",

@@ -14,6 +14,8 @@ from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
 from ..process_group import ProcessGroupOptions, ProcessGroupStrategy
 from .replicas import Replicas
 
+SENT_IN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class DDPOptions(ProcessGroupOptions):
@@ -34,7 +36,7 @@ class DDPOptions(ProcessGroupOptions):
     compress_gradients: str | None = None
 
     def __post_init__(self) -> None:
-        if self.compress_gradients not in (None, "bf16", "fp16"):
+        if self.compress_gradients not in (None, *SENT_IN):
             raise ValueError(
                 f"DDP(compress_gradients=...) takes 'bf16', 'fp16' or None. Received: {self.compress_gradients!r}"
             )
@@ -48,6 +50,7 @@ class DDP(ProcessGroupStrategy):
     """
 
     name = "ddp"
+    played_by = "ddp.played:PlayedDDP"
     Options = DDPOptions
     options: DDPOptions
     replicas_of_turns: Mapping[str, Replicas] = {}
@@ -93,9 +96,7 @@ class DDP(ProcessGroupStrategy):
             gradient_as_bucket_view=options.gradient_as_bucket_view,
             bucket_cap_mb=options.bucket_cap_mb,
         )
-        if options.compress_gradients:
-            dtype = torch.bfloat16 if options.compress_gradients == "bf16" else torch.float16
-            replicas.register_comm_hook(dtype, compressed_average)
+        self.register_hook(replicas, SENT_IN[options.compress_gradients] if options.compress_gradients else None)
         return replicas
 
     def place_turns(self, moved: Mapping[str, Sequence[str]]) -> None:
@@ -123,6 +124,11 @@ class DDP(ProcessGroupStrategy):
         """Let go of the wrappers, too."""
         super().forget_module()
         self.replicas_of_turns = {}
+
+    def register_hook(self, model: Replicas, dtype: torch.dtype | None) -> None:
+        """Have gradients be sent in a 16-bit dtype; None leaves that to torch."""
+        if dtype is not None:
+            model.register_comm_hook(dtype, compressed_average)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Make a context in which gradients aren't reduced before the last micro-batch."""

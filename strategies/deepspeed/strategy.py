@@ -65,6 +65,10 @@ class DeepSpeed(ProcessGroupStrategy):
     """
 
     name = "deepspeed"
+    unplayed = (
+        "runs in DeepSpeed's own engine, which computes with addresses of memory. Plan strategy='fsdp2' instead, which "
+        "shares out what stage 3 does."
+    )
     refused_turns = (
         "its engine has one optimizer, one loss scale and one backward an update. Use strategy='fsdp2', which shards "
         "as ZeRO does, or 'ddp'"

@@ -61,6 +61,7 @@ class FSDP1(ProcessGroupStrategy):
     """
 
     name = "fsdp1"
+    played_by = "fsdp1.played:PlayedFSDP1"
     refused_turns = (
         "a flat shard holds parameters of several turns, and gradients for all of them. Use strategy='fsdp2', whose "
         "parameters are sharded one by one"

@@ -71,6 +71,7 @@ class XLASPMD(Strategy):
     """
 
     name = "xla"
+    unplayed = "is placed by XLA's compiler, which decides what is held and sent. Plan strategy='fsdp2' instead."
     refused_turns = (
         "it compiles a whole update, with one optimizer that moves all parameters. On GPUs, use strategy='fsdp2' or "
         "'ddp'"

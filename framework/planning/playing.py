@@ -1,0 +1,208 @@
+"""Playing one rank: a Fit is made and placed, and makes a few updates, with tensors that have no memory."""
+
+import gc
+import linecache
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...strategies.local_parts import local_part
+from ...strategies.played import Stage
+from ..watch.watch import Watch
+from .account import Account, find_peak, sum_up
+from .batches import of_samples, samples_in
+from .recording import BUFFERS, GRADIENTS, PARAMETERS, STATE, Recording
+
+if TYPE_CHECKING:
+    from ..steps import Steps
+
+MANY = 20_000  # storages that an update makes and frees; of a model with more, no other size is played
+BY_ACTIVATIONS = "The largest micro-batch follows from the activations of one sample, since the model is large."
+OURS = Path(__file__).resolve().parents[2]
+
+
+class Player:
+    """Plays one rank of a run.
+
+    Args:
+        fit: its strategy is played, and set up.
+        stage: of the strategy.
+        ranks_per_node: ranks that share a node.
+    """
+
+    def __init__(self, fit: "Steps", stage: Stage, ranks_per_node: int) -> None:
+        self.fit, self.stage, self.ranks_per_node = fit, stage, ranks_per_node
+        self.strategy = fit.strategy
+        self.recording = Recording()
+        self.account = Account(self.strategy.rank)
+
+    def play(self) -> Account:
+        """Place the module and make updates.
+
+        Raises:
+            ValueError: it can't be placed; names the line.
+        """
+        with self.stage, self.recording:
+            try:
+                self.begin()
+            except (ValueError, TypeError, ImportError):
+                raise
+            except Exception as error:
+                raise ValueError(f"The module can't be placed without memory: {where_it_stopped(error)}") from error
+            batches = self.read()
+            gc.freeze()  # what is there stays, and needn't be looked through at every turn
+            try:
+                self.update(batches)  # makes the optimizer's state
+                self.update(batches, records=True)
+            except Exception as error:
+                self.account = replace(self.account, stopped=where_it_stopped(error))
+                error.__traceback__ = None  # its frames hold the graph
+                gc.collect()
+                self.stand_still()
+                return self.account
+            self.account = replace(
+                self.account,
+                peak=find_peak(self.recording),
+                traffic=self.traffic(),
+                flops=dict(self.recording.flops),
+            )
+            self.grow(batches)
+        return self.account
+
+    def begin(self) -> None:
+        """Place the module and begin the run."""
+        fit = self.fit
+        if fit.run.turns is not None:
+            raise ValueError(
+                f"{type(fit.module).__name__} is trained in turns, which no plan plays. Plan a module with one loss "
+                "and one optimizer, of the same layers."
+            )
+        placement, run = fit.placement, fit.run
+        fit.begin_counters()
+        self.recording.name_layers(fit.module)
+        placement.reset_optimizer()
+        run.begin(placement, has_evaluations=False)
+        with self.stage.left():
+            run.begin_anew()
+        run.begin_training(Watch(fit.strategy, fit.args, fit.state, None))
+        placement.mode.train()
+        self.strategy.model.train()
+        self.trainable = [p for p in self.strategy.named_parameters().values() if p.requires_grad]
+
+    def read(self) -> list[Any]:
+        """Read the micro-batches of the first update, for real."""
+        fit, run = self.fit, self.fit.run
+        with self.stage.left():
+            run.begin_epoch(0)
+            batches = fit.batches(run.stream, 0)
+            found = [batch for _, batch in zip(range(fit.args.gradient_accumulation_steps), batches, strict=False)]
+        if not found:
+            raise ValueError("train_data gave no batch.")
+        self.account = replace(
+            self.account,
+            samples=samples_in(found[0]) or fit.args.per_device_train_batch_size,
+            accumulation=len(found),
+            data_ranks=self.strategy.data_size,
+        )
+        return found
+
+    def update(self, batches: list[Any], records: bool = False) -> None:
+        """Make one update as the loop does; what it holds before its step is noted."""
+        fit, run, strategy = self.fit, self.fit.run, self.strategy
+        self.note_state()
+        if records:
+            gc.collect()
+            self.recording.begin()
+        micro_batches, num_items = fit.get_batch_samples(iter(batches), len(batches), strategy.device)
+        update_loss: Tensor | None = None
+        for index, inputs in enumerate(micro_batches, start=1):
+            with fit.accumulate(index == len(micro_batches)):
+                loss = fit.training_step(strategy.model, inputs, num_items)
+            update_loss = loss if update_loss is None else update_loss + loss
+        assert update_loss is not None
+        run.stepping.clip(self.trainable)
+        self.note_gradients()
+        run.stepping.step(update_loss)
+        run.stepping.settle_known_schedule()
+        for parameter in self.trainable:
+            parameter.grad = None
+        strategy.flush()
+        run.end_update(update_loss)
+        self.recording.end()
+        self.note_state()
+
+    def note_state(self) -> None:
+        """Note what is held between two updates."""
+        strategy, recording = self.strategy, self.recording
+        named = strategy.named_parameters().values()
+        kinds = {True: [p for p in named if p.requires_grad], False: [p for p in named if not p.requires_grad]}
+        trained, frozen = (recording.note(PARAMETERS, map(local_part, kinds[kind])) for kind in (True, False))
+        state = strategy.stepping_optimizer().state.values()
+        held = (value for entries in state for value in entries.values() if isinstance(value, Tensor))
+        self.account = replace(
+            self.account,
+            parameters=trained,
+            frozen_parameters=frozen,
+            buffers=recording.note(BUFFERS, map(local_part, strategy.module.buffers())),
+            optimizer_state=recording.note(STATE, map(local_part, held)),
+        )
+
+    def note_gradients(self) -> None:
+        """Note what the gradients of an update lie in."""
+        gradients = [local_part(p.grad) for p in self.trainable if p.grad is not None]
+        self.account = replace(self.account, gradients=self.recording.note(GRADIENTS, gradients))
+
+    def stand_still(self) -> None:
+        """Count gradients and the optimizer's state where no update can be played: by gradients of zeros."""
+        strategy = self.strategy
+        for parameter in self.trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        strategy.precision.unscale(strategy.stepping_optimizer())
+        self.note_gradients()
+        strategy.step()
+        for parameter in self.trainable:
+            parameter.grad = None
+        self.note_state()
+
+    def traffic(self) -> Any:
+        """The messages of the recorded update."""
+        mesh = getattr(self.strategy, "mesh", None)
+        return sum_up(self.recording.messages, mesh, self.strategy.rank, self.ranks_per_node)
+
+    def grow(self, batches: list[Any]) -> None:
+        """Find out how the peak grows with the micro-batch, by an update of twice as many samples; of a large model, by
+        the activations, since another update would take as long as the others did.
+        """
+        samples, peak = self.account.samples, self.account.peak
+        assert peak is not None
+        if len(self.recording.events) > MANY:
+            self.account = replace(self.account, per_sample=peak.activations / samples, notes=[BY_ACTIVATIONS])
+            return
+        try:
+            doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]
+            kept = self.account
+            self.update(doubled, records=True)
+            self.account = replace(kept, per_sample=(find_peak(self.recording).bytes - peak.bytes) / samples)
+        except Exception:  # a batch whose samples can't be told apart
+            return
+
+
+def where_it_stopped(error: BaseException) -> str:
+    """Say what stopped a played update, and at which line of the user's program."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [
+        frame
+        for frame in frames
+        if not Path(frame.filename).resolve().is_relative_to(OURS / "framework")
+        and not Path(frame.filename).resolve().is_relative_to(OURS / "strategies")
+        and "site-packages" not in frame.filename
+        and not frame.filename.startswith("<")
+    ]
+    frame = (outside or list(frames))[-1]
+    line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
+    said = " ".join(str(error).split())[:200]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {line} ({type(error).__name__}: {said})"

@@ -1,0 +1,167 @@
+"""Runs that are planned and made: modules as ``stratagem plan`` finds them, and what a real run of one comes to."""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from stratagem import Callback, Fit, TrainModule
+from stratagem.framework.planning.recording import Recording
+from stratagem.strategies import get_strategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from training import Tagger, token_rows
+
+UPDATES = 3
+
+
+def build() -> Tagger:
+    """A weight tied, a first dimension that ranks don't divide, a frozen layer, buffers."""
+    return Tagger()
+
+
+def data() -> list[dict[str, Tensor]]:
+    """Tokens and labels."""
+    return token_rows()
+
+
+class Normed(Tagger):
+    """The same with statistics that change in forward, which ranks share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.mix(self.embed(tokens)) + self.position[self.order]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.statistics(x.transpose(1, 2)).transpose(1, 2))
+
+
+def build_normed() -> Normed:
+    return Normed()
+
+
+class Late(TrainModule):
+    """Layers that are made where they are placed, by parts."""
+
+    def build(self) -> None:
+        self.first, self.second = nn.Linear(6, 13), nn.Linear(13, 1)
+
+    def init_weights(self, layer: nn.Module) -> None:
+        layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(outputs, batch[1])
+
+
+def build_late() -> dict[str, Any]:
+    return {"module": Late(), "train_data": [(torch.randn(6), torch.randn(1)) for _ in range(64)]}
+
+
+def build_writer() -> Any:
+    from test_context_parallel import Writer, text_rows
+
+    return {"module": Writer(), "train_data": text_rows()}
+
+
+class Observer(Callback):
+    """Records the last update of a run, from the end of the one before it, and measures what this rank holds."""
+
+    def __init__(self) -> None:
+        self.recording = Recording()
+        self.gradients = 0
+
+    def on_train_begin(self, *context: Any, **more: Any) -> None:
+        self.recording.__enter__()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, fit: Fit, **more: Any) -> None:
+        named = fit.strategy.named_parameters().values()
+        self.gradients = size_of(p.grad for p in named if p.grad is not None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == UPDATES - 1:
+            self.recording.begin()
+        if state.global_step == UPDATES:
+            self.recording.__exit__(None, None, None)
+            self.recording.end()
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors lie in, each once."""
+    storages = {}
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def observed(target: str, strategy: str, options: dict[str, Any], directory: str, **arguments: Any) -> dict[str, Any]:
+    """Train a few updates for real, and say what this rank held and sent."""
+    module, name = target.split(":")
+    made = getattr(import_module(module), name)()
+    given = made if isinstance(made, dict) else {"module": made, "train_data": data()}
+    observer = Observer()
+    fit = Fit(
+        **given,
+        strategy=type(get_strategy(strategy))(**options) if options else strategy,
+        callbacks=[observer],
+        loggers=(),
+        progress=False,
+        save_strategy="no",
+        max_steps=UPDATES,
+        output_dir=directory,
+        **arguments,
+    )
+    fit.train()
+    held = fit.strategy
+    named = held.named_parameters().values()
+    state = held.stepping_optimizer().state.values()
+    sent = Counter((m.operation, len(m.ranks)) for m in observer.recording.messages if len(m.ranks) > 1)
+    size: Counter[tuple[str, int]] = Counter()
+    for message in observer.recording.messages:
+        if len(message.ranks) > 1:
+            size[message.operation, len(message.ranks)] += message.bytes
+    return {
+        "parameters": size_of(p for p in named if p.requires_grad),
+        "frozen_parameters": size_of(p for p in named if not p.requires_grad),
+        "gradients": observer.gradients,
+        "optimizer_state": size_of(v for entries in state for v in entries.values() if isinstance(v, Tensor)),
+        "buffers": size_of(held.module.buffers()),
+        "sent": sorted((*key, count, size[key]) for key, count in sent.items()),
+    }
+
+
+def planned(target: str, world: int, ranks: list[int], values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Play ranks of a world, each in a process that is forked from this one, and return their accounts."""
+    from stratagem.framework.configuration.writing import text_of
+    from stratagem.framework.planning import child
+
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        (config := Path(directory) / "config.yaml").write_text(text_of(values, target))
+        asked = {"config": str(config), "words": None, "fit": "stratagem:Fit", "ranks_per_node": world}
+        (request := Path(directory) / "request.json").write_text(json.dumps(asked))
+        for rank in ranks:
+            answer = Path(directory) / f"{rank}.json"
+            process = os.fork()
+            if not process:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+                os.environ["LOCAL_RANK"] = str(rank)
+                try:
+                    child.main(request, answer)
+                finally:
+                    os._exit(0)
+            os.waitpid(process, 0)
+            found.append(json.loads(answer.read_text()))
+    return found

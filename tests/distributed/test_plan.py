@@ -1,0 +1,76 @@
+"""A plan against the run that was planned: bytes on every rank, and collectives of an update, are equal."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planned_runs import observed, planned
+from ranks import Ranks
+
+HELD = "parameters", "frozen_parameters", "gradients", "optimizer_state", "buffers"
+HALF = {"precision": "bf16-true"}
+CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
+    (1, "single", {}, "build", {}),
+    (1, "single", {}, "build", HALF),
+    (2, "ddp", {}, "build", {"gradient_accumulation_steps": 2}),
+    (2, "ddp", {"compress_gradients": "bf16"}, "build", {}),
+    (2, "ddp", {}, "build_normed", {}),
+    (2, "fsdp1", {}, "build", {}),
+    (2, "fsdp1", {}, "build", HALF),
+    (2, "fsdp2", {}, "build", {}),
+    (2, "fsdp2", {"reshard_after_forward": False}, "build", {"gradient_accumulation_steps": 2}),
+    (2, "fsdp2", {}, "build", HALF),
+    (2, "fsdp2", {}, "build", {"precision": "bf16-mixed"}),
+    (2, "fsdp2", {}, "build_late", {}),
+    (2, "fsdp2", {"context_parallel": 2}, "build_writer", {"per_device_train_batch_size": 2}),
+    (2, "tp", {}, "build", {}),
+    (4, "ddp", {}, "build", {}),
+    (4, "fsdp1", {}, "build", {}),
+    (4, "fsdp1", {"replicas": 2}, "build", {}),
+    (4, "fsdp2", {}, "build", {}),
+    (4, "fsdp2", {"replicas": 2}, "build", {}),
+    (4, "fsdp2", {"tensor_parallel": 2}, "build", {}),
+    (4, "fsdp2", {"tensor_parallel": 2}, "build", {"precision": "bf16-mixed"}),
+    (4, "fsdp2", {"context_parallel": 2}, "build_writer", {"per_device_train_batch_size": 2}),
+]
+
+
+def values_of(strategy: str, options: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """A run as a file of configuration has it."""
+    return {"strategy": strategy, **{f"strategy.{name}": value for name, value in options.items()}, **arguments}
+
+
+@pytest.mark.parametrize(("world", "strategy", "options", "build", "arguments"), CASES, ids=str)
+def test_a_plan_says_what_a_run_holds_and_sends(
+    ranks: dict[int, Ranks],
+    tmp_path: Path,
+    world: int,
+    strategy: str,
+    options: dict[str, Any],
+    build: str,
+    arguments: dict[str, Any],
+) -> None:
+    target = f"planned_runs:{build}"
+    real = ranks[world].run(
+        observed, target=target, strategy=strategy, options=options, directory=str(tmp_path), **arguments
+    )
+    values = values_of(strategy, options, arguments)
+    first_and_last = sorted({0, world - 1})
+    answers = ranks[1].run(planned, target=target, world=world, ranks=first_and_last, values=values)[0]
+    for rank, answer in zip(first_and_last, answers, strict=True):
+        run, account = real[rank], answer.get("account")
+        assert account is not None, answer
+        assert not account["stopped"], account["stopped"]
+        assert {name: account[name] for name in HELD} == {name: run[name] for name in HELD}, f"rank {rank}"
+        sent = sorted([row["operation"], row["ranks"], row["count"], row["bytes"]] for row in account["traffic"])
+        assert merged(sent) == [list(row) for row in run["sent"]], f"rank {rank}"
+
+
+def merged(rows: list[list[Any]]) -> list[list[Any]]:
+    """Rows of one operation and group size, added: a run doesn't name the dimensions of its mesh."""
+    found: dict[tuple[str, int], list[Any]] = {}
+    for operation, size, count, number in rows:
+        row = found.setdefault((operation, size), [operation, size, 0, 0])
+        row[2] += count
+        row[3] += number
+    return sorted(found.values())
