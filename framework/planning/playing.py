@@ -84,7 +84,7 @@ class Player:
         placement, run = fit.placement, fit.run
         fit.begin_counters()
         self.recording.name_layers(fit.module)
-        placement.reset_optimizer()
+        placement.reset_optimizer(fit.args)
         run.begin(placement, has_evaluations=False)
         with self.stage.left():
             run.begin_anew()

@@ -40,6 +40,7 @@ def values_of(strategy: str, options: dict[str, Any], arguments: dict[str, Any])
     return {"strategy": strategy, **{f"strategy.{name}": value for name, value in options.items()}, **arguments}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "strategy", "options", "build", "arguments"), CASES, ids=str)
 def test_a_plan_says_what_a_run_holds_and_sends(
     ranks: dict[int, Ranks],
