@@ -1,7 +1,7 @@
 """What every strategy promises: the verbs of a run, in the order in which the loop uses them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -328,6 +328,17 @@ class Strategy(Updating):
     def configuration(self) -> Mapping[str, Any]:
         """Return the configuration of the package that does the work, for the log; JSON types. See ``expect``."""
         return {}
+
+    def held_apart(self) -> Mapping[str, Sequence[Tensor]]:
+        """Tensors that this rank holds elsewhere than in the module, its gradients and the optimizer's state, by what
+        they are: "parameters", "frozen_parameters", "gradients", "optimizer_state" (master weights, too), "messages".
+        """
+        return {}
+
+    @property
+    def held_on_host(self) -> Collection[str]:
+        """What lies in the host's memory instead of the device's, in the words of ``held_apart``."""
+        return ()
 
     def optimizer_problem(self, optimizer: Optimizer) -> str | None:
         """Why the optimizer can't step the parameters as they are placed here, and what to use instead; None where it

@@ -133,6 +133,8 @@ WRITTEN: dict[str, str] = {
     "nn.functional.linear": "DeepSpeed put its own there; this puts torch's back",
     "setattr(torch.UntypedStorage, 'resize_')": "a plan's recording sees what changes the size of a storage",
     "setattr(_flat_param, name)": "FSDP1 compares addresses, which a played rank's tensors don't have",
+    "setattr(zero, name)": "a played engine's hooks ask for numbers that nobody has",
+    "setattr(owner, name)": "DeepSpeed's functions that ask other ranks, which a played rank doesn't have",
     "module.initial_values": "a played rank's late parameters have no values",
     "group.post_backward": "FSDP2's group of parameters, whose hook is told which of them had a gradient",
     "_FromTorchTensor.backward": "torch's gradient of a tensor that is spread, for the time of one forward",

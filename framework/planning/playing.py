@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ...strategies.local_parts import local_part
@@ -15,7 +14,7 @@ from ...strategies.played import Stage
 from ..watch.watch import Watch
 from .account import Account, find_peak, sum_up
 from .batches import of_samples, samples_in
-from .recording import BUFFERS, GRADIENTS, PARAMETERS, STATE, Recording
+from .recording import BUFFERS, FROZEN, GRADIENTS, MESSAGES, PARAMETERS, STATE, Recording
 
 if TYPE_CHECKING:
     from ..steps import Steps
@@ -71,6 +70,7 @@ class Player:
                 flops=dict(self.recording.flops),
             )
             self.grow(batches)
+            self.note_host()
         return self.account
 
     def begin(self) -> None:
@@ -139,34 +139,45 @@ class Player:
         """Note what is held between two updates."""
         strategy, recording = self.strategy, self.recording
         named = strategy.named_parameters().values()
+        apart = strategy.held_apart()
         kinds = {True: [p for p in named if p.requires_grad], False: [p for p in named if not p.requires_grad]}
-        trained, frozen = (recording.note(PARAMETERS, map(local_part, kinds[kind])) for kind in (True, False))
+        trained = [*map(local_part, kinds[True]), *apart.get(PARAMETERS, ())]
+        frozen = [*map(local_part, kinds[False]), *apart.get(FROZEN, ())]
         state = strategy.stepping_optimizer().state.values()
-        held = (value for entries in state for value in entries.values() if isinstance(value, Tensor))
+        held = [local_part(v) for entries in state for v in entries.values() if isinstance(v, Tensor)]
+        recording.note(MESSAGES, apart.get(MESSAGES, ()))
         self.account = replace(
             self.account,
-            parameters=trained,
-            frozen_parameters=frozen,
+            parameters=recording.note(PARAMETERS, trained),
+            frozen_parameters=recording.note(PARAMETERS, frozen),
             buffers=recording.note(BUFFERS, map(local_part, strategy.module.buffers())),
-            optimizer_state=recording.note(STATE, map(local_part, held)),
+            optimizer_state=recording.note(STATE, [*held, *apart.get(STATE, ())]),
         )
 
     def note_gradients(self) -> None:
         """Note what the gradients of an update lie in."""
         gradients = [local_part(p.grad) for p in self.trainable if p.grad is not None]
+        gradients += self.strategy.held_apart().get(GRADIENTS, ())
         self.account = replace(self.account, gradients=self.recording.note(GRADIENTS, gradients))
 
     def stand_still(self) -> None:
         """Count gradients and the optimizer's state where no update can be played: by gradients of zeros."""
-        strategy = self.strategy
-        for parameter in self.trainable:
-            parameter.grad = torch.zeros_like(parameter)
-        strategy.precision.unscale(strategy.stepping_optimizer())
+        strategy: Any = self.strategy
+        strategy.make_zero_gradients(self.trainable)
         self.note_gradients()
-        strategy.step()
+        strategy.step_by_zeros()
         for parameter in self.trainable:
             parameter.grad = None
         self.note_state()
+
+    def note_host(self) -> None:
+        """Say how much of the peak lies in the host's memory."""
+        kinds, peak = self.strategy.held_on_host, self.account.peak
+        if kinds and peak is not None:
+            size = sum(peak.parts.get(kind, 0) for kind in kinds)
+            names = " and ".join(kind.replace("_", " ") for kind in kinds)
+            note = f"{size:,} bytes of the peak ({names}) lie in the host's memory: the device needs less by those."
+            self.account = replace(self.account, notes=[*self.account.notes, note])
 
     def traffic(self) -> Any:
         """The messages of the recorded update."""
@@ -179,8 +190,11 @@ class Player:
         """
         samples, peak = self.account.samples, self.account.peak
         assert peak is not None
-        if len(self.recording.events) > MANY:
-            self.account = replace(self.account, per_sample=peak.activations / samples, notes=[BY_ACTIVATIONS])
+        # An engine's gradients on their way into its shards can't be told from activations.
+        if len(self.recording.events) > MANY and not self.strategy.held_apart():
+            self.account = replace(
+                self.account, per_sample=peak.activations / samples, notes=[*self.account.notes, BY_ACTIVATIONS]
+            )
             return
         try:
             doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO: optimizer state, gradients and parameters cut over ranks, by the package's own engine."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from .checks import (
 )
 from .config import fill, given_stage, read
 from .engine import EngineLinear, destroy, destroy_all, environment, forget_groups, initialize
+from .holdings import held_apart
 from .order import GradientOrder
 from .state import EngineOptimizer, ZeroState
 
@@ -65,10 +66,7 @@ class DeepSpeed(ProcessGroupStrategy):
     """
 
     name = "deepspeed"
-    unplayed = (
-        "runs in DeepSpeed's own engine, which computes with addresses of memory. Plan strategy='fsdp2' instead, which "
-        "shares out what stage 3 does."
-    )
+    played_by = "deepspeed.played:PlayedDeepSpeed"
     refused_turns = (
         "its engine has one optimizer, one loss scale and one backward an update. Use strategy='fsdp2', which shards "
         "as ZeRO does, or 'ddp'"
@@ -239,6 +237,22 @@ class DeepSpeed(ProcessGroupStrategy):
     def part_held(self, parameter: Tensor) -> Part | None:
         """Say that this rank holds parameters whole, or at stage 3 a shard that no other rank has."""
         return None if self.stage == 3 else ()
+
+    def held_apart(self) -> Mapping[str, Sequence[Tensor]]:
+        """The engine's shards, float32 master weights, gradients and buckets."""
+        if self.engine is None or not self.stage:
+            return super().held_apart()
+        return held_apart(self.engine.optimizer, self.stage, self.module)
+
+    @property
+    def held_on_host(self) -> Collection[str]:
+        """What the config offloads."""
+        zero = self.filled.get("zero_optimization", {})
+        offloads = {key: (zero.get(key) or {}).get("device") == "cpu" for key in ("offload_optimizer", "offload_param")}
+        return [
+            *(("parameters",) if offloads["offload_param"] else ()),
+            *(("gradients", "optimizer_state") if offloads["offload_optimizer"] else ()),
+        ]
 
     def model_state(self) -> dict[str, Tensor]:
         """Gather one parameter at a time and cut it by rows; buffers are given as they are."""

@@ -1,7 +1,7 @@
 """Fully sharded data parallel by torch's ``fully_shard``, alone or with tensor parallelism on one mesh."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -368,6 +368,11 @@ class FSDP2(ProcessGroupStrategy):
         if self.cut_features:
             self.cut_features.sum_gradients(self.named_parameters, self.turn_now)
         super().prepare_gradients()
+
+    @property
+    def held_on_host(self) -> Collection[str]:
+        """What ``cpu_offload`` keeps there."""
+        return ("parameters", "gradients", "optimizer_state") if self.options.cpu_offload else ()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Clip by the norm over all shards; torch's own function fails where parameters lie on different meshes."""

@@ -68,6 +68,18 @@ class PlayedRank(Strategy):
         with self.fake_stage.in_module():
             super().backward(loss)
 
+    # Where no update can be played.
+
+    def make_zero_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give parameters gradients of zeros, as memory holds them before a step."""
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.precision.unscale(self.stepping_optimizer())
+
+    def step_by_zeros(self) -> None:
+        """Step with those gradients, so that the optimizer makes its state."""
+        self.step()
+
     # What the ranks would tell one another.
 
     def sum_on_host(self, values: list[int]) -> list[int]:

@@ -74,9 +74,9 @@ class Stage(TorchDispatchMode):
             yield
 
     @contextmanager
-    def in_module(self) -> Iterator[None]:
-        """In here the user's module computes."""
-        before, self.is_in_module = self.is_in_module, True
+    def in_module(self, inside: bool = True) -> Iterator[None]:
+        """In here the user's module computes; or, in the midst of it, a package does for itself."""
+        before, self.is_in_module = self.is_in_module, inside
         try:
             yield
         finally:

@@ -86,7 +86,8 @@ class Observer(Callback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, fit: Fit, **more: Any) -> None:
         named = fit.strategy.named_parameters().values()
-        self.gradients = size_of(p.grad for p in named if p.grad is not None)
+        own = [p.grad for p in named if p.grad is not None]
+        self.gradients = size_of([*own, *fit.strategy.held_apart().get("gradients", ())])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == UPDATES - 1:
@@ -125,7 +126,7 @@ def observed(target: str, strategy: str, options: dict[str, Any], directory: str
     )
     fit.train()
     held = fit.strategy
-    named = held.named_parameters().values()
+    named, apart = held.named_parameters().values(), held.held_apart()
     state = held.stepping_optimizer().state.values()
     sent = Counter((m.operation, len(m.ranks)) for m in observer.recording.messages if len(m.ranks) > 1)
     size: Counter[tuple[str, int]] = Counter()
@@ -133,11 +134,19 @@ def observed(target: str, strategy: str, options: dict[str, Any], directory: str
         if len(message.ranks) > 1:
             size[message.operation, len(message.ranks)] += message.bytes
     return {
-        "parameters": size_of(p for p in named if p.requires_grad),
-        "frozen_parameters": size_of(p for p in named if not p.requires_grad),
+        "parameters": size_of([*(p for p in named if p.requires_grad), *apart.get("parameters", ())]),
+        "frozen_parameters": size_of([*(p for p in named if not p.requires_grad), *apart.get("frozen_parameters", ())]),
         "gradients": observer.gradients,
-        "optimizer_state": size_of(v for entries in state for v in entries.values() if isinstance(v, Tensor)),
+        "optimizer_state": size_of(
+            [
+                *(v for entries in state for v in entries.values() if isinstance(v, Tensor)),
+                *apart.get("optimizer_state", ()),
+            ]
+        ),
         "buffers": size_of(held.module.buffers()),
+        "groups": [
+            [getattr(p, "ds_numel", p.numel()) for p in group["params"]] for group in held.optimizer.param_groups
+        ],
         "sent": sorted((*key, count, size[key]) for key, count in sent.items()),
     }
 
