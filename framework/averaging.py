@@ -109,6 +109,10 @@ class Average(Callback):
             own = list(self._held.values())
             torch._foreach_lerp_(own, [self._as(parts[name], mean) for name, mean in self._held.items()], weight)
 
+    def parts(self) -> Iterator[Tensor]:
+        """This rank's parts of the average, while a run goes on."""
+        yield from self._held.values()
+
     def weight_of_next(self, count: int) -> float:
         """How far the average moves towards the weights at an averaging, by its number from 1."""
         if self.kind == "swa":

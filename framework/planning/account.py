@@ -69,6 +69,7 @@ class Account:
         rank: that was played.
         parameters, frozen_parameters, gradients, optimizer_state, buffers: bytes that it holds; a storage that two
             tensors share counts once.
+        averaged_weights: bytes of the averages that are kept beside the weights.
         samples, accumulation: of a micro-batch, and micro-batches of an update.
         data_ranks: ranks with different samples.
         peak: None where no update could be played.
@@ -85,6 +86,7 @@ class Account:
     gradients: int = 0
     optimizer_state: int = 0
     buffers: int = 0
+    averaged_weights: int = 0
     samples: int = 0
     accumulation: int = 1
     data_ranks: int = 1
@@ -98,7 +100,8 @@ class Account:
     @property
     def held(self) -> int:
         """Bytes that are held from update to update, with gradients."""
-        return self.parameters + self.frozen_parameters + self.gradients + self.optimizer_state + self.buffers
+        kept = self.parameters + self.frozen_parameters + self.buffers + self.averaged_weights
+        return kept + self.gradients + self.optimizer_state
 
     @property
     def all_flops(self) -> int:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ...strategies.local_parts import local_part
 from ...strategies.played import Stage
+from ..averaging import Average
 from ..watch.watch import Watch
 from .account import Account, find_peak, sum_up
 from .batches import of_samples, samples_in
-from .recording import BUFFERS, FROZEN, GRADIENTS, MESSAGES, PARAMETERS, STATE, Recording
+from .recording import AVERAGES, BUFFERS, FROZEN, GRADIENTS, MESSAGES, PARAMETERS, STATE, Recording
 
 if TYPE_CHECKING:
     from ..steps import Steps
@@ -91,6 +92,10 @@ class Player:
         run.begin_training(Watch(fit.strategy, fit.args, fit.state, None))
         placement.mode.train()
         self.strategy.model.train()
+        # Those that lie beside the weights; others are in the host's memory.
+        self.averages = [each for each in fit.callbacks.all if isinstance(each, Average) and each.device is None]
+        for average in self.averages:
+            average.on_train_begin(fit.args, fit.state, fit.control, fit=fit)
         self.trainable = [p for p in self.strategy.named_parameters().values() if p.requires_grad]
 
     def read(self) -> list[Any]:
@@ -151,6 +156,7 @@ class Player:
             parameters=recording.note(PARAMETERS, trained),
             frozen_parameters=recording.note(PARAMETERS, frozen),
             buffers=recording.note(BUFFERS, map(local_part, strategy.module.buffers())),
+            averaged_weights=recording.note(AVERAGES, (part for each in self.averages for part in each.parts())),
             optimizer_state=recording.note(STATE, [*held, *apart.get(STATE, ())]),
         )
 

@@ -47,6 +47,7 @@ def memory_table(plan: RunPlan) -> Table:
         "gradients": "gradients",
         "optimizer_state": "optimizer state",
         "buffers": "buffers",
+        "averaged_weights": "averaged weights",
     }
     for field, name in held.items():
         values = [getattr(account, field) for account in plan.accounts]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stratagem import Callback, Fit, TrainModule
+from stratagem import Average, Callback, Fit, TrainModule
 from stratagem.framework.planning.recording import Recording
 from stratagem.strategies import get_strategy
 from torch import Tensor, nn
@@ -68,6 +68,36 @@ def build_late() -> dict[str, Any]:
     return {"module": Late(), "train_data": [(torch.randn(6), torch.randn(1)) for _ in range(64)]}
 
 
+class Square(TrainModule):
+    """A weight that is large enough to have moments of 8 bits, and a bias that isn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return outputs.square().mean()
+
+
+def build_square() -> dict[str, Any]:
+    return {"module": Square(), "train_data": [torch.ones(64) for _ in range(64)]}
+
+
+def build_averaged() -> dict[str, Any]:
+    """Two averages, of which one lies in the host's memory."""
+    return {"module": Tagger(), "train_data": data(), "callbacks": [Average(), Average(device="cpu")]}
+
+
+def build_adapted() -> dict[str, Any]:
+    """A peft model: adapters beside frozen weights."""
+    from language_models import make, text_rows
+
+    return {"module": make("lora"), "train_data": text_rows(64)}
+
+
 def build_writer() -> Any:
     from test_context_parallel import Writer, text_rows
 
@@ -112,11 +142,11 @@ def observed(target: str, strategy: str, options: dict[str, Any], directory: str
     module, name = target.split(":")
     made = getattr(import_module(module), name)()
     given = made if isinstance(made, dict) else {"module": made, "train_data": data()}
-    observer = Observer()
+    observer, averages = Observer(), given.pop("callbacks", ())
     fit = Fit(
         **given,
         strategy=type(get_strategy(strategy))(**options) if options else strategy,
-        callbacks=[observer],
+        callbacks=[observer, *averages],
         loggers=(),
         progress=False,
         save_strategy="no",
@@ -147,6 +177,7 @@ def observed(target: str, strategy: str, options: dict[str, Any], directory: str
         "groups": [
             [getattr(p, "ds_numel", p.numel()) for p in group["params"]] for group in held.optimizer.param_groups
         ],
+        "averaged_weights": size_of(p for average in averages if average.device is None for p in average.parts()),
         "sent": sorted((*key, count, size[key]) for key, count in sent.items()),
     }
 

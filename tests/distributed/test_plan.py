@@ -7,11 +7,12 @@ import pytest
 from planned_runs import observed, planned
 from ranks import Ranks
 
-HELD = "parameters", "frozen_parameters", "gradients", "optimizer_state", "buffers"
+HELD = "parameters", "frozen_parameters", "gradients", "optimizer_state", "buffers", "averaged_weights"
 HALF = {"precision": "bf16-true"}
 CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (1, "single", {}, "build", {}),
     (1, "single", {}, "build", HALF),
+    (1, "single", {}, "build_square", {"optim": "adamw_8bit"}),
     (2, "ddp", {}, "build", {"gradient_accumulation_steps": 2}),
     (2, "ddp", {"compress_gradients": "bf16"}, "build", {}),
     (2, "ddp", {}, "build_normed", {}),
@@ -22,6 +23,8 @@ CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (2, "fsdp2", {}, "build", HALF),
     (2, "fsdp2", {}, "build", {"precision": "bf16-mixed"}),
     (2, "fsdp2", {}, "build_late", {}),
+    (2, "fsdp2", {}, "build_averaged", {}),
+    (2, "fsdp2", {}, "build_adapted", {"precision": "bf16-true"}),
     (2, "fsdp2", {"context_parallel": 2}, "build_writer", {"per_device_train_batch_size": 2}),
     (2, "tp", {}, "build", {}),
     (4, "ddp", {}, "build", {}),
