@@ -1,5 +1,6 @@
 """``stratagem plan``: devices, floors, the peak against torch's tracker, and what can't be planned."""
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -20,7 +21,25 @@ from torch.distributed._tools.mem_tracker import MemTracker
 HERE = Path(__file__).parent
 GPT = str(HERE.parents[1] / "examples" / "gpt.py") + ":build"
 MODELS = str(HERE.parent / "planned_models.py")
-BUILDS = {"llama": build_llama, "vit": build_vit}
+
+
+def build_gpt() -> dict[str, Any]:
+    """The example GPT, small, on its own data."""
+    spec = importlib.util.spec_from_file_location("gpt_of_plan", HERE.parents[1] / "examples" / "gpt.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    train, _ = example.data(SMALL["context"])
+    return {"module": example.build(**SMALL), "train_data": train}
+
+
+SMALL = {"context": 64, "layers": 2, "width": 32, "heads": 2}
+# What makes each, and what plans are asked for.
+BUILDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "llama": (build_llama, f"{MODELS}:build_llama", {}),
+    "vit": (build_vit, f"{MODELS}:build_vit", {}),
+    "gpt": (build_gpt, GPT, {f"build.{name}": value for name, value in SMALL.items()}),
+}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +151,8 @@ def played(target: str, values: dict[str, Any]) -> dict[str, Any]:
 def test_the_peak_is_what_torchs_tracker_sees(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
     arguments = {**arguments, "per_device_train_batch_size": 4}
     tracked = Tracked()
-    made = BUILDS[name]()
+    build, target, options = BUILDS[name]
+    made = build()
     Fit(
         **made,
         callbacks=[tracked],
@@ -143,7 +163,7 @@ def test_the_peak_is_what_torchs_tracker_sees(tmp_path: Path, name: str, argumen
         output_dir=str(tmp_path),
         **arguments,
     ).train()
-    answer = played(f"{MODELS}:build_{name}", arguments)
+    answer = played(target, {**options, **arguments})
     assert answer["account"]["peak"]["bytes"] == pytest.approx(tracked.peak, rel=0.03)
 
 
