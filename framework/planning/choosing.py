@@ -13,8 +13,8 @@ from .recording import FORWARD, RECOMPUTED
 
 ALIKE = 1.01  # what differs by less is alike: shards are padded
 ORDER = (
-    "They are ordered by: fits with the margin free; fewest bytes over the slowest link (to the host, between nodes, in "
-    "a node); fewest operations to compute activations again; simplest."
+    "They are ordered by: fits with the margin free; fewest bytes over the slowest link (to the host, between nodes, "
+    "in a node); fewest operations to compute activations again; simplest."
 )
 
 
@@ -100,6 +100,7 @@ class Figures:
             of the network, and to others of its node.
         recomputed: FLOPs of activations that are computed again.
         is_static: whether no update could be played.
+        is_bound: whether ``need`` and ``recomputed`` are bounds, since another one's account had to do.
         problem: why it can't run at all.
     """
 
@@ -111,6 +112,7 @@ class Figures:
     in_node: float = 0.0
     recomputed: int = 0
     is_static: bool = False
+    is_bound: bool = False
     problem: str = ""
 
     def lack(self, room: int, host_room: int | None) -> tuple[str, int] | None:
@@ -152,7 +154,9 @@ def figures_of(candidate: Candidate, account: Account) -> Figures:
 def with_checkpointing(figures: Figures, account: Account) -> Figures:
     """The figures, at most, of a candidate that fits if it also computed its activations again; nobody plays it."""
     candidate = Candidate(figures.candidate.strategy, figures.candidate.options, True)
-    return Figures(**{**vars(figures), "candidate": candidate, "recomputed": account.flops.get(FORWARD, 0)})
+    return Figures(
+        **{**vars(figures), "candidate": candidate, "recomputed": account.flops.get(FORWARD, 0), "is_bound": True}
+    )
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ CRITERIA = (
     ("to_host", "sends more to and from the host's memory", "sends least to and from the host's memory", "bytes"),
     ("between_nodes", "sends more between nodes", "sends least between nodes", "bytes"),
     ("in_node", "sends more in a node", "sends least in a node", "bytes"),
-    ("recomputed", "computes activations again, as others that send as little needn't", "computes least again", "FLOPs"),
+    ("recomputed", "would compute activations again for nothing", "recomputes least", "FLOPs"),
 )
 
 

@@ -1,7 +1,7 @@
 """Which strategy is chosen: 12 sizes of a model on 4 machines, worked out by hand from bytes.
 
-The figures are closed formulas, not plans. P is the bytes of one byte per parameter, in GiB; a GPT of L layers of width d
-has P = 12 L d^2 + 50257 d. A rank has one sample of 2,048 tokens.
+The figures are closed formulas, not plans. P is the bytes of one byte per parameter, in GiB; a GPT of L layers of width
+d has P = 12 L d^2 + 50257 d. A rank has one sample of 2,048 tokens.
 
 - Parameters, gradients and Adam's moments are 4 + 4 + 8 = 16 bytes per parameter, in mixed precision, too.
 - Activations A are 34 x 2048 x d bytes a layer (Korthikanti et al., 2022, with flash attention), of float32 twice that;
@@ -9,18 +9,30 @@ has P = 12 L d^2 + 50257 d. A rank has one sample of 2,048 tokens.
 - Gathered weights are 2 bytes per parameter in mixed precision and 4 in 32-true: all of them where they are kept, else
   those of two layers.
 - An update of ddp sends 4 P all-reduced; fsdp2 gathers once where weights are kept and twice where not, and
-  reduce-scatters 4 P; replicas also all-reduce their shards of 4 P / 8. Rings: times (n - 1) / n, an all-reduce twice; eight
-  ranks share a node's network.
+  reduce-scatters 4 P; replicas also all-reduce their shards of 4 P / 8. Rings: times (n - 1) / n, an all-reduce twice;
+  eight ranks share a node's network.
 
 The three smallest are trained in 32-true, the others in mixed precision.
 """
 
+import json
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from stratagem.framework.planning.choosing import Candidate, Figures, candidates_for, choose
+import torch
+from planned_models import build_choosing
+from stratagem import Fit
+from stratagem.framework.command_line import main
+from stratagem.framework.planning.account import Account, Peak, Traffic
+from stratagem.framework.planning.candidates import choose_among
+from stratagem.framework.planning.choosing import Candidate, Choice, Figures, candidates_for, choose, figures_of
+from stratagem.framework.planning.forked import run_forked
 
+GPT = str(Path(__file__).parents[2] / "examples" / "gpt.py") + ":build"
 GIB = 2**30
 # Layers and width. P, A and A where it is checkpointed, in GiB:
 SIZES = {
@@ -59,7 +71,11 @@ EXPECTED: list[tuple[str, str, Candidate | None]] = [
     ("1 x 4090", "350M", SINGLE),  # 5.3 + 3.2 + 1.0 = 9.4
     ("1 x 4090", "760M", SINGLE),  # 11.3 + 4.8 + 1.0 = 17.0
     ("1 x 4090", "1.3B", Candidate("single", {}, True)),  # 19.5 + 3.2 + 1.0 = 23.7 is too much; checkpointed 20.8
-    ("1 x 4090", "2.7B", fsdp2(**KEPT, **OFF)),  # 16 P = 39; kept: 2 P = 4.9 + 5.3 + 1.0 = 11.2, 8 P to and from the host
+    (
+        "1 x 4090",
+        "2.7B",
+        fsdp2(**KEPT, **OFF),
+    ),  # 16 P = 39; kept: 2 P = 4.9 + 5.3 + 1.0 = 11.2, 8 P to and from the host
     # Kept: 12.4 + 8.5 + 1.0 = 21.84, too much by little; checkpointed 14.1 with 8 P, which comes before 12 P.
     ("1 x 4090", "6.7B", fsdp2(True, **KEPT, **OFF)),
     ("1 x 4090", "13B", fsdp2(**OFF)),  # kept: 2 P = 23.9; two layers: 1.2 + 13.3 + 1.0 = 15.4, 191 on the host
@@ -99,8 +115,8 @@ EXPECTED: list[tuple[str, str, Candidate | None]] = [
     ("2 x 8 A100-40", "175B", None),  # 162.6 on the host
     ("2 x 8 A100-40", "405B", None),
     ("2 x 8 A100-40", "1T", None),
-    # On eight nodes replicas send 7/8 P between them; kept shards over all ranks 0.74 P in mixed precision and 0.98 P in
-    # 32-true. Kept over all: 16 P / 64 + 2 P = 2.25 P.
+    # On eight nodes replicas send 7/8 P between them; kept shards over all ranks 0.74 P in mixed precision and 0.98 P
+    # in 32-true. Kept over all: 16 P / 64 + 2 P = 2.25 P.
     ("8 x 8 H100", "125M", fsdp2(replicas=8, **KEPT)),
     ("8 x 8 H100", "350M", fsdp2(replicas=8, **KEPT)),
     ("8 x 8 H100", "760M", fsdp2(replicas=8, **KEPT)),
@@ -150,7 +166,9 @@ def figures_by_hand(candidate: Candidate, size: str, ranks: int, nodes: int) -> 
     return replace(figures, need=gathered + activations, on_host=state, to_host=(4 * reads + 4) * weights / shards)
 
 
-@pytest.mark.parametrize(("machine", "size", "expected"), EXPECTED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("machine", "size", "expected"), EXPECTED, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_the_choice_for_a_size_on_a_machine(machine: str, size: str, expected: Candidate | None) -> None:
     ranks, nodes, room, host_room = MACHINES[machine]
     figures = [figures_by_hand(each, size, ranks, nodes) for each in candidates_for(ranks, nodes)]
@@ -163,3 +181,109 @@ def test_the_choice_for_a_size_on_a_machine(machine: str, size: str, expected: C
 
 def test_all_sizes_on_all_machines_have_an_expected_choice() -> None:
     assert {(machine, size) for machine, size, _ in EXPECTED} == {(m, s) for m in MACHINES for s in SIZES}
+
+
+def test_what_cannot_run_is_said_and_comes_last() -> None:
+    ddp, sharded = Candidate("ddp"), Candidate("fsdp2")
+    choice = choose([Figures(ddp, problem="ddp can't"), Figures(sharded, 8)], 10)
+    assert choice.chosen == sharded
+    assert [each.sentence for each in choice.verdicts] == ["is the only one that fits", "ddp can't"]
+    assert Choice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
+
+
+def test_shards_padding_decides_nothing() -> None:
+    figures = [Figures(Candidate("ddp"), 5, in_node=1000.0), Figures(Candidate("fsdp2"), 4, in_node=996.0)]
+    assert choose(figures, 10).chosen == Candidate("ddp")
+    assert choose([figures[0], replace(figures[1], in_node=980.0)], 10).chosen == Candidate("fsdp2")
+
+
+def test_figures_follow_from_an_account() -> None:
+    shards = Traffic("all_gather", "shard", 16, "between nodes", 8, 2, 1600)
+    replicas = Traffic("all_reduce", "replicate", 2, "between nodes", 1, 1, 100)
+    peak = Peak(900, {}, "backward", "", 50, beside=70)
+    account = Account(
+        0, 100, 20, 100, 200, 30, accumulation=3, peak=peak, traffic=(shards, replicas),
+        flops={"forward": 7, "recomputed": 5},
+    )  # fmt: skip
+    found = figures_of(Candidate("fsdp2"), account)
+    assert (found.need, found.on_host, found.recomputed) == (900, 0, 5)
+    assert (found.between_nodes, found.in_node) == (1500 / 8 + 100, 1500)
+    # Weights are read for forward and backward of three micro-batches, and gradients written once.
+    found = figures_of(Candidate("fsdp2", {"cpu_offload": True}), account)
+    assert (found.need, found.on_host, found.to_host) == (70, 420, 120 * 2 * 3 + 100)
+    static = figures_of(Candidate("ddp"), replace(account, peak=None))
+    assert static.is_static and static.need == 450
+
+
+def test_a_copy_of_the_process_that_fails_says_so() -> None:
+    def fails() -> dict[str, Any]:
+        print("what it printed")
+        raise RuntimeError("no account")
+
+    def is_killed() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    works = [lambda: {"rank": os.environ["RANK"], "seed": torch.initial_seed()}, fails, is_killed]
+    good, failed, killed = run_forked(works, {"RANK": "7"})
+    assert good.answer == {"rank": "7", "seed": torch.initial_seed()}
+    assert failed.answer is None and "what it printed" in failed.printed and "no account" in failed.printed
+    assert killed.answer is None and killed.status == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_module_that_cannot_be_played_is_placed_by_what_it_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = build_choosing()
+    with pytest.warns(UserWarning, match="no update of this module could be played"):
+        fit = Fit(**made, strategy="auto", loggers=(), output_dir=str(tmp_path))
+    assert fit.strategy.name == "single"
+    printed = capsys.readouterr().out
+    assert 'Fit(..., strategy="single")' in printed and "decide, and then simplicity" in printed
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", GPT, "--build.layers", "1", "--build.width", "16", "--auto", "--world", "2"]
+    assert main([*words, "--device", "24GiB,1e12,1e12", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"]["words"] == ["--strategy", "ddp"]
+    assert len(found["candidates"]) == len(candidates_for(2, 1))
+
+
+def of_candidate(candidate: Candidate) -> dict[str, Any]:
+    """An account that lacks 100 of its bytes where activations are computed again; ddp can't run."""
+    if candidate.strategy == "ddp":
+        return {"problem": "ddp\n can't"}
+    need = 400 if candidate.options else 300
+    peak = Peak(need - 100 * candidate.gradient_checkpointing, {}, "backward", "", 0)
+    flops = {"forward": 9, "recomputed": 9 * candidate.gradient_checkpointing}
+    return {"account": Account(0, flops=flops, peak=peak).to_dict()}
+
+
+@pytest.mark.parametrize(
+    ("room", "expected", "bounds"),
+    [
+        (400, Candidate("fsdp2", KEPT), 2),  # what fits is played without checkpointing alone
+        (300, Candidate("fsdp2"), 1),  # as much is sent, so that recomputing decides
+        (200, Candidate("fsdp2", {}, True), 0),
+    ],
+)
+def test_what_is_played_with_checkpointing_is_what_does_not_fit_without(
+    room: int, expected: Candidate, bounds: int
+) -> None:
+    choice = choose_among(of_candidate, 2, 1, room, offloads=False)
+    assert choice.chosen == expected
+    assert sum(each.figures.is_bound for each in choice.verdicts) == bounds
+    assert [each.sentence for each in choice.verdicts if each.figures.problem] == ["ddp can't"] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--auto", "--strategy", "ddp"], "leave out --strategy"), (["--host-memory", "1GiB"], "without --auto")],
+)
+def test_words_without_effect_are_refused(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", GPT, *words])
+    assert said in capsys.readouterr().err
