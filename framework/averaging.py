@@ -194,7 +194,7 @@ class Calling(nn.Module):
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """The layers whose statistics are measured; frozen ones keep theirs."""
         frozen = parts_by_layer(self.model)
-        return (layer for layer in super().modules(remove_duplicate) if layer not in frozen)
+        return (layer for _, layer in self.named_modules(remove_duplicate=remove_duplicate) if layer not in frozen)
 
     def forward(self, batch: Any) -> None:
         """Call the model."""

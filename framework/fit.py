@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
     from .configuration.configuration import Built
+    from .planning.choosing import Choice
     from .profiling import Profiler
 
 
@@ -46,7 +48,8 @@ class Fit(Configured, Shown):
         train_data: a Dataset, an IterableDataset or a ready DataLoader (which brings its own batch size and order); or
             samples by column: a mapping of tensors or numpy arrays, or a table of pyarrow's. See docs/data.md.
         eval_data: the same, for ``evaluate``; or several, in a mapping by name.
-        strategy: "single", ... or an instance from stratagem.strategies.
+        strategy: "single", ... or an instance from stratagem.strategies. "auto" plans candidates and takes one of them;
+            see docs/plan.md.
         precision: "32-true", "bf16-mixed", "16-mixed", ... or an instance from stratagem.precision.
         devices: ranks on this machine. Where torchrun didn't start them, the calling script is run again once for each,
             and this process ends with their status: what stands before Fit in it has run once more, unless ``stratagem
@@ -79,6 +82,7 @@ class Fit(Configured, Shown):
         state: progress, as a TrainState.
         control: the flags that callbacks set.
         optimizer, scheduler: there once training has begun.
+        choice: why ``strategy="auto"`` took its strategy; None where one was named.
 
     Raises:
         TypeError, ValueError: an argument can't work; the message says why and what to write instead.
@@ -89,6 +93,8 @@ class Fit(Configured, Shown):
         >>> fit.train(resume_from_checkpoint=True)
         TrainOutput(global_step=100, training_loss=..., metrics={...})
     """
+
+    choice: "Choice | None" = None
 
     def __init__(
         self,
@@ -115,6 +121,12 @@ class Fit(Configured, Shown):
         overriding.check_fit(type(self), Fit)
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
         first_checks.check_output_dir(own.output_dir)
+        if strategy == "auto":
+            from .planning.automatic import choose_for  # who names a strategy plans nothing
+
+            make = partial(Fit.__init__, self, module, train_data, module_init=module_init, precision=precision)
+            make = partial(make, data_collator=data_collator, compute_loss_func=compute_loss_func)
+            strategy, own, self.choice = choose_for(make, self, own, devices, max_restarts)
         self.strategy, number_format = get_strategy(strategy), get_precision(precision)
         self.profiler = self._find_profiler(profiler)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each

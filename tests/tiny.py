@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from stratagem import Callback, Fit, FitArguments, TrainModule
 from stratagem.framework.module import IGNORED_LABEL
@@ -14,6 +15,9 @@ from stratagem.precision import Precision
 from stratagem.strategies import Single
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+OLD_TORCH = not hasattr(Tensor, "grad_dtype")
+masters = pytest.mark.skipif(OLD_TORCH, reason="float32 gradients beside 16-bit parameters need torch 2.10")
 
 CLASSES = 7
 

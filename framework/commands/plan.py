@@ -3,15 +3,17 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from ..planning.asking import MARGIN, PlanningError, plan_of_words
-from ..planning.devices import DEVICES
+from ..planning.asking_all import choose_by_words
+from ..planning.choice_shown import WIDTH, choice_shown
+from ..planning.devices import DEVICES, bytes_in
 from ..planning.shown import shown
 from ..printing import say
 
-WIDTH = 140  # where the output is a file or a pipe
 SAYS = (
     "Plan a run: play one of its ranks in a process, with tensors that have no memory, and say what it would hold, "
     "send and compute in an update, and how fast it can be. Nothing is trained, and no GPU is needed. It takes what "
@@ -36,7 +38,8 @@ def own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stratagem plan",
         description=SAYS,
-        usage="stratagem plan TARGET --world N --device NAME [--nodes N] [--margin PART] [--json] [--option value ...]",
+        usage="stratagem plan TARGET --world N --device NAME [--auto] [--nodes N] [--margin PART] [--json] "
+        "[--option value ...]",
         epilog="Example: stratagem plan train.py:build --strategy fsdp2 --world 64 --device h100-80gb",
         allow_abbrev=False,
     )
@@ -49,6 +52,11 @@ def own_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--margin", type=float, default=MARGIN, metavar="PART",
         help="the part of the device's memory that is to stay free (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--auto", action="store_true", help="plan all candidates for a strategy, and choose one")
+    parser.add_argument(
+        "--host-memory", metavar="SIZE",
+        help='with --auto: the host\'s, for each rank, as "256GiB" (default: offloading is taken to fit there)',
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     return parser
@@ -64,7 +72,11 @@ def run_plan(options: argparse.Namespace) -> int:
     own, words = parser.parse_known_args(options.words)
     if not words:
         parser.error("name what builds the module: stratagem plan train.py:build")
+    if own.host_memory and not own.auto:
+        parser.error("--host-memory has no effect without --auto, which may choose to offload.")
     try:
+        if own.auto:
+            return run_auto(own, words)
         with Console(stderr=True).status("playing a rank"):
             plan = plan_of_words(words, own.world, own.device, own.nodes, own.margin)
     except ValueError as error:
@@ -75,6 +87,30 @@ def run_plan(options: argparse.Namespace) -> int:
     if own.json:
         say(json.dumps(plan.to_dict(), indent=2))
         return 0
-    ranks = f"{plan.world_size:,} x {plan.device.name}" + (f" on {plan.nodes:,} nodes" if plan.nodes > 1 else "")
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(shown(plan, f"{' '.join(words)} on {ranks}"))
+    show(shown(plan, title_of(words, plan.world_size, plan.device.name, plan.nodes)))
     return 0
+
+
+def run_auto(own: argparse.Namespace, words: Sequence[str]) -> int:
+    """Plan all candidates, and print them and the one that is chosen.
+
+    Raises:
+        ValueError, PlanningError: nothing can be planned.
+    """
+    host_memory = None if own.host_memory is None else int(bytes_in(own.host_memory))
+    plan = choose_by_words(words, own.world, own.device, own.nodes, own.margin, host_memory)
+    if own.json:
+        say(json.dumps({**plan.choice.to_dict(), "world_size": own.world, "nodes": plan.nodes}, indent=2))
+        return 0
+    show(choice_shown(plan.choice, title_of(words, own.world, plan.device.name, plan.nodes)))
+    return 0
+
+
+def title_of(words: Sequence[str], world_size: int, device: str, nodes: int) -> str:
+    """Say what was planned."""
+    return f"{' '.join(words)} on {world_size:,} x {device}" + (f" on {nodes:,} nodes" if nodes > 1 else "")
+
+
+def show(what: RenderableType) -> None:
+    """Print tables, as wide as the terminal."""
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(what)

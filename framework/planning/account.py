@@ -6,7 +6,18 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from .recording import ACTIVATIONS, BACKWARD, FORWARD, RECOMPUTED, TEMPORARY, Message, Recording
+from .recording import (
+    ACTIVATIONS,
+    BACKWARD,
+    FORWARD,
+    GRADIENTS,
+    PARAMETERS,
+    RECOMPUTED,
+    STATE,
+    TEMPORARY,
+    Message,
+    Recording,
+)
 
 IN_NODE, BETWEEN_NODES = "in a node", "between nodes"
 # How often each byte of a message goes over a rank's link, of a ring of n ranks: times (n - 1) / n.
@@ -24,6 +35,8 @@ class Peak:
         module: the layer that is computed; "" between layers.
         activations: bytes, at most, of what isn't parameters, gradients, state, buffers or gathered parameters, at any
             moment.
+        beside: bytes, at most, of what isn't parameters, gradients or state, at any moment: all that a device holds
+            where those lie in the host's memory.
     """
 
     bytes: int
@@ -31,6 +44,7 @@ class Peak:
     phase: str
     module: str
     activations: int
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,16 +140,22 @@ def find_peak(recording: Recording) -> Peak:
         kind = piece.kind or ACTIVATIONS
         here[kind] = here.get(kind, 0) + size
     live, most, parts, place = sum(here.values()), -1, dict(here), ("update", "")
-    activations = 0
+    activations, beside = 0, live - held_of(here)
     for event in recording.events:
         piece = event.piece
         kind = piece.kind or (ACTIVATIONS if piece.phase in (FORWARD, RECOMPUTED) else TEMPORARY)
         here[kind] = here.get(kind, 0) + event.change
         live += event.change
         activations = max(activations, here.get(ACTIVATIONS, 0) + here.get(TEMPORARY, 0))
+        beside = max(beside, live - held_of(here))
         if live > most:
             most, parts, place = live, dict(here), (event.phase, event.where)
-    return Peak(max(most, live), {kind: size for kind, size in parts.items() if size}, *place, activations)
+    return Peak(max(most, live), {kind: size for kind, size in parts.items() if size}, *place, activations, beside)
+
+
+def held_of(here: Mapping[str, int]) -> int:
+    """The bytes of parameters, gradients and state among those of all kinds."""
+    return here.get(PARAMETERS, 0) + here.get(GRADIENTS, 0) + here.get(STATE, 0)
 
 
 def sum_up(messages: Sequence[Message], mesh: DeviceMesh | None, rank: int, ranks_per_node: int) -> list[Traffic]:

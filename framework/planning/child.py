@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,15 @@ NO_GPU = "CUDA", "cuda", "HIP", "No XPU", "accelerator"  # in what torch says wh
 def main(request: Path, answer: Path) -> None:
     """Play the rank that the environment says, and write its account, or what can't work, as JSON."""
     asked = json.loads(request.read_text(encoding="utf-8"))
-    found: dict[str, Any]
+    answer.write_text(json.dumps(answered(partial(played, asked))), encoding="utf-8")
+
+
+def answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Play, and return the "account", or as the "problem" what can't work."""
     try:
-        found = {"account": played(asked)}
+        return {"account": work()}
     except (ValueError, TypeError, ImportError) as error:
-        found = {"problem": str(error)}
-    answer.write_text(json.dumps(found), encoding="utf-8")
+        return {"problem": str(error)}
 
 
 def played(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def describe(fit: Any) -> dict[str, Any]:
         fit: placed, with its run begun.
     """
     args, strategy, plan = fit.args, fit.strategy, fit.plan
+    choice = fit.choice  # of strategy="auto"; else None
     return {
         "run_name": args.run_name,
         "output_dir": os.path.abspath(args.output_dir),
@@ -37,6 +38,7 @@ def describe(fit: Any) -> dict[str, Any]:
         "device": device_of(strategy.device),
         "program": program(),
         "versions": versions(),
+        **({} if choice is None else {"choice": choice.to_dict()}),
     }
 
 

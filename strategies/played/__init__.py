@@ -2,7 +2,8 @@
 sent. ``stratagem plan`` counts what it would hold and send.
 """
 
+from .here import Here, look_here, told_by_first
 from .rank import PlayedRank, play, world_of
 from .stage import Stage
 
-__all__ = ["PlayedRank", "Stage", "play", "world_of"]
+__all__ = ["Here", "PlayedRank", "Stage", "look_here", "play", "told_by_first", "world_of"]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..base import ConfigureOptimizer, Prepare, Strategy, nothing_to_prepare
+from ..mesh import clear_tensor_caches, forget_meshes
 from .stage import Stage
 
 Kind = TypeVar("Kind", bound=Strategy)
@@ -139,8 +140,29 @@ def world_of(rank: int, world_size: int) -> Iterator[None]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    if dist.is_initialized():
+        leave_behind()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def leave_behind() -> None:
+    """In a copy of a process that is in a process group: forget the group, whose threads weren't copied. To leave
+    it, or to free it, would wait for them.
+    """
+    own = dist.distributed_c10d
+    world = own._world
+    LEFT.append((world.default_pg, dict(world.pg_map), dict(world.pg_names)))
+    for held in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_to_tag):
+        held.clear()
+    world.tags_to_pg.clear()
+    own._update_default_pg(None)
+    own._unregister_all_process_groups()
+    forget_meshes()
+    clear_tensor_caches()
+
+
+LEFT: list[Any] = []  # what is never freed

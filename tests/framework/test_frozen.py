@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from stratagem import Average, Callback, TrainModule, frozen
 from stratagem.precision.frozen import mark_of
-from tiny import MakeFit
+from tiny import MakeFit, masters
 from torch import Tensor, nn
 
 
@@ -68,9 +68,9 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
         ("bf16-true", "bf16-mixed", BF16, BF16, BF16),
         ("bf16-true", "64-true", BF16, BF16, BF16),
         ("32-true", "bf16-mixed", F32, F32, F32),
-        ("32-true", "bf16-true", F32, F32, F32),
+        pytest.param("32-true", "bf16-true", F32, F32, F32, marks=masters),
         ("bf16-mixed", "32-true", F32, BF16, BF16),  # autocast's: those of the layer before
-        ("bf16-mixed", "bf16-true", F32, BF16, BF16),
+        pytest.param("bf16-mixed", "bf16-true", F32, BF16, BF16, marks=masters),
         ("64-true", "bf16-mixed", F64, F64, F64),
         (None, "bf16-mixed", F32, BF16, BF16),
         (None, "64-true", F64, F64, F64),

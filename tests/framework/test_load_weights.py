@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from stratagem import Average, Callback, TrainModule
-from tiny import Dropping, MakeFit, Regressor, logs_of, parameters_of, regression_rows
+from tiny import Dropping, MakeFit, Regressor, logs_of, masters, parameters_of, regression_rows
 
 
 def saved(path: Path, seed: int = 5, **changes: Any) -> dict[str, torch.Tensor]:
@@ -114,6 +114,7 @@ class Saved(Callback):
             fit.load_weights(self.path)
 
 
+@masters
 def test_master_weights_and_averages_follow(make_fit: MakeFit, tmp_path: Path) -> None:
     expected = saved(tmp_path / "w.pt")
     average = Average(decay=0.5)
@@ -139,6 +140,7 @@ def test_master_weights_and_averages_follow(make_fit: MakeFit, tmp_path: Path) -
         assert torch.allclose(tensor, expected[name], rtol=1e-6)
 
 
+@masters
 def test_the_best_weights_are_their_masters_too(make_fit: MakeFit, tmp_path: Path) -> None:
     """What is saved after load_best_model_at_end is what was loaded, in 16-bit formats too."""
     rows = regression_rows(16)

@@ -17,14 +17,11 @@ from stratagem.framework.run.spikes import DeviceSpikeRule, SpikeRule
 from stratagem.framework.run.transaction import SkippedUpdatesError
 from stratagem.precision import FP16Mixed, Precision
 from stratagem.strategies import Single
-from tiny import Elsewhere, MakeFit, Regressor, collate, logs_of, parameters_of, regression_rows
+from tiny import Elsewhere, MakeFit, Regressor, collate, logs_of, masters, parameters_of, regression_rows
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 BATCH = 4
-masters = pytest.mark.skipif(
-    not hasattr(Tensor, "grad_dtype"), reason="float32 gradients beside 16-bit parameters need torch 2.10"
-)
 PRECISIONS = (
     "32-true", "bf16-mixed", pytest.param("bf16-true", marks=masters), "16-mixed",
     pytest.param("16-true", marks=masters), "64-true",

@@ -13,13 +13,11 @@ from stratagem.precision.half import LostUpdates
 from stratagem.precision.master_weights import MASTER_WEIGHT
 from stratagem.strategies.ddp import DDP
 from stratagem.strategies.matrix import MATRIX
-from tiny import Dropping, MakeFit, Regressor, logs_of, regression_rows
+from tiny import OLD_TORCH, Dropping, MakeFit, Regressor, logs_of, masters, regression_rows
 from torch import Tensor, nn
 
 TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 HALVES = ("bf16-true", "16-true")
-old_torch = not hasattr(Tensor, "grad_dtype")
-masters = pytest.mark.skipif(old_torch, reason="float32 gradients beside 16-bit parameters need torch 2.10")
 
 
 class Adaptive(Regressor):
@@ -264,7 +262,7 @@ def test_a_cell_of_the_table_is_refused_at_construction(make_fit: MakeFit, monke
     make_fit(Regressor(), precision="32-true")
 
 
-@pytest.mark.skipif(not old_torch, reason="this torch has what is missing in an older one")
+@pytest.mark.skipif(not OLD_TORCH, reason="this torch has what is missing in an older one")
 @pytest.mark.parametrize("precision", HALVES)
 def test_an_older_torch_is_refused(make_fit: MakeFit, precision: str) -> None:
     with pytest.raises(ValueError, match=rf"'{precision}' keeps float32 gradients.*Install torch 2.10 or newer"):

@@ -1,0 +1,68 @@
+"""Asking for a plan of all candidates, by the words of a command line."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..configuration.command_line import Command
+from .asking import FIT, MARGIN, PlanningError, check
+from .candidates import choose_among
+from .child import answered, played
+from .choosing import Candidate, Choice
+from .devices import Device, find_device
+from .forked import run_forked
+
+
+@dataclass(frozen=True)
+class PlannedChoice:
+    """A choice that was planned: for a device, and a number of nodes."""
+
+    choice: Choice
+    device: Device
+    nodes: int
+
+
+def choose_by_words(
+    words: Sequence[str],
+    world_size: int,
+    device: str,
+    nodes: int | None = None,
+    margin: float = MARGIN,
+    host_memory: int | None = None,
+) -> PlannedChoice:
+    """Choose the strategy of what a command line configures, as ``stratagem fit`` takes it without ``--strategy``.
+
+    Args:
+        words: of the command line, the target among them.
+        world_size, device, nodes, margin: see ``plan_of``.
+        host_memory: bytes of the host's memory for each rank; None where that isn't known.
+
+    Raises:
+        ValueError: nothing can be chosen; says why and what to write instead.
+        PlanningError: the words can't work, or a copy of this process ended; the message has what it printed.
+    """
+    if named := [word for word in words if word.startswith("--strategy")]:
+        raise ValueError(f"--auto chooses the strategy: leave out {named[0]}, or --auto.")
+    found = find_device(device)
+    nodes = check(world_size, nodes, margin)
+    read = run_forked([partial(settings, words)], {})[0]
+    if read.answer is None:
+        raise PlanningError(read.status, read.printed)
+    room = int(found.memory * (1 - margin))
+    host_room = None if host_memory is None else int(host_memory * (1 - margin))
+    play = partial(play_words, words, world_size // nodes)
+    choice = choose_among(play, world_size, nodes, room, host_room, read.answer["checkpoints"])
+    return PlannedChoice(choice, found, nodes)
+
+
+def settings(words: Sequence[str]) -> dict[str, Any]:
+    """Read the words, and say whether they have activations computed again."""
+    run = Command("stratagem plan", "", names_target=True).read(words)
+    return {"checkpoints": bool(run.values.get("gradient_checkpointing"))}
+
+
+def play_words(words: Sequence[str], per_node: int, candidate: Candidate) -> Mapping[str, Any]:
+    """Play a candidate of what the words configure."""
+    request = {"words": [*words, *candidate.words], "config": None, "fit": FIT, "ranks_per_node": per_node}
+    return answered(partial(played, request))

@@ -1,0 +1,124 @@
+"""Planning candidates: they are played, in copies of this process, and their figures are made of the accounts."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from .account import Account
+from .asking import PlanningError
+from .choosing import Candidate, Choice, Figures, candidates_for, choose, figures_of, with_checkpointing
+from .forked import run_forked
+
+Play = Callable[[Candidate], Mapping[str, Any]]
+"""Plays a candidate, and returns its "account", or the "problem" that it has."""
+
+
+def choose_among(
+    play: Play,
+    world_size: int,
+    nodes: int,
+    room: int,
+    host_room: int | None = None,
+    checkpoints: bool = False,
+    offloads: bool = True,
+) -> Choice:
+    """Plan the candidates of a world, and choose.
+
+    The first rank is played, whose shards are the largest. A candidate that computes activations again is played where
+    it doesn't fit otherwise, and one that offloads not at all: its figures follow from the account of the same one
+    without.
+
+    Args:
+        play: see ``Play``.
+        world_size, nodes: of the run.
+        room, host_room: see ``choose``.
+        checkpoints: whether the run computes activations again in any case.
+        offloads: whether the host's memory is another one than the device's.
+
+    Raises:
+        PlanningError: a copy ended without an answer; the message has the end of what it printed.
+    """
+    candidates = candidates_for(world_size, nodes, checkpoints)
+    candidates = [each for each in candidates if offloads or not each.offloads]
+    accounts = Accounts(play, world_size, nodes)
+
+    def lacks(candidate: Candidate) -> bool:
+        figures = accounts.figures(candidate)
+        return not figures.problem and figures.lack(room, host_room) is not None
+
+    in_device = [each for each in candidates if not each.offloads]
+    first = [each for each in in_device if each.gradient_checkpointing == checkpoints]
+    accounts.add(first)
+    accounts.add(each for each in in_device if each not in first and lacks(without_checkpointing(each)))
+    if all(map(lacks, in_device)):
+        offloading = [each for each in candidates if each.offloads]
+        first = [each for each in offloading if each.gradient_checkpointing == checkpoints]
+        accounts.add(first)
+        accounts.add(each for each in offloading if each not in first and lacks(without_checkpointing(each)))
+    return choose([accounts.figures(each) for each in candidates], room, host_room)
+
+
+class Accounts:
+    """The accounts of what was played.
+
+    Args:
+        play: see ``Play``.
+        world_size, nodes: of the run.
+    """
+
+    def __init__(self, play: Play, world_size: int, nodes: int) -> None:
+        self.play = play
+        self.whole = "ddp" if world_size > 1 else "single"
+        self.environment = {
+            "RANK": "0",
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(world_size // nodes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+        }
+        self.answers: dict[str, Mapping[str, Any]] = {}
+
+    def add(self, candidates: Iterable[Candidate]) -> None:
+        """Play candidates, without offloading; none twice."""
+        new = {each.title: each for each in map(in_device, candidates) if each.title not in self.answers}
+        ends = run_forked([partial(self.play, each) for each in new.values()], self.environment)
+        for title, ended in zip(new, ends, strict=True):
+            if ended.answer is None:
+                raise PlanningError(
+                    ended.status, f"{title} could not be played (status {ended.status}):\n{ended.printed}"
+                )
+            self.answers[title] = ended.answer
+
+    def figures(self, candidate: Candidate) -> Figures:
+        """Make a candidate's figures of what was played so far: of its own account, else of the nearest one's. What
+        wasn't played comes after what fits in any case.
+        """
+        plain = without_checkpointing(candidate)
+        for near in (
+            candidate,
+            plain,
+            Candidate(self.whole, {}, candidate.gradient_checkpointing),
+            Candidate(self.whole),
+        ):
+            answer = self.answers.get(in_device(near).title)
+            if answer is None:
+                continue
+            if "problem" in answer:
+                return Figures(candidate, problem=" ".join(str(answer["problem"]).split()))
+            account = Account.from_dict(answer["account"])
+            if near.gradient_checkpointing == candidate.gradient_checkpointing:
+                return figures_of(candidate, account)
+            return with_checkpointing(figures_of(plain, account), account)
+        raise AssertionError(f"{candidate.title} and what is like it weren't played.")
+
+
+def in_device(candidate: Candidate) -> Candidate:
+    """The candidate without offloading."""
+    options = {name: value for name, value in candidate.options.items() if name != "cpu_offload"}
+    return Candidate(candidate.strategy, options, candidate.gradient_checkpointing)
+
+
+def without_checkpointing(candidate: Candidate) -> Candidate:
+    """The candidate that computes no activations again."""
+    return Candidate(candidate.strategy, candidate.options, False)

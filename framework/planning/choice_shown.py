@@ -1,0 +1,72 @@
+"""A choice among candidates as a person reads it: a row for each, and the words of the one that is chosen."""
+
+from collections.abc import Iterable
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .choosing import ORDER, Choice, Verdict
+from .shown import number, size
+
+WIDTH = 140  # where the output is a file or a pipe
+STATIC = (
+    "No update of this module could be played with tensors that have no memory, so that activations and messages "
+    "aren't known: parameters, gradients, optimizer state and buffers decide, and then simplicity."
+)
+OFFLOADED = (
+    "Where the host's memory holds shards, copies of them on their way aren't counted, nor the time of an optimizer "
+    "that steps on the host."
+)
+
+
+def choice_shown(choice: Choice, title: str) -> Group:
+    """Make what is printed of a choice.
+
+    Args:
+        choice: among candidates.
+        title: what was planned.
+    """
+    table = Table()
+    table.add_column("candidate")
+    for heading in ("peak", "on host", "between nodes", "in a node"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for verdict in choice.verdicts:
+        figures = verdict.figures
+        columns = (figures.need, figures.on_host, figures.between_nodes, figures.in_node)
+        cells = [size(each) if each else "" for each in columns]
+        if figures.is_bound:
+            cells[0] = f"at most {cells[0]}"
+        style = "bold" if figures.candidate == choice.chosen else ("" if verdict.fits else "dim")
+        table.add_row(figures.candidate.title, *cells, verdict.sentence, number_of(verdict), style=style)
+    return Group(Text(title, style="bold"), table, *(Text(f"\n{line}") for line in sentences(choice)))
+
+
+def number_of(verdict: Verdict) -> str:
+    """Write the number that a verdict's sentence is about."""
+    if verdict.number is None:
+        return ""
+    return f"{number(verdict.number)}FLOPs" if verdict.unit == "FLOPs" else size(verdict.number)
+
+
+def sentences(choice: Choice) -> Iterable[str]:
+    """Say what is chosen, in words that a user would write, and by what."""
+    chosen = choice.chosen
+    room = f"{size(choice.room)} of the device"
+    if choice.host_room is not None:
+        room += f" and {size(choice.host_room)} of the host's memory"
+    if chosen is None:
+        yield (
+            f"Nothing fits into {room} for each rank. Take more ranks, a smaller per_device_train_batch_size with more "
+            "gradient_accumulation_steps, or another precision."
+        )
+    else:
+        yield f"Chosen, for {room} for each rank: {' '.join(chosen.words)}"
+        yield f"In Python: Fit(..., {chosen.python})"
+    yield ORDER
+    if choice.is_static:
+        yield STATIC
+    if any(each.figures.candidate.offloads and each.figures.on_host for each in choice.verdicts):
+        yield OFFLOADED
