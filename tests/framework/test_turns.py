@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -527,7 +528,7 @@ BAD: dict[str, tuple[list[Callable[[Pair], Turn]], dict[str, Any], str]] = {
     "chunks": ([critic(), generator()], {"contrastive_chunks": 2}, r"contrastive_chunks=2 with"),
     **{
         name: ([critic(), generator()], {"strategy": name}, rf"strategy='{name}' with Listing.turns\(\): .*[uU]se ")
-        for name in ("dp", "fsdp1", "deepspeed")
+        for name in ("dp", "fsdp1", *(("deepspeed",) if find_spec("deepspeed") else ()))
     },
     "evaluates": (
         [critic(), generator()], {"eval_strategy": "epoch", "eval_data": rows(2)}, "Listing defines no forward"
