@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import torch
 from planned_models import build_llama, build_vit
 from stratagem import Callback, Fit
 from stratagem.framework.command_line import main
+from stratagem.framework.configuration.writing import text_of
 from stratagem.framework.planning.account import Account, Traffic
+from stratagem.framework.planning.asking import FIT, play_ranks
 from stratagem.framework.planning.batches import of_samples, samples_in
 from stratagem.framework.planning.devices import DEVICES, find_device
 from stratagem.framework.planning.plan import RunPlan, floors_of, seconds_of
@@ -119,26 +120,13 @@ class Tracked(Callback):
             self.peak = self.tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-def played(target: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Play the only rank of a run, in a process that is forked from this one."""
-    from stratagem.framework.configuration.writing import text_of
-    from stratagem.framework.planning import child
-
+def played(target: str, values: dict[str, Any]) -> Account:
+    """Play the only rank of a run."""
     with tempfile.TemporaryDirectory() as directory:
-        request, config, answer = (Path(directory) / name for name in ("request.json", "config.yaml", "answer.json"))
+        config = Path(directory) / "config.yaml"
         config.write_text(text_of({"strategy": "single", **values}, target))
-        asked = {"config": str(config), "words": None, "fit": "stratagem:Fit", "ranks_per_node": 1}
-        request.write_text(json.dumps(asked))
-        process = os.fork()
-        if not process:
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            torch.set_num_threads(1)
-            try:
-                child.main(request, answer)
-            finally:
-                os._exit(0)
-        os.waitpid(process, 0)
-        return json.loads(answer.read_text())
+        [account] = play_ranks({"config": str(config), "words": None, "fit": FIT, "ranks_per_node": 1}, [0], 1, 1)
+        return account
 
 
 @pytest.mark.slow
@@ -163,17 +151,18 @@ def test_the_peak_is_what_torchs_tracker_sees(tmp_path: Path, name: str, argumen
         output_dir=str(tmp_path),
         **arguments,
     ).train()
-    answer = played(target, {**options, **arguments})
-    assert answer["account"]["peak"]["bytes"] == pytest.approx(tracked.peak, rel=0.03)
+    account = played(target, {**options, **arguments})
+    assert account.peak is not None and account.peak.bytes == pytest.approx(tracked.peak, rel=0.03)
 
 
+@pytest.mark.slow
 def test_what_asks_for_a_value_has_the_static_numbers_and_the_line() -> None:
-    account = played(f"{MODELS}:build_choosing", {})["account"]
-    assert "planned_models.py" in account["stopped"]
-    assert "return made if made.sum() > 0 else -made" in account["stopped"]
-    assert account["peak"] is None
+    account = played(f"{MODELS}:build_choosing", {})
+    assert "planned_models.py" in account.stopped
+    assert "return made if made.sum() > 0 else -made" in account.stopped
+    assert account.peak is None
     # A weight of 4 x 3 and a bias of 3, two moments of each, and a step count of each.
-    assert (account["parameters"], account["gradients"], account["optimizer_state"]) == (60, 60, 120 + 8)
+    assert (account.parameters, account.gradients, account.optimizer_state) == (60, 60, 120 + 8)
 
 
 @pytest.mark.slow
