@@ -1,5 +1,7 @@
 """Counters: the number of the update and the epoch, which a module reads in forward and loss as tensors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,29 +20,34 @@ class Counters:
 
     def __init__(self, device: torch.device) -> None:
         self.update_number, self.epoch = (torch.zeros((), dtype=dtype, device=device) for dtype in DTYPES.values())
-        self.now: tuple[float | Tensor, float | Tensor] = (0, 0.0)
+        self.now: tuple[float, float] = (0, 0.0)
         self.is_read = False
 
-    def begin(self, global_step: float | Tensor, epoch: float | Tensor, compiles: bool) -> None:
+    def begin(self, global_step: int, epoch: float, compiles: bool) -> None:
         """Stand where a run begins or goes on.
 
         Args:
-            global_step, epoch: of the run's state, as ``Strategy.factor`` gives them.
+            global_step, epoch: of the run's state.
             compiles: whether modules are compiled, so that what reads a counter first may not be seen to.
         """
         self.now, self.is_read = (global_step, epoch), self.is_read or compiles
         self.fill()
 
-    def follow(self, global_step: float | Tensor, epoch: float | Tensor) -> None:
-        """Take the run's state after an update."""
+    def follow(self, global_step: int, epoch: float, factor: Callable[[float], float | Tensor]) -> None:
+        """Take the run's state after an update.
+
+        Args:
+            global_step, epoch: of the run's state.
+            factor: ``Strategy.factor``, which isn't asked before something has read a counter.
+        """
         self.now = global_step, epoch
         if self.is_read:
-            self.fill()
+            self.fill(factor)
 
-    def fill(self) -> None:
+    def fill(self, factor: Callable[[float], float | Tensor] = float) -> None:
         """Bring the tensors up to date, without a wait."""
         for counter, value in zip((self.update_number, self.epoch), self.now, strict=True):
-            counter.fill_(value)
+            counter.fill_(factor(value))
 
     def read(self, name: str) -> Tensor:
         """Return a counter. torch.compile can look inside."""

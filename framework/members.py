@@ -83,14 +83,12 @@ class Members(Labelled):
 
     def begin_counters(self) -> None:
         """Have the module read where a run begins or goes on."""
-        factor, compiles = self.strategy.factor, bool(self.args.torch_compile)
         self.module._share_run(self._of_run)  # with layers that came late, too
-        self._of_run.counters.begin(factor(self.state.global_step), factor(self.state.epoch), compiles)
+        self._of_run.counters.begin(self.state.global_step, self.state.epoch, bool(self.args.torch_compile))
 
     def follow_counters(self) -> None:
         """Have the module read the run's progress as it is now, in forward and loss."""
-        factor = self.strategy.factor
-        self._of_run.counters.follow(factor(self.state.global_step), factor(self.state.epoch))
+        self._of_run.counters.follow(self.state.global_step, self.state.epoch, self.strategy.factor)
 
     @property
     def placed(self) -> bool:

@@ -62,12 +62,18 @@ def test_a_plan_says_what_a_run_holds_and_sends(
     first_and_last = sorted({0, world - 1})
     answers = ranks[1].run(planned, target=target, world=world, ranks=first_and_last, values=values)[0]
     for rank, answer in zip(first_and_last, answers, strict=True):
-        run, account = real[rank], answer.get("account")
-        assert account is not None, answer
-        assert not account["stopped"], account["stopped"]
-        assert {name: account[name] for name in HELD} == {name: run[name] for name in HELD}, f"rank {rank}"
-        sent = sorted([row["operation"], row["ranks"], row["count"], row["bytes"]] for row in account["traffic"])
-        assert merged(sent) == [list(row) for row in run["sent"]], f"rank {rank}"
+        check_account(answer, real[rank], rank)
+
+
+def check_account(answer: dict[str, Any], run: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The account of a rank that was played: it says what the real one held and sent."""
+    account: dict[str, Any] | None = answer.get("account")
+    assert account is not None, answer
+    assert not account["stopped"], account["stopped"]
+    assert {name: account[name] for name in HELD} == {name: run[name] for name in HELD}, f"rank {rank}"
+    sent = sorted([row["operation"], row["ranks"], row["count"], row["bytes"]] for row in account["traffic"])
+    assert merged(sent) == [list(row) for row in run["sent"]], f"rank {rank}"
+    return account
 
 
 def merged(rows: list[list[Any]]) -> list[list[Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from planned_runs import observed, planned
 from ranks import Ranks
-from test_plan import HELD, merged, values_of
+from test_plan import check_account, values_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,12 +70,7 @@ def test_a_plan_says_what_a_zero_run_holds_and_sends(
     ends = [0, world - 1]
     answers = zero_ranks[1].run(play, target=target, world=world, ranks=ends, values=values)[0]
     for rank, answer in zip(ends, answers, strict=True):
-        run, account = real[rank], answer.get("account")
-        assert account is not None, answer
-        assert not account["stopped"], account["stopped"]
-        assert {name: account[name] for name in HELD} == {name: run[name] for name in HELD}, f"rank {rank}"
-        sent = sorted([row["operation"], row["ranks"], row["count"], row["bytes"]] for row in account["traffic"])
-        assert merged(sent) == [list(row) for row in run["sent"]], f"rank {rank}"
+        run, account = real[rank], check_account(answer, real[rank], rank)
         parameters, state, shard = by_hand(run["groups"], options["stage"], world)
         assert (account["parameters"], account["optimizer_state"]) == (parameters, state)
         assert account["gradients"] >= 4 * shard

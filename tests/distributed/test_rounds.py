@@ -9,25 +9,10 @@ from ranks import Ranks
 from stratagem import Fit, TrainModule, Turn
 from stratagem.framework.run.transaction import SkippedUpdatesError
 from torch import Tensor, nn
-from training import Block, make_strategy
+from training import Tower, make_strategy
 
 NOISE, DATA, WIDTH, BATCH, ROUNDS = 2, 3, 6, 8, 50
 PLACEMENTS = ("ddp", "fsdp2", "tp")
-
-
-class Tower(nn.Module):
-    """Blocks between two layers that are outside of all blocks."""
-
-    def __init__(self, takes: int, gives: int) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(takes, WIDTH), nn.Linear(WIDTH, gives)
-        self.blocks = nn.ModuleList(Block(WIDTH, 2 * WIDTH) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.last(x)
 
 
 class Wgan(TrainModule):
@@ -37,7 +22,7 @@ class Wgan(TrainModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator, self.critic = Tower(NOISE, DATA), Tower(DATA, 1)
+        self.generator, self.critic = Tower(NOISE, DATA, WIDTH, 2 * WIDTH), Tower(DATA, 1, WIDTH, 2 * WIDTH)
 
     def turns(self) -> list[Turn]:
         return [
@@ -170,7 +155,7 @@ class Padded(TrainModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = Tower(DATA, 4), Tower(DATA, 4)
+        self.first, self.second = Tower(DATA, 4, WIDTH, 2 * WIDTH), Tower(DATA, 4, WIDTH, 2 * WIDTH)
 
     def turns(self) -> list[Turn]:
         return [

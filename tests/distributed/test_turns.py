@@ -15,27 +15,11 @@ from stratagem.strategies.joined_optimizer import JoinedOptimizer
 from test_collectives import Message, Traffic
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-from training import Block, curves, make_fit, make_strategy
+from training import Tower, curves, make_fit, make_strategy
 
 NOISE, DATA, WIDTH = 2, 3, 6
 SAMPLES, ROUNDS, MICRO_BATCHES = 8, 6, 2  # of both ranks together; the generator moves in every other round
 TURNS = "critic", "generator"
-
-
-class Tower(nn.Module):
-    """Blocks between two layers that are outside of all blocks."""
-
-    def __init__(self, takes: int, gives: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(takes, WIDTH)
-        self.blocks = nn.ModuleList(Block(WIDTH, 4 * WIDTH) for _ in range(2))
-        self.last = nn.Linear(WIDTH, gives)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.last(x)
 
 
 class Wgan(TrainModule):
@@ -45,7 +29,7 @@ class Wgan(TrainModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator, self.critic = Tower(NOISE, DATA), Tower(DATA, 1)
+        self.generator, self.critic = Tower(NOISE, DATA, WIDTH, 4 * WIDTH), Tower(DATA, 1, WIDTH, 4 * WIDTH)
         self.now: tuple[str, Tensor] = ("", torch.empty(0))
 
     def begin(self, turn: str, batch: Tensor) -> None:

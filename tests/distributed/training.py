@@ -45,6 +45,22 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
+class Tower(nn.Module):
+    """Blocks between two layers that are outside of all blocks."""
+
+    def __init__(self, takes: int, gives: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(takes, width)
+        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(2))
+        self.last = nn.Linear(width, gives)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
 class Tagger(TrainModule):
     """Predicts a class per token, with everything that placement could lose: a weight tied between input and output, a
     first dimension that the ranks don't divide, a frozen layer, buffers of two kinds, three parameter groups.

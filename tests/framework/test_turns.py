@@ -106,6 +106,18 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
+def keep_weights(fit: Fit) -> list[dict[str, Tensor]]:
+    """Have a Fit keep its module's weights after each update, in the list that is returned."""
+    seen: list[dict[str, Tensor]] = []
+
+    class Watch(Callback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            seen.append(weights_of(fit.module))
+
+    fit.add_callback(Watch())
+    return seen
+
+
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -283,13 +295,7 @@ def test_a_batch_of_padding_moves_nothing(make_fit: MakeFit) -> None:
     empty = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data]
     fit = make_fit(Taggers(), empty + data, per_device_train_batch_size=2, max_steps=2, logging_steps=1)
     before = weights_of(fit.module)
-    seen: list[dict[str, Tensor]] = []
-
-    class Watch(Callback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-            seen.append(weights_of(fit.module))
-
-    fit.add_callback(Watch())
+    seen = keep_weights(fit)
     fit.train()
     assert_same(before, seen[0])
     assert any(not torch.equal(tensor, before[name]) for name, tensor in seen[1].items())
@@ -310,13 +316,7 @@ def test_the_turn_that_is_left_out_is_named_and_the_others_are_made(
         module, data, per_device_train_batch_size=BATCH, max_steps=3, max_grad_norm=1.0, logging_steps=1,
         strategy=Elsewhere(device="cpu") if strategy == "elsewhere" else "single",
     )  # fmt: skip
-    seen: list[dict[str, Tensor]] = []
-
-    class Watch(Callback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-            seen.append(weights_of(fit.module))
-
-    fit.add_callback(Watch())
+    seen = keep_weights(fit)
     fit.train()
     said = capsys.readouterr().err
     assert "Turn 'critic' of update 2 was not made, as its gradients' norm is nan" in said
