@@ -9,7 +9,7 @@ DTYPES = {"update_number": torch.int64, "epoch": torch.float32}
 
 
 class Counters:
-    """Progress in two 0-dim tensors on the device, which change in place between two updates.
+    """Progress in two tensors of one number on the device, which change in place between two updates.
 
     A number would be another program for torch.compile in each update, and a buffer of the module would be saved,
     broadcast and compared. Nothing is filled in an update before something has read a counter.
@@ -19,7 +19,9 @@ class Counters:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.update_number, self.epoch = (torch.zeros((), dtype=dtype, device=device) for dtype in DTYPES.values())
+        # Under XLA, a 0-dim tensor, or one that a device makes, would be an instruction of the first update's program and
+        # of no other's, so that one more had to be compiled. What was moved there is an input.
+        self.update_number, self.epoch = (torch.zeros(1, dtype=dtype).to(device) for dtype in DTYPES.values())
         self.now: tuple[float, float] = (0, 0.0)
         self.is_read = False
 
@@ -31,7 +33,8 @@ class Counters:
             compiles: whether modules are compiled, so that what reads a counter first may not be seen to.
         """
         self.now, self.is_read = (global_step, epoch), self.is_read or compiles
-        self.fill()
+        if self.is_read:
+            self.fill()
 
     def follow(self, global_step: int, epoch: float, factor: Callable[[float], float | Tensor]) -> None:
         """Take the run's state after an update.
@@ -56,4 +59,4 @@ class Counters:
         elif not self.is_read:
             self.is_read = True
             self.fill()
-        return self.update_number if name == "update_number" else self.epoch
+        return (self.update_number if name == "update_number" else self.epoch)[0]

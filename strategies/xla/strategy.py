@@ -245,13 +245,11 @@ class XLASPMD(Strategy):
 
     def flush(self) -> None:
         """Compile the program that was gathered, where it is new, and have the devices begin with it."""
-        import torch_xla
-
-        torch_xla.sync()
-        compiled = compilations()
+        before = self.compiled_before
+        compiled = self.execute()
         if self.optimizer is not None and self.model.training:
             self.updates += 1
-            if self.updates > WARM_UP and compiled > self.compiled_before:
+            if self.updates > WARM_UP and compiled > before:
                 self.recompilations += 1
                 if self.recompilations & (self.recompilations - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
                     warnings.warn(
@@ -260,7 +258,14 @@ class XLASPMD(Strategy):
                         "length, and set dataloader_drop_last=True.",
                         stacklevel=2,
                     )
-        self.compiled_before = compiled
+
+    def execute(self) -> int:
+        """Have the devices begin with what is outstanding, which needn't be an update, and return the compilations."""
+        import torch_xla
+
+        torch_xla.sync()
+        self.compiled_before = compilations()
+        return self.compiled_before
 
     def read(self, tensors: Any, *, summed: bool = False) -> list[float]:
         """Copy the tensors to the host one by one: joining them first would be one more program to compile."""
@@ -319,7 +324,7 @@ class XLASPMD(Strategy):
             mark(moved, self.mesh, self.partitions.get(name, (None,) * tensor.ndim))
             own[name].data = moved
         super().load_model_state(state)
-        self.flush()
+        self.execute()
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state in host memory."""
@@ -343,11 +348,11 @@ class XLASPMD(Strategy):
         super().load_optimizer_state(
             {name: {key: placed(name, value) for key, value in entries.items()} for name, entries in state.items()}
         )
-        self.flush()
+        self.execute()
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield whole gradients, after what is outstanding was executed."""
-        self.flush()
+        self.execute()
         yield from super().full_gradients()
 
     def release(self, module: nn.Module) -> None:

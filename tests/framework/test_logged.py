@@ -481,7 +481,7 @@ def test_the_counters_are_those_of_the_state(make_fit: MakeFit, tmp_path: Path) 
 
 
 class Fills(Callback):
-    """Counts how often a 0-dim tensor is filled in each update."""
+    """Counts how often a tensor of one number is filled in each update."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
@@ -491,7 +491,7 @@ class Fills(Callback):
         fill = Tensor.fill_
 
         def counted(tensor: Tensor, *given: Any) -> Tensor:
-            self.counts[-1] += tensor.ndim == 0
+            self.counts[-1] += tensor.numel() == 1
             return fill(tensor, *given)
 
         self.patches.setattr(Tensor, "fill_", counted)
