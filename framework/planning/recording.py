@@ -180,6 +180,10 @@ class Recording(TorchDispatchMode):
 
     # Operators.
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and torch's way around its compiler costs time at every operator
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator and see what it made."""
         if func is DEVICE:  # a fake tensor is asked for it at every turn
