@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...precision.quantized import scales
 from ...strategies.local_parts import local_part
 from ...strategies.played import Stage
 from ..averaging import Average
@@ -147,7 +148,7 @@ class Player:
         apart = strategy.held_apart()
         kinds = {True: [p for p in named if p.requires_grad], False: [p for p in named if not p.requires_grad]}
         trained = [*map(local_part, kinds[True]), *apart.get(PARAMETERS, ())]
-        frozen = [*map(local_part, kinds[False]), *apart.get(FROZEN, ())]
+        frozen = [*map(local_part, kinds[False]), *scales(strategy.module), *apart.get(FROZEN, ())]
         state = strategy.stepping_optimizer().state.values()
         held = [local_part(v) for entries in state for v in entries.values() if isinstance(v, Tensor)]
         recording.note(MESSAGES, apart.get(MESSAGES, ()))

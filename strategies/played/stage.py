@@ -126,7 +126,9 @@ class Stage(TorchDispatchMode):
         return map_batch(copy, batch)
 
     def take(self, module: nn.Module) -> None:
-        """Exchange parameters and buffers that have memory for fake ones. Ties stay."""
+        """Exchange parameters and buffers that have memory for fake ones. Ties stay, and what a weight knows beside its
+        values: a quantized one how it is packed.
+        """
         exchanged: dict[int, tuple[Tensor, Tensor]] = {}
 
         def stand_in(tensor: Tensor) -> Tensor:
@@ -134,6 +136,7 @@ class Stage(TorchDispatchMode):
                 fake = self.fake(tensor)
                 if isinstance(tensor, nn.Parameter):
                     fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    vars(fake).update({name: value for name, value in vars(tensor).items() if name not in vars(fake)})
                 exchanged[id(tensor)] = tensor, fake
             return exchanged[id(tensor)][1]
 

@@ -9,10 +9,16 @@ from ranks import Ranks
 
 HELD = "parameters", "frozen_parameters", "gradients", "optimizer_state", "buffers", "averaged_weights"
 HALF = {"precision": "bf16-true"}
+EIGHT_BITS = {"optim": "adamw_8bit"}
 CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (1, "single", {}, "build", {}),
     (1, "single", {}, "build", HALF),
-    (1, "single", {}, "build_square", {"optim": "adamw_8bit"}),
+    (1, "single", {}, "build_square", EIGHT_BITS),
+    (1, "single", {}, "build_adapted_wide", EIGHT_BITS),
+    (1, "single", {}, "build_quantized", {"precision": "bf16-mixed", **EIGHT_BITS}),
+    (2, "ddp", {}, "build_adapted_wide", EIGHT_BITS),
+    (2, "ddp", {}, "build_quantized", EIGHT_BITS),
+    (2, "fsdp2", {}, "build_quantized_in_float32", {}),
     (2, "ddp", {}, "build", {"gradient_accumulation_steps": 2}),
     (2, "ddp", {"compress_gradients": "bf16"}, "build", {}),
     (2, "ddp", {}, "build_normed", {}),
