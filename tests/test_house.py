@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "printing",
         "process_memory",
         "random_state",
+        "reading_at",
         "replacing",
         "state",
         "version",
