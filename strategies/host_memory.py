@@ -12,7 +12,7 @@ def memory_of_host() -> int:
     """Bytes of memory that this host's processes may have together."""
     import psutil
 
-    found = [psutil.virtual_memory().total]
+    found: list[int] = [psutil.virtual_memory().total]
     for path in LIMITS:
         try:
             found.append(int(Path(path).read_text()))

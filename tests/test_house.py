@@ -34,7 +34,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "printing",
         "process_memory",
         "random_state",
-        "reading_at",
         "replacing",
         "state",
         "version",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..reading_at import read_at
+from ..pretrained.reading_at import read_at
 from .directory import CheckpointError
 from .shards import Parts
 from .streaming import lies_in_a_row, memory_of

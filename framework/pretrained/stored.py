@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
-from ..reading_at import read_at
+from .reading_at import read_at
 
 Part = tuple[slice, ...]
 """A slice for each dimension of a whole tensor."""
