@@ -19,7 +19,7 @@ PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator ap
 SENDING = "c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"  # namespaces of operators that send
 FORWARD, BACKWARD, RECOMPUTED, OTHER = "forward", "backward", "recomputed", "update"
 PARAMETERS, GRADIENTS, STATE, BUFFERS = "parameters", "gradients", "optimizer_state", "buffers"
-FROZEN, AVERAGES = "frozen_parameters", "averaged_weights"
+FROZEN, AVERAGES, HOST_AVERAGES = "frozen_parameters", "averaged_weights", "averaged_weights_on_host"
 GATHERED, MESSAGES, ACTIVATIONS, TEMPORARY = "gathered", "messages", "activations", "temporary"
 
 Formula = Callable[..., int]

@@ -205,6 +205,7 @@ def observed(target: str, strategy: str, options: dict[str, Any], directory: str
             [getattr(p, "ds_numel", p.numel()) for p in group["params"]] for group in held.optimizer.param_groups
         ],
         "averaged_weights": size_of(p for average in averages if average.device is None for p in average.parts()),
+        "averaged_weights_on_host": size_of(p for average in averages if average.device for p in average.parts()),
         "sent": sorted((*key, count, size[key]) for key, count in sent.items()),
     }
 
