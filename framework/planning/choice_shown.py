@@ -48,6 +48,8 @@ def number_of(verdict: Verdict) -> str:
     """Write the number that a verdict's sentence is about."""
     if verdict.number is None:
         return ""
+    if verdict.unit == "s":
+        return f"{verdict.number:.3g} s"
     return f"{number(verdict.number)}FLOPs" if verdict.unit == "FLOPs" else size(verdict.number)
 
 
