@@ -118,14 +118,14 @@ class Fit(Configured, Shown):
         overriding.check_fit(type(self), Fit)
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
         first_checks.check_output_dir(own.output_dir)
-        self.asked, chooser = own, get_strategy(strategy)
-        self.strategy, number_format = chooser, get_precision(precision)
+        self.strategy = chooser = get_strategy(strategy)
+        self.asked, number_format = own, get_precision(precision)
         if chooser.chooses:
             from .planning import automatic  # who names a strategy plans nothing
 
             make = partial(Fit.__init__, self, module, train_data, module_init=module_init, precision=precision)
             make = partial(make, data_collator=data_collator, compute_loss_func=compute_loss_func)
-            self.strategy, own, self.choice = automatic.choose_for(make, self, own, devices, max_restarts)
+            self.strategy, own, self.choice = automatic.choose_for(make, self, own, chooser, devices, max_restarts)
         self.profiler = self._find_profiler(profiler)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)

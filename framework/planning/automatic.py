@@ -14,7 +14,6 @@ from rich.console import Console
 
 from ...strategies.launch import start_ranks
 from ...strategies.played import Here, Stage, look_here, play, told_by_first, world_of
-from ...strategies.registry import get_strategy
 from ..arguments import FitArguments
 from ..fields.argument_ranges import names_in
 from ..printing import say
@@ -33,7 +32,12 @@ OF_FIT = "devices", "max_restarts"  # in WITHOUT_EFFECT, and no fields of FitArg
 
 
 def choose_for(
-    make: Callable[..., None], fit: "Steps", args: FitArguments, devices: int | str, max_restarts: int
+    make: Callable[..., None],
+    fit: "Steps",
+    args: FitArguments,
+    chooser: "Strategy",
+    devices: int | str,
+    max_restarts: int,
 ) -> "tuple[Strategy, FitArguments, Choice]":
     """Choose a strategy for a Fit that is being made. Every rank calls it, before anything is placed.
 
@@ -43,6 +47,7 @@ def choose_for(
         make: makes the Fit, given strategy, args and loggers.
         fit: that it makes.
         args: of the run.
+        chooser: stands for the strategy; where it has candidates measured, the table is printed after that.
         devices, max_restarts: see ``start_ranks``.
 
     Returns:
@@ -51,9 +56,7 @@ def choose_for(
     Raises:
         ValueError: on every rank; nothing can be chosen. Says why and what to write instead.
     """
-    start_ranks(
-        get_strategy("ddp"), devices, max_restarts, names_in(args.preemption_signals), is_quiet=not args.progress
-    )
+    start_ranks(chooser, devices, max_restarts, names_in(args.preemption_signals), is_quiet=not args.progress)
     here = look_here()
     told: Mapping[str, Any] = {}
     if here.rank == 0:
@@ -62,7 +65,7 @@ def choose_for(
     if "problem" in told:
         raise ValueError(told["problem"])
     choice = Choice.from_dict(told)
-    if here.rank == 0 and args.progress:
+    if here.rank == 0 and args.progress and not chooser.candidates_to_measure:
         show(choice, here.world_size)
     if choice.chosen is None:
         least = min((each.figures.need for each in choice.verdicts if not each.figures.problem), default=None)

@@ -68,6 +68,8 @@ def sentences(choice: Choice) -> Iterable[str]:
         yield f"Chosen, for {room} for each rank: {' '.join(chosen.words)}"
         yield f"In Python: Fit(..., {chosen.python})"
     yield ORDER
+    if any(each.unit == "s" for each in choice.verdicts):
+        yield "What was measured comes before all others, the fastest first."
     if choice.is_static:
         yield STATIC
     if any(each.figures.candidate.offloads and each.figures.on_host for each in choice.verdicts):
