@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .arguments import FitArguments
 from .module import TrainModule
-from .rate_finding import RateFinding
+from .strategy_choice import StrategyChoice
 
 if TYPE_CHECKING:
     from .configuration.configuration import Configuration
@@ -16,7 +16,7 @@ FILES = ".yaml", ".yml", ".toml", ".json"
 Made = TypeVar("Made", bound="Configured")
 
 
-class Configured(RateFinding):
+class Configured(StrategyChoice):
     """What makes a Fit of a configuration."""
 
     @classmethod

@@ -10,6 +10,7 @@ from .base import Strategy
 from .registry import STRATEGIES, get_strategy
 
 if TYPE_CHECKING:
+    from .auto import Auto
     from .ddp.strategy import DDP
     from .deepspeed.strategy import DeepSpeed
     from .dp import DP
@@ -26,6 +27,7 @@ __all__ = [
     "FSDP2",
     "STRATEGIES",
     "XLASPMD",
+    "Auto",
     "DeepSpeed",
     "Single",
     "Strategy",

@@ -123,6 +123,10 @@ class Strategy(Updating):
     """The likely cause, where ranks hold other numbers of what they hold alike."""
     refused_arguments: ClassVar[Mapping[str, str]] = {}
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
+    chooses: ClassVar[bool] = False
+    """Whether it stands for another one, which is chosen among candidates when a Fit is made."""
+    candidates_to_measure: int = 0
+    """Of how many candidates the fastest is taken, where it stands for another one; 0 goes by their plans."""
     unprofiled: ClassVar[str] = ""
     """Why profilers don't see what runs here, and what to use instead; "" where they do."""
     unplayed: ClassVar[str] = ""

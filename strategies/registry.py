@@ -9,6 +9,7 @@ from .base import Strategy
 # name -> "file:Class"; the class receives the name's own options.
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "single": ("single:Single", {}),
+    "auto": ("auto:Auto", {}),
     "ddp": ("ddp.strategy:DDP", {}),
     "fsdp1": ("fsdp1.strategy:FSDP1", {}),
     "fsdp2": ("fsdp2.strategy:FSDP2", {}),

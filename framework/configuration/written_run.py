@@ -46,6 +46,12 @@ class WrittenRun:
     built: Built | None = None
     given: Sequence[str] = field(default_factory=tuple)
 
+    def under(self, strategy: Strategy) -> "WrittenRun":
+        """The same under another strategy, which a user could have named."""
+        name = word_of(strategy, STRATEGIES)
+        assert name is not None
+        return dataclasses.replace(self, strategy={"name": name, **options_of_strategy(strategy)})
+
     def write(self, args: FitArguments) -> None:
         """Write ``config.yaml`` into the run's directory. Where that fails it is warned of: a run can do without."""
         path = Path(args.output_dir) / CONFIGURATION
