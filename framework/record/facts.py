@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..version import __version__
+
 # Packages whose versions may change what a run computes, where the program has imported them.
 PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "deepspeed", "lightning", "numpy", "optuna", "peft", "ray", "safetensors",
@@ -34,7 +36,7 @@ def version_of(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of Python, torch, stratagem, and of the packages that are imported and matter."""
-    found = {"stratagem": version_of("stratagem"), "python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {"stratagem": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda:
         found["cuda"] = str(torch.version.cuda)
     for name in PACKAGES:
