@@ -6,6 +6,8 @@ starts ranks, as ``Fit(devices=2)`` does, each rank is this program again, with 
 """
 
 import os
+import re
+import runpy
 import shlex
 import sys
 import time
@@ -16,7 +18,7 @@ from pathlib import Path
 
 # Before the imports below, which read them.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "WANDB_MODE": "offline"}
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = ["", str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import stand_ins
 import torch
@@ -56,19 +58,44 @@ def in_child(function: Callable[[], object]) -> int:
         os._exit(status)
 
 
+def run_python(example: Example) -> None:
+    """Run a Python block. One that begins with the name of a file is also written there, for commands and imports."""
+    if named := re.match(r"# (\w+)\.py\n", example.parsed):
+        example.namespace["__name__"] = named[1]
+        if not is_rank():
+            Path(f"{named[1]}.py").write_text(example.parsed, encoding="utf-8")
+    PythonEvaluator()(example)
+    example.namespace["__name__"] = "__main__"
+
+
 def run_commands(example: Example) -> None:
-    """Run the lines of a block of shell commands that call stratagem; those of other programs are for test_blocks.py."""
+    """Run the lines of a block of shell commands that call stratagem, or a program of the page by Python."""
     for line in example.parsed.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words[:1] != ["stratagem"]:
+        if is_rank() or words[:1] not in (["stratagem"], ["python"]) or is_left_out(example.path, line):
             continue
+        if ">" in words:
+            words = words[: words.index(">")]
 
         def command(words: list[str] = words) -> None:
-            sys.argv = sys.orig_argv = [sys.executable, "-m", *words]
-            sys.exit(stratagem(words[1:]))
+            if words[0] == "stratagem":
+                sys.orig_argv = [sys.executable, "-m", *words]
+                sys.exit(stratagem(words[1:]))
+            sys.argv, sys.orig_argv = words[1:], [sys.executable, *words[1:]]
+            runpy.run_path(words[1], run_name="__main__")
 
         if status := in_child(command):
             raise AssertionError(f"{example.path}, line {example.line}: {line.strip()!r} ended with {status}")
+
+
+def is_left_out(path: str, code: str) -> bool:
+    """Whether a page's code is in the list of what isn't run."""
+    return any(part in code for part in stand_ins.NOT_RUN.get(Path(path).name, {}))
+
+
+def parse(page: str, *parsers: CodeBlockParser) -> Document:
+    """Find the blocks of a page, which is README.md or in docs/."""
+    return Document.parse(str(ROOT / page if page == "README.md" else ROOT / "docs" / page), *parsers)
 
 
 def run_page(page: str) -> None:
@@ -77,15 +104,12 @@ def run_page(page: str) -> None:
     Args:
         page: its name in docs/, or "README.md".
     """
-    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
     torch.manual_seed(0)
-    document = Document.parse(
-        str(path), CodeBlockParser("python", PythonEvaluator()), CodeBlockParser("bash", run_commands)
-    )
+    document = parse(page, CodeBlockParser("python", run_python), CodeBlockParser("bash", run_commands))
     document.namespace["__name__"] = "__main__"
     with stand_ins.stand_in(page, document.namespace):
         for example in document.examples():
-            if not any(part in example.parsed for part in stand_ins.NOT_RUN.get(page, {})):
+            if example.region.evaluator is run_commands or not is_left_out(page, example.parsed):
                 example.evaluate()
 
 
@@ -105,10 +129,12 @@ def run_alone(directory: Path, page: str) -> None:
 
 
 def run_on_two_ranks(directory: Path, pages: list[str]) -> None:
-    """Run pages whose blocks ask for two ranks on the same two, one page after the other."""
+    """Run pages whose blocks ask for two ranks on the same two, one page after the other; commands before them, here."""
     for page in pages:
         enter(directory, page)
         stand_ins.prepare(page)
+        for example in parse(page, CodeBlockParser("bash", run_commands)).examples():
+            example.evaluate()
     sys.exit(run_on_ranks([sys.executable, __file__, str(directory), *pages], 2, 2))
 
 

@@ -28,14 +28,17 @@ PAGES: dict[str, Callable[[Names], Generator[None, None, None]]] = {}
 
 # Python blocks that aren't run, by a part of each, and why.
 NOT_RUN: dict[str, dict[str, str]] = {
-    "README.md": {'FP8(recipe="rowwise")': "float8 units are a GPU's"},
+    "README.md": {'FP8(recipe="rowwise")': "float8 units are a GPU's", '"s3://bucket': "a bucket is somebody's account"},
+    "big_models.md": {"pretrain_large.py": "tests/examples runs that program"},
+    "plan.md": {"stratagem plan": "Fit.plan_run in the same page does the same"},
+    "record.md": {"watch output": "it watches until Ctrl-C; --once is run"},
     "clusters.md": {"": "tests/examples/test_clusters.py runs them all, under stand-ins for srun, mpirun and a real Ray"},
 }
 
 
 # Pages whose blocks run on two ranks, beginning with the first: they are run on the same two. Others that have a block for
 # two ranks begin with what one process does.
-ON_TWO_RANKS = {"big_models.md", "deepspeed.md", "models.md", "strategies.md"}
+ON_TWO_RANKS = ("big_models.md", "deepspeed.md", "models.md", "strategies.md")
 
 
 class Line(TrainModule):
@@ -87,6 +90,11 @@ def prepare(page: str) -> None:
         next(PAGES[page]({"data": lines()}), None)
 
 
+def blocks(page: str, language: str) -> list[str]:
+    text = (DOCUMENTS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def is_first() -> bool:
     """Whether this process runs the page, and not a rank that the page has started."""
     return "RANK" not in os.environ
@@ -116,14 +124,17 @@ def big_models(names: Names) -> Generator[None, None, None]:
 
 @of_page
 def configuration(names: Names) -> Generator[None, None, None]:
-    page = (DOCUMENTS / "configuration.md").read_text(encoding="utf-8")
-    program = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0]
+    programs, files = blocks("configuration.md", "python"), blocks("configuration.md", "yaml")
     if is_first():
-        rows = "import torch\ntrain_rows = {'x': torch.rand(8, 4), 'labels': torch.rand(8, 4)}\nheld_out_rows = train_rows\n"
-        Path("train.py").write_text(rows + program, encoding="utf-8")
-        written = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0]
-        Path("run.yaml").write_text(written, encoding="utf-8")
-    names |= {"dataset": names["data"], "sample": lambda module, length=3: length}
+        Path("train.py").write_text(programs[0], encoding="utf-8")
+        Path("run.yaml").write_text(files[0], encoding="utf-8")
+
+    def sample(module: TrainModule, /, length: int = 3) -> str:
+        return "x" * length
+
+    x = torch.rand(32, 2)
+    rows = TensorDataset(x, x.sum(dim=1, keepdim=True))
+    names |= {"dataset": rows, "held_out": rows, "sample": sample}
     yield
 
 
@@ -266,6 +277,20 @@ def plan(names: Names) -> Generator[None, None, None]:
 @of_page
 def README(names: Names) -> Generator[None, None, None]:
     names |= {"train": pairs(16), "held_out": pairs(8), "data": pairs(16)}
+    yield
+
+
+@of_page
+def strategies(names: Names) -> Generator[None, None, None]:
+    if is_first():
+        Path("train.py").write_text(blocks("configuration.md", "python")[0], encoding="utf-8")
+    yield
+
+
+@of_page
+def record(names: Names) -> Generator[None, None, None]:
+    for name in ("first", "second"):
+        trained(Line(), lines(), output_dir=f"output/{name}")
     yield
 
 
