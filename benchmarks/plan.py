@@ -58,10 +58,8 @@ def build_llama(size: str = "small", context: int = 1024) -> dict[str, Any]:
     """A Llama 3 of transformers, of random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        **LLAMAS[size], num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
-        use_cache=False,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {**LLAMAS[size], "num_key_value_heads": 8, "vocab_size": 128256}
+    config = LlamaConfig(**sizes, max_position_embeddings=8192, use_cache=False)
     return {"module": TrainModule.wrap(lambda: LlamaForCausalLM(config)), "train_data": Rows(8192, context)}
 
 

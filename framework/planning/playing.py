@@ -248,13 +248,14 @@ class Player:
                 self.account, per_sample=peak.activations / samples, notes=[*self.account.notes, BY_ACTIVATIONS]
             )
             return
+        kept, per_sample = self.account, None
         try:
             doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]
-            kept = self.account
             self.update(doubled, records=True)
-            self.account = replace(kept, per_sample=(self.peak().bytes - peak.bytes) / samples)
+            per_sample = (self.peak().bytes - peak.bytes) / samples
         except Exception:  # a batch whose samples can't be told apart
-            return
+            pass
+        self.account = replace(kept, per_sample=per_sample)
 
 
 class PlayedRounds(Rounds):

@@ -173,8 +173,9 @@ def test_the_command_says_what_stopped_it_and_ends_well(capsys: pytest.CaptureFi
     assert main(["plan", f"{MODELS}:build_choosing", "--strategy", "fsdp2", "--world", "2"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "No update could be played" in said and "return made if made.sum() > 0 else -made" in said
-    # A shard of two of four rows of three, and two of four numbers, in both of Adam's moments, with a count for each.
-    assert "optimizer state │ 72 B" in said
+    # Of a weight of 3 x 4 and a bias of 3 the ranks have two rows and one: 10 and 5 numbers, of which there are two
+    # moments, and a count for each of the two.
+    assert "optimizer state │ 88 B │ 48 B" in said
 
 
 @pytest.mark.slow
