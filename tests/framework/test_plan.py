@@ -234,7 +234,7 @@ def test_what_cannot_be_planned_is_named(target: str, arguments: dict[str, Any],
 
 @pytest.mark.slow
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
-    arguments: dict[str, Any] = {"strategy": "single", "device": "8MiB,1,1", "margin": 0.0}
+    arguments: dict[str, Any] = {"strategy": "single", "device": "4MiB,1,1", "margin": 0.0}
     found = Fit.plan_run(f"{MODELS}:build_vit", per_device_train_batch_size=2, **arguments).largest_micro_batch
     assert found is not None and found > 2
     fits = [
