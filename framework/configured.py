@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from .configuration.configuration import Configuration
     from .planning.plan import RunPlan
 
-FILES = ".yaml", ".yml", ".toml", ".json"
-
 Made = TypeVar("Made", bound="Configured")
 
 
@@ -84,6 +82,7 @@ class Configured(StrategyChoice):
             ``Fit.plan_run("train.py:build", world=64, strategy="fsdp2", precision="bf16-mixed").fits``
         """
         from .configuration.configuration import Configuration
+        from .configuration.entries import FILES
         from .configuration.options import flat
         from .configuration.targets import load_target, name_of
         from .planning.asking import plan_of

@@ -116,6 +116,9 @@ class Strategy(Updating):
     optimizer may consume it there and then (LOMO)."""
     takes_closure: ClassVar[bool] = True
     """Whether an optimizer may compute loss and gradients again within its step, by a closure (LBFGS)."""
+    replicas_agree: ClassVar[bool] = True
+    """Whether ranks hold the same numbers after each update, where they hold the same part: a run in which they don't
+    is ended. Where they may differ for a while, ``settle`` brings them together."""
     replicas_differ: ClassVar[str] = (
         "Something changed them on some ranks alone: a callback or an optimizer that goes by the rank, values drawn "
         "from a rank's own random numbers, or a gradient that isn't averaged over the ranks."

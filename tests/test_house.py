@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "random_state",
         "replacing",
         "state",
+        "version",
     ),
     ("agreement", "calling", "fields/", "rows", "wrapping"),
     ("in_run",),

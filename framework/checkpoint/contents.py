@@ -100,7 +100,7 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = (), choice: Mapping[s
         CheckpointError: on every rank, where the weights or the optimizer's state aren't finite.
     """
     strategy = run.strategy
-    strategy.settle_buffers()
+    strategy.settle()
     model = untied_state(strategy)
     absent = left_out(strategy, run.args.save_only_trainable).intersection(model)
     absent |= in_parts(strategy, model, lambda part: part.saved == "never")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...precision.base import Precision
+from ...precision.names import Table
 from ...precision.registry import PRECISIONS
 from ...strategies.base import Strategy
 from ...strategies.launch import local_ranks
@@ -113,10 +114,11 @@ def has(fit: Any, name: str) -> bool:
     return getattr(fit, name) is not None
 
 
-def word_of(made: Strategy | Precision, table: Mapping[str, Any]) -> str | None:
+def word_of(made: Strategy | Precision, table: Table) -> str | None:
     """Return the word, or the path, that a strategy or precision can be made by again; None where it has none."""
     kind = type(made)
-    if made.name in table and table[made.name][0].rpartition(":")[2] == kind.__name__:
+    location = table.get(made.name, ("", {}))[0]
+    if location is kind or (isinstance(location, str) and location.rpartition(":")[2] == kind.__name__):
         return made.name
     path = f"{kind.__module__}.{kind.__qualname__}"
     return None if kind.__module__ == "__main__" or "<" in path else path
