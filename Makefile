@@ -41,8 +41,9 @@ test-newest: venv .venv-newest/.installed  ## runs the fast tests of one device,
 	.venv-newest/bin/python $(PYTEST) $(ONE_DEVICE) -m "not slow" $(ARGS)
 	.venv-newest/bin/python $(PYTEST) $(ON_RANKS) $(ARGS)
 
-test-python: .venv-python/.installed  ## imports everything and runs the fast tests of one device under another Python: PYTHON=python3.13
-	.venv-python/bin/python $(PYTEST) tests/test_release.py $(ONE_DEVICE) -m "not slow" $(ARGS)
+test-python: .venv-python/.installed  ## runs the fast tests of one device under another Python: PYTHON=python3.13
+	.venv-python/bin/python tests/other_systems.py darwin
+	.venv-python/bin/python $(PYTEST) tests/test_release.py tests/configuration $(ONE_DEVICE) -m "not slow" $(ARGS)
 
 bench-gpu: venv  ## measures tokens/s and MFU, on a machine with a GPU; ARGS=--help lists the options
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

@@ -65,11 +65,11 @@ def device_of(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         return {"name": found.name, "kind": "cuda", "memory_bytes": found.total_memory}
-    memory = None
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"name": platform.machine() if device.type == "cpu" else device.type, "kind": device.type,
-            "memory_bytes": memory}  # fmt: skip
+    if device.type == "cpu":
+        import psutil
+
+        return {"name": platform.machine(), "kind": "cpu", "memory_bytes": psutil.virtual_memory().total}
+    return {"name": device.type, "kind": device.type, "memory_bytes": None}
 
 
 def program() -> dict[str, Any]:
