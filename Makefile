@@ -12,7 +12,7 @@ PYTEST := -m pytest -n $(WORKERS)
 ONE_DEVICE := tests/framework tests/precision tests/strategies
 TYPED := precision strategies framework testing examples benchmarks
 
-.PHONY: help train test fast test-xla test-newest test-python test-zoo bench-gpu lint build venv clean
+.PHONY: help train docs test fast test-xla test-newest test-python test-zoo bench-gpu lint build venv clean
 
 help:  ## lists the targets
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ fast: lint  ## lint, and the tests that take less than a few seconds each
 
 test-zoo: venv .venv/.zoo-installed  ## tries other people's models; WORKERS=0 ARGS=--write-results renews docs/models.md's figures
 	$(BIN)/python $(PYTEST) tests/zoo $(ARGS)
+
+# mkdocstrings reads the package where PYTHONPATH shows it. The notice is about mkdocs's future, and would be printed each time.
+docs: .venv/.docs-installed  ## builds the site of docs/ into site/; the first warning fails it. To read it with search: python -m http.server -d site
+	PYTHONPATH=.venv/typed NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 # Tests that several ranks run, one file of each kind: strategies, checkpoints on other numbers of ranks, collectives.
 ON_RANKS := $(addprefix tests/distributed/,test_strategies.py test_resharding.py test_collectives.py)
@@ -87,6 +92,11 @@ venv: .venv/.installed  ## sets up .venv with all that the tests need, once
 	$(PIP) -e . --group zoo
 	touch $@
 
+.venv/.docs-installed: .venv/.examples-installed
+	$(PIP) --group docs
+	mkdir -p .venv/typed && ln -sfn ../.. .venv/typed/stratagem
+	touch $@
+
 .venv/.release-installed: .venv/.examples-installed
 	$(PIP) --group release
 	touch $@
@@ -100,5 +110,5 @@ venv: .venv/.installed  ## sets up .venv with all that the tests need, once
 	touch $@
 
 clean:  ## removes all that was set up and cached; keeps output/, which holds your runs
-	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,6 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loop",),
     ("runs",),
     ("rate_finding",),
+    ("strategy_choice",),
     ("configured",),
     ("fit",),
     ("parity/",),
