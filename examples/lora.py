@@ -85,7 +85,8 @@ def row(fit: Fit) -> list[str]:
 
 ARGUMENTS = {
     "output_dir": "output/lora", "max_steps": 200, "per_device_train_batch_size": 64, "learning_rate": 5e-3,
-    "warmup_steps": 0.1, "per_device_eval_batch_size": 200, "logging_steps": 50, "save_total_limit": 1,
+    "warmup_steps": 0.1, "per_device_eval_batch_size": 200, "logging_steps": 50, "save_steps": 100,
+    "save_total_limit": 1,
 }  # fmt: skip
 
 

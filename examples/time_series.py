@@ -36,19 +36,16 @@ class Forecaster(TrainModule):
         super().__init__()
         self.read, self.write = nn.Linear(HOURS, width), nn.Linear(width, HOURS * len(QUANTILES))
         self.place = nn.Parameter(0.1 * torch.randn(DAYS + AHEAD, width))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
-            for _ in range(layers)
-        )
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0) for _ in range(layers)))
 
     def forward(self, past: Tensor) -> Tensor:
         """Forecast: (batch, DAYS * HOURS) to (batch, AHEAD * HOURS, quantiles)."""
         mean, scale = past.mean(1, keepdim=True), past.std(1, keepdim=True)
         days = self.read(((past - mean) / scale).unflatten(1, (DAYS, HOURS)))
-        days = torch.cat((days, days.new_zeros(len(past), AHEAD, days.shape[2])), dim=1) + self.place
-        for layer in self.layers:
-            days = layer(days)
-        return self.write(days[:, -AHEAD:]).view(len(past), AHEAD * HOURS, -1) * scale[..., None] + mean[..., None]
+        asked = days.new_zeros(len(past), AHEAD, days.shape[2])
+        days = self.layers((torch.cat((days, asked), dim=1) + self.place).transpose(0, 1)).transpose(0, 1)
+        found = self.write(days[:, -AHEAD:]).view(len(past), AHEAD * HOURS, len(QUANTILES))
+        return found * scale[..., None] + mean[..., None]
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         missed, levels = batch["future"][..., None] - outputs, outputs.new_tensor(QUANTILES)

@@ -70,8 +70,7 @@ def build(images: str = "output/digit_images", side: int = 8, width: int = 64, l
     """
     config = ViTConfig(
         image_size=side, patch_size=side // 4, num_channels=1, hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=4, intermediate_size=2 * width, initializer_range=0.1,
-        id2label=dict(enumerate(classes_in(images))),
+        num_attention_heads=4, intermediate_size=2 * width, initializer_range=0.1, num_labels=len(classes_in(images)),
     )  # fmt: skip
     return {"module": TrainModule.wrap(ViTForImageClassification(config)), "compute_metrics": accuracy}
 
