@@ -136,6 +136,11 @@ def check_combination(
         f"compares ranks, and strategy={strategy.name!r} has one process. Leave it out",
     )
     refuse(
+        "debug",
+        args.debug == "ranks_agree" and not strategy.replicas_agree,
+        f"compares ranks, and strategy={strategy.name!r} lets them differ for some updates. Leave it out",
+    )
+    refuse(
         "label_smoothing_factor",
         args.label_smoothing_factor > 0 and compute_loss_func is not None,
         "has no effect with compute_loss_func, which is the whole loss. Smooth in there, or leave one of them out",
