@@ -132,13 +132,9 @@ def check_combination(
     )
     refuse(
         "debug",
-        args.debug == "ranks_agree" and not strategy.needs_ranks,
-        f"compares ranks, and strategy={strategy.name!r} has one process. Leave it out",
-    )
-    refuse(
-        "debug",
-        args.debug == "ranks_agree" and not strategy.replicas_agree,
-        f"compares ranks, and strategy={strategy.name!r} lets them differ for some updates. Leave it out",
+        args.debug == "ranks_agree" and not (strategy.needs_ranks and strategy.replicas_agree),
+        f"compares ranks, and strategy={strategy.name!r} "
+        f"{'lets them differ for some updates' if strategy.needs_ranks else 'has one process'}. Leave it out",
     )
     refuse(
         "label_smoothing_factor",
