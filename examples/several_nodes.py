@@ -35,6 +35,7 @@ def train() -> None:
     run = configure(build, data, ARGUMENTS)
     fit = Fit.from_config(run)
     fit.train()
+    assert isinstance(fit.strategy, FSDP2)
     held = sum(weight.numel() for weight in fit.strategy.held_weights().values())
     places = fit.strategy.gather((os.environ["GROUP_RANK"], fit.strategy.mesh.get_coordinate(), held))
     if fit.strategy.is_main:
