@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .framework.predictions import PredictionWriter, iterate_predictions, read_predictions
     from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
+    from .framework.version import __version__
     from .framework.weights.converting import convert
     from .precision.frozen import frozen
     from .strategies.sent import launch
@@ -71,6 +72,7 @@ __all__ = [
     "Turn",
     "Upload",
     "WandbLogger",
+    "__version__",
     "configure",
     "convert",
     "frozen",
@@ -97,6 +99,7 @@ FILES = {
     "TrackioLogger": "framework.loggers.trackio",
     "Upload": "framework.uploading",
     "WandbLogger": "framework.loggers.wandb",
+    "__version__": "framework.version",
     "configure": "framework.configuration.command_line",
     "convert": "framework.weights.converting",
     "frozen": "precision.frozen",

@@ -1,6 +1,7 @@
 """The page of docs/ with all arguments: ``python -m stratagem.framework.arguments_table`` prints it."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
 from .arguments import FitArguments
@@ -14,7 +15,7 @@ def arguments_table() -> str:
     rows = []
     for field in dataclasses.fields(FitArguments):
         default = field.default_factory() if callable(field.default_factory) else field.default
-        what = said[field.name].replace("|", "\\|").replace("``", "`")
+        what = linked(said[field.name].replace("|", "\\|").replace("``", "`"))
         rows.append(f"| `{field.name}` | `{default!r}` | {what} |")
     head = [
         "# Arguments",
@@ -43,7 +44,12 @@ def training_arguments_table(names: Iterable[str]) -> str:
     for name in sorted(names):
         same = f"the same: {DIFFERENT[name]}" if name in DIFFERENT else "the same"
         rows.append(f"| `{name}` | {same if name in ours else f'refused. {FOREIGN[name]}'} |")
-    return "\n".join(["| TrainingArguments | FitArguments |", "| --- | --- |", *rows]) + "\n"
+    return linked("\n".join(["| TrainingArguments | FitArguments |", "| --- | --- |", *rows]) + "\n")
+
+
+def linked(text: str) -> str:
+    """Have the names of pages in a text be links between pages."""
+    return re.sub(r"\bdocs/(\w+)\.md", lambda page: f"[{page[1].replace('_', ' ')}]({page[0][5:]})", text)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from .commands.parity import add_parity
 from .commands.plan import add_plan
 from .commands.report import add_report
 from .commands.watch import add_watch
-from .record.facts import version_of
+from .version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="stratagem", description="Tools for modules trained by stratagem.")
-    parser.add_argument("--version", action="version", version=f"stratagem {version_of('stratagem')}")
+    parser.add_argument("--version", action="version", version=f"stratagem {__version__}")
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for add in (add_fit, add_plan, add_launch, add_watch, add_report, add_convert, add_parity, add_completion):

@@ -5,18 +5,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .arguments import FitArguments
 from .module import TrainModule
-from .rate_finding import RateFinding
+from .strategy_choice import StrategyChoice
 
 if TYPE_CHECKING:
     from .configuration.configuration import Configuration
     from .planning.plan import RunPlan
 
-FILES = ".yaml", ".yml", ".toml", ".json"
-
 Made = TypeVar("Made", bound="Configured")
 
 
-class Configured(RateFinding):
+class Configured(StrategyChoice):
     """What makes a Fit of a configuration."""
 
     @classmethod
@@ -84,6 +82,7 @@ class Configured(RateFinding):
             ``Fit.plan_run("train.py:build", world=64, strategy="fsdp2", precision="bf16-mixed").fits``
         """
         from .configuration.configuration import Configuration
+        from .configuration.entries import FILES
         from .configuration.options import flat
         from .configuration.targets import load_target, name_of
         from .planning.asking import plan_of

@@ -36,7 +36,6 @@ from .watch.requeue import check_requeue, requeued
 
 if TYPE_CHECKING:
     from .configuration.configuration import Built
-    from .planning.choosing import Choice
     from .profiling import Profiler
 
 
@@ -94,8 +93,6 @@ class Fit(Configured, Shown):
         TrainOutput(global_step=100, training_loss=..., metrics={...})
     """
 
-    choice: "Choice | None" = None
-
     def __init__(
         self,
         module: TrainModule | None = None,
@@ -121,13 +118,14 @@ class Fit(Configured, Shown):
         overriding.check_fit(type(self), Fit)
         own = batch_size.with_loader_batch_size((args or FitArguments()).replace(**arguments), train_data)
         first_checks.check_output_dir(own.output_dir)
-        if strategy == "auto":
-            from .planning.automatic import choose_for  # who names a strategy plans nothing
+        self.strategy = chooser = get_strategy(strategy)
+        self.asked, number_format = own, get_precision(precision)
+        if chooser.chooses:
+            from .planning import automatic  # who names a strategy plans nothing
 
             make = partial(Fit.__init__, self, module, train_data, module_init=module_init, precision=precision)
             make = partial(make, data_collator=data_collator, compute_loss_func=compute_loss_func)
-            strategy, own, self.choice = choose_for(make, self, own, devices, max_restarts)
-        self.strategy, number_format = get_strategy(strategy), get_precision(precision)
+            self.strategy, own, self.choice = automatic.choose_for(make, self, own, chooser, devices, max_restarts)
         self.profiler = self._find_profiler(profiler)
         self.strategy.check_precision(number_format)  # set_up would refuse it when every rank is there, on each
         self.source = Source(module, module_init, own.seed)
@@ -174,6 +172,7 @@ class Fit(Configured, Shown):
         from .configuration.written_run import written_by
 
         self.written = written_by(self, max_restarts, loggers, built_by)
+        self._measure(chooser.candidates_to_measure)
         self.emit("on_init_end")
 
     # Training.
@@ -221,7 +220,7 @@ class Fit(Configured, Shown):
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:
-            return batch_size.train(self, path) if self.args.auto_find_batch_size else self.train_from(path)
+            return self._train(path)
 
     def hyperparameter_search(
         self,

@@ -121,7 +121,7 @@ class InRun(nn.Module):
         """The updates that the run has made so far, as ``state.global_step`` counts them: 0 in the first update, the
         same in all of an update's micro-batches, and 0 where no Fit has the module.
 
-        0-dim, int64, on the device, and the same tensor always, which changes in place between two updates: what is
+        0-dim, int64, on the device, and always of the same memory, which changes in place between two updates: what is
         computed of it needs no wait and is compiled once. ``int(module.update_number)`` reads it.
 
         Example:

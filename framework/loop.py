@@ -165,7 +165,7 @@ def end_training(steps: Steps, run: Run) -> None:
     placement = steps.placement
     run.report_updates()
     run.end_if_it_must()
-    run.strategy.settle_buffers()
+    run.strategy.settle()
     placement.mode.eval()
     steps.saver.close()
     flops_per_token = steps.module.flops_per_token(placement.parameters.total)

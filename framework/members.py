@@ -12,6 +12,7 @@ from .callbacks import Callbacks
 from .data import DataStream
 from .in_run import OfRun
 from .labelling import Labelled
+from .loggers.base import LoggedChoice
 from .loggers.together import Loggers
 from .measures.memory import MemoryByStage
 from .measures.tokens import TokenCounter
@@ -34,12 +35,14 @@ class Members(Labelled):
 
     Attributes:
         strategy: set up.
+        choice: why it is this one, where it was chosen for the Fit; None where it was named.
         plan: the arguments of the run, and its length.
         source: where the module comes from.
         state, control: progress, and the flags that callbacks set.
     """
 
     strategy: Strategy
+    choice: LoggedChoice | None = None
     plan: Plan
     train_data: Any
     eval_data: Any

@@ -1,6 +1,5 @@
 """The memory that this process holds now, by counters of the system and of torch."""
 
-import resource
 import sys
 
 import torch
@@ -8,12 +7,9 @@ import torch
 
 def held(device: torch.device) -> dict[str, float]:
     """The bytes that this process holds now, and those that are allocated on its GPU: what a log may ask for often."""
-    found: dict[str, float] = {}
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            found["memory_cpu_resident"] = int(file.read().split()[1]) * resource.getpagesize()
-    except (OSError, ValueError, IndexError):  # there is no /proc
-        found["memory_cpu_resident"] = resident()[0]
+    import psutil
+
+    found: dict[str, float] = {"memory_cpu_resident": psutil.Process().memory_info().rss}
     if device.type == "cuda":
         found["memory_gpu_allocated"] = torch.cuda.memory_allocated(device)
         found["memory_gpu_reserved"] = torch.cuda.memory_reserved(device)
@@ -21,16 +17,21 @@ def held(device: torch.device) -> dict[str, float]:
 
 
 def resident() -> tuple[int, int]:
-    """Return the bytes of host memory that this process holds, and the most that it has held. Where the system doesn't
-    say the first (there is no /proc), both are the second.
-    """
+    """Return the bytes of host memory that this process holds, and the most that it has held."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return memory.rss, max(memory.rss, getattr(memory, "peak_wset", 0) or peak())  # peak_wset: on Windows
+
+
+def peak() -> int:
+    """The most bytes of host memory that this process has held, which psutil doesn't say on a POSIX system."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
-            kilobytes = {name: text.split() for name, _, text in (line.partition(":") for line in file)}
-        held, peak = (int(kilobytes[name][0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return held, max(held, peak)
-    except (OSError, KeyError):
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
         # On Linux this count would begin with what the parent process held when it started this one.
         unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return peak, peak
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,21 +1,25 @@
-"""RateFinding: looks for a learning rate before a run, and leaves the run as it was."""
+"""RateFinding: tries updates before a run, to find a learning rate by them, and leaves the run as it was."""
 
 import sys
 from typing import TYPE_CHECKING
 
-from . import checkpoint, random_state
+from . import checkpoint
+from .arguments import FitArguments
+from .callbacks import Callback
 from .loggers.together import Loggers
 from .measures.memory import MemoryByStage
 from .printing import say
+from .run.attempts import OutOfMemory, Standing, attempt
 from .runs import Runs
+from .state import TrainOutput
 from .watch.watch import Watch
 
 if TYPE_CHECKING:
-    from .search.learning_rates import LearningRates, RateSweep
+    from .search.learning_rates import LearningRates
 
 
 class RateFinding(Runs):
-    """What a Fit does to find a learning rate."""
+    """What a Fit does to try updates, and to find a learning rate."""
 
     _has_trained: bool
 
@@ -48,7 +52,11 @@ class RateFinding(Runs):
             PosixPath('rates.png')
             >>> better = Fit(Regressor(), train_data=dataset, learning_rate=found.suggestion)
         """
-        from .search.learning_rates import RateSweep, check_sweep  # who looks for none needn't import it
+        from .search.learning_rates import (
+            RateSweep,
+            check_sweep,
+            sweep_arguments,
+        )  # who looks for none needn't import it
 
         check_sweep(min, max, updates, diverged)
         if self._turns is not None:
@@ -62,18 +70,14 @@ class RateFinding(Runs):
                 "find_learning_rate gives the module back as Fit was given it, and this one is placed already. Call it "
                 "before train(), evaluate() and predict(), or on another Fit."
             )
-        generators = [(each, each.get_state()) for each in self.run.stream.generators()]  # refuses to go without data
-        random = {**random_state.capture(), **self.strategy.random_state()}
+        standing = Standing(self.strategy, self.run.stream)  # refuses to go without data
         if self.source.module_init is None:
             self.source.keep_copy()
         sweep = RateSweep(min, max, updates, diverged)
         try:
-            self._sweep(sweep)
+            self._try_out(sweep_arguments(self.own_args, updates), sweep)
         finally:
-            for generator, before in generators:
-                generator.set_state(before)
-            random_state.restore(random)
-            self.strategy.restore_random_state(random)
+            standing.restore(self.strategy)
         found = sweep.found()
         if self.strategy.is_main:
             suggestion = "none: the loss never fell" if found.suggestion is None else f"{found.suggestion:.2g}"
@@ -81,17 +85,26 @@ class RateFinding(Runs):
             say(f"Learning rate: {len(found.rates)} updates, {end}; suggestion {suggestion}", sys.stderr)
         return found
 
-    def _sweep(self, sweep: "RateSweep") -> None:
-        """Run a sweep on a module that isn't placed, which it is given back as."""
-        from .search.learning_rates import sweep_arguments
+    def _try_out(self, args: FitArguments, callback: Callback, may_fail: bool = False) -> TrainOutput | OutOfMemory:
+        """Train on a module that isn't placed, which it is given back as. The user's callbacks and loggers hear nothing
+        of it, and nothing is written. Afterwards the Fit has its own arguments.
 
+        Args:
+            args: of the run that is tried.
+            callback: hears it alone.
+            may_fail: return that a rank is out of memory, instead of raising it.
+        """
         own_args, own_callbacks, loggers, profiler = self.own_args, self.own_callbacks, self.loggers, self.profiler
         self.own_callbacks, self.loggers, self.profiler = [], Loggers((), self), None
         try:
-            self.begin_afresh(sweep_arguments(own_args, sweep.updates), callbacks=[sweep])
+            self.begin_afresh(args, callbacks=[callback])
             self._saver = checkpoint.Saver(self.strategy, self.args, self.callbacks, self.loggers.note_checkpoint)
             with Watch(self.strategy, self.args, self.state, self._saver) as self._watch:
-                self.train_from(None)
+                ended = attempt(self, lambda over: self.train_from(None), lambda: may_fail)
+                if isinstance(ended, OutOfMemory):
+                    self.take_apart()
+                    self.strategy.begin_again()  # wakes the ranks that wait for this one
+            return ended
         finally:
             self.take_apart()
             self._watch = self._saver = None

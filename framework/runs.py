@@ -363,7 +363,7 @@ class Runs(Exchange):
             from .display.progress import Progress
 
             last.append(Progress())
-        if strategy.world_size > 1:
+        if strategy.world_size > 1 and strategy.replicas_agree:
             last.append(RanksAgree(args.debug == "ranks_agree"))
         self.callbacks = Callbacks(first, last)
 

@@ -357,10 +357,11 @@ class Steps(Members):
         """
         run, saver = self.run, self.saver
         run.settle_schedule()
+        choice = None if self.choice is None else self.choice.to_dict()
         with self.placement.mode.evaluating():
             # The best evaluations are those of now: what is written in the background is published later.
             path = saver.save(
-                partial(checkpoint.take, run, saver.directory.line),
+                partial(checkpoint.take, run, saver.directory.line, choice=choice),
                 self.state.global_step,
                 best.best_updates(self.args, self.state),
                 name,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .base import Precision
 from .names import files_of, lazy_exports
-from .registry import PRECISIONS, get_precision
+from .registry import PRECISIONS, get_precision, register_precision
 
 if TYPE_CHECKING:
     from .apex import ApexO1, ApexO2
@@ -36,6 +36,7 @@ __all__ = [
     "Precision",
     "TransformerEngine",
     "get_precision",
+    "register_precision",
 ]
 
 FILES = {**files_of(PRECISIONS), "LostUpdates": "half", "Mixed": "mixed"}

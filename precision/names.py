@@ -4,9 +4,11 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 Chosen = TypeVar("Chosen")
+Table: TypeAlias = Mapping[str, tuple[str | type, Mapping[str, Any]]]
+"""Names to ("file:Class", options of the name's own); a class that was registered stands there itself."""
 FEW = 20  # names that a message still lists
 
 
@@ -46,7 +48,7 @@ def resolve(
     kind: str,
     choice: Any,
     base: type[Chosen],
-    table: Mapping[str, tuple[str, Mapping[str, Any]]],
+    table: Table,
     aliases: Mapping[str, str],
     package: str,
 ) -> Chosen:
@@ -56,7 +58,7 @@ def resolve(
         kind: what is being chosen, for the messages ("precision").
         choice: a name, an alias, or an instance of ``base``.
         base: the class that every entry derives from.
-        table: name to ("file:Class", options).
+        table: of names.
         aliases: other spellings of the names.
         package: where the table's files live.
 
@@ -81,14 +83,54 @@ def resolve(
     if name not in table:
         raise ValueError(f"Unknown {kind} {choice!r}. {did_you_mean(choice, [*table, *aliases])}")
     location, options = table[name]
-    file, _, class_name = location.partition(":")
-    made: Chosen = getattr(import_module(f"{package}.{file}"), class_name)(**options)
+    made: Chosen = class_at(location, package)(**options)
     return made
 
 
-def files_of(table: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+def class_at(location: str | type, package: str) -> Any:
+    """Import the class of an entry of a table whose files live in ``package``."""
+    if isinstance(location, type):
+        return location
+    file, _, class_name = location.partition(":")
+    return getattr(import_module(f"{package}.{file}"), class_name)
+
+
+def add_class(
+    kind: str,
+    added: type,
+    base: type,
+    table: dict[str, tuple[str | type, Mapping[str, Any]]],
+    aliases: Mapping[str, str],
+) -> None:
+    """Add a class from outside the package to a table, under its ``name``. The same name again takes the place of the
+    first: a file may be run as a program and be imported as well, and a cell of a notebook be run twice.
+
+    Args:
+        kind: what is added, for the messages ("precision").
+        added: the class.
+        base: what it must derive from.
+        table, aliases: of the kind.
+
+    Raises:
+        TypeError: it is no class of the kind.
+        ValueError: it has no name of its own, or one of the package's.
+    """
+    if not (isinstance(added, type) and issubclass(added, base)):
+        raise TypeError(f"register_{kind} takes a class that derives from {base.__name__}. Received: {added!r}")
+    name, example = vars(added).get("name"), added.__name__.lower()
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(
+            f"{added.__name__} has no name of its own to be registered by. Write name = {example!r} in the class; a "
+            "name with a dot would be taken for a path."
+        )
+    if name in aliases or isinstance(table.get(name, (added,))[0], str):
+        raise ValueError(f"{kind}={name!r} is stratagem's own. Give {added.__name__} another name: name = {example!r}.")
+    table[name] = added, {}
+
+
+def files_of(table: Table) -> dict[str, str]:
     """Turn a table of names to ("file:Class", options) into one of class names to files."""
-    locations = (location.partition(":") for location, _ in table.values())
+    locations = (location.partition(":") for location, _ in table.values() if isinstance(location, str))
     return {class_name: file for file, _, class_name in locations}
 
 

@@ -1,14 +1,15 @@
 """The precisions' names, and the class of each, whose file is imported when the name is asked for."""
 
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from .base import Precision
-from .names import resolve
+from .names import add_class, class_at, resolve
+
+Kind = TypeVar("Kind", bound=type[Precision])
 
 # name -> "file:Class"; the class receives the name's own options.
-PRECISIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+PRECISIONS: dict[str, tuple[str | type, Mapping[str, Any]]] = {
     "32-true": ("full:Full", {}),
     "64-true": ("double:Double", {}),
     "bf16-mixed": ("mixed:BF16Mixed", {}),
@@ -34,9 +35,28 @@ ALIASES: Mapping[str, str] = {
 
 def class_of(name: str) -> type[Precision]:
     """Import the class of a name in PRECISIONS. It can be asked where none can be made for want of a GPU or package."""
-    file, _, class_name = PRECISIONS[name][0].partition(":")
-    found: type[Precision] = getattr(import_module(f".{file}", __package__), class_name)
+    found: type[Precision] = class_at(PRECISIONS[name][0], __package__ or "")
     return found
+
+
+def register_precision(added: Kind) -> Kind:
+    """Make a precision of your own known by its ``name``, to ``Fit``, to configuration files and to command lines.
+
+    Args:
+        added: the class. What stands above ``Fit``, or in the file that a command names, is run on every rank.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError, ValueError: it is no Precision, or has no name of its own.
+
+    Example:
+        Above ``class Rounded(BF16Mixed)``, in which ``name = "rounded"`` stands: ``@register_precision``. Then
+        ``Fit(module, data, precision="rounded")``.
+    """
+    add_class("precision", added, Precision, PRECISIONS, ALIASES)
+    return added
 
 
 def get_precision(choice: "str | Precision") -> Precision:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 from ..precision.names import files_of, lazy_exports
 from .base import Strategy
-from .registry import STRATEGIES, get_strategy
+from .registry import STRATEGIES, get_strategy, register_strategy
 
 if TYPE_CHECKING:
+    from .auto import Auto
     from .ddp.strategy import DDP
     from .deepspeed.strategy import DeepSpeed
     from .dp import DP
     from .fsdp1.strategy import FSDP1
     from .fsdp2.strategy import FSDP2
+    from .process_group import ProcessGroupOptions, ProcessGroupStrategy
     from .single import Single
     from .tensor_parallel import TensorParallel
     from .xla.strategy import XLASPMD
@@ -26,13 +28,21 @@ __all__ = [
     "FSDP2",
     "STRATEGIES",
     "XLASPMD",
+    "Auto",
     "DeepSpeed",
+    "ProcessGroupOptions",
+    "ProcessGroupStrategy",
     "Single",
     "Strategy",
     "TensorParallel",
     "get_strategy",
+    "register_strategy",
 ]
 
-FILES = files_of(STRATEGIES)
+FILES = {
+    **files_of(STRATEGIES),
+    "ProcessGroupOptions": "process_group",
+    "ProcessGroupStrategy": "process_group",
+}
 
 __getattr__, __dir__ = lazy_exports(__name__, FILES)

@@ -116,6 +116,9 @@ class Strategy(Updating):
     optimizer may consume it there and then (LOMO)."""
     takes_closure: ClassVar[bool] = True
     """Whether an optimizer may compute loss and gradients again within its step, by a closure (LBFGS)."""
+    replicas_agree: ClassVar[bool] = True
+    """Whether ranks hold the same numbers after each update, where they hold the same part: a run in which they don't
+    is ended. Where they may differ for a while, ``settle`` brings them together."""
     replicas_differ: ClassVar[str] = (
         "Something changed them on some ranks alone: a callback or an optimizer that goes by the rank, values drawn "
         "from a rank's own random numbers, or a gradient that isn't averaged over the ranks."
@@ -123,6 +126,10 @@ class Strategy(Updating):
     """The likely cause, where ranks hold other numbers of what they hold alike."""
     refused_arguments: ClassVar[Mapping[str, str]] = {}
     """Arguments of a run that have no effect here, or can't be: why not, and what to write instead."""
+    chooses: ClassVar[bool] = False
+    """Whether it stands for another one, which is chosen among candidates when a Fit is made."""
+    candidates_to_measure: int = 0
+    """Of how many candidates the fastest is taken, where it stands for another one; 0 goes by their plans."""
     unprofiled: ClassVar[str] = ""
     """Why profilers don't see what runs here, and what to use instead; "" where they do."""
     unplayed: ClassVar[str] = ""

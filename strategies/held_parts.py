@@ -60,7 +60,7 @@ def parts_of(
                 raise ValueError(f"A parameter is placed as {placement}, which says of no rank what values it holds.")
             continue
         pieces = chunks(held[dimension], getattr(placement, "split_factor", 1))
-        held[dimension] = [piece for part in pieces for piece in chunks(part, size)[index]]
+        held[dimension] = [piece for part in pieces for piece in chunk(part, size, index)]
     held = [ranges or [(0, 0)] for ranges in held]
     local = [list(lengths(ranges)) for ranges in held]
     return [
@@ -71,9 +71,14 @@ def parts_of(
 
 def chunks(ranges: Ranges, number: int) -> list[Ranges]:
     """Cut what ranges cover, end to end, into a number of chunks as ``torch.chunk`` would; the last may be empty."""
+    return [chunk(ranges, number, index) for index in range(number)]
+
+
+def chunk(ranges: Ranges, number: int, index: int) -> Ranges:
+    """One of those chunks."""
     total = sum(end - begin for begin, end in ranges)
     size = -(-total // number)
-    return [cut(ranges, min(i * size, total), min((i + 1) * size, total)) for i in range(number)]
+    return cut(ranges, min(index * size, total), min((index + 1) * size, total))
 
 
 def cut(ranges: Ranges, first: int, last: int) -> Ranges:

@@ -1,6 +1,5 @@
 """Models that every rank of a host makes whole, and that don't fit into its memory so: told by name."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -9,17 +8,17 @@ from torch import nn
 LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # of a container
 
 
-def memory_of_host() -> int | None:
-    """Bytes of memory that this host's processes may have together; None where the system doesn't say."""
-    found = []
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def memory_of_host() -> int:
+    """Bytes of memory that this host's processes may have together."""
+    import psutil
+
+    found: list[int] = [psutil.virtual_memory().total]
     for path in LIMITS:
         try:
             found.append(int(Path(path).read_text()))
         except (OSError, ValueError):  # no container, or one without a limit
             continue
-    return min(found, default=None)
+    return min(found)
 
 
 def warn_if_too_large(module: nn.Module, strategy: str, ranks: int, memory: int | None) -> None:

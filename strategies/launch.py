@@ -187,8 +187,14 @@ def run_on_ranks(
         sent, inherited: see ``Launch``.
 
     Raises:
-        ValueError: this process is a rank already, or fewer ranks would never come about.
+        ValueError: this process is a rank already, fewer ranks would never come about, or the system has no POSIX
+            signals.
     """
+    if not hasattr(os, "killpg"):
+        raise ValueError(
+            f"devices={most} starts ranks that are ended by POSIX signals, and this is Windows. Write devices=1, or "
+            "run it in the Windows Subsystem for Linux."
+        )
     if not (place := find_place()).is_alone:
         raise ValueError(f"This process is rank {place.rank} of {place.world_size} already, by {place.started_by}.")
     most = most or max(1, torch.accelerator.device_count())

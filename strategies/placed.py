@@ -106,8 +106,10 @@ class PlacedModule:
             news: ``has_news_of_buffers`` on any rank. The same on all.
         """
 
-    def settle_buffers(self) -> None:
-        """Share the buffers that changed, before the module is evaluated, saved or used between updates. Collective."""
+    def settle(self) -> None:
+        """Have all ranks hold the same numbers, before the module is evaluated, saved or used between updates: share
+        the buffers that changed. A strategy whose ranks' weights come apart brings them together here. Collective.
+        """
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state: parameter name to (state key to tensor or number)."""

@@ -141,7 +141,7 @@ class ProcessGroupStrategy(Strategy):
         self.buffers.broadcast()
         self.buffers.begin_update()
 
-    def settle_buffers(self) -> None:
+    def settle(self) -> None:
         """Ask all ranks whether a buffer has changed, and share buffers accordingly."""
         if self.buffers is not None:
             self.buffers.look_for_layers()

@@ -35,10 +35,10 @@ AFTER_THE_FIRST = 30.0  # seconds that ranks have once the first of them has end
 TOGETHER = 2.0  # seconds within which signals count as one: a scheduler and a script both send theirs
 SWEEPING = 1.0  # seconds that what a rank had started has to end by itself
 SPOKEN_FOR = (ANOTHER_FAILED, HUNG)  # statuses of which the screen has the reason
-WHY: dict[int, str] = {
-    signal.SIGKILL: " (out of memory? see dmesg)",
-    signal.SIGSEGV: " (a crash outside of Python)",
-    signal.SIGBUS: " (is /dev/shm full?)",
+WHY = {
+    "SIGKILL": " (out of memory? see dmesg)",
+    "SIGSEGV": " (a crash outside of Python)",
+    "SIGBUS": " (is /dev/shm full?)",
 }
 
 
@@ -259,7 +259,7 @@ class Attempt:
         if code in SPOKEN_FOR:
             return
         if code < 0:
-            what = f"was killed by {name_of(-code)}{WHY.get(-code, '')}"
+            what = f"was killed by {name_of(-code)}{WHY.get(name_of(-code), '')}"
         else:
             failure = told(self.store)
             if failure is not None and failure.rank == rank:

@@ -1,7 +1,7 @@
 """What CONTRIBUTING.md says: one of each thing that can be added, added from outside the package, and trained with."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from stratagem import Callback, Control, Fit, FitArguments, Logger, TrainState
+from stratagem.precision import PRECISIONS, register_precision
 from stratagem.precision.full import Full
+from stratagem.strategies import STRATEGIES, get_strategy, register_strategy
 from stratagem.strategies.single import Single
 from tiny import MakeFit, Regressor, parameters_of, regression_rows
 from torch import Tensor, nn
@@ -119,6 +122,63 @@ def test_a_precision(train: Any) -> None:
     fit, weights = train(precision=Rounded(), learning_rate=0.0)
     assert all(torch.equal(weight, weight.round()) for weight in weights.values())
     assert fit.strategy.precision.name == "rounded"
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    strategies, precisions = STRATEGIES.copy(), PRECISIONS.copy()
+    yield
+    for table, before in ((STRATEGIES, strategies), (PRECISIONS, precisions)):
+        table.clear()
+        table.update(before)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_strategy_and_a_precision_by_their_names(train: Any, tmp_path: Path) -> None:
+    assert register_strategy(Scaled) is Scaled and register_precision(Rounded) is Rounded
+    fit, weights = train(strategy="scaled", precision="rounded", learning_rate=0.0, report=True)
+    assert type(fit.strategy) is Scaled and type(fit.strategy.precision) is Rounded
+    assert all(torch.equal(weight, weight.round()) for weight in weights.values())
+    written = yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())
+    assert (written["strategy"], written["precision"]) == ("scaled", "rounded")
+    with Fit.from_config(tmp_path / "output" / "config.yaml", Regressor(), regression_rows(16)) as again:
+        assert type(again.strategy) is Scaled
+
+    class Scaled2(Scaled):
+        """What a cell of a notebook leaves that is run once more."""
+
+        name = "scaled"
+
+    register_strategy(Scaled2)
+    assert type(get_strategy("scaled")) is Scaled2
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_name_that_cannot_be_registered() -> None:
+    class Nameless(Single):
+        pass
+
+    class Taken(Full):
+        name = "bf16-mixed"
+
+    class Alias(Full):
+        name = "bf16"
+
+    class Dotted(Single):
+        name = "a.path"
+
+    with pytest.raises(ValueError, match=r"Nameless has no name of its own .* name = 'nameless'"):
+        register_strategy(Nameless)
+    for kind in (Taken, Alias):
+        with pytest.raises(ValueError, match=f"precision='{kind.name}' is stratagem's own"):
+            register_precision(kind)
+    with pytest.raises(ValueError, match="a name with a dot"):
+        register_strategy(Dotted)
+    with pytest.raises(TypeError, match="register_strategy takes a class that derives from Strategy"):
+        register_strategy(Taken)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="Unknown strategy 'scaled'"):
+        get_strategy("scaled")
 
 
 def test_an_argument_and_a_callback_that_reads_it(train: Any) -> None:

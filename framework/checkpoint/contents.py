@@ -87,19 +87,20 @@ class Snapshot:
         return {"model": self.model, "optimizer": self.optimizer, "callbacks": self.callbacks}
 
 
-def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
+def take(run: SavedRun, line: Line, names: Sequence[str] = (), choice: Mapping[str, Any] | None = None) -> Snapshot:
     """Take a snapshot of a run as it stands between two updates. Collective.
 
     Args:
         run: placed.
         line: of the run, see ``line.py``.
         names: that the checkpoint is given, see ``naming.py``.
+        choice: how the strategy was chosen, as JSON types; None where it was named.
 
     Raises:
         CheckpointError: on every rank, where the weights or the optimizer's state aren't finite.
     """
     strategy = run.strategy
-    strategy.settle_buffers()
+    strategy.settle()
     model = untied_state(strategy)
     absent = left_out(strategy, run.args.save_only_trainable).intersection(model)
     absent |= in_parts(strategy, model, lambda part: part.saved == "never")
@@ -139,6 +140,8 @@ def take(run: SavedRun, line: Line, names: Sequence[str] = ()) -> Snapshot:
     }
     if names:
         state["names"] = [*names]
+    if choice is not None:
+        state["choice"] = choice
     random = {**random_state.capture(), **strategy.random_state(), **run.rank_state()}
     mine = callback_states.tensors_to_write(callback_tensors, strategy)
     if (history := run.take_history()) is not None:

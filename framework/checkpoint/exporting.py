@@ -104,7 +104,7 @@ def names_to_leave_out(strategy: Strategy, only_trainable: bool, *, adapters: bo
 
 def weights_to_write(strategy: Strategy, names: Collection[str]) -> dict[str, Tensor]:
     """Return the weights as they are placed, but for those names, once it is known that they are finite. Collective."""
-    strategy.settle_buffers()
+    strategy.settle()
     weights = leave_out(strategy.model_state(), names)
     check_finite(strategy, weights, {})
     return weights

@@ -1,13 +1,14 @@
 """Reading of stored tensors in place: a rank opens the files that hold something of its parts, each once."""
 
 import math
-import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..pretrained.reading_at import read_at
 from .directory import CheckpointError
 from .shards import Parts
 from .streaming import lies_in_a_row, memory_of
@@ -70,7 +71,7 @@ class Reader:
 
     def __enter__(self) -> "Reader":
         """Open the file."""
-        self._file = self.path.open("rb", buffering=0)
+        self._file = FileIO(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,7 +132,7 @@ class Reader:
 
     def _fill(self, memory: memoryview, place: int) -> None:
         while memory:
-            count = os.preadv(self._file.fileno(), [memory], place)
+            count = read_at(self._file, memory, place)
             if not count:
                 raise CheckpointError(f"{self.path} was altered: it ends at {place}, in the middle of a tensor.")
             memory, place = memory[count:], place + count

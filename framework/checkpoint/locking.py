@@ -3,8 +3,8 @@
 It is a POSIX record lock, which the system releases however the process ends, so that a killed process leaves nothing
 behind. A record lock belongs to one process alone. A lock by flock, which the package filelock takes, is inherited by
 forked children that load data; these may outlive a killed run by some seconds, in which its restart would be refused.
-Record locks work over NFS, too. A process isn't kept out by its own record lock, so the locks of this process are also
-kept in a table here.
+Record locks work over NFS, too. Windows has none, and no forks either: there, filelock's is taken. A process isn't kept
+out by its own record lock, so the locks of this process are also kept in a table here.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class DirectoryLock:
         self.place = ""
         self.descriptor: int | None = None
         self.owner: dict[str, Any] = {}
+        self._release_filelocks: Callable[[], Any] = int  # of a lock that was never taken: nothing
 
     def take(self) -> None:
         """Lock the directory. Wait a few seconds for a process that may be about to end.
@@ -93,6 +95,7 @@ class DirectoryLock:
         if held.get(self.place) == os.getpid():
             del held[self.place]
         self.place = ""
+        self._release_filelocks()
         if self.descriptor is not None:
             with contextlib.suppress(OSError):  # somebody may have removed the file, or the directory
                 (self.directory / LOCK).unlink()
@@ -103,9 +106,8 @@ class DirectoryLock:
         """Take the lock, and return whether this process holds it now. A filesystem without locks always grants it."""
         try:
             import fcntl
-        except ImportError:  # this isn't a POSIX system
-            self._say_there_are_no_locks("this system has no POSIX locks")
-            return True
+        except ImportError:
+            return self._try_to_take_filelocks()
         descriptor = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,6 +125,17 @@ class DirectoryLock:
             return False
         self.descriptor = descriptor
         self.name("")
+        return True
+
+    def _try_to_take_filelocks(self) -> bool:
+        import filelock
+
+        lock = filelock.FileLock(self.directory / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return False
+        self._release_filelocks = lock.release
         return True
 
     def _say_there_are_no_locks(self, why: str | None) -> None:

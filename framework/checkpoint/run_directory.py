@@ -150,6 +150,10 @@ class RunDirectory:
             if not self.is_at_work:
                 self.release_lock()
 
+    def follow(self, strategy: Strategy) -> None:
+        """Have the ranks agree as another strategy says."""
+        self.strategy = strategy
+
     def checkpoints(self) -> list[Path]:
         """List the checkpoints of the run's line, oldest first. Call it on the main process."""
         return checkpoints_of(self.line, self.path)

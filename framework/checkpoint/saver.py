@@ -48,6 +48,11 @@ class Saver:
         self.seconds = 0.0
         self.names: dict[int, tuple[str, ...]] = {}  # that were given to the checkpoint of an update
 
+    def follow(self, strategy: Strategy) -> None:
+        """Have the ranks write together as another strategy says; nothing is under way."""
+        self.strategy = strategy
+        self.directory.follow(strategy)
+
     def save(
         self, take: Callable[[Sequence[str]], "Snapshot"], update: int, best: Sequence[int], name: str | None = None
     ) -> Path:

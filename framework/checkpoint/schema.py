@@ -187,6 +187,7 @@ class State(StateOfFormat2, kw_only=True):
     averages: Averages  # type: ignore[assignment]
     progress: Progress  # type: ignore[valid-type]
     log_history: Logs
+    choice: dict[str, Any] | UnsetType = UNSET
 
 
 SCHEMAS: Mapping[int, type[StateOfFormat1]] = {1: StateOfFormat1, 2: StateOfFormat2, 3: State}

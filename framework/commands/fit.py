@@ -7,7 +7,8 @@ from ..fit import Fit
 from ..printing import say
 
 EPILOG = """The function returns a TrainModule, and data() beside it the training data, or (training data, evaluation
-data); or it returns a mapping of Fit's arguments. What both take are options, too: --build.width 256."""
+data); or it returns a mapping of Fit's arguments. What both take are options, too: --build.width 256. A file of options
+that names its target may stand in the place of TARGET."""
 
 
 def add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

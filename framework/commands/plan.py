@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console, RenderableType
 
 from ..planning.asking import MARGIN, PlanningError, plan_of_words
-from ..planning.asking_all import choose_by_words
+from ..planning.asking_all import choose_by_words, stands_for_candidates
 from ..planning.choice_shown import WIDTH, choice_shown
 from ..planning.devices import DEVICES, bytes_in
 from ..planning.shown import shown
@@ -72,11 +72,11 @@ def run_plan(options: argparse.Namespace) -> int:
     own, words = parser.parse_known_args(options.words)
     if not words:
         parser.error("name what builds the module: stratagem plan train.py:build")
-    if own.host_memory and not own.auto:
-        parser.error("--host-memory has no effect without --auto, which may choose to offload.")
     try:
-        if own.auto:
+        if own.auto or stands_for_candidates(words):
             return run_auto(own, words)
+        if own.host_memory:
+            parser.error("--host-memory has no effect without --auto, which may choose to offload.")
         with Console(stderr=True).status("playing a rank"):
             plan = plan_of_words(words, own.world, own.device, own.nodes, own.margin)
     except ValueError as error:

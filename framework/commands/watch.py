@@ -1,6 +1,8 @@
 """``stratagem watch``: shows runs while they go on, from what they have written alone."""
 
 import argparse
+import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -47,7 +49,8 @@ def run_watch(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    console = Console()
+    # A file or a pipe has no width, and rows are easier to read unbroken.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
     watched = Watched(options.directories)
     if options.once or not console.is_terminal:
         watched.look()

@@ -16,10 +16,11 @@ from .configuration import (
     names_problems,
     options_under,
     standing,
+    target_at,
     unknown_name,
     words_in,
 )
-from .entries import ConfigurationError, Entry, read_entries
+from .entries import FILES, ConfigurationError, Entry, read_entries
 from .options import PLACEMENT, Option, flat, options_of
 from .targets import REQUIRED, Target, load_target
 from .writing import can_be_written, text_of
@@ -49,7 +50,7 @@ class Command:
         """Read the words of a command line; ends the process where it asks for help, or can't work.
 
         Args:
-            words: without the command.
+            words: without the command; the first may be a target, or a file.
             target: what makes the module and the data, where no word names it.
         """
         parser = self.parser([])
@@ -62,11 +63,14 @@ class Command:
 
     def _read(self, words: list[str], target: Target | None) -> Configuration:
         if self.names_target and words and not words[0].startswith("-"):
-            target = load_target(words.pop(0))
+            if words[0].endswith(FILES):
+                words.insert(0, "--config")
+            else:
+                target = load_target(words.pop(0))
         entries = [entry for path in values_of(words, "config") for entry in read_entries(path)]
         if target is None:
             named = [entry for entry in entries if entry.key == "target"]
-            target = load_target(str(named[-1].value)) if named else None
+            target = target_at(named[-1]) if named else None
         defaults = flat(target.defaults) if target is not None else {}
         typed = [Entry(word, values[-1], TYPED) for word in UNUSED if (values := values_of(words, word))]
         chosen = standing([*entries, *typed])

@@ -200,13 +200,17 @@ class Configuration:
 
 
 def target_at(entry: Entry) -> Target:
-    """Load the target that a file names.
+    """Load the target that a file names: by a path from here, or from the file's own folder.
 
     Raises:
         ConfigurationError: there is none.
     """
+    name, beside = str(entry.value), Path(entry.file).parent
+    path = name.rpartition(":")[0]
+    if path.endswith(".py") and not Path(path).expanduser().exists() and (beside / path).exists():
+        name = f"{beside / name}"
     try:
-        return load_target(str(entry.value))
+        return load_target(name)
     except ValueError as error:
         raise ConfigurationError([f"{entry.place}: {error}"]) from error
 

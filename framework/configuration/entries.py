@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FILES = ".yaml", ".yml", ".toml", ".json"
 CLASS_PATH, INIT_ARGS = "class_path", "init_args"  # how jsonargparse writes a class and its arguments
 SECTIONS = ("build", "data", "strategy", "precision")
 """Keys whose mapping holds options of their own; in other places a mapping is a value."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...precision.base import Precision
+from ...precision.names import Table
 from ...precision.registry import PRECISIONS
 from ...strategies.base import Strategy
 from ...strategies.launch import local_ranks
@@ -45,6 +46,12 @@ class WrittenRun:
     words: Mapping[str, Any]
     built: Built | None = None
     given: Sequence[str] = field(default_factory=tuple)
+
+    def under(self, strategy: Strategy) -> "WrittenRun":
+        """The same under another strategy, which a user could have named."""
+        name = word_of(strategy, STRATEGIES)
+        assert name is not None
+        return dataclasses.replace(self, strategy={"name": name, **options_of_strategy(strategy)})
 
     def write(self, args: FitArguments) -> None:
         """Write ``config.yaml`` into the run's directory. Where that fails it is warned of: a run can do without."""
@@ -107,10 +114,11 @@ def has(fit: Any, name: str) -> bool:
     return getattr(fit, name) is not None
 
 
-def word_of(made: Strategy | Precision, table: Mapping[str, Any]) -> str | None:
+def word_of(made: Strategy | Precision, table: Table) -> str | None:
     """Return the word, or the path, that a strategy or precision can be made by again; None where it has none."""
     kind = type(made)
-    if made.name in table and table[made.name][0].rpartition(":")[2] == kind.__name__:
+    location = table.get(made.name, ("", {}))[0]
+    if location is kind or (isinstance(location, str) and location.rpartition(":")[2] == kind.__name__):
         return made.name
     path = f"{kind.__module__}.{kind.__qualname__}"
     return None if kind.__module__ == "__main__" or "<" in path else path

@@ -5,7 +5,7 @@ import signal
 import threading
 from typing import Any
 
-IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED = "SIGINT", "SIGUSR1", "SIGUSR2"  # where the system has them
 
 
 class OutliveSignal:
@@ -21,9 +21,10 @@ class OutliveSignal:
 
     def __call__(self, worker_id: int) -> None:
         """Prepare the worker; torch calls this there before anything is read."""
-        for number in IGNORED:
-            signal.signal(number, signal.SIG_IGN)
-        if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        for name in IGNORED:
+            if name in signal.Signals.__members__:
+                signal.signal(signal.Signals[name], signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):  # not on macOS, nor on Windows
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             threading.Thread(target=obey_parent, args=(os.getppid(),), daemon=True).start()
         if self.worker_init_fn is not None:

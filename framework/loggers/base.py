@@ -22,6 +22,17 @@ class Planned(Protocol):
         """The arguments as they were given."""
 
 
+class LoggedChoice(Protocol):
+    """Why a Fit has its strategy, where that was chosen for it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON types."""
+
+    @property
+    def words(self) -> str:
+        """The words of a command line that would have named what was chosen."""
+
+
 class LoggedFit(Protocol):
     """A Fit, as far as it is logged."""
 
@@ -32,6 +43,10 @@ class LoggedFit(Protocol):
     @property
     def plan(self) -> Planned:
         """The plan of the run."""
+
+    @property
+    def choice(self) -> LoggedChoice | None:
+        """Why it has its strategy; None where that was named."""
 
     state: TrainState
     strategy: Strategy
@@ -46,17 +61,19 @@ class LoggedRun:
         given: the arguments as they were given: epochs and fractions of the run aren't turned into updates.
         state: the progress, without its history; ``global_step`` is above 0 where training is resumed.
         strategy: ``configuration()`` returns what its package was configured with.
+        choice: why it is this strategy, where it was chosen for the Fit; else None.
     """
 
     args: FitArguments
     given: FitArguments
     state: TrainState
     strategy: Strategy
+    choice: LoggedChoice | None = None
 
     @classmethod
     def of(cls, fit: LoggedFit) -> "LoggedRun":
         """Note how a Fit is now."""
-        return cls(fit.args, fit.plan.given, replace(fit.state, log_history=[]), fit.strategy)
+        return cls(fit.args, fit.plan.given, replace(fit.state, log_history=[]), fit.strategy, fit.choice)
 
     @property
     def name(self) -> str:
@@ -69,10 +86,13 @@ class LoggedRun:
         return self.state.global_step > 0
 
     def settings(self) -> dict[str, Any]:
-        """Return strategy, precision, the number of ranks, and every argument as it was given."""
+        """Return strategy (and the words that would have named it, where it was chosen), precision, the number of
+        ranks, and every argument as it was given.
+        """
         strategy = self.strategy
         placed = {"strategy": repr(strategy), "precision": strategy.precision.name, "ranks": strategy.world_size}
-        return placed | self.given.to_dict()
+        chosen = {} if self.choice is None else {"choice": self.choice.words}
+        return placed | chosen | self.given.to_dict()
 
     def chosen(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults, without those that only name the run."""

@@ -20,12 +20,12 @@ class JsonLinesLogger(Logger):
     """Appends ``{"step": 50, "time": "2026-11-29T07:10:00.123Z", "loss": 2.1, ...}`` to a file.
 
     A run begins with a line ``{"step": ..., "event": "begin"}``, and goes on in the same file after a line with the
-    event "resume" where it is resumed. That line holds ``max_steps`` and the ``run_name``, too, and what the strategy's
-    package was configured with. Checkpoints that are saved ("save") or removed ("remove"), and the end of a run
-    ("finish", "interrupt", "fail"), have a line with that event. Once a second, a line of numbers holds the bytes of
-    memory that the process has: ``memory_cpu_resident`` and, on a GPU, ``memory_gpu_allocated`` and ``_reserved``.
-    Numbers that aren't finite are written as strings, which JSON can hold. A line for which the disk has no room is
-    left out whole.
+    event "resume" where it is resumed. That line holds ``max_steps`` and the ``run_name``, too, what the strategy's
+    package was configured with, and why the strategy was chosen ("choice", with ``strategy="auto"``). Checkpoints that
+    are saved ("save") or removed ("remove"), and the end of a run ("finish", "interrupt", "fail"), have a line with
+    that event. Once a second, a line of numbers holds the bytes of memory that the process has:
+    ``memory_cpu_resident`` and, on a GPU, ``memory_gpu_allocated`` and ``_reserved``. Numbers that aren't finite are
+    written as strings, which JSON can hold. A line for which the disk has no room is left out whole.
 
     Args:
         path: the file; None means ``<output_dir>/log.jsonl``.
@@ -54,6 +54,8 @@ class JsonLinesLogger(Logger):
             begin["run_name"] = fit.args.run_name
         if configuration := fit.strategy.configuration():
             begin["configuration"] = dict(configuration)
+        if fit.choice is not None:
+            begin["choice"] = fit.choice.to_dict()
         self._write(fit.state.global_step, begin)
 
     def log(self, metrics: dict[str, float], step: int) -> None:

@@ -155,7 +155,7 @@ class Evaluation:
             ValueError: a metric computes more than one number, or outputs of batches can't be joined.
         """
         totals = self._begin_totals(ignore_keys, predict, batches.rows)
-        self.strategy.settle_buffers()
+        self.strategy.settle()
         with self.memory.during("predict" if predict else "eval"), self.objective.without_past(), self._evaluating():
             self._pass_over(batches, totals, predict)
         reports = self._exchange(totals)

@@ -65,6 +65,8 @@ class Case:
         if name not in (*STRATEGIES, *ALIASES, *COMBINATIONS):
             raise ValueError(f"Unknown strategy {name!r}. {did_you_mean(name, [*STRATEGIES, *ALIASES, *COMBINATIONS])}")
         strategy, options, factor = COMBINATIONS.get(name, (name, {}, 1))
+        if get_strategy(strategy).chooses:
+            raise ValueError(f"strategy={name!r} stands for one of the others, which parity compares. Name those.")
         return cls(name, strategy, options, ranks * factor if get_strategy(strategy).needs_ranks else 1)
 
     def make(self) -> Strategy:

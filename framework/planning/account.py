@@ -1,6 +1,6 @@
 """A rank's account: what it holds, what it holds at most and where, what it sends and computes in an update."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from .recording import (
     FORWARD,
     GRADIENTS,
     PARAMETERS,
+    HOST_AVERAGES,
+    OTHER,
     RECOMPUTED,
     STATE,
     TEMPORARY,
@@ -26,10 +28,10 @@ TIMES_SENT = {"all_reduce": 2}
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of an update at which most is held.
+    """The moment of an update at which the device holds most.
 
     Attributes:
-        bytes: that are held.
+        bytes: that it holds.
         parts: the same by what it is: "parameters", "activations", ...
         phase: "forward", "backward", "recomputed" (in backward), or "update".
         module: the layer that is computed; "" between layers.
@@ -84,6 +86,8 @@ class Account:
         parameters, frozen_parameters, gradients, optimizer_state, buffers: bytes that it holds; a storage that two
             tensors share counts once.
         averaged_weights: bytes of the averages that are kept beside the weights.
+        on_host: bytes that lie in the host's memory between two updates, by what they are: kinds of the above, and
+            "averaged_weights_on_host". The peak is without them.
         samples, accumulation: of a micro-batch, and micro-batches of an update.
         data_ranks: ranks with different samples.
         peak: None where no update could be played.
@@ -101,6 +105,7 @@ class Account:
     optimizer_state: int = 0
     buffers: int = 0
     averaged_weights: int = 0
+    on_host: Mapping[str, int] = field(default_factory=dict)
     samples: int = 0
     accumulation: int = 1
     data_ranks: int = 1
@@ -133,17 +138,27 @@ class Account:
         return cls(**{**values, "peak": peak, "traffic": [Traffic(**each) for each in values["traffic"]]})
 
 
-def find_peak(recording: Recording) -> Peak:
-    """Find the moment of what was recorded at which most was held."""
+def find_peak(recording: Recording, on_host: Collection[str] = ()) -> Peak:
+    """Find the moment of what was recorded at which the device held most.
+
+    Args:
+        recording: of an update.
+        on_host: kinds that lie in the host's memory instead, as averages there do. Where the optimizer's state does, so
+            does what a step makes for itself.
+    """
     here: dict[str, int] = {}
+    away = {HOST_AVERAGES, *on_host}
     for piece, size in recording.at_begin.values():
         kind = piece.kind or ACTIVATIONS
-        here[kind] = here.get(kind, 0) + size
+        if kind not in away:
+            here[kind] = here.get(kind, 0) + size
     live, most, parts, place = sum(here.values()), -1, dict(here), ("update", "")
     activations, beside = 0, live - held_of(here)
     for event in recording.events:
         piece = event.piece
         kind = piece.kind or (ACTIVATIONS if piece.phase in (FORWARD, RECOMPUTED) else TEMPORARY)
+        if kind in away or (STATE in away and kind == TEMPORARY and piece.phase == OTHER):
+            continue
         here[kind] = here.get(kind, 0) + event.change
         live += event.change
         activations = max(activations, here.get(ACTIVATIONS, 0) + here.get(TEMPORARY, 0))

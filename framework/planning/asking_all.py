@@ -1,11 +1,12 @@
 """Asking for a plan of all candidates, by the words of a command line."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from ..configuration.command_line import Command
+from ..configuration.command_line import Command, values_of
+from ..configuration.options import strategy_class
 from .asking import FIT, MARGIN, PlanningError, check
 from .candidates import choose_among
 from .child import answered, played
@@ -42,7 +43,8 @@ def choose_by_words(
         ValueError: nothing can be chosen; says why and what to write instead.
         PlanningError: the words can't work, or a copy of this process ended; the message has what it printed.
     """
-    if named := [word for word in words if word.startswith("--strategy")]:
+    named = [word for word in words if word.startswith("--strategy")]
+    if named and not stands_for_candidates(words):
         raise ValueError(f"--auto chooses the strategy: leave out {named[0]}, or --auto.")
     found = find_device(device)
     nodes = check(world_size, nodes, margin)
@@ -56,6 +58,12 @@ def choose_by_words(
     return PlannedChoice(choice, found, nodes)
 
 
+def stands_for_candidates(words: Sequence[str]) -> bool:
+    """Whether the strategy that the words name stands for one that is chosen."""
+    named = values_of(words, "strategy")
+    return bool(named) and strategy_class(named[-1]).chooses
+
+
 def settings(words: Sequence[str]) -> dict[str, Any]:
     """Read the words, and say whether they have activations computed again."""
     run = Command("stratagem plan", "", names_target=True).read(words)
@@ -64,5 +72,7 @@ def settings(words: Sequence[str]) -> dict[str, Any]:
 
 def play_words(words: Sequence[str], per_node: int, candidate: Candidate) -> Mapping[str, Any]:
     """Play a candidate of what the words configure."""
-    request = {"words": [*words, *candidate.words], "config": None, "fit": FIT, "ranks_per_node": per_node}
+    request = {
+        "words": words, "config": None, "fit": FIT, "ranks_per_node": per_node, "candidate": asdict(candidate),
+    }  # fmt: skip
     return answered(partial(played, request))

@@ -14,13 +14,11 @@ from rich.console import Console
 
 from ...strategies.launch import start_ranks
 from ...strategies.played import Here, Stage, look_here, play, told_by_first, world_of
-from ...strategies.registry import get_strategy
 from ..arguments import FitArguments
-from ..configuration.options import make_strategy
 from ..fields.argument_ranges import names_in
 from ..printing import say
 from .asking import MARGIN, PlanningError
-from .candidates import choose_among
+from .candidates import arguments_of, choose_among, strategy_of
 from .child import WITHOUT_EFFECT, answered
 from .choice_shown import WIDTH, choice_shown
 from .choosing import Candidate, Choice
@@ -34,7 +32,12 @@ OF_FIT = "devices", "max_restarts"  # in WITHOUT_EFFECT, and no fields of FitArg
 
 
 def choose_for(
-    make: Callable[..., None], fit: "Steps", args: FitArguments, devices: int | str, max_restarts: int
+    make: Callable[..., None],
+    fit: "Steps",
+    args: FitArguments,
+    chooser: "Strategy",
+    devices: int | str,
+    max_restarts: int,
 ) -> "tuple[Strategy, FitArguments, Choice]":
     """Choose a strategy for a Fit that is being made. Every rank calls it, before anything is placed.
 
@@ -44,6 +47,7 @@ def choose_for(
         make: makes the Fit, given strategy, args and loggers.
         fit: that it makes.
         args: of the run.
+        chooser: stands for the strategy; where it has candidates measured, the table is printed after that.
         devices, max_restarts: see ``start_ranks``.
 
     Returns:
@@ -52,9 +56,7 @@ def choose_for(
     Raises:
         ValueError: on every rank; nothing can be chosen. Says why and what to write instead.
     """
-    start_ranks(
-        get_strategy("ddp"), devices, max_restarts, names_in(args.preemption_signals), is_quiet=not args.progress
-    )
+    start_ranks(chooser, devices, max_restarts, names_in(args.preemption_signals), is_quiet=not args.progress)
     here = look_here()
     told: Mapping[str, Any] = {}
     if here.rank == 0:
@@ -63,21 +65,18 @@ def choose_for(
     if "problem" in told:
         raise ValueError(told["problem"])
     choice = Choice.from_dict(told)
-    chosen = choice.chosen
-    if here.rank == 0 and args.progress:
-        show(choice, here)
-    if chosen is None:
+    if here.rank == 0 and args.progress and not chooser.candidates_to_measure:
+        show(choice, here.world_size)
+    if choice.chosen is None:
         least = min((each.figures.need for each in choice.verdicts if not each.figures.problem), default=None)
         raise ValueError(nothing_fits(choice, least))
     if choice.is_static:
         warnings.warn(
             "strategy='auto': no update of this module could be played, so that what is held decided, without "
-            f"activations. It is {chosen.python}.",
+            f"activations. It is {choice.chosen.python}.",
             stacklevel=3,
         )
-    if chosen.gradient_checkpointing and not args.gradient_checkpointing:
-        args = args.replace(gradient_checkpointing=True)
-    return make_strategy(chosen.strategy, chosen.options), args, choice
+    return strategy_of(choice.chosen), args.replace(**arguments_of(choice.chosen, args)), choice
 
 
 def decided(decide: Callable[[], Choice]) -> dict[str, Any]:
@@ -124,12 +123,11 @@ def played(
     ranks = int(os.environ["WORLD_SIZE"])
     stage = Stage()
     own = {name: value for name, value in WITHOUT_EFFECT.items() if name not in OF_FIT}
-    again = candidate.gradient_checkpointing
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as directory, world_of(0, ranks):
-            given = args.replace(**own, output_dir=directory, gradient_checkpointing=again)
-            strategy = play(make_strategy(candidate.strategy, candidate.options), stage)
+            given = args.replace(**{**own, **arguments_of(candidate, args)}, output_dir=directory)
+            strategy = play(strategy_of(candidate), stage)
             make(strategy=strategy, args=given, loggers=())
             if fit.train_data is None:
                 raise ValueError("it is chosen for training, and there is no train_data. Name a strategy.")
@@ -140,10 +138,10 @@ def played(
     return answered(work)
 
 
-def show(choice: Choice, here: Here) -> None:
+def show(choice: Choice, world_size: int) -> None:
     """Print the table of candidates where the progress of the run is printed."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     with console.capture() as printed:
-        ranks = "1 rank" if here.world_size == 1 else f"{here.world_size:,} ranks"
+        ranks = "1 rank" if world_size == 1 else f"{world_size:,} ranks"
         console.print(choice_shown(choice, f'strategy="auto" for {ranks}'))
     say(printed.get().rstrip())

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from ...strategies.base import Strategy
+from ..arguments import FitArguments
+from ..configuration.options import make_strategy
 from .account import Account
 from .asking import PlanningError
 from .choosing import Candidate, Choice, Figures, candidates_for, choose, figures_of, with_checkpointing
@@ -111,6 +114,22 @@ class Accounts:
                 return figures_of(candidate, account)
             return with_checkpointing(figures_of(plain, account), account)
         raise AssertionError(f"{candidate.title} and what is like it weren't played.")
+
+
+def strategy_of(candidate: Candidate) -> Strategy:
+    """Make a candidate's strategy, as a user would who names it."""
+    return make_strategy(candidate.strategy, candidate.options)
+
+
+def arguments_of(candidate: Candidate, asked: FitArguments, before: Candidate | None = None) -> dict[str, Any]:
+    """The fields of FitArguments that change with a candidate.
+
+    Args:
+        candidate: that is taken.
+        asked: the arguments of the run, before anything was chosen of them.
+        before: the candidate that was taken so far.
+    """
+    return {**({} if before is None else {name: getattr(asked, name) for name in before.changes}), **candidate.changes}
 
 
 def in_device(candidate: Candidate) -> Candidate:

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..configuration.command_line import Command
 from ..configuration.configuration import Configuration
 from ..configuration.options import make_strategy
 from ..configuration.targets import function_in, load_module
+from .choosing import Candidate
 from .playing import Player, where_it_stopped
 
 WITHOUT_EFFECT: Mapping[str, Any] = {
@@ -60,13 +62,15 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         asked: "config" (the path of a file) or "words" (of a command line), "fit" (the class, as "module:Class"),
-            "ranks_per_node".
+            "ranks_per_node", and perhaps the "candidate" that takes the place of their strategy.
     """
     rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if asked["config"] is not None:
         run = Configuration.read(asked["config"])
     else:
         run = Command("stratagem plan", "", names_target=True).read(asked["words"])
+    if asked.get("candidate") is not None:
+        run = under(run, Candidate(**asked["candidate"]))
     strategy: Strategy = make_strategy(run.values.get("strategy", "single"), run.section("strategy"))
     module, name = load_module(asked["fit"])
     make_fit = function_in(module, name, asked["fit"])
@@ -80,6 +84,13 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
     if run.values.get("torch_compile"):
         notes.append(NOT_COMPILED)
     return {**account, "notes": [*account["notes"], *notes]}
+
+
+def under(run: Configuration, candidate: Candidate) -> Configuration:
+    """The run under a candidate: nothing is left of the strategy that files, or the program, had for it."""
+    values = {name: value for name, value in run.values.items() if name.partition(".")[0] != "strategy"}
+    options = {f"strategy.{name}": value for name, value in candidate.options.items()}
+    return replace(run, values={**values, "strategy": candidate.strategy, **options, **candidate.changes})
 
 
 def made(run: Configuration, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

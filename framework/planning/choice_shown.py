@@ -48,6 +48,8 @@ def number_of(verdict: Verdict) -> str:
     """Write the number that a verdict's sentence is about."""
     if verdict.number is None:
         return ""
+    if verdict.unit == "s":
+        return f"{verdict.number:.3g} s"
     return f"{number(verdict.number)}FLOPs" if verdict.unit == "FLOPs" else size(verdict.number)
 
 
@@ -66,6 +68,8 @@ def sentences(choice: Choice) -> Iterable[str]:
         yield f"Chosen, for {room} for each rank: {' '.join(chosen.words)}"
         yield f"In Python: Fit(..., {chosen.python})"
     yield ORDER
+    if any(each.unit == "s" for each in choice.verdicts):
+        yield "What was measured comes before all others, the fastest first."
     if choice.is_static:
         yield STATIC
     if any(each.figures.candidate.offloads and each.figures.on_host for each in choice.verdicts):

@@ -4,13 +4,14 @@ Nothing is played here: who has figures (``figures_of`` makes them of an account
 choice from them, on every rank and at every time.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .account import BETWEEN_NODES, Account
 from .recording import FORWARD, RECOMPUTED
 
+OUT_OF_MEMORY = "ran out of memory in its first updates, though it was planned with"
 ALIKE = 1.01  # what differs by less is alike: shards are padded
 ORDER = (
     "They are ordered by: fits with the margin free; fewest bytes over the slowest link (to the host, between nodes, "
@@ -36,6 +37,11 @@ class Candidate:
     def offloads(self) -> bool:
         """Whether parameters, gradients and optimizer state lie in the host's memory."""
         return bool(self.options.get("cpu_offload"))
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of FitArguments that are chosen with it."""
+        return {"gradient_checkpointing": True} if self.gradient_checkpointing else {}
 
     @property
     def words(self) -> list[str]:
@@ -95,6 +101,7 @@ class Figures:
     Attributes:
         candidate: whose figures they are.
         need: bytes of the device at the peak; of what is held alone, where no update could be played.
+        held: bytes of the device that it holds between updates.
         on_host: bytes that it keeps in the host's memory.
         to_host, between_nodes, in_node: bytes that a rank sends in an update over the link to the host, over its share
             of the network, and to others of its node.
@@ -106,6 +113,7 @@ class Figures:
 
     candidate: Candidate
     need: int = 0
+    held: int = 0
     on_host: int = 0
     to_host: float = 0.0
     between_nodes: float = 0.0
@@ -114,6 +122,10 @@ class Figures:
     is_static: bool = False
     is_bound: bool = False
     problem: str = ""
+
+    def may_need_less(self, other: "Figures") -> bool:
+        """Whether it may fit where another one didn't, whatever its plan says."""
+        return (self.held if self.is_bound else self.need) < other.need
 
     def lack(self, room: int, host_room: int | None) -> tuple[str, int] | None:
         """What it doesn't fit into, and the bytes that it would need there."""
@@ -139,12 +151,13 @@ def figures_of(candidate: Candidate, account: Account) -> Figures:
         "between_nodes": between, "in_node": inside, "recomputed": recomputed, "is_static": peak is None,
     }  # fmt: skip
     if not candidate.offloads:
-        return Figures(candidate, account.held if peak is None else peak.bytes, **common)
+        return Figures(candidate, account.held if peak is None else peak.bytes, account.held, **common)
     parameters = account.parameters + account.frozen_parameters
     read = 1 if candidate.options.get("reshard_after_forward") is False else 2
     return Figures(
         candidate,
         account.buffers if peak is None else peak.beside,
+        account.buffers,
         on_host=account.held - account.buffers,
         to_host=parameters * read * account.accumulation + account.gradients,
         **common,
@@ -168,7 +181,7 @@ class Verdict:
         fits: with the margin free.
         sentence: why it is taken or not.
         number: that the sentence is about; None where it has none.
-        unit: "bytes" or "FLOPs".
+        unit: "bytes", "FLOPs" or "s".
     """
 
     figures: Figures
@@ -197,6 +210,78 @@ class Choice:
         """The candidate that comes first; None where none fits."""
         first = self.verdicts[0]
         return first.figures.candidate if first.fits else None
+
+    @property
+    def words(self) -> str:
+        """The words of a command line that would have named what is chosen; "" where nothing fits."""
+        return "" if self.chosen is None else " ".join(self.chosen.words)
+
+    @property
+    def kept(self) -> list[Candidate]:
+        """The candidates that fit, in their order."""
+        return [each.figures.candidate for each in self.verdicts if each.fits]
+
+    def is_bound(self, candidate: Candidate) -> bool:
+        """Whether nobody played the candidate, so that it may turn out not to work with the module."""
+        return any(each.figures.is_bound for each in self.verdicts if each.figures.candidate == candidate)
+
+    @property
+    def failed(self) -> list[Verdict]:
+        """The verdicts of those that ran out of memory all the same."""
+        return [each for each in self.verdicts if each.sentence == OUT_OF_MEMORY]
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """What it follows from, whatever became of the candidates since: the room, and all figures."""
+        figures = {each.figures.candidate.title: each.figures for each in self.verdicts}
+        return {"room": self.room, "host_room": self.host_room, "figures": figures}
+
+    def led_by(self, candidate: Candidate) -> "Choice":
+        """The choice with another candidate before all others."""
+        return replace(self, verdicts=sorted(self.verdicts, key=lambda each: each.figures.candidate != candidate))
+
+    def after_failure(self, proven: Container[str] = ()) -> "Choice":
+        """The choice that is left where what was chosen ran out of memory: the next one that may need less, if any.
+
+        Args:
+            proven: titles of candidates that ran, whatever they need.
+        """
+        first, *others = self.verdicts
+        rest, hopeless = list[Verdict](), list[Verdict]()
+        for each in others:
+            is_proven = each.figures.candidate.title in proven
+            if each.fits and not (is_proven or each.figures.may_need_less(first.figures)):
+                why = "would need no less than what ran out of memory"
+                hopeless.append(Verdict(each.figures, False, why, each.figures.need))
+            else:
+                rest.append(each)
+        if rest and rest[0].fits:
+            taken = "is the next one that fits, and may need less"
+            rest[0] = replace(rest[0], sentence=taken, number=rest[0].figures.need, unit="bytes")
+        failed = Verdict(first.figures, False, OUT_OF_MEMORY, first.figures.need)
+        kept = [each for each in rest if each.fits]
+        return replace(self, verdicts=[*kept, failed, *hopeless, *(each for each in rest if not each.fits)])
+
+    def after_refusal(self, why: str) -> "Choice":
+        """The choice that is left where what was chosen can't run: nobody had played it, since others came before."""
+        first, *others = self.verdicts
+        kept = [each for each in others if each.fits]
+        refused = Verdict(first.figures, False, why, None)
+        return replace(self, verdicts=[*kept, *(each for each in others if not each.fits), refused])
+
+    def measured(self, seconds: Mapping[str, float]) -> "Choice":
+        """The choice by what an update has taken: the fastest candidate is taken, and the first one of those alike.
+
+        Args:
+            seconds: an update's, by the titles of candidates that fit.
+        """
+        timed = [each for each in self.verdicts if each.figures.candidate.title in seconds]
+        timed.sort(key=lambda each: seconds[each.figures.candidate.title])  # stable: the order stays of those alike
+        said = []
+        for place, each in enumerate(timed):
+            why = "was measured: an update takes" if place else f"is the fastest of {len(timed)} that were measured, at"
+            said.append(replace(each, sentence=why, number=seconds[each.figures.candidate.title], unit="s"))
+        return replace(self, verdicts=[*said, *(each for each in self.verdicts if each not in timed)])
 
     @property
     def is_static(self) -> bool:

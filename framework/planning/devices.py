@@ -1,11 +1,11 @@
 """Devices: how much memory they have and how fast they are at most, by their makers' data sheets."""
 
 import difflib
-import os
 import re
 import time
 from dataclasses import dataclass, fields
 
+import psutil
 import torch
 
 from ..measures.flops import PEAK_FLOPS
@@ -135,7 +135,7 @@ def this_cpu() -> Device:
     source = torch.ones(2**24)
     copied = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / fastest(lambda: copied.copy_(source))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     # Ranks on one machine send through its memory: written once and read once.
     return Device(CPU, memory, flops, bandwidth, bandwidth / 2, bandwidth / 2, "measured here, in float32")
 

@@ -9,13 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...precision.quantized import scales
 from ...strategies.local_parts import local_part
 from ...strategies.played import Stage
 from ..averaging import Average
 from ..watch.watch import Watch
-from .account import Account, find_peak, sum_up
+from .account import Account, Peak, find_peak, sum_up
 from .batches import of_samples, samples_in
-from .recording import AVERAGES, BUFFERS, FROZEN, GRADIENTS, MESSAGES, PARAMETERS, STATE, Recording
+from .recording import (
+    AVERAGES,
+    BUFFERS,
+    FROZEN,
+    GRADIENTS,
+    HOST_AVERAGES,
+    MESSAGES,
+    PARAMETERS,
+    STATE,
+    Recording,
+)
 
 if TYPE_CHECKING:
     from ..steps import Steps
@@ -66,12 +77,11 @@ class Player:
                 return self.account
             self.account = replace(
                 self.account,
-                peak=find_peak(self.recording),
+                peak=self.peak(),
                 traffic=self.traffic(),
                 flops=dict(self.recording.flops),
             )
             self.grow(batches)
-            self.note_host()
         return self.account
 
     def begin(self) -> None:
@@ -92,8 +102,7 @@ class Player:
         run.begin_training(Watch(fit.strategy, fit.args, fit.state, None))
         placement.mode.train()
         self.strategy.model.train()
-        # Those that lie beside the weights; others are in the host's memory.
-        self.averages = [each for each in fit.callbacks.all if isinstance(each, Average) and each.device is None]
+        self.averages = [each for each in fit.callbacks.all if isinstance(each, Average)]
         for average in self.averages:
             average.on_train_begin(fit.args, fit.state, fit.control, fit=fit)
         self.trainable = [p for p in self.strategy.named_parameters().values() if p.requires_grad]
@@ -147,18 +156,23 @@ class Player:
         apart = strategy.held_apart()
         kinds = {True: [p for p in named if p.requires_grad], False: [p for p in named if not p.requires_grad]}
         trained = [*map(local_part, kinds[True]), *apart.get(PARAMETERS, ())]
-        frozen = [*map(local_part, kinds[False]), *apart.get(FROZEN, ())]
+        frozen = [*map(local_part, kinds[False]), *scales(strategy.module), *apart.get(FROZEN, ())]
         state = strategy.stepping_optimizer().state.values()
         held = [local_part(v) for entries in state for v in entries.values() if isinstance(v, Tensor)]
         recording.note(MESSAGES, apart.get(MESSAGES, ()))
+        averages = {
+            on_host: [part for each in self.averages if (each.device is not None) == on_host for part in each.parts()]
+            for on_host in (False, True)
+        }
         self.account = replace(
             self.account,
             parameters=recording.note(PARAMETERS, trained),
             frozen_parameters=recording.note(PARAMETERS, frozen),
             buffers=recording.note(BUFFERS, map(local_part, strategy.module.buffers())),
-            averaged_weights=recording.note(AVERAGES, (part for each in self.averages for part in each.parts())),
+            averaged_weights=recording.note(AVERAGES, averages[False]),
             optimizer_state=recording.note(STATE, [*held, *apart.get(STATE, ())]),
         )
+        self.note_host(recording.note(HOST_AVERAGES, averages[True]))
 
     def note_gradients(self) -> None:
         """Note what the gradients of an update lie in."""
@@ -176,14 +190,22 @@ class Player:
             parameter.grad = None
         self.note_state()
 
-    def note_host(self) -> None:
-        """Say how much of the peak lies in the host's memory."""
-        kinds, peak = self.strategy.held_on_host, self.account.peak
-        if kinds and peak is not None:
-            size = sum(peak.parts.get(kind, 0) for kind in kinds)
-            names = " and ".join(kind.replace("_", " ") for kind in kinds)
-            note = f"{size:,} bytes of the peak ({names}) lie in the host's memory: the device needs less by those."
-            self.account = replace(self.account, notes=[*self.account.notes, note])
+    def note_host(self, averages: int) -> None:
+        """Note what lies in the host's memory: averages of so many bytes, and what the strategy keeps there."""
+        account = self.account
+        sizes = {
+            PARAMETERS: account.parameters + account.frozen_parameters,
+            GRADIENTS: account.gradients,
+            STATE: account.optimizer_state,
+            HOST_AVERAGES: averages,
+        }
+        kinds = {*self.strategy.held_on_host, HOST_AVERAGES}
+        on_host = {kind: size for kind, size in sizes.items() if kind in kinds and size}
+        self.account = replace(account, on_host=on_host)
+
+    def peak(self) -> Peak:
+        """The peak of the device in what was recorded."""
+        return find_peak(self.recording, self.strategy.held_on_host)
 
     def traffic(self) -> Any:
         """The messages of the recorded update."""
@@ -206,7 +228,7 @@ class Player:
             doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]
             kept = self.account
             self.update(doubled, records=True)
-            self.account = replace(kept, per_sample=(find_peak(self.recording).bytes - peak.bytes) / samples)
+            self.account = replace(kept, per_sample=(self.peak().bytes - peak.bytes) / samples)
         except Exception:  # a batch whose samples can't be told apart
             return
 

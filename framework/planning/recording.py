@@ -19,7 +19,7 @@ PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator ap
 SENDING = "c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"  # namespaces of operators that send
 FORWARD, BACKWARD, RECOMPUTED, OTHER = "forward", "backward", "recomputed", "update"
 PARAMETERS, GRADIENTS, STATE, BUFFERS = "parameters", "gradients", "optimizer_state", "buffers"
-FROZEN, AVERAGES = "frozen_parameters", "averaged_weights"
+FROZEN, AVERAGES, HOST_AVERAGES = "frozen_parameters", "averaged_weights", "averaged_weights_on_host"
 GATHERED, MESSAGES, ACTIVATIONS, TEMPORARY = "gathered", "messages", "activations", "temporary"
 
 Formula = Callable[..., int]
@@ -179,6 +179,10 @@ class Recording(TorchDispatchMode):
         return BACKWARD, self.turns[found][1] if found >= 0 else ""
 
     # Operators.
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and torch's way around its compiler costs time at every operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator and see what it made."""

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from .account import BACKWARD, Account
 from .plan import FORMULA, UNKNOWN, RunPlan, seconds_of
-from .recording import ACTIVATIONS, GATHERED, MESSAGES, RECOMPUTED, TEMPORARY
+from .recording import ACTIVATIONS, GATHERED, HOST_AVERAGES, MESSAGES, RECOMPUTED, TEMPORARY
 
 AT_PEAK = {
     "held": "parameters, gradients, state, buffers",
@@ -127,8 +127,19 @@ def sentences(plan: RunPlan) -> Iterable[str]:
             f"Rates: {device.name}: {number(device.flops)}FLOP/s, memory {number(device.memory_bandwidth)}B/s, link "
             + (f"{number(device.link)}B/s, network {number(device.network)}B/s ({device.source}).")
         )
+    if account.on_host:
+        held = ", ".join(f"{kind.replace('_', ' ')} {size(value)}" for kind, value in on_host_of(account).items())
+        yield (
+            f"In the host's memory lie {size(sum(account.on_host.values()))} of each rank ({held}): the peak is the "
+            "device's, without them. Copies on their way between the two aren't seen."
+        )
     yield UNKNOWN
     yield from account.notes
+
+
+def on_host_of(account: Account) -> dict[str, int]:
+    """What lies in the host's memory, by the names that people read."""
+    return {"averaged weights" if kind == HOST_AVERAGES else kind: size for kind, size in account.on_host.items()}
 
 
 def size(value: float) -> str:

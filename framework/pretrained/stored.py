@@ -7,7 +7,6 @@ network file systems each page is a request of its own.
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
+
+from .reading_at import read_at
 
 Part = tuple[slice, ...]
 """A slice for each dimension of a whole tensor."""
@@ -45,7 +46,7 @@ class Reader:
         assert self._file is not None
         view, done = into.numpy().data, 0
         while done < len(view):
-            count = os.preadv(self._file.fileno(), [view[done:]], begin + done)
+            count = read_at(self._file, view[done:], begin + done)
             if not count:
                 raise ValueError(f"{path} ends at byte {begin + done}, where its header says that there is more.")
             done += count

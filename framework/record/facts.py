@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..version import __version__
+
 # Packages whose versions may change what a run computes, where the program has imported them.
 PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "deepspeed", "lightning", "numpy", "optuna", "peft", "ray", "safetensors",
@@ -34,7 +36,7 @@ def version_of(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of Python, torch, stratagem, and of the packages that are imported and matter."""
-    found = {"stratagem": version_of("stratagem"), "python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {"stratagem": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda:
         found["cuda"] = str(torch.version.cuda)
     for name in PACKAGES:
@@ -63,11 +65,11 @@ def device_of(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         return {"name": found.name, "kind": "cuda", "memory_bytes": found.total_memory}
-    memory = None
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"name": platform.machine() if device.type == "cpu" else device.type, "kind": device.type,
-            "memory_bytes": memory}  # fmt: skip
+    if device.type == "cpu":
+        import psutil
+
+        return {"name": platform.machine(), "kind": "cpu", "memory_bytes": psutil.virtual_memory().total}
+    return {"name": device.type, "kind": device.type, "memory_bytes": None}
 
 
 def program() -> dict[str, Any]:

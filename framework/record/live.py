@@ -1,9 +1,9 @@
 """Runs as pictures in a terminal: progress, the curve of the loss, the last numbers, and whether they are alive."""
 
-import os
 import socket
 from collections.abc import Sequence
 
+import psutil
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -81,13 +81,7 @@ def process_is_gone(run: Run) -> bool:
     process = last.get("process")
     if last.get("host") != socket.gethostname() or not isinstance(process, int) or process <= 1:
         return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return False
+    return not psutil.pid_exists(process)
 
 
 def progress(run: Run) -> RenderableType:

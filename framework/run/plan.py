@@ -70,6 +70,10 @@ class Plan:
         """The plan of a run with the batch size and accumulation of ``args``, not settled yet."""
         return Plan(self.given, replace(self, args=args).unsettled, batches=self.batches)
 
+    def with_changes(self, changes: Mapping[str, Any]) -> "Plan":
+        """The plan of a run for which some arguments were chosen: fields of FitArguments."""
+        return replace(self, given=self.given.replace(**changes), args=self.args.replace(**changes))
+
     def with_groups_of(self, saved: Mapping[str, Any]) -> "Plan":
         """The plan of a run that goes on from a checkpoint whose options of the optimizer count: its groups are cut as
         they were when it was saved.

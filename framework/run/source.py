@@ -50,6 +50,10 @@ class Source:
         if self._copy is None:
             self._copy = ModuleCopy(self.module)
 
+    def drop_copy(self) -> None:
+        """Let go of the copy: the module is trained on from here."""
+        self._copy = None
+
     def give_back(self) -> None:
         """Make the module what it was before it was placed, where there is a copy of it. Without one, a module of
         ``module_init`` is let go of: its sharded layers hold on to the process group.

@@ -185,6 +185,7 @@ def sweep_arguments(args: FitArguments, updates: int) -> FitArguments:
         load_best_model_at_end=False,
         save_strategy="no",
         save_on_exception=False,
+        report=False,
         requeue=False,
         debug="",
         progress=False,

@@ -1,23 +1,24 @@
 """Locks on files, which the system releases however a process ends, so that dead processes can be told.
 
-They are POSIX record locks, which belong to one process (children that load data don't inherit them), and which work
-over NFS too.
+A claim is a POSIX record lock, which belongs to one process: children that load data don't inherit it, as they would a
+lock of the package filelock's, which stands in on Windows.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Entered under a lock on a file: no other process is inside the same lock meanwhile."""
-    import fcntl
-
-    with path.open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+    while (release := try_to_lock(path)) is None:
+        time.sleep(0.01)
+    try:
         yield
+    finally:
+        release()
 
 
 class Claim:
@@ -28,26 +29,46 @@ class Claim:
     """
 
     def __init__(self, path: Path) -> None:
-        import fcntl
-
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: IO[str] = path.open("a")
-        fcntl.lockf(self.file, fcntl.LOCK_EX)
+        while (release := try_to_lock(path)) is None:  # another process asks just now whether it is claimed
+            time.sleep(0.01)
+        self._release = release
 
     def release(self) -> None:
         """Release the claim."""
-        self.path.unlink(missing_ok=True)
-        self.file.close()
+        with suppress(PermissionError):  # Windows removes no file that is open
+            self.path.unlink(missing_ok=True)
+        self._release()
 
 
 def is_claimed(path: Path) -> bool:
     """Return whether another process has a claim on this file, and is alive."""
-    import fcntl
-
-    with suppress(FileNotFoundError), path.open("r+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
+    if not path.exists():
+        return False
+    if (release := try_to_lock(path)) is None:
+        return True
+    release()
     return False
+
+
+def try_to_lock(path: Path) -> Callable[[], None] | None:
+    """Lock a file for this process, and return what releases it; None where another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        import filelock
+
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return None
+        return lock.release
+    file = path.open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file.close

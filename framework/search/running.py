@@ -18,7 +18,7 @@ from ..arguments import FitArguments
 from ..callbacks import Callback
 from ..module import TrainModule
 from ..printing import say
-from ..run.batch_size import forget_frames
+from ..run.attempts import forget_frames
 from ..run.in_step import OtherRankError
 from ..state import Control, TrainState
 from .options import SearchOptions, import_optuna

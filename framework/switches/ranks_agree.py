@@ -83,7 +83,7 @@ def check_replicas(strategy: Strategy, update: int) -> None:
     Raises:
         RuntimeError: the message names the tensors and ranks that differ.
     """
-    strategy.settle_buffers()
+    strategy.settle()
     held: dict[Held, Tensor] = {(name, part): tensor for name, tensor, part in strategy.replicated()}
     prints = fingerprints(list(held.values()))
     mine = {key: (found, tuple(held[key].shape)) for key, found in zip(held, prints, strict=True)}

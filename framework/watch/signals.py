@@ -106,7 +106,8 @@ ACTIVE: list[Signals] = []  # those that catch signals now: one at most, but for
 @cache
 def follow_forks() -> None:
     """Have processes that are forked from now on tell their signals to nobody."""
-    os.register_at_fork(after_in_child=forget_in_child)
+    if hasattr(os, "register_at_fork"):  # Windows can't fork
+        os.register_at_fork(after_in_child=forget_in_child)
 
 
 def forget_in_child() -> None:

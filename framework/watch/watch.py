@@ -110,6 +110,10 @@ class Watch:
 
     # What the run asks and tells.
 
+    def follow(self, strategy: Strategy) -> None:
+        """Look after the rank under another strategy, over the same ranks."""
+        self.strategy = strategy
+
     def begin_training(self) -> None:
         """Begin to measure updates: everything is placed and restored."""
         self.pulse.start(time.monotonic(), (self.state.global_step, self.batches))

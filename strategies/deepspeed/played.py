@@ -1,7 +1,7 @@
 """DeepSpeed as a played rank has it: its own engine, around tensors that have no memory and so no addresses."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from ...precision.base import Precision
 from ..base import ConfigureOptimizer, Prepare, nothing_to_prepare
-from ..played import PlayedRank
+from ..played import PlayedRank, exchanged
 from .state import ZeroState
 
 REDUCING = "reduce_independent_p_g_buckets_and_remove_grads", "independent_gradient_partition_epilogue"
@@ -79,16 +79,3 @@ class PlayedDeepSpeed(PlayedRank):
                 return function(*given)
 
         return call
-
-
-@contextmanager
-def exchanged(owner: Any, **functions: Any) -> Iterator[None]:
-    """In here an owner has other functions."""
-    own = {name: getattr(owner, name) for name in functions}
-    for name, function in functions.items():
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for name, function in own.items():
-            setattr(owner, name, function)

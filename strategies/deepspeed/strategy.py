@@ -55,8 +55,9 @@ class DeepSpeedOptions(ProcessGroupOptions):
 
 
 class DeepSpeed(ProcessGroupStrategy):
-    """``strategy="deepspeed"`` (ZeRO stage 2), ``"deepspeed_stage_0"`` to ``"deepspeed_stage_3"``: Rajbhandari et al.,
-    2020. See DeepSpeedOptions, and docs/deepspeed.md for what a config may say.
+    """``strategy="deepspeed"`` (ZeRO stage 2), ``"deepspeed_stage_0"`` to ``"deepspeed_stage_3"``: the engine of
+    the DeepSpeed package (Rajbhandari et al., 2020). See DeepSpeedOptions, and docs/deepspeed.md for what a config may
+    say.
 
     As under FSDP1, a parameter that a backward doesn't reach has a gradient of 0: weight decay moves it. At stage 3
     every rank's forward must call the same layers in the same order: others wait for one another until ``timeout``.

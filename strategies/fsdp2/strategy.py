@@ -98,6 +98,7 @@ class FSDP2(ProcessGroupStrategy):
     """
 
     name = "fsdp2"
+    played_by = "fsdp2.played:PlayedFSDP2"
     parameter_form = "dtensor"
     gradients_are_alike = False
     replicas_differ = (

@@ -10,10 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..batches import map_batch
+from .repeats import Repeats
 
 aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default
 PLAIN = Tensor, nn.Parameter, FakeTensor  # any other class takes an operator apart, and has the parts computed
+PROFILER = "profiler"  # the namespace of operators that compute nothing
 # What the framework, not the user, asks of numbers that nobody has: a norm of 0 is finite, and needs no clipping.
 ANSWERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: lambda tensor: 0.0 if tensor.dtype.is_floating_point else 0,
@@ -38,13 +40,20 @@ class Stage(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.repeats = Repeats(self.fake_mode)
         self.is_in_module = self.is_placing = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and torch's way around its compiler costs time at every operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operator, on fake tensors where any is fake or none is given."""
         if func is DEVICE:  # a fake tensor is asked for it at every turn
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
+        if func.namespace == PROFILER:
+            return func(*args, **kwargs)
         if not all(kind in PLAIN for kind in types):
             return NotImplemented  # a class of its own (DTensor) takes the operator apart first, and comes here again
         some, fake = look(args)
@@ -64,6 +73,10 @@ class Stage(TorchDispatchMode):
             # torch's C++ reads what it puts into such: DDP agrees by them upon which bucket a gradient lies in.
             if self.is_placing and kwargs.get("dtype") is torch.int32:
                 return func(*args, **kwargs)
+        return self.repeats.call(func, args, kwargs, self.compute)
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Have torch find the result of an operator on fake tensors."""
         with self.fake_mode:
             return func(*args, **kwargs)
 
@@ -113,7 +126,9 @@ class Stage(TorchDispatchMode):
         return map_batch(copy, batch)
 
     def take(self, module: nn.Module) -> None:
-        """Exchange parameters and buffers that have memory for fake ones. Ties stay."""
+        """Exchange parameters and buffers that have memory for fake ones. Ties stay, and what a weight knows beside its
+        values: a quantized one how it is packed.
+        """
         exchanged: dict[int, tuple[Tensor, Tensor]] = {}
 
         def stand_in(tensor: Tensor) -> Tensor:
@@ -121,6 +136,7 @@ class Stage(TorchDispatchMode):
                 fake = self.fake(tensor)
                 if isinstance(tensor, nn.Parameter):
                     fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    vars(fake).update({name: value for name, value in vars(tensor).items() if name not in vars(fake)})
                 exchanged[id(tensor)] = tensor, fake
             return exchanged[id(tensor)][1]
 

@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import resource
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -125,10 +124,14 @@ class FileSizeLimit(AbstractContextManager["FileSizeLimit"]):
         self.limit = limit
 
     def __enter__(self) -> "FileSizeLimit":
+        import resource  # not on Windows
+
         # Python ignores SIGXFSZ, which would end the process, from its start.
         self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self._before[1]))
         return self
 
     def __exit__(self, *error: Any) -> None:
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, self._before)

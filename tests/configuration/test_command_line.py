@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from stratagem import Fit, FitArguments, configure
+from stratagem import Fit, FitArguments, TrainModule, configure
 from stratagem.framework.command_line import main
 from stratagem.framework.commands.fit import command
 from stratagem.framework.configuration.configuration import Configuration
@@ -93,6 +93,22 @@ def test_another_strategy_drops_the_options_of_the_one_that_it_replaces(tmp_path
     assert dict(Configuration.read(first, second).values)["strategy"] == "fsdp2"
     own = configure(lambda: None, None, {"strategy": "deepspeed", "strategy.stage": 3}, ["--strategy", "ddp"])
     assert own.values["strategy"] == "ddp" and "strategy.stage" not in own.values
+
+
+def test_auto_has_options_and_is_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = read("--strategy", "auto", "--strategy.measure", "3")
+    assert run.section("strategy") == {"measure": 3}
+    strategy = run.fit_arguments({"module": TrainModule()})["strategy"]
+    assert strategy.chooses and strategy.candidates_to_measure == 3
+    with pytest.raises(SystemExit):
+        read("--strategy", "auto", "--strategy.measure", "3", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["strategy"] == {"name": "auto", "measure": 3}
+    file = tmp_path / "run.yaml"
+    file.write_text(f"target: {TARGET}\nstrategy: auto\n")
+    assert read("--config", str(file)).section("strategy") == {"measure": 0}
+    file.write_text(f"target: {TARGET}\nstrategy: {{name: auto, measure: 1}}\n")
+    with pytest.raises(ValueError, match="Write 2 or more, or 0 to go by plans alone"):
+        Fit.from_config(file)
 
 
 def test_a_file_names_the_target(tmp_path: Path) -> None:

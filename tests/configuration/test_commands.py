@@ -1,5 +1,6 @@
 """The commands for real: stratagem fit and a configured program on two ranks, and stratagem launch."""
 
+import json
 import os
 import re
 import shutil
@@ -56,6 +57,23 @@ def test_a_runs_own_file_repeats_it_to_the_bit_on_two_ranks(tmp_path: Path) -> N
     differently = run(*STRATAGEM, "fit", "--config", "first/config.yaml", "--seed=8", "--output_dir=c", cwd=tmp_path)
     assert differently.returncode == 0
     assert not torch.equal(one["layers.0.weight"], weights(tmp_path / "c")["layers.0.weight"])
+
+
+def test_auto_is_a_word_of_the_command_and_the_runs_own_file_has_what_was_chosen(tmp_path: Path) -> None:
+    file = tmp_path / "auto.yaml"
+    file.write_text(f"target: {PROGRAM}:build\nstrategy: {{name: auto, measure: 2}}\ndevices: 2\nseed: 9\n")
+    done = run(*STRATAGEM, "fit", "--config", file, "--output_dir", "auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert who("built", done) == ["0", "1"]  # once, though candidates were played and measured
+    assert "is the fastest of 2 that were" in done.stdout
+    written = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())
+    chosen = json.loads((tmp_path / "auto" / "run.json").read_text())["choice"]["chosen"]
+    kept = written["strategy"] if isinstance(written["strategy"], dict) else {"name": written["strategy"]}
+    assert kept == {"name": chosen["strategy"], **chosen["options"]} and chosen["strategy"] in ("ddp", "fsdp2")
+    again = run(*STRATAGEM, "fit", "--config", "auto/config.yaml", "--output_dir", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    one, other = weights(tmp_path / "auto"), weights(tmp_path / "again")
+    assert len(one) == 4 and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_program_configures_itself_and_resumes(tmp_path: Path) -> None:

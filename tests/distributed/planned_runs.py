@@ -98,6 +98,28 @@ def build_adapted() -> dict[str, Any]:
     return {"module": make("lora"), "train_data": text_rows(64)}
 
 
+def build_adapted_wide() -> dict[str, Any]:
+    """Adapters that are large enough to have moments of 8 bits."""
+    from language_models import llama, text_rows, with_adapters
+
+    torch.manual_seed(0)
+    return {"module": TrainModule.wrap(with_adapters(llama(64), rank=64)), "train_data": text_rows(64)}
+
+
+def build_quantized(storage: torch.dtype = torch.uint8) -> dict[str, Any]:
+    """The same beside weights of 4 bits."""
+    from language_models import llama, quantized, text_rows, with_adapters
+
+    torch.manual_seed(0)
+    model = with_adapters(quantized(llama(64), storage), rank=64)
+    return {"module": TrainModule.wrap(model), "train_data": text_rows(64)}
+
+
+def build_quantized_in_float32() -> dict[str, Any]:
+    """The same, with the codes in tensors that shards can be cut of."""
+    return build_quantized(torch.float32)
+
+
 def build_writer() -> Any:
     from test_context_parallel import Writer, text_rows
 
@@ -163,9 +185,14 @@ def observed(target: str, strategy: str, options: dict[str, Any], directory: str
     for message in observer.recording.messages:
         if len(message.ranks) > 1:
             size[message.operation, len(message.ranks)] += message.bytes
+    # What bitsandbytes keeps of a weight beside its codes: a scale for each block, and what the codes stand for.
+    packed = [layer.quant_state for layer in held.module.modules() if hasattr(layer, "quant_state")]
+    packing = [part for state in packed for part in (state.absmax, state.code, state.offset)]
+    packing += [part for state in packed for part in (state.state2.absmax, state.state2.code)]  # of the scales' own
+    frozen = [*(p for p in named if not p.requires_grad), *packing, *apart.get("frozen_parameters", ())]
     return {
         "parameters": size_of([*(p for p in named if p.requires_grad), *apart.get("parameters", ())]),
-        "frozen_parameters": size_of([*(p for p in named if not p.requires_grad), *apart.get("frozen_parameters", ())]),
+        "frozen_parameters": size_of(frozen),
         "gradients": observer.gradients,
         "optimizer_state": size_of(
             [
@@ -178,6 +205,7 @@ def observed(target: str, strategy: str, options: dict[str, Any], directory: str
             [getattr(p, "ds_numel", p.numel()) for p in group["params"]] for group in held.optimizer.param_groups
         ],
         "averaged_weights": size_of(p for average in averages if average.device is None for p in average.parts()),
+        "averaged_weights_on_host": size_of(p for average in averages if average.device for p in average.parts()),
         "sent": sorted((*key, count, size[key]) for key, count in sent.items()),
     }
 

@@ -21,9 +21,12 @@ PARAMETERS = BLOCKS * (WIDTH**2 + WIDTH) * 4
 class Stack(TrainModule):
     """Blocks that are gathered one at a time."""
 
+    blocks_made = BLOCKS
+
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)) for _ in range(BLOCKS)))
+        blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)) for _ in range(self.blocks_made))
+        self.blocks = nn.Sequential(*blocks)
 
     def shard_units(self) -> list[nn.Module]:
         return list(self.blocks)

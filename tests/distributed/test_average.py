@@ -102,6 +102,6 @@ def sent_by_averaging(**arguments: Any) -> list[int]:
     return [average.sent, average.count, control.count]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "tp"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp1", marks=pytest.mark.slow), "fsdp2", "tp"])
 def test_averaging_sends_nothing(ranks: dict[int, Ranks], strategy: str) -> None:
     assert ranks[2].run(sent_by_averaging, strategy=strategy) == [[0, 5, 1]] * 2

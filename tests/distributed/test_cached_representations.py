@@ -195,6 +195,7 @@ def test_joint_statistics_of_a_piece_are_those_of_the_ranks_pieces(ranks: dict[i
     torch.testing.assert_close(torch.tensor(found[0][0]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["context-2", "context-2-tensor-2"])
 def test_ranks_that_share_samples_cut_them_alike(ranks: dict[int, Ranks], placement: str) -> None:
     expected, _ = single()

@@ -391,6 +391,7 @@ def test_ddp_names_parameters_without_a_gradient(ranks: dict[int, Ranks]) -> Non
     fails(ranks[2], UNREACHED.format("other"), module=Unused, strategy="ddp", max_steps=1)
 
 
+@pytest.mark.slow
 def test_ddp_names_parameters_that_one_rank_had_no_gradient_for(ranks: dict[int, Ranks]) -> None:
     with pytest.raises(RankFailure, match=UNREACHED.format("head")):  # the other rank waits
         ranks[2].run(run, module=Branches, strategy="ddp")

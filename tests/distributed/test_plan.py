@@ -1,5 +1,6 @@
 """A plan against the run that was planned: bytes on every rank, and collectives of an update, are equal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,18 @@ from ranks import Ranks
 
 HELD = "parameters", "frozen_parameters", "gradients", "optimizer_state", "buffers", "averaged_weights"
 HALF = {"precision": "bf16-true"}
+AVERAGES = ("averaged_weights_on_host",)
+OFFLOADED = "parameters", "gradients", "optimizer_state"
+EIGHT_BITS = {"optim": "adamw_8bit"}
 CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (1, "single", {}, "build", {}),
     (1, "single", {}, "build", HALF),
-    (1, "single", {}, "build_square", {"optim": "adamw_8bit"}),
+    (1, "single", {}, "build_square", EIGHT_BITS),
+    (1, "single", {}, "build_adapted_wide", EIGHT_BITS),
+    (1, "single", {}, "build_quantized", {"precision": "bf16-mixed", **EIGHT_BITS}),
+    (2, "ddp", {}, "build_adapted_wide", EIGHT_BITS),
+    (2, "ddp", {}, "build_quantized", EIGHT_BITS),
+    (2, "fsdp2", {}, "build_quantized_in_float32", {}),
     (2, "ddp", {}, "build", {"gradient_accumulation_steps": 2}),
     (2, "ddp", {"compress_gradients": "bf16"}, "build", {}),
     (2, "ddp", {}, "build_normed", {}),
@@ -24,6 +33,7 @@ CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (2, "fsdp2", {}, "build", {"precision": "bf16-mixed"}),
     (2, "fsdp2", {}, "build_late", {}),
     (2, "fsdp2", {}, "build_averaged", {}),
+    (2, "fsdp2", {"cpu_offload": True}, "build", {}),
     (2, "fsdp2", {}, "build_adapted", {"precision": "bf16-true"}),
     (2, "fsdp2", {"context_parallel": 2}, "build_writer", {"per_device_train_batch_size": 2}),
     (2, "tp", {}, "build", {}),
@@ -62,15 +72,19 @@ def test_a_plan_says_what_a_run_holds_and_sends(
     first_and_last = sorted({0, world - 1})
     answers = ranks[1].run(planned, target=target, world=world, ranks=first_and_last, values=values)[0]
     for rank, answer in zip(first_and_last, answers, strict=True):
-        check_account(answer, real[rank], rank)
+        check_account(answer, real[rank], rank, OFFLOADED if options.get("cpu_offload") else ())
 
 
-def check_account(answer: dict[str, Any], run: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The account of a rank that was played: it says what the real one held and sent."""
+def check_account(
+    answer: dict[str, Any], run: dict[str, Any], rank: int, on_host: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The account of a rank that was played: it says what the real one held and sent, and had on its host."""
     account: dict[str, Any] | None = answer.get("account")
     assert account is not None, answer
     assert not account["stopped"], account["stopped"]
     assert {name: account[name] for name in HELD} == {name: run[name] for name in HELD}, f"rank {rank}"
+    there = {**run, "parameters": run["parameters"] + run["frozen_parameters"]}
+    assert account["on_host"] == {kind: there[kind] for kind in (*on_host, *AVERAGES) if there[kind]}
     sent = sorted([row["operation"], row["ranks"], row["count"], row["bytes"]] for row in account["traffic"])
     assert merged(sent) == [list(row) for row in run["sent"]], f"rank {rank}"
     return account

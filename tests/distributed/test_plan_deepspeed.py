@@ -68,13 +68,16 @@ def test_a_plan_says_what_a_zero_run_holds_and_sends(
     )
     values = values_of("deepspeed", options, arguments)
     ends = [0, world - 1]
+    on_host = [
+        *(("parameters",) if "offload_parameters" in options else ()),
+        *(("gradients", "optimizer_state") if "offload_optimizer" in options else ()),
+    ]
     answers = zero_ranks[1].run(play, target=target, world=world, ranks=ends, values=values)[0]
     for rank, answer in zip(ends, answers, strict=True):
-        run, account = real[rank], check_account(answer, real[rank], rank)
+        run, account = real[rank], check_account(answer, real[rank], rank, on_host)
         parameters, state, shard = by_hand(run["groups"], options["stage"], world)
         assert (account["parameters"], account["optimizer_state"]) == (parameters, state)
         assert account["gradients"] >= 4 * shard
-        assert any("host's memory" in note for note in account["notes"]) == (len(options) > 1)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

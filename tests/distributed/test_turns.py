@@ -336,6 +336,7 @@ def leave_out(strategy: str, options: dict[str, Any]) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_ddp_says_in_which_turn_no_gradient_came(ranks: dict[int, Ranks]) -> None:
     for said in ranks[2].run(leave_out, strategy="ddp", options={}):
         assert "no gradient reached critic.idle on rank" in said and "in this turn of 'critic'" in said

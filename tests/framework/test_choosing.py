@@ -25,12 +25,14 @@ from typing import Any
 import pytest
 import torch
 from planned_models import build_choosing
-from stratagem import Fit
+from stratagem import Fit, configure
 from stratagem.framework.command_line import main
 from stratagem.framework.planning.account import Account, Peak, Traffic
 from stratagem.framework.planning.candidates import choose_among
+from stratagem.framework.planning.child import under
 from stratagem.framework.planning.choosing import Candidate, Choice, Figures, candidates_for, choose, figures_of
 from stratagem.framework.planning.forked import run_forked
+from stratagem.strategies import FSDP2
 
 GPT = str(Path(__file__).parents[2] / "examples" / "gpt.py") + ":build"
 GIB = 2**30
@@ -247,9 +249,32 @@ def test_a_module_that_cannot_be_played_is_placed_by_what_it_holds(
 def test_the_command_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", GPT, "--build.layers", "1", "--build.width", "16", "--auto", "--world", "2"]
     assert main([*words, "--device", "24GiB,1e12,1e12", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    found = json.loads(printed)
     assert found["chosen"]["words"] == ["--strategy", "ddp"]
     assert len(found["candidates"]) == len(candidates_for(2, 1))
+    words[words.index("--auto")] = "--strategy=auto"
+    assert main([*words, "--device", "24GiB,1e12,1e12", "--json"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"strategy": FSDP2(replicas=2, cpu_offload=True)},
+        {"strategy": "fsdp2", "strategy.replicas": 2, "strategy.cpu_offload": True},
+    ],
+    ids=["object", "words"],
+)
+def test_options_of_the_programs_own_strategy_are_no_candidates(own: dict[str, Any]) -> None:
+    run = configure(lambda: None, None, own, ["--learning_rate", "0.5"])
+    assert run.section("strategy")["replicas"] == 2
+    played = under(run, fsdp2(True, **KEPT))
+    assert (played.values["strategy"], played.section("strategy")) == ("fsdp2", KEPT)
+    assert played.values["gradient_checkpointing"] and played.values["learning_rate"] == 0.5
+    played = under(run, DDP)
+    assert (played.values["strategy"], played.section("strategy")) == ("ddp", {})
+    assert not played.values["gradient_checkpointing"]
 
 
 def of_candidate(candidate: Candidate) -> dict[str, Any]:

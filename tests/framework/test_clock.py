@@ -72,7 +72,8 @@ class Slow(Callback):
         time.sleep(0.5)
 
 
-@pytest.mark.parametrize("logging_steps", [2, pytest.param(1000, marks=pytest.mark.slow)], ids=["with logs", "without"])
+@pytest.mark.slow
+@pytest.mark.parametrize("logging_steps", [2, 1000], ids=["with logs", "without"])
 def test_a_runs_estimate_is_that_of_its_updates(make_fit: MakeFit, logging_steps: int) -> None:
     clocks: list[tuple[float, float]] = []
     display = Progress()

@@ -659,6 +659,7 @@ def simulated(dataset: IterableDataset, workers: int, rank: int, size: int, batc
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     count=st.integers(0, 40), batch=st.integers(1, 5), workers=st.integers(1, 3), size=st.integers(1, 3),

@@ -323,6 +323,7 @@ class FirstToken(TrainModule):
         return outputs["first"].as_subclass(Tensor).mean()
 
 
+@pytest.mark.slow
 def test_predictions_leave_the_device_batch_by_batch_and_hold_nothing_else(make_fit: MakeFit) -> None:
     seen: list[Any] = []
 

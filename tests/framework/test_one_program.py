@@ -162,7 +162,8 @@ def test_what_else_a_run_asks_for_is_in_the_program(make_fit: MakeFit, name: str
     assert (compiled.state.skipped_updates, usual.state.skipped_updates) == (skipped, skipped)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_resumed_run_is_the_same_to_the_bit(make_fit: MakeFit, tmp_path: Path, backend: str) -> None:
     """Dropout draws, batch norm's statistics, the optimizer's moments and the schedule go on where they stood."""
     arguments: dict[str, Any] = {
@@ -230,6 +231,7 @@ class Cycling(Network):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=args.max_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "arguments", "error", "reason"),
     [

@@ -140,8 +140,8 @@ CURVES = [[3.0, 1.0, 2.0], [4.0, 1.5, 1.5], [2.5, math.nan, 1.75]]
     ("direction", "take", "values"),
     [
         ("minimize", "best", [1.0, 1.5, 1.75]),
-        ("maximize", "best", [3.0, 4.0, 2.5]),
-        ("minimize", "last", [2.0, 1.5, 1.75]),
+        pytest.param("maximize", "best", [3.0, 4.0, 2.5], marks=pytest.mark.slow),
+        pytest.param("minimize", "last", [2.0, 1.5, 1.75], marks=pytest.mark.slow),
     ],
 )
 def test_the_objective_is_one_metric_of_the_run(
@@ -154,6 +154,7 @@ def test_the_objective_is_one_metric_of_the_run(
     assert found.best is not None and found.best.number == values.index(best)
 
 
+@pytest.mark.slow
 def test_several_objectives_give_the_pareto_front(make_fit: MakeFit) -> None:
     numbers = iter([(1.0, 1.0), (2.0, 3.0), (1.5, 0.5)])
 
@@ -169,6 +170,7 @@ def test_several_objectives_give_the_pareto_front(make_fit: MakeFit) -> None:
     assert fit.args.learning_rate == 0.1  # as it was
 
 
+@pytest.mark.slow
 def test_a_pruned_trial_ends_cleanly_and_alone(make_fit: MakeFit, tmp_path: Path) -> None:
     opened: list[str] = []
 
@@ -195,6 +197,7 @@ def test_a_pruned_trial_ends_cleanly_and_alone(make_fit: MakeFit, tmp_path: Path
     assert [max(each) for each in steps] == [6, 2, 6]
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_recorded_and_the_search_goes_on(make_fit: MakeFit) -> None:
     class Fragile(Regressor):
         def loss(self, outputs: Any, batch: Any) -> Any:
@@ -212,6 +215,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(make_fit: MakeFit) ->
     assert fit.state.global_step == 6
 
 
+@pytest.mark.slow
 def test_what_can_not_work_is_refused_together(fit: Fit, make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
     space = fixed_grid(RATES)
     with pytest.raises(ValueError, match=r"(?s)direction='up'.*take='first'.*n_trials=0.*pruner='medium'.*'median'"):
@@ -269,6 +273,7 @@ def test_hparams_lines_table_and_pictures(
         assert events.Scalars("objective/eval_loss")[0].value == pytest.approx(trial.values[0])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_losing_trials_are_removed(make_fit: MakeFit) -> None:
     fit = make_fit(
         Regressor(),

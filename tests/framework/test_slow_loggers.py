@@ -157,6 +157,7 @@ def test_what_the_thread_is_told_is_what_was_when_it_was_told(make_fit: MakeFit)
     assert asks.told[0] == (0, 4, 1, "mine")
 
 
+@pytest.mark.slow
 def test_threads_are_there_where_they_are_needed_and_sleep(make_fit: MakeFit) -> None:
     def threads() -> list[str]:
         return [each.name for each in threading.enumerate() if each.name.startswith("stratagem N")]

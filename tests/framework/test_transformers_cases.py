@@ -586,6 +586,7 @@ print(json.dumps(args.to_dict()))
 """
 
 
+@pytest.mark.slow
 def test_a_command_line_is_parsed_by_transformers(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -124,6 +124,7 @@ def test_ranks_are_named_each_once(which: set[int]) -> None:
     assert named == sorted(which)
 
 
+@pytest.mark.slow
 def test_a_grace_below_an_update_and_a_save_is_said(make_fit: MakeFit) -> None:
     class Slow(Callback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

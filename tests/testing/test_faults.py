@@ -156,6 +156,7 @@ def test_a_signal_comes() -> None:
     assert came == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "status"), [("Kill()", -9), ("Exit(7)", 7)])
 def test_a_process_ends(kind: str, status: int, tmp_path: Path) -> None:
     program = f"""
