@@ -54,6 +54,7 @@ def train(task: Task) -> int:
         save_interval=f"{task.save_every or 1}ba",
         save_num_checkpoints_to_keep=task.keep or -1,
         autoresume=bool(task.save_every),
+        save_overwrite=True,  # as in the example of its documentation; without it, what a killed save left is refused
         dist_timeout=task.timeout or 300.0,
         progress_bar=False,
         seed=0,

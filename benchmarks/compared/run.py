@@ -1,4 +1,4 @@
-"""What this framework and its peers do in the same accidents and with the same data: the measured rows of docs/compared.md.
+"""What this framework and its peers do with the same data and in the same accidents: rows of docs/compared.md.
 
     python benchmarks/compared/run.py
 

@@ -3,9 +3,9 @@
     python benchmarks/compared/sizes.py
 
 Of the frameworks that are installed where it runs. A line of code is one that holds more than blanks, comments and
-docstrings. Packages are what the metadata of the installed distributions ask for, without extras, beyond what torch asks
-for itself. The import is that of the class that trains, each in a fresh process, in turns with ``import torch``: the
-medians of CPU seconds, and their ratio to torch's.
+docstrings. Packages are what the metadata of the installed distributions ask for, without extras, beyond what torch
+asks for itself. The import is that of the class that trains, each in a fresh process, in turns with ``import torch``:
+the medians of CPU seconds, and their ratio to torch's.
 """
 
 import argparse
@@ -22,6 +22,16 @@ import tokenize
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+TITAN = "*.py components config distributed hf_datasets observability ops overrides protocols tools"
+COMPOSER = "*.py callbacks checkpoint cli core datasets devices distributed functional loggers metrics optim profiler "
+COMPOSER += "trainer utils"
+
+
+def below(package: str, parts: str) -> list[str]:
+    """The paths of parts of a package."""
+    return [f"{package}/{part}" for part in parts.split()]
+
 
 # row -> (distribution, what to import, {name of a part: its files, under the package's folder})
 FRAMEWORKS: dict[str, tuple[str, str, dict[str, list[str]]]] = {
@@ -56,11 +66,7 @@ FRAMEWORKS: dict[str, tuple[str, str, dict[str, list[str]]]] = {
         "torchtitan",
         "from torchtitan.trainer import Trainer",
         {
-            "without models and experiments": [
-                f"torchtitan/{part}"
-                for part in ("*.py", "components", "config", "distributed", "hf_datasets", "observability", "ops")
-                + ("overrides", "protocols", "tools")
-            ],
+            "without models and experiments": below("torchtitan", TITAN),
             "models": ["torchtitan/models"],
             "experiments": ["torchtitan/experiments"],
         },
@@ -69,12 +75,7 @@ FRAMEWORKS: dict[str, tuple[str, str, dict[str, list[str]]]] = {
         "mosaicml",
         "from composer import ComposerModel, Trainer",
         {
-            "without algorithms and models": ["composer/*.py"]
-            + [
-                f"composer/{part}"
-                for part in ("callbacks", "checkpoint", "cli", "core", "datasets", "devices", "distributed", "functional")
-                + ("loggers", "metrics", "optim", "profiler", "trainer", "utils")
-            ],
+            "without algorithms and models": below("composer", COMPOSER),
             "algorithms": ["composer/algorithms"],
         },
     ),
@@ -130,7 +131,9 @@ def packages_of(distribution: str) -> set[str]:
 
 def import_seconds(statement: str) -> float:
     """CPU seconds of a fresh process that makes an import and ends."""
-    program = f"{statement}\nimport resource; r = resource.getrusage(resource.RUSAGE_SELF); print(r.ru_utime + r.ru_stime)"
+    program = (
+        f"{statement}\nimport resource; r = resource.getrusage(resource.RUSAGE_SELF); print(r.ru_utime + r.ru_stime)"
+    )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return float(said.stdout.split()[-1])
 
@@ -140,14 +143,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="imports of each, in turns")
     options = parser.parse_args()
-    there = [name for name, (_, line, _) in FRAMEWORKS.items() if importlib.util.find_spec(line.split()[1].split(".")[0])]
+    imports = {name: line for name, (_, line, _) in FRAMEWORKS.items()}
+    there = [name for name, line in imports.items() if importlib.util.find_spec(line.split()[1].split(".")[0])]
     bare = "import torch"
     seconds: dict[str, list[float]] = {name: [] for name in [bare, *there]}
     for _ in range(options.rounds):
         for name in seconds:
-            seconds[name].append(import_seconds(FRAMEWORKS[name][1] if name in FRAMEWORKS else bare))
+            seconds[name].append(import_seconds(imports.get(name, bare)))
     torch_alone = statistics.median(seconds[bare])
-    print(f"Python {platform.python_version()}; import torch: {torch_alone:.2f} s of CPU, {options.rounds} rounds in turns")
+    version = platform.python_version()
+    print(f"Python {version}; import torch: {torch_alone:.2f} s of CPU, {options.rounds} rounds in turns")
     for name in there:
         distribution, _, parts = FRAMEWORKS[name]
         lines = "; ".join(f"{part}: {lines_of(patterns):,}" for part, patterns in parts.items())

@@ -1,8 +1,11 @@
 """The trials: each starts runs of a contestant in processes of their own, and says in a few words what was seen."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import torch
 from task import Task, whole_gradients
 
 HERE = Path(__file__).parent
-PATIENCE = 90.0  # seconds after which a run counts as one that doesn't end
+PATIENCE = 120.0  # seconds from an accident on, after which a run counts as one that doesn't end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Seen:
 
     def samples(self) -> list[list[int]]:
         """Of each update, those of all ranks, sorted."""
-        return [sorted(sum((note["samples"] for note in rows), [])) for rows in zip(*self.notes, strict=False)]
+        updates = zip(*self.notes, strict=False)
+        return [sorted(sample for note in ranks for sample in note["samples"]) for ranks in updates]
 
 
 def run(contestant: str, task: Task, world: int = 1) -> Seen:
@@ -72,16 +76,19 @@ def run(contestant: str, task: Task, world: int = 1) -> Seen:
 
 
 def wait(process: "subprocess.Popen[str]", task: Task) -> int | None:
-    """Wait for a run, and kill its whole session where it doesn't end."""
+    """Wait for a run, ``PATIENCE`` from its accident on, and kill its whole session where it doesn't end."""
+    notes = Path(task.directory, f"notes-{task.life}-{task.accident_rank}.jsonl")
+    begun = time.time()
     try:
-        return process.wait(PATIENCE + 60)
-    except subprocess.TimeoutExpired:
-        return None
+        while process.poll() is None:
+            happened = task.accident and notes.exists() and len(notes.read_text().splitlines()) >= task.accident_update
+            if time.time() > (notes.stat().st_mtime + PATIENCE if happened else begun + 10 * PATIENCE):
+                return None
+            time.sleep(0.2)
+        return process.returncode
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
@@ -112,8 +119,8 @@ STATEFUL = ("lightning_trainer",)
 
 
 def resumed(contestant: str, directory: str, world: int = 1, world_after: int = 1, **fields: Any) -> str:
-    """A run of 12 updates in epochs of 8, shuffled; killed in update 7 and resumed from the checkpoint of update 5, beside
-    one that nobody killed."""
+    """A run of 12 updates in epochs of 8, shuffled, is killed in update 7 and resumed from the checkpoint of update 5;
+    beside one that nobody killed."""
     if fields.get("stateful_loader") and contestant not in STATEFUL:
         return "has no use for it"
     task = Task(
@@ -135,7 +142,7 @@ def resumed(contestant: str, directory: str, world: int = 1, world_after: int = 
     there = whole.notes[0][after.first - 1 :]
     same = whole.samples()[after.first - 1 :] == after.samples()
     bits = [note["weights"] for note in there] == [note["weights"] for note in after.notes[0]]
-    seen_again = set(sum(whole.samples()[:5], [])) & set(sum(after.samples()[:3], []))
+    seen_again = {*itertools.chain(*whole.samples()[:5])} & {*itertools.chain(*after.samples()[:3])}
     words = [f"from update {after.first}", "the same samples" if same else "other samples"]
     if not same and after.first == 6:
         words.append(f"{len(seen_again)} of the epoch's other 24 were seen before")
@@ -188,7 +195,7 @@ def not_a_number(contestant: str, directory: str) -> str:
     seen = run(contestant, Task(directory, updates=8, samples=64, nan_sample=9))
     if seen.last is None:
         return failure(seen)
-    said = [line for line in seen.said.splitlines() if "nan" in line.lower()]
+    said = [line for line in seen.said.splitlines() if re.search(r"\bnan\b|n't finite|not finite", line.lower())]
     weights = "finite" if seen.notes[0][-1]["finite"] else "not finite"
     return f"status {seen.status}; the weights are {weights} at the end; said: {said[0][:160] if said else 'nothing'}"
 
@@ -199,7 +206,9 @@ def lost_rank(contestant: str, directory: str, accident: str) -> str:
     seen = run(contestant, task, 2)
     named = [line for line in seen.said.splitlines() if "rank 1" in line.lower() or "ranks 1" in line.lower()]
     ended = "not ended" if seen.status is None else f"ended with status {seen.status}"
-    return f"{ended} after {seen.seconds:.0f} s; {'said: ' + named[0].strip()[:200] if named else 'rank 1 is not named'}"
+    return (
+        f"{ended} after {seen.seconds:.0f} s; {'said: ' + named[0].strip()[:200] if named else 'rank 1 is not named'}"
+    )
 
 
 def terminated(contestant: str, directory: str) -> str:
