@@ -17,7 +17,7 @@ from the options' docstrings by `python -m stratagem.framework.strategies_page >
 
 ```python
 from stratagem import Fit, TrainModule
-from stratagem.strategies import DDP, DP, FSDP1, FSDP2, XLASPMD, DeepSpeed, Single, TensorParallel
+from stratagem.strategies import DDP, DP, FSDP1, FSDP2, XLASPMD, Auto, DeepSpeed, Single, TensorParallel
 
 fit = Fit(module, data, strategy="fsdp2", devices=2)
 fit = Fit(module, data, strategy=FSDP2(replicas=2, reshard_after_forward=False), devices=2)
@@ -35,6 +35,7 @@ fit = Fit(module, data, strategy=FSDP2(replicas=2, reshard_after_forward=False),
 | sequences too long for one device | `FSDP2(context_parallel=...)` |
 | a ds_config.json, or optimizer states in host memory | `"deepspeed"` |
 | TPUs | `"xla"` |
+| any of these but the last two, and no wish to choose | `"auto"` |
 
 `stratagem plan` says what fits where before there is a machine for it, and `strategy="auto"` chooses by that
 ([plan](plan.md)).
@@ -58,6 +59,12 @@ or by `Fit(devices=2)` itself ([clusters](clusters.md)). `"single"`, `"dp"` and 
 ## `"single"`: Single
 
 {single}
+
+## `"auto"`: Auto
+
+{auto}
+
+More in [plan](plan.md).
 
 ## `"ddp"`: DDP
 
@@ -107,9 +114,10 @@ More in [xla](xla.md).
 
 "Works" means tested on CPUs, with real ranks over gloo where there are several: `"single"`, `"ddp"`, `"fsdp1"`, `"fsdp2"`,
 `"tp"`, `"deepspeed"`, and `"xla"` on a CPU as four devices. `"dp"` has run on one device alone: it needs two GPUs.
+`"auto"` takes one of the others.
 Which precisions each takes is in [precision](precision.md).
 """
-NAMES = ("single", "ddp", "fsdp2", "fsdp1", "tp", "dp", "deepspeed", "xla")
+NAMES = ("single", "auto", "ddp", "fsdp2", "fsdp1", "tp", "dp", "deepspeed", "xla")
 
 
 def strategies_page() -> str:
