@@ -97,6 +97,14 @@ CLASSES = {  # of optim, see UNSUITED
 }
 
 
+def nothing_to_compare(strategy: Strategy) -> str:
+    """Why ``debug="ranks_agree"`` can't compare ranks under a strategy; "" where it can."""
+    if strategy.needs_ranks and strategy.replicas_agree:
+        return ""
+    why = "lets them differ for some updates" if strategy.needs_ranks else "has one process"
+    return f"compares ranks, and strategy={strategy.name!r} {why}. Leave it out"
+
+
 def check_combination(
     args: FitArguments,
     strategy: Strategy,
@@ -130,16 +138,8 @@ def check_combination(
         f"watches the layers of one module, and strategy={strategy.name!r} runs copies of it. Use strategy='ddp', or "
         "'single'",
     )
-    refuse(
-        "debug",
-        args.debug == "ranks_agree" and not strategy.needs_ranks,
-        f"compares ranks, and strategy={strategy.name!r} has one process. Leave it out",
-    )
-    refuse(
-        "debug",
-        args.debug == "ranks_agree" and not strategy.replicas_agree,
-        f"compares ranks, and strategy={strategy.name!r} lets them differ for some updates. Leave it out",
-    )
+    alone = nothing_to_compare(strategy)
+    refuse("debug", args.debug == "ranks_agree" and bool(alone), alone)
     refuse(
         "label_smoothing_factor",
         args.label_smoothing_factor > 0 and compute_loss_func is not None,

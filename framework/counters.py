@@ -19,8 +19,8 @@ class Counters:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Under XLA, a 0-dim tensor, or one that a device makes, would be an instruction of the first update's program and
-        # of no other's, so that one more had to be compiled. What was moved there is an input.
+        # Under XLA, a 0-dim tensor, or one that a device makes, would be an instruction of the first update's program
+        # and of no other's, so that one more had to be compiled. What was moved there is an input.
         self.update_number, self.epoch = (torch.zeros(1, dtype=dtype).to(device) for dtype in DTYPES.values())
         self.now: tuple[float, float] = (0, 0.0)
         self.is_read = False
