@@ -87,7 +87,7 @@ class Denoiser(TrainModule):
 
 
 ARGUMENTS = {
-    "output_dir": "output/diffusion", "max_steps": 1000, "per_device_train_batch_size": 128, "learning_rate": 2e-3,
+    "output_dir": "output/diffusion", "max_steps": 1500, "per_device_train_batch_size": 128, "learning_rate": 2e-3,
     "lr_scheduler_type": "constant", "logging_steps": 100, "save_steps": 500, "save_total_limit": 1,
 }  # fmt: skip
 

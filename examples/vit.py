@@ -4,8 +4,7 @@
     python examples/vit.py --strategy fsdp2 --devices 2 --per_device_train_batch_size 16
     python examples/vit.py --build.images mine --build.side 32    # your images, as mine/<class>/<name>.png
 
-The first run writes scikit-learn's digits as such files. It ends with a picture, output/vit/predictions.png, of what
-held-out images are taken for. --help lists every option of the run.
+The first run writes scikit-learn's digits as such files. It ends with output/vit/predictions.png. --help says the rest.
 """
 
 import contextlib
