@@ -119,8 +119,8 @@ def strategies_page() -> str:
 
 def class_of(name: str) -> type[Any]:
     """The class of a strategy, which may need a package that isn't installed before there can be an instance."""
-    file, _, class_name = STRATEGIES[name][0].partition(":")
-    return getattr(import_module(f"stratagem.strategies.{file}"), class_name)
+    found: type[Any] = class_at(STRATEGIES[name][0], "stratagem.strategies")
+    return found
 
 
 def of_strategy(strategy: type[Any]) -> str:
