@@ -3,9 +3,9 @@
 import dataclasses
 import inspect
 import re
-from importlib import import_module
 from typing import Any
 
+from ..precision.names import class_at
 from ..strategies.registry import STRATEGIES
 from .fields.argument_types import descriptions
 
