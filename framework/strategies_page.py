@@ -3,9 +3,9 @@
 import dataclasses
 import inspect
 import re
-from importlib import import_module
 from typing import Any
 
+from ..precision.names import class_at
 from ..strategies.registry import STRATEGIES
 from .fields.argument_types import descriptions
 
@@ -127,8 +127,8 @@ def strategies_page() -> str:
 
 def class_of(name: str) -> type[Any]:
     """The class of a strategy, which may need a package that isn't installed before there can be an instance."""
-    file, _, class_name = STRATEGIES[name][0].partition(":")
-    return getattr(import_module(f"stratagem.strategies.{file}"), class_name)
+    found: type[Any] = class_at(STRATEGIES[name][0], "stratagem.strategies")
+    return found
 
 
 def of_strategy(strategy: type[Any]) -> str:
