@@ -1,7 +1,7 @@
 """Runs the code blocks of pages as a reader would: ``python run_pages.py DIRECTORY PAGE...``.
 
 torch and stratagem are imported once, and each page runs in a process that is forked off, in a directory of its own.
-The Python blocks of a page share their names, beginning with those that ``stand_ins.py`` has for the page. Where a block
+The Python blocks of a page share their names, beginning with those that ``stand_ins.py`` has for the page. Where one
 starts ranks, as ``Fit(devices=2)`` does, each rank is this program again, with that one page.
 """
 
