@@ -11,7 +11,7 @@ construction, the end of a run and every framework's own idea of when a step beg
 "Over bare" is the median of the differences within a round; where a machine has other work to do, each loop's fastest
 run shows better what is left. The second bare row shows how much of a difference is noise.
 
-Peers: ``pip install stratagem[peers]``.
+Peers: ``pip install -e . --group peers``.
 """
 
 import argparse

@@ -5,8 +5,7 @@
     python examples/classify_text.py --build.pretrained path/of/a/model    # fine-tunes a model of yours
     python examples/classify_text.py --help                         # every option of the run
 
-It ends with a table of held-out texts and what they are taken for. Without --build.pretrained the model is a tiny
-ModernBERT that begins with random weights, and its tokenizer is made here.
+It ends with a table of held-out texts. Without --build.pretrained the model begins with random weights.
 """
 
 import ast
@@ -17,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import print as show
 from rich.table import Table
 from stratagem import Fit, TrainModule, configure
 from tokenizers import BertWordPieceTokenizer
@@ -46,12 +45,9 @@ def docstrings() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
                 for node in ast.walk(ast.parse(path.read_bytes())):
                     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                         found[" ".join((ast.get_docstring(node) or "").split())] = topic
-    train: list[tuple[str, int]] = []
-    held_out: list[tuple[str, int]] = []
-    for text, topic in found.items():
-        if len(text) >= 20:
-            (train if zlib.crc32(text.encode()) % 5 else held_out).append((text, topic))
-    return train, held_out
+    pairs = [(text, topic) for text, topic in found.items() if len(text) >= 20]
+    held_out = [pair for pair in pairs if zlib.crc32(pair[0].encode()) % 5 == 0]
+    return sorted(set(pairs) - set(held_out)), held_out
 
 
 @cache
@@ -92,7 +88,7 @@ def accuracy(predictions: dict[str, Tensor], labels: Tensor) -> dict[str, float]
 def data(pretrained: str = "") -> tuple[list[dict[str, Any]], ...]:
     """Training and held-out texts in tokens, each as long as it is, up to 32."""
     read = tokenizer_of(pretrained)
-    made = ([{**read(text, truncation=True, max_length=32), "labels": y} for text, y in part] for part in docstrings())
+    made = [[{**read(text, truncation=True, max_length=32), "labels": y} for text, y in part] for part in docstrings()]
     return tuple(made)
 
 
@@ -113,9 +109,9 @@ def main() -> None:
         table = Table("held-out text", "is about", "is taken for", "chance")
         answers = list(zip(docstrings()[1], found.predictions["logits"].softmax(dim=1), strict=True))
         for (text, topic), chances in answers[:: len(answers) // 14]:
-            chance, answer = chances.max().item(), names[chances.argmax()]
-            table.add_row(textwrap.shorten(text, 60), names[topic], answer, f"{chance:.2f}")
-        Console(width=105).print(table)
+            short = textwrap.shorten(text, 38, placeholder=" ...")
+            table.add_row(short, names[topic], names[chances.argmax()], f"{chances.max():.2f}")
+        show(table)
         print(f"held-out accuracy: {found.metrics['test_accuracy']:.4f} of {len(answers)} texts")
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     run = configure(build, data, ARGUMENTS)
     table = [f"{'precision':32} {'bytes a weight':>14} {'train loss':>11} {'held-out loss':>14} {'accuracy':>9}"]
     for name, other in {"": None, "fp32": "32-true", "bf16": "bf16-true", "rounded": BF16True(False)}.items():
-        given = {"precision": other, "output_dir": f"{run.values['output_dir']}/{name}"} if name else {}
+        given: dict[str, Any] = {"precision": other, "output_dir": f"{run.values['output_dir']}/{name}"} if name else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LostUpdates)  # they are what is shown here
             fit = Fit.from_config(run, **given)

@@ -105,7 +105,7 @@ def main() -> None:
     """Train under local SGD and under DDP, and compare."""
     run = configure(build, data, ARGUMENTS)
     table = ["    strategy   held-out loss   accuracy   bytes an update"]
-    for given in ({}, {"strategy": "ddp", "output_dir": f"{run.values['output_dir']}/ddp"}):
+    for given in (dict[str, Any](), dict[str, Any](strategy="ddp", output_dir=f"{run.values['output_dir']}/ddp")):
         fit = Fit.from_config(run, **given)
         with Traffic() as traffic:
             updates = fit.train(resume_from_checkpoint=run.resume).global_step

@@ -2,8 +2,8 @@
 
     python examples/search.py           # needs scikit-learn, torchmetrics and Optuna
 
-It ends with the held-out loss and accuracy of digits.py's own arguments and of the best that were found, each trained
-once more. A search that was interrupted goes on when it is run again.
+It ends with a table: digits.py's own arguments and the best that were found, with the held-out loss and accuracy of
+each. A search that was interrupted goes on when it is run again.
 """
 
 from typing import Any
@@ -63,18 +63,18 @@ def main() -> None:
     run = configure(build, data, ARGUMENTS, search=search)
     fit = Fit.from_config(run)
     fit.train()
-    before = best_evaluation(fit)
+    table = ["  arguments   held-out loss   accuracy", row("defaults", fit)]
     search(fit, **run.own["search"])
     fit.train()
-    after = best_evaluation(fit)
+    table.append(row("best found", fit))
     if fit.strategy.is_main:
-        for name, found in (("defaults", before), ("best found", after)):
-            print(f"{name}: held-out loss {found['eval_loss']:.4f}, accuracy {found['eval_accuracy']:.4f}")
+        print("\n".join(table))
 
 
-def best_evaluation(fit: Fit) -> dict[str, float]:
-    """Of the last run, the evaluation with the lowest loss."""
-    return min((log for log in fit.state.log_history if "eval_loss" in log), key=lambda log: log["eval_loss"])
+def row(name: str, fit: Fit) -> str:
+    """A row of the table: of the last run, the evaluation with the lowest loss."""
+    best = min((log for log in fit.state.log_history if "eval_loss" in log), key=lambda log: log["eval_loss"])
+    return f"{name:>11} {best['eval_loss']:15.4f} {best['eval_accuracy']:10.4f}"
 
 
 if __name__ == "__main__":

@@ -35,14 +35,15 @@ def train() -> None:
     run = configure(build, data, ARGUMENTS)
     fit = Fit.from_config(run)
     fit.train()
+    assert isinstance(fit.strategy, FSDP2)
     held = sum(weight.numel() for weight in fit.strategy.held_weights().values())
     places = fit.strategy.gather((os.environ["GROUP_RANK"], fit.strategy.mesh.get_coordinate(), held))
     if fit.strategy.is_main:
         Path(fit.args.output_dir, "places.json").write_text(json.dumps(places))
 
 
-def launch(nodes: int, output: Path) -> list[float]:
-    """Start all ranks, by a launcher for each node, wait for them, and return the losses that were logged."""
+def launch(nodes: int, output: Path) -> dict[int, float]:
+    """Start all ranks, by a launcher for each node, wait for them, and return the logged losses by update."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -53,7 +54,8 @@ def launch(nodes: int, output: Path) -> list[float]:
     launchers = [subprocess.Popen(words, env=environment) for _ in range(nodes)]
     if max(abs(launcher.wait()) for launcher in launchers):
         sys.exit(f"a rank of {output} failed; what it wrote stands above")
-    return [entry["loss"] for entry in map(json.loads, (output / "log.jsonl").open()) if "loss" in entry]
+    entries = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
 def main() -> None:
@@ -64,8 +66,8 @@ def main() -> None:
     for rank, (node, (replica, shard, *_), held) in enumerate(json.loads((output / "two/places.json").read_text())):
         print(f"{rank:4} {node:>6} {replica:9} {shard:7} {held:14,}")
     print("  update   loss with one launcher   with two")
-    for number, (first, second) in enumerate(zip(one, two, strict=True), start=1):
-        print(f"{number:8} {first:24.6f} {second:10.6f}")
+    for update, loss in one.items():
+        print(f"{update:8} {loss:24.6f} {two[update]:10.6f}")
 
 
 if __name__ == "__main__":

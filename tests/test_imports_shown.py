@@ -14,7 +14,7 @@ import stratagem
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*"))]
+    page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 BLOCKS = {
     name: re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE) for name, text in PAGES.items()

@@ -54,7 +54,7 @@ def choose_by_words(
     room = int(found.memory * (1 - margin))
     host_room = None if host_memory is None else int(host_memory * (1 - margin))
     play = partial(play_words, words, world_size // nodes)
-    choice = choose_among(play, world_size, nodes, room, host_room, read.answer["checkpoints"])
+    choice = choose_among(play, world_size, nodes, room, host_room, **read.answer)
     return PlannedChoice(choice, found, nodes)
 
 
@@ -65,9 +65,10 @@ def stands_for_candidates(words: Sequence[str]) -> bool:
 
 
 def settings(words: Sequence[str]) -> dict[str, Any]:
-    """Read the words, and say whether they have activations computed again."""
-    run = Command("stratagem plan", "", names_target=True).read(words)
-    return {"checkpoints": bool(run.values.get("gradient_checkpointing"))}
+    """Read the words, and return what of them candidates follow from: arguments of ``choose_among``."""
+    values = Command("stratagem plan", "", names_target=True).read(words).values
+    steps = 0 if values.get("gradient_accumulation_schedule") else values.get("gradient_accumulation_steps", 1)
+    return {"checkpoints": bool(values.get("gradient_checkpointing")), "accumulation": steps}
 
 
 def play_words(words: Sequence[str], per_node: int, candidate: Candidate) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ...strategies.launch import start_ranks
-from ...strategies.played import Here, Stage, look_here, play, told_by_first, world_of
+from ...strategies.played import Here, Stage, cuts_of, look_here, play, told_by_first, world_of
 from ..arguments import FitArguments
 from ..fields.argument_ranges import names_in
 from ..printing import say
@@ -112,6 +112,7 @@ def decide(make: Callable[..., None], fit: "Steps", args: FitArguments, here: He
         room=int(memory * (1 - MARGIN)),
         host_room=None if host_memory is None else int(host_memory * (1 - MARGIN)),
         checkpoints=args.gradient_checkpointing,
+        accumulation=0 if args.gradient_accumulation_schedule else args.gradient_accumulation_steps,
         offloads=here.device_memory is not None,
     )
 
@@ -132,8 +133,9 @@ def played(
             if fit.train_data is None:
                 raise ValueError("it is chosen for training, and there is no train_data. Name a strategy.")
             account = Player(fit, stage, per_node).play().to_dict()
+            cuts = cuts_of(fit.module)
             strategy.release(fit.module)
-        return account
+        return {"account": account, "cuts": cuts}
 
     return answered(work)
 

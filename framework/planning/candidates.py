@@ -1,6 +1,7 @@
 """Planning candidates: they are played, in copies of this process, and their figures are made of the accounts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,11 @@ from ..arguments import FitArguments
 from ..configuration.options import make_strategy
 from .account import Account
 from .asking import PlanningError
-from .choosing import Candidate, Choice, Figures, candidates_for, choose, figures_of, with_checkpointing
+from .choosing import Candidate, Choice, Figures, candidates_for, choose, cut_candidates, figures_of, with_checkpointing
 from .forked import run_forked
 
 Play = Callable[[Candidate], Mapping[str, Any]]
-"""Plays a candidate, and returns its "account", or the "problem" that it has."""
+"""Plays a candidate, and returns its "account" and the module's "cuts", or the "problem" that it has."""
 
 
 def choose_among(
@@ -24,12 +25,14 @@ def choose_among(
     host_room: int | None = None,
     checkpoints: bool = False,
     offloads: bool = True,
+    accumulation: int = 0,
 ) -> Choice:
     """Plan the candidates of a world, and choose.
 
     The first rank is played, whose shards are the largest. A candidate that computes activations again is played where
     it doesn't fit otherwise, and one that offloads not at all: its figures follow from the account of the same one
-    without.
+    without. Where nothing fits into the device, those that cut layers or sequences are candidates, too, as far as the
+    module says how.
 
     Args:
         play: see ``Play``.
@@ -37,6 +40,7 @@ def choose_among(
         room, host_room: see ``choose``.
         checkpoints: whether the run computes activations again in any case.
         offloads: whether the host's memory is another one than the device's.
+        accumulation: micro-batches of an update; 0 where their number changes, so that no ranks may share them.
 
     Raises:
         PlanningError: a copy ended without an answer; the message has the end of what it printed.
@@ -49,15 +53,18 @@ def choose_among(
         figures = accounts.figures(candidate)
         return not figures.problem and figures.lack(room, host_room) is not None
 
-    in_device = [each for each in candidates if not each.offloads]
-    first = [each for each in in_device if each.gradient_checkpointing == checkpoints]
-    accounts.add(first)
-    accounts.add(each for each in in_device if each not in first and lacks(without_checkpointing(each)))
-    if all(map(lacks, in_device)):
-        offloading = [each for each in candidates if each.offloads]
-        first = [each for each in offloading if each.gradient_checkpointing == checkpoints]
+    def play_all(some: Sequence[Candidate]) -> None:
+        first = [each for each in some if each.gradient_checkpointing == checkpoints]
         accounts.add(first)
-        accounts.add(each for each in offloading if each not in first and lacks(without_checkpointing(each)))
+        accounts.add(each for each in some if each not in first and lacks(without_checkpointing(each)))
+
+    in_device = [each for each in candidates if not each.offloads]
+    play_all(in_device)
+    if all(lacks(each) or accounts.figures(each).problem for each in in_device):
+        cut = cut_candidates(world_size // nodes, accounts.cuts, accumulation, checkpoints)
+        candidates = [*in_device, *cut, *(each for each in candidates if each.offloads)]
+        play_all(cut)
+        play_all([each for each in candidates if each.offloads])
     return choose([accounts.figures(each) for each in candidates], room, host_room)
 
 
@@ -92,6 +99,12 @@ class Accounts:
                     ended.status, f"{title} could not be played (status {ended.status}):\n{ended.printed}"
                 )
             self.answers[title] = ended.answer
+
+    @property
+    def cuts(self) -> Sequence[str]:
+        """What the module says how to cut, as far as it could be played whole."""
+        played = (self.answers.get(Candidate(self.whole, {}, again).title, {}) for again in (False, True))
+        return next((answer["cuts"] for answer in played if "cuts" in answer), ())
 
     def figures(self, candidate: Candidate) -> Figures:
         """Make a candidate's figures of what was played so far: of its own account, else of the nearest one's. What
@@ -135,9 +148,9 @@ def arguments_of(candidate: Candidate, asked: FitArguments, before: Candidate | 
 def in_device(candidate: Candidate) -> Candidate:
     """The candidate without offloading."""
     options = {name: value for name, value in candidate.options.items() if name != "cpu_offload"}
-    return Candidate(candidate.strategy, options, candidate.gradient_checkpointing)
+    return replace(candidate, options=options)
 
 
 def without_checkpointing(candidate: Candidate) -> Candidate:
     """The candidate that computes no activations again."""
-    return Candidate(candidate.strategy, candidate.options, False)
+    return replace(candidate, gradient_checkpointing=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...strategies.base import Strategy
 from ...strategies.materialize import parameters_on_meta
-from ...strategies.played import Stage, play, world_of
+from ...strategies.played import Stage, cuts_of, play, world_of
 from ..configuration.command_line import Command
 from ..configuration.configuration import Configuration
 from ..configuration.options import make_strategy
@@ -50,9 +50,9 @@ def main(request: Path, answer: Path) -> None:
 
 
 def answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Play, and return the "account", or as the "problem" what can't work."""
+    """Play, and return what that gives, or as the "problem" what can't work."""
     try:
-        return {"account": work()}
+        return work()
     except (ValueError, TypeError, ImportError) as error:
         return {"problem": str(error)}
 
@@ -63,6 +63,9 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         asked: "config" (the path of a file) or "words" (of a command line), "fit" (the class, as "module:Class"),
             "ranks_per_node", and perhaps the "candidate" that takes the place of their strategy.
+
+    Returns:
+        The "account", and "cuts": how the module says that it can be cut, see ``cuts_of``.
     """
     rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if asked["config"] is not None:
@@ -80,10 +83,11 @@ def played(asked: Mapping[str, Any]) -> dict[str, Any]:
         arguments, notes = made(run, given)
         fit = make_fit(**arguments)
         account = Player(fit, stage, asked["ranks_per_node"]).play().to_dict()
+        cuts = cuts_of(fit.module)
         strategy.release(fit.module)
     if run.values.get("torch_compile"):
         notes.append(NOT_COMPILED)
-    return {**account, "notes": [*account["notes"], *notes]}
+    return {"account": {**account, "notes": [*account["notes"], *notes]}, "cuts": cuts}
 
 
 def under(run: Configuration, candidate: Candidate) -> Configuration:

@@ -27,11 +27,14 @@ class Candidate:
         strategy: its name.
         options: of the strategy, where they aren't its defaults.
         gradient_checkpointing: whether activations are computed again in backward.
+        gradient_accumulation_steps: micro-batches of an update, where ranks share each of them, so that an update has
+            as many samples as otherwise; 0 where it has those that were asked for.
     """
 
     strategy: str
     options: Mapping[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 0
 
     @property
     def offloads(self) -> bool:
@@ -41,7 +44,8 @@ class Candidate:
     @property
     def changes(self) -> dict[str, Any]:
         """The fields of FitArguments that are chosen with it."""
-        return {"gradient_checkpointing": True} if self.gradient_checkpointing else {}
+        chosen = {name: getattr(self, name) for name in ("gradient_checkpointing", "gradient_accumulation_steps")}
+        return {name: value for name, value in chosen.items() if value}
 
     @property
     def words(self) -> list[str]:
@@ -54,7 +58,9 @@ class Candidate:
         found = ["--strategy", self.strategy]
         for name, value in self.options.items():
             found += [f"--strategy.{name}", str(value).lower()]
-        return [*found, "--gradient_checkpointing", "true"] if self.gradient_checkpointing else found
+        for name, value in self.changes.items():
+            found += [f"--{name}", str(value).lower()]
+        return found
 
     @property
     def python(self) -> str:
@@ -66,7 +72,7 @@ class Candidate:
         """
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         strategy = f"{self.strategy.upper()}({options})" if options else f'"{self.strategy}"'
-        return f"strategy={strategy}" + (", gradient_checkpointing=True" if self.gradient_checkpointing else "")
+        return ", ".join([f"strategy={strategy}", *(f"{name}={value}" for name, value in self.changes.items())])
 
     @property
     def title(self) -> str:
@@ -92,6 +98,21 @@ def candidates_for(world_size: int, nodes: int, checkpoints: bool = False) -> li
     ways += [Candidate("fsdp2", {**options, **offload}) for options in sharded]
     again = (True,) if checkpoints else (False, True)
     return [Candidate(way.strategy, way.options, each) for way in ways for each in again]
+
+
+def cut_candidates(per_node: int, cuts: Sequence[str], accumulation: int, checkpoints: bool = False) -> list[Candidate]:
+    """List the candidates that cut layers, or sequences, over the ranks of a node, the simplest first.
+
+    Args:
+        per_node: ranks on a node.
+        cuts: what the module says how to cut: "tensor_parallel", "context_parallel".
+        accumulation: micro-batches of an update where none is shared; 0 where their number changes.
+        checkpoints: whether the run computes activations again in any case.
+    """
+    if per_node == 1 or not accumulation:
+        return []
+    again = (True,) if checkpoints else (False, True)
+    return [Candidate("fsdp2", {cut: per_node}, each, accumulation * per_node) for cut in cuts for each in again]
 
 
 @dataclass(frozen=True)
@@ -166,7 +187,7 @@ def figures_of(candidate: Candidate, account: Account) -> Figures:
 
 def with_checkpointing(figures: Figures, account: Account) -> Figures:
     """The figures, at most, of a candidate that fits if it also computed its activations again; nobody plays it."""
-    candidate = Candidate(figures.candidate.strategy, figures.candidate.options, True)
+    candidate = replace(figures.candidate, gradient_checkpointing=True)
     return Figures(
         **{**vars(figures), "candidate": candidate, "recomputed": account.flops.get(FORWARD, 0), "is_bound": True}
     )

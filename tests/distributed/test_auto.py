@@ -38,20 +38,39 @@ class Stack(TrainModule):
         return outputs.square().mean()
 
 
-def train(choice: str, directory: str, memory: int | None = None) -> dict[str, Any]:
+class OneBlock(Stack):
+    """As many parameters in one block, which says how it is cut; gathered, it is there whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = BLOCKS * WIDTH // 2
+        self.blocks = nn.Sequential(nn.Linear(WIDTH, wide), nn.Tanh(), nn.Linear(wide, WIDTH))
+
+    def shard_units(self) -> list[nn.Module]:
+        return [self.blocks]
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        return {"blocks.0": "colwise", "blocks.2": "rowwise"}
+
+
+def train(choice: str, directory: str, memory: int | None = None, **arguments: Any) -> dict[str, Any]:
     """Train three updates, on a host of so much memory, and return the parameters' bits and what was chosen."""
     torch.manual_seed(3)
     rows = [torch.randn(WIDTH) for _ in range(32)]
-    strategies: dict[str, str | Strategy] = {"kept": FSDP2(reshard_after_forward=False)}
+    strategies: dict[str, str | Strategy] = {
+        "kept": FSDP2(reshard_after_forward=False), "cut": FSDP2(tensor_parallel=2),
+    }  # fmt: skip
+    is_cut = arguments.pop("is_cut", False)
     with patch.object(here, "memory_of_host", lambda: memory):
         fit = Fit(
-            Stack(),
+            OneBlock() if is_cut else Stack(),
             rows,
             strategy=strategies.get(choice, choice),
             per_device_train_batch_size=4,
             max_steps=3,
             progress=False,
             output_dir=directory,
+            **arguments,
         )
     fit.train()
     whole = [fit.strategy.whole(p.detach()) for p in fit.strategy.named_parameters().values()]
@@ -90,6 +109,23 @@ def test_the_run_is_bitwise_that_of_the_named_strategy(
     assert record["strategy"]["is"] == strategy
     assert record["choice"]["chosen"]["python"].startswith("strategy=")
     assert "auto" not in (tmp_path / "auto" / "config.yaml").read_text().split("strategy:")[1].splitlines()[0]
+
+
+@pytest.mark.slow
+def test_layers_are_cut_where_nothing_else_fits(ranks: dict[int, Ranks], tmp_path: Path) -> None:
+    """Cut layers hold half of all four: 2 times PARAMETERS, and activations. Shards of a block that is gathered whole
+    hold 1.5 besides the gathered weights and their gradients, which is 3.5.
+    """
+    memory = int(2.6 * PARAMETERS * 2 / 0.9)
+    chosen = ranks[2].run(train, choice="auto", directory=str(tmp_path / "auto"), memory=memory, is_cut=True)
+    given = ranks[2].run(
+        train, choice="cut", directory=str(tmp_path / "named"), is_cut=True, gradient_accumulation_steps=2
+    )
+    assert [each["strategy"] for each in chosen] == ["FSDP2(tensor_parallel=2)"] * 2
+    assert [each["bits"] for each in chosen] == [each["bits"] for each in given]
+    record = json.loads((tmp_path / "auto" / "run.json").read_text())
+    assert record["arguments"]["given"]["gradient_accumulation_steps"] == 2
+    assert record["samples_per_update"] == 8  # as many as two ranks with samples of their own have
 
 
 def refused(memory: int, directory: str) -> str:

@@ -30,7 +30,15 @@ from stratagem.framework.command_line import main
 from stratagem.framework.planning.account import Account, Peak, Traffic
 from stratagem.framework.planning.candidates import choose_among
 from stratagem.framework.planning.child import under
-from stratagem.framework.planning.choosing import Candidate, Choice, Figures, candidates_for, choose, figures_of
+from stratagem.framework.planning.choosing import (
+    Candidate,
+    Choice,
+    Figures,
+    candidates_for,
+    choose,
+    cut_candidates,
+    figures_of,
+)
 from stratagem.framework.planning.forked import run_forked
 from stratagem.strategies import FSDP2
 
@@ -179,6 +187,78 @@ def test_the_choice_for_a_size_on_a_machine(machine: str, size: str, expected: C
     assert [each.figures.candidate for each in choice.verdicts].count(expected) == (expected is not None)
     assert len(choice.verdicts) == len(figures)
     assert all(each.sentence and each.number is not None for each in choice.verdicts)
+
+
+# What only a cut of layers or sequences makes fit, on 8 x 8 H100: layers, width, tokens of a sample.
+CUT = [
+    # P = 77 GiB, a layer 18.8. Two gathered layers are 75 GiB in mixed precision: no sharding fits, offloaded or not.
+    # With layers cut by 8: 16 P / 64 = 19.2, gathered 9.4, A = 10.6 (counted whole), logits 1.0: 40.2.
+    pytest.param(4, 40960, 2048, Candidate("fsdp2", {"tensor_parallel": 8}, False, 16), id="wide"),
+    # A is 34 GiB a layer; checkpointed 64 + 34, and logits 123 more, which cut layers leave whole, too. With sequences
+    # cut by 8: 1.5 + 0.8 + 27.6 = 29.9; without checkpointing 153.6.
+    pytest.param(32, 4096, 262144, Candidate("fsdp2", {"context_parallel": 8}, True, 16), id="long"),
+]
+
+
+def figures_of_cut(candidate: Candidate, layers: int, width: int, tokens: int) -> Figures:
+    """The formulas above for 64 ranks, eight on a node. What is sent decides nothing here, and is left out."""
+    options, again = candidate.options, candidate.gradient_checkpointing
+    features, positions = options.get("tensor_parallel", 1), options.get("context_parallel", 1)
+    weights = 12 * layers * width**2 + 50257 * width
+    activations = (layers * 2 * tokens + 34 * tokens if again else layers * 34 * tokens) * width
+    activations = (activations + 10 * tokens * 50257) // positions
+    is_kept = options.get("reshard_after_forward") is False
+    gathered = 2 * weights if is_kept else 2 * 12 * width**2 * 2 // features
+    shards = 64 // options.get("replicas", 1)
+    if candidate.strategy == "ddp":
+        gathered, shards = 0, 1
+    state, recomputed = 16 * weights // shards, 2 * weights * tokens * again
+    if candidate.offloads:
+        return Figures(candidate, gathered + activations, on_host=state, to_host=1.0, recomputed=recomputed)
+    return Figures(candidate, state + gathered + activations, recomputed=recomputed)
+
+
+@pytest.mark.parametrize(("layers", "width", "tokens", "expected"), CUT)
+def test_the_choice_where_only_cut_layers_or_sequences_fit(
+    layers: int, width: int, tokens: int, expected: Candidate
+) -> None:
+    cut = cut_candidates(8, ["tensor_parallel", "context_parallel"], 2)
+    assert [each.title for each in cut] == [
+        "fsdp2(tensor_parallel=8)",
+        "fsdp2(tensor_parallel=8) + gradient checkpointing",
+        "fsdp2(context_parallel=8)",
+        "fsdp2(context_parallel=8) + gradient checkpointing",
+    ]
+    figures = [figures_of_cut(each, layers, width, tokens) for each in (*candidates_for(64, 8), *cut)]
+    choice = choose(figures, int(71.68 * GIB), int(230.4 * GIB))
+    assert choice.chosen == expected
+    assert all(each.options.get("tensor_parallel", each.options.get("context_parallel")) for each in choice.kept)
+
+
+@pytest.mark.parametrize(
+    ("room", "cuts", "accumulation", "expected"),
+    [
+        (300, ["tensor_parallel"], 2, Candidate("fsdp2", {"tensor_parallel": 8}, False, 16)),
+        (600, ["tensor_parallel"], 2, DDP),  # what is whole fits
+        (300, [], 2, None),  # the module doesn't say how
+        (300, ["tensor_parallel"], 0, None),  # the number of micro-batches changes
+    ],
+    ids=["cut", "fits whole", "says nothing", "schedule"],
+)
+def test_layers_are_cut_where_nothing_else_fits_and_the_module_says_how(
+    room: int, cuts: list[str], accumulation: int, expected: Candidate | None
+) -> None:
+    def play(candidate: Candidate) -> dict[str, Any]:
+        need = 200 if "tensor_parallel" in candidate.options else 500
+        return {"account": Account(0, peak=Peak(need, {}, "backward", "", 0)).to_dict(), "cuts": cuts}
+
+    choice = choose_among(play, 8, 1, room, offloads=False, accumulation=accumulation)
+    listed = [each.figures.candidate.title for each in choice.verdicts]
+    assert choice.chosen == expected
+    assert any("tensor_parallel" in each for each in listed) == bool(expected and expected.options)
+    if expected is not None and expected.options:
+        assert choice.words == "--strategy fsdp2 --strategy.tensor_parallel 8 --gradient_accumulation_steps 16"
+        assert expected.python == "strategy=FSDP2(tensor_parallel=8), gradient_accumulation_steps=16"
 
 
 def test_all_sizes_on_all_machines_have_an_expected_choice() -> None:
