@@ -1,4 +1,4 @@
-"""The page of docs/ with all strategies and their options: ``python -m stratagem.framework.strategies_page`` prints it."""
+"""The page of docs/ with all strategies: ``python -m stratagem.framework.strategies_page`` prints it."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ fit = Fit(module, data, strategy=FSDP2(replicas=2, reshard_after_forward=False),
 | what you have | write |
 | --- | --- |
 | one device | `"single"` |
-| several, and a model whose parameters, gradients and optimizer state fit on each (16 bytes a parameter with AdamW) | `"ddp"` |
+| several, and a model that fits on each with gradients and moments (16 bytes a parameter with AdamW) | `"ddp"` |
 | a model that doesn't fit so | `"fsdp2"` |
 | several machines with slow links between them | `FSDP2(replicas=number of machines)` |
 | layers, or activations of one sample, too large for one device | `FSDP2(tensor_parallel=...)`, or `"tp"` |
@@ -53,8 +53,9 @@ stratagem parity train.py:build --strategies single,ddp,fsdp1,fsdp2 --ranks 2 --
 trains it a few updates under each from one set of weights, and prints the largest difference in loss and gradient.
 Where a module does depend on it (BatchNorm, losses over the batch), [limits](limits.md) says how.
 
-`"ddp"`, `"fsdp1"`, `"fsdp2"`, `"tp"` and `"deepspeed"` need a process for each device: started by torchrun, srun or mpirun,
-or by `Fit(devices=2)` itself ([clusters](clusters.md)). `"single"`, `"dp"` and `"xla"` have one process, and refuse more.
+`"ddp"`, `"fsdp1"`, `"fsdp2"`, `"tp"` and `"deepspeed"` need a process for each device: started by torchrun, srun or
+mpirun, or by `Fit(devices=2)` itself ([clusters](clusters.md)). `"single"`, `"dp"` and `"xla"` have one process, and
+refuse more.
 
 ## `"single"`: Single
 
@@ -74,8 +75,8 @@ More in [plan](plan.md).
 
 {fsdp2}
 
-The product of `replicas`, `tensor_parallel` and `context_parallel` divides the number of ranks; the rest shards. What may
-be used with what is refused by name when ranks meet, with the sizes that work.
+The product of `replicas`, `tensor_parallel` and `context_parallel` divides the number of ranks; the rest shards. Sizes
+that can't be are refused when ranks meet, with those that work.
 
 ## `"fsdp1"`: FSDP1
 
@@ -112,8 +113,8 @@ More in [xla](xla.md).
 
 ## State of each
 
-"Works" means tested on CPUs, with real ranks over gloo where there are several: `"single"`, `"ddp"`, `"fsdp1"`, `"fsdp2"`,
-`"tp"`, `"deepspeed"`, and `"xla"` on a CPU as four devices. `"dp"` has run on one device alone: it needs two GPUs.
+Tested on CPUs, with real ranks over gloo where there are several: `"single"`, `"ddp"`, `"fsdp1"`, `"fsdp2"`, `"tp"`,
+`"deepspeed"`, and `"xla"` on a CPU as four devices. `"dp"` has run on one device alone: it needs two GPUs.
 `"auto"` takes one of the others.
 Which precisions each takes is in [precision](precision.md).
 """

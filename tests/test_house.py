@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("optim/",),
     ("arguments",),
     ("turns",),
-    ("arguments_table", "callbacks", "data/", "loggers/", "module"),
+    ("arguments_table", "callbacks", "data/", "loggers/", "module", "strategies_page"),
     ("combinations", "objective"),
     ("turn_objective",),
     ("measures/",),
