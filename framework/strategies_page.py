@@ -3,9 +3,9 @@
 import dataclasses
 import inspect
 import re
-from importlib import import_module
 from typing import Any
 
+from ..precision.names import class_at
 from ..strategies.registry import STRATEGIES
 from .fields.argument_types import descriptions
 
@@ -17,7 +17,7 @@ from the options' docstrings by `python -m stratagem.framework.strategies_page >
 
 ```python
 from stratagem import Fit, TrainModule
-from stratagem.strategies import DDP, DP, FSDP1, FSDP2, XLASPMD, DeepSpeed, Single, TensorParallel
+from stratagem.strategies import DDP, DP, FSDP1, FSDP2, XLASPMD, Auto, DeepSpeed, Single, TensorParallel
 
 fit = Fit(module, data, strategy="fsdp2", devices=2)
 fit = Fit(module, data, strategy=FSDP2(replicas=2, reshard_after_forward=False), devices=2)
@@ -35,6 +35,7 @@ fit = Fit(module, data, strategy=FSDP2(replicas=2, reshard_after_forward=False),
 | sequences too long for one device | `FSDP2(context_parallel=...)` |
 | a ds_config.json, or optimizer states in host memory | `"deepspeed"` |
 | TPUs | `"xla"` |
+| any of these but the last two, and no wish to choose | `"auto"` |
 
 `stratagem plan` says what fits where before there is a machine for it, and `strategy="auto"` chooses by that
 ([plan](plan.md)).
@@ -59,6 +60,12 @@ refuse more.
 ## `"single"`: Single
 
 {single}
+
+## `"auto"`: Auto
+
+{auto}
+
+More in [plan](plan.md).
 
 ## `"ddp"`: DDP
 
@@ -108,9 +115,10 @@ More in [xla](xla.md).
 
 Tested on CPUs, with real ranks over gloo where there are several: `"single"`, `"ddp"`, `"fsdp1"`, `"fsdp2"`, `"tp"`,
 `"deepspeed"`, and `"xla"` on a CPU as four devices. `"dp"` has run on one device alone: it needs two GPUs.
+`"auto"` takes one of the others.
 Which precisions each takes is in [precision](precision.md).
 """
-NAMES = ("single", "ddp", "fsdp2", "fsdp1", "tp", "dp", "deepspeed", "xla")
+NAMES = ("single", "auto", "ddp", "fsdp2", "fsdp1", "tp", "dp", "deepspeed", "xla")
 
 
 def strategies_page() -> str:
@@ -120,8 +128,8 @@ def strategies_page() -> str:
 
 def class_of(name: str) -> type[Any]:
     """The class of a strategy, which may need a package that isn't installed before there can be an instance."""
-    file, _, class_name = STRATEGIES[name][0].partition(":")
-    return getattr(import_module(f"stratagem.strategies.{file}"), class_name)
+    found: type[Any] = class_at(STRATEGIES[name][0], "stratagem.strategies")
+    return found
 
 
 def of_strategy(strategy: type[Any]) -> str:
