@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .framework.predictions import PredictionWriter, iterate_predictions, read_predictions
     from .framework.profiling import SimpleProfiler, TorchProfiler
     from .framework.uploading import Upload
-    from .framework.version import __version__
+    from .framework.version import __version__ as __version__
     from .framework.weights.converting import convert
     from .precision.frozen import frozen
     from .strategies.sent import launch
@@ -72,7 +72,6 @@ __all__ = [
     "Turn",
     "Upload",
     "WandbLogger",
-    "__version__",
     "configure",
     "convert",
     "frozen",

@@ -37,7 +37,7 @@ def spans(text: str) -> list[str]:
 
 def imports(name: str) -> list[ast.ImportFrom | ast.Import]:
     """The imports that a page shows: in its programs, and in a line of its text."""
-    lines = [span for span in spans(PAGES[name]) if re.match(r"(from \S+ )?import ", span)]
+    lines = [span for span in spans(PAGES[name]) if re.match(r"(from \S+ )?import [^.]", span)]
     trees = [ast.parse(text) for text in [*BLOCKS[name], *lines]]
     return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import)]
 

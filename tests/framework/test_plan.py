@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,27 @@ def test_what_asks_for_a_value_has_the_static_numbers_and_the_line() -> None:
 
 
 @pytest.mark.slow
+def test_the_command_says_what_stopped_it_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{MODELS}:build_choosing", "--strategy", "fsdp2", "--world", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No update could be played" in said and "return made if made.sum() > 0 else -made" in said
+    # Of a weight of 3 x 4 and a bias of 3 the ranks have two rows and one: 10 and 5 numbers, of which there are two
+    # moments, and a count for each of the two.
+    assert "optimizer state │ 88 B │ 48 B" in said
+
+
+@pytest.mark.slow
+def test_the_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    program = HERE.parents[1] / "benchmarks" / "plan.py"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [sys.executable, str(program), "peaks"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "no GPU, so no plan is compared" in finished.stdout
+
+
+@pytest.mark.slow
 def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", GPT, "--build.layers", "1", "--build.width", "16", "--strategy", "fsdp2", "--world", "16"]
     assert main([*words, "--json"]) == 0
@@ -206,6 +230,18 @@ def test_bad_input_is_named_before_anything_is_played(
 def test_what_cannot_be_planned_is_named(target: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Fit.plan_run(target, **arguments)
+
+
+@pytest.mark.slow
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    arguments: dict[str, Any] = {"strategy": "single", "device": "4MiB,1,1", "margin": 0.0}
+    found = Fit.plan_run(f"{MODELS}:build_vit", per_device_train_batch_size=2, **arguments).largest_micro_batch
+    assert found is not None and found > 2
+    fits = [
+        Fit.plan_run(f"{MODELS}:build_vit", per_device_train_batch_size=samples, **arguments).fits
+        for samples in (found, found + 1)
+    ]
+    assert fits == [True, False]
 
 
 def test_the_largest_micro_batch_leaves_the_margin_free() -> None:
