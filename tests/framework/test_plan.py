@@ -232,18 +232,6 @@ def test_what_cannot_be_planned_is_named(target: str, arguments: dict[str, Any],
         Fit.plan_run(target, **arguments)
 
 
-@pytest.mark.slow
-def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
-    arguments: dict[str, Any] = {"strategy": "single", "device": "4MiB,1,1", "margin": 0.0}
-    found = Fit.plan_run(f"{MODELS}:build_vit", per_device_train_batch_size=2, **arguments).largest_micro_batch
-    assert found is not None and found > 2
-    fits = [
-        Fit.plan_run(f"{MODELS}:build_vit", per_device_train_batch_size=samples, **arguments).fits
-        for samples in (found, found + 1)
-    ]
-    assert fits == [True, False]
-
-
 def test_the_largest_micro_batch_leaves_the_margin_free() -> None:
     from stratagem.framework.planning.account import Peak
 
