@@ -31,7 +31,7 @@ test-zoo: venv .venv/.zoo-installed  ## tries other people's models; WORKERS=0 A
 
 # mkdocstrings reads the package where PYTHONPATH shows it. The notice is about mkdocs's future, and would be printed each time.
 docs: .venv/.docs-installed  ## builds the site of docs/ into site/; the first warning fails it. To read it with search: python -m http.server -d site
-	PYTHONPATH=.venv/typed NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	PYTHONPATH=.venv/typed NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
 
 # Tests that several ranks run, one file of each kind: strategies, checkpoints on other numbers of ranks, collectives.

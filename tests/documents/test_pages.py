@@ -105,7 +105,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         pytest.skip("needs mkdocs, which make docs installs")
     linked = tmp_path / "stratagem"
     linked.symlink_to(ROOT)
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NO_MKDOCS_2_WARNING": "1"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
