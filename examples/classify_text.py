@@ -69,7 +69,7 @@ def build(pretrained: str = "", width: int = 64, layers: int = 2) -> dict[str, A
     """
     tokenizer = tokenizer_of(pretrained)
     if pretrained:
-        model = Classifier.from_pretrained(pretrained, num_labels=len(TOPICS))
+        model = Classifier.from_pretrained(pretrained, num_labels=len(TOPICS), ignore_mismatched_sizes=True)
     else:
         config = ModernBertConfig(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,

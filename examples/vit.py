@@ -86,8 +86,8 @@ def data(images: str = "output/digit_images", side: int = 8) -> tuple[ImageFiles
 def draw(path: Path, train: ImageFiles, held_out: ImageFiles, answers: list[int]) -> None:
     """Write a picture: a training image each time that it is read, some held-out ones, and some that were misread."""
     found = [(held_out[index], answer) for index, answer in enumerate(answers)]
-    misread = [pair for pair in found if pair[0]["labels"] != pair[1]]
-    shown = [(train[0], train[0]["labels"]) for _ in range(10)] + found[:: len(found) // 20][:20] + misread[:10]
+    last = sorted(found, key=lambda pair: pair[0]["labels"] == pair[1])[:10]
+    shown = [(train[0], train[0]["labels"]) for _ in range(10)] + found[:: len(found) // 20][:20] + last
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     for (sample, answer), axes in zip(shown, figure.subplots(4, 10).flat, strict=False):
         given, truth = held_out.classes[answer], held_out.classes[sample["labels"]]
