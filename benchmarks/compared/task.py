@@ -156,7 +156,7 @@ class NotingAdamW(AdamW):
             super().step()
             return loss
         gradients = [p.grad for p in self.layers.parameters() if p.grad is not None]
-        note: dict[str, Any] = {"samples": self.layers.seen[:], "time": time.time()}
+        note: dict[str, Any] = {"samples": self.layers.seen[:], "time": time.time(), "process": os.getpid()}
         if self.task.width < 100:
             note["gradient"] = torch.cat([g.flatten() for g in gradients]).tolist()
         super().step()

@@ -1,7 +1,9 @@
 """Contestant: the Trainer of transformers, with the accelerate beneath it."""
 
+from datetime import timedelta
 from typing import Any
 
+import torch
 from task import Layers, NotingAdamW, Sentences, Task, mean_loss, summed_loss
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,6 +30,8 @@ def whole_loss(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: A
 
 def train(task: Task) -> int:
     """Train, and return the number of the last update."""
+    if task.timeout:  # ddp_timeout is not passed on together with use_cpu; a group that is there is taken
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=task.timeout))
     module = Module(task)
     optimizer = NotingAdamW(module.layers, task)
     trainer = Trainer(
@@ -44,10 +48,9 @@ def train(task: Task) -> int:
             save_strategy="steps" if task.save_every else "no",
             save_steps=task.save_every or 1,
             save_total_limit=task.keep or None,
-            ddp_timeout=int(task.timeout) or 1800,
             enable_jit_checkpoint=task.accident == "term",
             report_to="none",
-            use_cpu=not task.timeout,  # with it, ddp_timeout is not passed on
+            use_cpu=True,
             remove_unused_columns=False,
             disable_tqdm=True,
         ),

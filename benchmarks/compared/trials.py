@@ -69,6 +69,9 @@ def run(contestant: str, task: Task, world: int = 1) -> Seen:
     for rank in range(world):
         path = Path(task.directory, f"notes-{task.life}-{rank}.jsonl")
         notes.append([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+    if task.accident == "stop" and (rows := notes[task.accident_rank]):  # torchrun's ranks are in sessions of their own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rows[-1]["process"], signal.SIGKILL)
     last = Path(task.directory, f"last-{task.life}-0")
     if task.accident and (rows := notes[task.accident_rank]):
         begun = max(row["time"] for row in rows)
