@@ -73,7 +73,7 @@ def build(pretrained: str = "", width: int = 64, layers: int = 2) -> dict[str, A
     else:
         config = ModernBertConfig(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-            num_attention_heads=4, num_labels=len(TOPICS), classifier_pooling="mean", embedding_dropout=0.3,
+            num_attention_heads=4, id2label=dict(enumerate(TOPICS)), classifier_pooling="mean", embedding_dropout=0.3,
             classifier_dropout=0.3, pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
         )  # fmt: skip
         model = Classifier.from_config(config)

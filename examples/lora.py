@@ -58,13 +58,13 @@ def build(base: str = "", rank: int = 8) -> dict[str, Any]:
         base: directory of a model, to which adapters are added; without one, a tiny model, all of which is trained.
         rank: of the adapters' matrices.
     """
+    model: Any
     if base:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     else:
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = LlamaConfig(vocab_size=len(LETTERS), **sizes, pad_token_id=0, bos_token_id=None, eos_token_id=0)
-        model = LlamaForCausalLM(config)
+        sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(LETTERS), num_attention_heads=4, **sizes, eos_token_id=0))
     return {"module": TrainModule.wrap(model), "compute_metrics": right}
 
 
@@ -109,7 +109,8 @@ def main() -> None:
             table.add_row(name, *cells)
         Console(width=110).print(table)
         model, asked = AutoModelForCausalLM.from_pretrained(base), data()[1]["input_ids"][:1, :ASKED]
-        for reader in (model, PeftModel.from_pretrained(model, adapters)):  # as any program reads them
+        for with_adapters in (False, True):  # as any program reads them
+            reader: Any = PeftModel.from_pretrained(model, adapters) if with_adapters else model
             answer = reader.generate(input_ids=asked, max_new_tokens=20, do_sample=False)[0]
             print("".join(LETTERS[token] for token in answer).strip())
 

@@ -9,6 +9,7 @@ It ends with output/time_series/forecasts.png and a table of errors beside those
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -36,14 +37,15 @@ class Forecaster(TrainModule):
         super().__init__()
         self.read, self.write = nn.Linear(HOURS, width), nn.Linear(width, HOURS * len(QUANTILES))
         self.place = nn.Parameter(0.1 * torch.randn(DAYS + AHEAD, width))
-        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0) for _ in range(layers)))
+        kind: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(width, 4, 2 * width, **kind) for _ in range(layers)))
 
     def forward(self, past: Tensor) -> Tensor:
         """Forecast: (batch, DAYS * HOURS) to (batch, AHEAD * HOURS, quantiles)."""
         mean, scale = past.mean(1, keepdim=True), past.std(1, keepdim=True)
         days = self.read(((past - mean) / scale).unflatten(1, (DAYS, HOURS)))
         asked = days.new_zeros(len(past), AHEAD, days.shape[2])
-        days = self.layers((torch.cat((days, asked), dim=1) + self.place).transpose(0, 1)).transpose(0, 1)
+        days = self.layers(torch.cat((days, asked), dim=1) + self.place)
         found = self.write(days[:, -AHEAD:]).view(len(past), AHEAD * HOURS, len(QUANTILES))
         return found * scale[..., None] + mean[..., None]
 

@@ -3,9 +3,8 @@
     python examples/vit.py        # needs transformers, scikit-learn, pillow and matplotlib; takes seconds
     python examples/vit.py --strategy fsdp2 --devices 2 --per_device_train_batch_size 16
     python examples/vit.py --build.images mine --build.side 32    # your images, as mine/<class>/<name>.png
-    python examples/vit.py --help    # every option of the run
 
-The first run writes scikit-learn's digits as such files. It ends with a picture, output/vit/predictions.png.
+The first run writes scikit-learn's digits as such files. It ends with output/vit/predictions.png. --help says the rest.
 """
 
 import contextlib
@@ -39,9 +38,9 @@ class ImageFiles(Dataset):
         image = Image.open(self.paths[index]).convert("L").resize((self.side, self.side))
         if self.changed:
             # torch's random numbers are in the run's checkpoints: a resumed run reads the same.
-            most = torch.tensor([24, self.side / 4, self.side / 4])
-            angle, *shift = ((torch.rand(3) - 0.5) * most).round().tolist()
-            image = image.rotate(angle, Image.Resampling.BILINEAR, translate=shift)
+            most = torch.tensor([20, self.side / 8, self.side / 8])
+            angle, right, down = ((torch.rand(3) - 0.5) * most).tolist()
+            image = image.rotate(angle, Image.Resampling.BILINEAR, translate=(right, down))
         pixels = torch.from_numpy(numpy.array(image, dtype=numpy.float32))[None] / 127.5 - 1
         return {"pixel_values": pixels, "labels": self.classes.index(self.paths[index].parent.name)}
 
@@ -69,8 +68,9 @@ def build(images: str = "output/digit_images", side: int = 8, width: int = 64, l
         width, layers: of the Transformer.
     """
     config = ViTConfig(
-        image_size=side, patch_size=side // 4, num_channels=1, hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=4, intermediate_size=2 * width, initializer_range=0.1, num_labels=len(classes_in(images)),
+        image_size=side, patch_size=side // 4, num_channels=1, hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=4, id2label=dict(enumerate(classes_in(images))),
+        initializer_range=0.1,
     )  # fmt: skip
     return {"module": TrainModule.wrap(ViTForImageClassification(config)), "compute_metrics": accuracy}
 
@@ -83,13 +83,13 @@ def data(images: str = "output/digit_images", side: int = 8) -> tuple[ImageFiles
     return ImageFiles(train, classes, side, changed=True), ImageFiles(held_out, classes, side, changed=False)
 
 
-def draw(path: Path, train: ImageFiles, held_out: ImageFiles, answers: list[int], columns: int = 10) -> None:
-    """Write a picture: a training image as it is read each time, then held-out ones, those that are misread first."""
+def draw(path: Path, train: ImageFiles, held_out: ImageFiles, answers: list[int]) -> None:
+    """Write a picture: a training image each time that it is read, some held-out ones, and some that were misread."""
     found = [(held_out[index], answer) for index, answer in enumerate(answers)]
-    found.sort(key=lambda pair: pair[0]["labels"] == pair[1])
-    shown = [(train[0], train[0]["labels"]) for _ in range(columns)] + found
-    figure = Figure(figsize=(columns, 5.2), layout="constrained")
-    for (sample, answer), axes in zip(shown, figure.subplots(4, columns).flat, strict=False):
+    misread = [pair for pair in found if pair[0]["labels"] != pair[1]]
+    shown = [(train[0], train[0]["labels"]) for _ in range(10)] + found[:: len(found) // 20][:20] + misread[:10]
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    for (sample, answer), axes in zip(shown, figure.subplots(4, 10).flat, strict=False):
         given, truth = held_out.classes[answer], held_out.classes[sample["labels"]]
         axes.imshow(sample["pixel_values"][0], cmap="gray_r" if given == truth else "Reds", vmin=-1, vmax=1)
         axes.set(title=given if given == truth else f"{given}, is {truth}", xticks=[], yticks=[])
@@ -110,9 +110,9 @@ def main() -> None:
     fit.train(resume_from_checkpoint=run.resume)
     found = fit.predict(fit.eval_data)
     if fit.strategy.is_main:
-        path = Path(fit.args.output_dir) / "predictions.png"
-        draw(path, fit.train_data, fit.eval_data, found.predictions["logits"].argmax(dim=1).tolist())
-        print(f"held-out accuracy: {found.metrics['test_accuracy']:.4f} of {len(fit.eval_data)} images; see {path}")
+        answers = found.predictions["logits"].argmax(dim=1).tolist()
+        draw(Path(fit.args.output_dir) / "predictions.png", fit.train_data, fit.eval_data, answers)
+        print(f"held-out accuracy: {found.metrics['test_accuracy']:.4f} of {len(answers)} images")
 
 
 if __name__ == "__main__":

@@ -104,14 +104,14 @@ class Rounds:
                     loss = steps.turn_step(objective, inputs, num_items, is_first)
                 turn_loss = loss if turn_loss is None else turn_loss + loss
                 if not last:
-                    steps.emit("on_substep_end")
+                    self.tell("on_substep_end")
             assert turn_loss is not None
             if not objective.reaches:
                 objective.check_reached(parameters)
             stepping.clip(parameters)
-            steps.emit("on_pre_optimizer_step", turn=turn.name)
+            self.tell("on_pre_optimizer_step", turn=turn.name)
             stepping.step(turn_loss)
-            steps.emit("on_optimizer_step", turn=turn.name)
+            self.tell("on_optimizer_step", turn=turn.name)
             stepping.settle_known_schedule()
             for parameter in parameters:
                 parameter.grad = None
@@ -119,3 +119,7 @@ class Rounds:
             if stepping.schedule_is_due:
                 stepping.note_attempt()
         run.averages.end_turn(turn.name, turn_loss)
+
+    def tell(self, event: str, **about: Any) -> None:
+        """Tell callbacks of an event in the midst of a round."""
+        self.steps.emit(event, **about)

@@ -26,8 +26,8 @@ class TrainState:
         best_global_step: the update of the evaluation with ``best_metric``.
         evaluations: the value of that metric in each evaluation so far, by its update, which is text as in JSON.
         evaluation_is_due: whether an evaluation was due when a signal interrupted the run; it is made first on resume.
-        log_history: every log of the run. A checkpoint keeps it in a file of its own, ``history.jsonl``, to which each
-            save adds the new ones: append to it as you like, but what was saved is no longer to be changed in place.
+        log_history: every log of the run. A checkpoint keeps it in a file of its own, ``log_history.jsonl``, to which
+            each save adds the new ones: append to it as you like, but what was saved is no longer changed in place.
     """
 
     global_step: int = 0

@@ -1,11 +1,11 @@
-"""The page of docs/ with all strategies and their options: ``python -m stratagem.framework.strategies_page`` prints it."""
+"""The page of docs/ with all strategies: ``python -m stratagem.framework.strategies_page`` prints it."""
 
 import dataclasses
 import inspect
 import re
-from importlib import import_module
 from typing import Any
 
+from ..precision.names import class_at
 from ..strategies.registry import STRATEGIES
 from .fields.argument_types import descriptions
 
@@ -17,7 +17,7 @@ from the options' docstrings by `python -m stratagem.framework.strategies_page >
 
 ```python
 from stratagem import Fit, TrainModule
-from stratagem.strategies import DDP, DP, FSDP1, FSDP2, XLASPMD, DeepSpeed, Single, TensorParallel
+from stratagem.strategies import DDP, DP, FSDP1, FSDP2, XLASPMD, Auto, DeepSpeed, Single, TensorParallel
 
 fit = Fit(module, data, strategy="fsdp2", devices=2)
 fit = Fit(module, data, strategy=FSDP2(replicas=2, reshard_after_forward=False), devices=2)
@@ -28,13 +28,14 @@ fit = Fit(module, data, strategy=FSDP2(replicas=2, reshard_after_forward=False),
 | what you have | write |
 | --- | --- |
 | one device | `"single"` |
-| several, and a model whose parameters, gradients and optimizer state fit on each (16 bytes a parameter with AdamW) | `"ddp"` |
+| several, and a model that fits on each with gradients and moments (16 bytes a parameter with AdamW) | `"ddp"` |
 | a model that doesn't fit so | `"fsdp2"` |
 | several machines with slow links between them | `FSDP2(replicas=number of machines)` |
 | layers, or activations of one sample, too large for one device | `FSDP2(tensor_parallel=...)`, or `"tp"` |
 | sequences too long for one device | `FSDP2(context_parallel=...)` |
 | a ds_config.json, or optimizer states in host memory | `"deepspeed"` |
 | TPUs | `"xla"` |
+| any of these but the last two, and no wish to choose | `"auto"` |
 
 `stratagem plan` says what fits where before there is a machine for it, and `strategy="auto"` chooses by that
 ([plan](plan.md)).
@@ -52,12 +53,19 @@ stratagem parity train.py:build --strategies single,ddp,fsdp1,fsdp2 --ranks 2 --
 trains it a few updates under each from one set of weights, and prints the largest difference in loss and gradient.
 Where a module does depend on it (BatchNorm, losses over the batch), [limits](limits.md) says how.
 
-`"ddp"`, `"fsdp1"`, `"fsdp2"`, `"tp"` and `"deepspeed"` need a process for each device: started by torchrun, srun or mpirun,
-or by `Fit(devices=2)` itself ([clusters](clusters.md)). `"single"`, `"dp"` and `"xla"` have one process, and refuse more.
+`"ddp"`, `"fsdp1"`, `"fsdp2"`, `"tp"` and `"deepspeed"` need a process for each device: started by torchrun, srun or
+mpirun, or by `Fit(devices=2)` itself ([clusters](clusters.md)). `"single"`, `"dp"` and `"xla"` have one process, and
+refuse more.
 
 ## `"single"`: Single
 
 {single}
+
+## `"auto"`: Auto
+
+{auto}
+
+More in [plan](plan.md).
 
 ## `"ddp"`: DDP
 
@@ -67,8 +75,8 @@ or by `Fit(devices=2)` itself ([clusters](clusters.md)). `"single"`, `"dp"` and 
 
 {fsdp2}
 
-The product of `replicas`, `tensor_parallel` and `context_parallel` divides the number of ranks; the rest shards. What may
-be used with what is refused by name when ranks meet, with the sizes that work.
+The product of `replicas`, `tensor_parallel` and `context_parallel` divides the number of ranks; the rest shards. Sizes
+that can't be are refused when ranks meet, with those that work.
 
 ## `"fsdp1"`: FSDP1
 
@@ -105,11 +113,12 @@ More in [xla](xla.md).
 
 ## State of each
 
-"Works" means tested on CPUs, with real ranks over gloo where there are several: `"single"`, `"ddp"`, `"fsdp1"`, `"fsdp2"`,
-`"tp"`, `"deepspeed"`, and `"xla"` on a CPU as four devices. `"dp"` has run on one device alone: it needs two GPUs.
+Tested on CPUs, with real ranks over gloo where there are several: `"single"`, `"ddp"`, `"fsdp1"`, `"fsdp2"`, `"tp"`,
+`"deepspeed"`, and `"xla"` on a CPU as four devices. `"dp"` has run on one device alone: it needs two GPUs.
+`"auto"` takes one of the others.
 Which precisions each takes is in [precision](precision.md).
 """
-NAMES = ("single", "ddp", "fsdp2", "fsdp1", "tp", "dp", "deepspeed", "xla")
+NAMES = ("single", "auto", "ddp", "fsdp2", "fsdp1", "tp", "dp", "deepspeed", "xla")
 
 
 def strategies_page() -> str:
@@ -119,8 +128,8 @@ def strategies_page() -> str:
 
 def class_of(name: str) -> type[Any]:
     """The class of a strategy, which may need a package that isn't installed before there can be an instance."""
-    file, _, class_name = STRATEGIES[name][0].partition(":")
-    return getattr(import_module(f"stratagem.strategies.{file}"), class_name)
+    found: type[Any] = class_at(STRATEGIES[name][0], "stratagem.strategies")
+    return found
 
 
 def of_strategy(strategy: type[Any]) -> str:

@@ -87,7 +87,7 @@ def test_a_page_shows_the_import_of_each_class_that_it_names(name: str) -> None:
 def test_every_public_name_is_there() -> None:
     assert stratagem.__all__ == sorted(stratagem.__all__)
     for name in stratagem.__all__:
-        assert getattr(stratagem, name).__name__ == name
+        assert name == "__version__" or getattr(stratagem, name).__name__ == name
         if name in stratagem.FILES:
             assert getattr(import_module(f"stratagem.{stratagem.FILES[name]}"), name) is getattr(stratagem, name)
     assert set(stratagem.__all__) <= set(dir(stratagem))

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from task import Layers, NotingAdamW, Sentences, Task, mean_loss
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 DISTRIBUTION = "lightning"
@@ -58,7 +58,9 @@ def train(task: Task) -> int:
     data = Sentences(task)
     # On several ranks its own sampler shuffles; the trials without shuffling bring theirs.
     split = task.world > 1 and not task.shuffle
-    sampler = DistributedSampler(data, task.world, task.rank, shuffle=False) if split else None
+    sampler: Sampler[int] | None = None
+    if split:
+        sampler = DistributedSampler(data, task.world, task.rank, shuffle=False)
     kind = StatefulDataLoader if task.stateful_loader else DataLoader
     loader = kind(data, task.micro_batch, task.shuffle, sampler, num_workers=task.workers)
     trainer.fit(Module(task), loader, ckpt_path="last" if task.life else None)

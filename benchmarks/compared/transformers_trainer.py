@@ -47,7 +47,7 @@ def train(task: Task) -> int:
             ddp_timeout=int(task.timeout) or 1800,
             enable_jit_checkpoint=task.accident == "term",
             report_to="none",
-            use_cpu=True,
+            use_cpu=not task.timeout,  # with it, ddp_timeout is not passed on
             remove_unused_columns=False,
             disable_tqdm=True,
         ),

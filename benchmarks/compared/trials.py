@@ -75,7 +75,7 @@ def run(contestant: str, task: Task, world: int = 1) -> Seen:
     return Seen(status, time.time() - begun, said, notes, int(last.read_text()) if last.exists() else None)
 
 
-def wait(process: "subprocess.Popen[str]", task: Task) -> int | None:
+def wait(process: "subprocess.Popen[Any]", task: Task) -> int | None:
     """Wait for a run, ``PATIENCE`` from its accident on, and kill its whole session where it doesn't end."""
     notes = Path(task.directory, f"notes-{task.life}-{task.accident_rank}.jsonl")
     begun = time.time()

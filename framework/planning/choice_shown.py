@@ -28,7 +28,7 @@ def choice_shown(choice: Choice, title: str) -> Group:
         title: what was planned.
     """
     table = Table()
-    table.add_column("candidate")
+    table.add_column("candidate", overflow="fold")
     for heading in ("peak", "on host", "between nodes", "in a node"):
         table.add_column(heading, justify="right")
     table.add_column("")

@@ -3,16 +3,20 @@
 import gc
 import linecache
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...precision.quantized import scales
 from ...strategies.local_parts import local_part
 from ...strategies.played import Stage
 from ..averaging import Average
+from ..rounds import Rounds
+from ..run.run import Run
+from ..turns import Turns
 from ..watch.watch import Watch
 from .account import Account, Peak, find_peak, sum_up
 from .batches import of_samples, samples_in
@@ -87,11 +91,6 @@ class Player:
     def begin(self) -> None:
         """Place the module and begin the run."""
         fit = self.fit
-        if fit.run.turns is not None:
-            raise ValueError(
-                f"{type(fit.module).__name__} is trained in turns, which no plan plays. Plan a module with one loss "
-                "and one optimizer, of the same layers."
-            )
         placement, run = fit.placement, fit.run
         fit.begin_counters()
         self.recording.name_layers(fit.module)
@@ -106,6 +105,9 @@ class Player:
         for average in self.averages:
             average.on_train_begin(fit.args, fit.state, fit.control, fit=fit)
         self.trainable = [p for p in self.strategy.named_parameters().values() if p.requires_grad]
+        self.rounds = None if run.turns is None else PlayedRounds(fit, run, run.turns, self.note_gradients)
+        batches = 1 if run.turns is None else run.turns.batches
+        self.batches_to_read = batches * fit.args.gradient_accumulation_steps
 
     def read(self) -> list[Any]:
         """Read the micro-batches of the first update, for real."""
@@ -113,7 +115,7 @@ class Player:
         with self.stage.left():
             run.begin_epoch(0)
             batches = fit.batches(run.stream, 0)
-            found = [batch for _, batch in zip(range(fit.args.gradient_accumulation_steps), batches, strict=False)]
+            found = [batch for _, batch in zip(range(self.batches_to_read), batches, strict=False)]
         if not found:
             raise ValueError("train_data gave no batch.")
         self.account = replace(
@@ -126,11 +128,24 @@ class Player:
 
     def update(self, batches: list[Any], records: bool = False) -> None:
         """Make one update as the loop does; what it holds before its step is noted."""
-        fit, run, strategy = self.fit, self.fit.run, self.strategy
+        fit, strategy = self.fit, self.strategy
         self.note_state()
         if records:
             gc.collect()
             self.recording.begin()
+        self.account = replace(self.account, gradients=0)
+        if self.rounds is not None:
+            following, most = iter(batches), fit.args.gradient_accumulation_steps
+            micro_batches, num_items = fit.get_batch_samples(following, most, strategy.device)
+            self.rounds.update(micro_batches, num_items, following, most)
+        else:
+            self.update_once(batches)
+        self.recording.end()
+        self.note_state()
+
+    def update_once(self, batches: list[Any]) -> None:
+        """Make the update of a module without turns."""
+        fit, run, strategy = self.fit, self.fit.run, self.strategy
         micro_batches, num_items = fit.get_batch_samples(iter(batches), len(batches), strategy.device)
         update_loss: Tensor | None = None
         for index, inputs in enumerate(micro_batches, start=1):
@@ -146,8 +161,6 @@ class Player:
             parameter.grad = None
         strategy.flush()
         run.end_update(update_loss)
-        self.recording.end()
-        self.note_state()
 
     def note_state(self) -> None:
         """Note what is held between two updates."""
@@ -175,20 +188,31 @@ class Player:
         self.note_host(recording.note(HOST_AVERAGES, averages[True]))
 
     def note_gradients(self) -> None:
-        """Note what the gradients of an update lie in."""
+        """Note what the gradients of an update, or of the turn that has most of them, lie in."""
         gradients = [local_part(p.grad) for p in self.trainable if p.grad is not None]
         gradients += self.strategy.held_apart().get(GRADIENTS, ())
-        self.account = replace(self.account, gradients=self.recording.note(GRADIENTS, gradients))
+        size = self.recording.note(GRADIENTS, gradients)
+        self.account = replace(self.account, gradients=max(self.account.gradients, size))
 
     def stand_still(self) -> None:
         """Count gradients and the optimizer's state where no update can be played: by gradients of zeros."""
         strategy: Any = self.strategy
-        strategy.make_zero_gradients(self.trainable)
+        if self.rounds is None:
+            self.step_by_zeros(self.trainable)
+        else:
+            for turn, parameters in self.rounds.parameters.items():
+                with strategy.turn(turn):
+                    self.step_by_zeros(parameters)
+        self.note_state()
+
+    def step_by_zeros(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Step parameters by gradients of zeros."""
+        strategy: Any = self.strategy
+        strategy.make_zero_gradients(parameters)
         self.note_gradients()
         strategy.step_by_zeros()
-        for parameter in self.trainable:
+        for parameter in parameters:
             parameter.grad = None
-        self.note_state()
 
     def note_host(self, averages: int) -> None:
         """Note what lies in the host's memory: averages of so many bytes, and what the strategy keeps there."""
@@ -224,13 +248,32 @@ class Player:
                 self.account, per_sample=peak.activations / samples, notes=[*self.account.notes, BY_ACTIVATIONS]
             )
             return
+        kept, per_sample = self.account, None
         try:
             doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]
-            kept = self.account
             self.update(doubled, records=True)
-            self.account = replace(kept, per_sample=(self.peak().bytes - peak.bytes) / samples)
+            per_sample = (self.peak().bytes - peak.bytes) / samples
         except Exception:  # a batch whose samples can't be told apart
-            return
+            pass
+        self.account = replace(kept, per_sample=per_sample)
+
+
+class PlayedRounds(Rounds):
+    """Makes updates in turns, and tells no callback of them.
+
+    Args:
+        steps, run, turns: see ``Rounds``.
+        note_gradients: called when a turn has its gradients.
+    """
+
+    def __init__(self, steps: "Steps", run: Run, turns: Turns, note_gradients: Callable[[], None]) -> None:
+        super().__init__(steps, run, turns)
+        self.note_gradients = note_gradients
+
+    def tell(self, event: str, **about: Any) -> None:
+        """Note gradients where callbacks would see them."""
+        if event == "on_pre_optimizer_step":
+            self.note_gradients()
 
 
 def where_it_stopped(error: BaseException) -> str:

@@ -33,7 +33,7 @@ class PlayedFSDP2(PlayedRank):
     def place(
         self, module: nn.Module, configure_optimizer: ConfigureOptimizer | None, prepare: Prepare = nothing_to_prepare
     ) -> None:
-        """Place the module. bitsandbytes makes gathered weights ones of its own class again, which fake ones can't be."""
+        """Place the module. bitsandbytes gives gathered weights their class again, which fake ones can't be of."""
         if quantized_parameters(module):
             from bitsandbytes.nn import modules
 
@@ -44,6 +44,7 @@ class PlayedFSDP2(PlayedRank):
         """Give shards gradients of zeros; what stopped an update has left parameters gathered."""
         for layer in self.module.modules():
             if isinstance(layer, FSDPModule):
+                layer.set_reshard_after_forward(True, recurse=False)  # else what is in its forward stays gathered
                 layer.reshard()
         super().make_zero_gradients(parameters)
 

@@ -1,6 +1,6 @@
 """A strategy as one rank of a world that isn't there plays it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
@@ -38,6 +38,11 @@ class PlayedRank(Strategy):
         """Place the module as the strategy does, with no values in it."""
         with self.fake_stage.placing():
             super().place(module, configure_optimizer, prepare)
+
+    def place_turns(self, moved: Mapping[str, Sequence[str]]) -> None:
+        """Place the turns in the same way."""
+        with self.fake_stage.placing():
+            super().place_turns(moved)
 
     def build(self, module: nn.Module) -> list[nn.Module]:
         """Build layers and buffers for real: how many there are may hang on numbers. Parameters are without memory."""

@@ -1,7 +1,7 @@
 """Operators that were asked for before: a fake result is made again from its shape, without asking torch for it.
 
-A model's blocks ask for the same operators with the same shapes, over and over, and torch's fake tensors take a fifth of
-a millisecond for each, even for those that they remember themselves.
+A model's blocks ask for the same operators with the same shapes, over and over, and torch's fake tensors take a fifth
+of a millisecond for each, even for those that they remember themselves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
+Compute = Callable[[Any, Any, Any], Any]
 NUMBERS = int, float, bool
 NAMES = torch.dtype, torch.device, torch.layout, torch.memory_format, str, type(None)
 UNKNOWN = object()  # an argument that can't be compared
@@ -48,7 +49,7 @@ class Repeats:
         self.mode = mode
         self.known: dict[Any, tuple[bool, Sequence[Made]]] = {}
 
-    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], compute: Callable[[Any, Any, Any], Any]) -> Any:
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], compute: Compute) -> Any:
         """Make the result of an operator, from what is remembered or by computing.
 
         Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stratagem import Average, Callback, Fit, TrainModule
+from stratagem import Average, Callback, Fit, TrainModule, Turn
 from stratagem.framework.planning.recording import Recording
 from stratagem.strategies import get_strategy
 from torch import Tensor, nn
@@ -86,6 +86,44 @@ def build_square() -> dict[str, Any]:
     return {"module": Square(), "train_data": [torch.ones(64) for _ in range(64)]}
 
 
+class Pair(TrainModule):
+    """A critic that has two turns before its generator has one, each with an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(4, 15), nn.Tanh(), nn.Linear(15, 1))
+        self.generator = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 4))
+
+    def turns(self) -> list[Turn]:
+        return [
+            Turn("critic", self.critic_loss, "critic", optim="adamw"),
+            Turn("generator", self.generator_loss, "generator", optim="sgd", optim_args={"momentum": 0.9}, every=2),
+        ]
+
+    def critic_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.critic(self.generator(batch["noise"]).detach()).mean() - self.critic(batch["real"]).mean()
+
+    def generator_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return -self.critic(self.generator(batch["noise"])).mean()
+
+
+def build_pair() -> dict[str, Any]:
+    rows = [{"real": torch.randn(4), "noise": torch.randn(3)} for _ in range(128)]
+    return {"module": Pair(), "train_data": rows}
+
+
+class ChoosingPair(Pair):
+    """The same, whose generator goes another way for other numbers."""
+
+    def generator_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = super().generator_loss(batch)
+        return loss if loss > 0 else -loss
+
+
+def build_choosing_pair() -> dict[str, Any]:
+    return {**build_pair(), "module": ChoosingPair()}
+
+
 def build_averaged() -> dict[str, Any]:
     """Two averages, of which one lies in the host's memory."""
     return {"module": Tagger(), "train_data": data(), "callbacks": [Average(), Average(device="cpu")]}
@@ -120,6 +158,12 @@ def build_quantized_in_float32() -> dict[str, Any]:
     return build_quantized(torch.float32)
 
 
+def build_choosing() -> dict[str, Any]:
+    from planned_models import build_choosing
+
+    return build_choosing()
+
+
 def build_writer() -> Any:
     from test_context_parallel import Writer, text_rows
 
@@ -139,7 +183,8 @@ class Observer(Callback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, fit: Fit, **more: Any) -> None:
         named = fit.strategy.named_parameters().values()
         own = [p.grad for p in named if p.grad is not None]
-        self.gradients = size_of([*own, *fit.strategy.held_apart().get("gradients", ())])
+        size = size_of([*own, *fit.strategy.held_apart().get("gradients", ())])
+        self.gradients = max(self.gradients, size)  # of several turns, the one that has most
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == UPDATES - 1:

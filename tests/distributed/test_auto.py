@@ -113,10 +113,12 @@ def test_the_run_is_bitwise_that_of_the_named_strategy(
 
 @pytest.mark.slow
 def test_layers_are_cut_where_nothing_else_fits(ranks: dict[int, Ranks], tmp_path: Path) -> None:
-    """Cut layers hold half of all four: 2 times PARAMETERS, and activations. Shards of a block that is gathered whole
-    hold 1.5 besides the gathered weights and their gradients, which is 3.5.
+    """Cut layers hold half of all four: 2 times PARAMETERS. When backward begins, weights and moments are there (1.5),
+    and a copy of the half that the rank gathers from itself (0.5); its gradients come twice (1): at most 3. Of
+    a block that is gathered whole, weights and gradients are there whole: 1.5 + 1 + 1, and the reduced
+    gradients.
     """
-    memory = int(2.6 * PARAMETERS * 2 / 0.9)
+    memory = int(3.2 * PARAMETERS * 2 / 0.9)
     chosen = ranks[2].run(train, choice="auto", directory=str(tmp_path / "auto"), memory=memory, is_cut=True)
     given = ranks[2].run(
         train, choice="cut", directory=str(tmp_path / "named"), is_cut=True, gradient_accumulation_steps=2

@@ -37,6 +37,9 @@ CASES: list[tuple[int, str, dict[str, Any], str, dict[str, Any]]] = [
     (2, "fsdp2", {}, "build_adapted", {"precision": "bf16-true"}),
     (2, "fsdp2", {"context_parallel": 2}, "build_writer", {"per_device_train_batch_size": 2}),
     (2, "tp", {}, "build", {}),
+    (1, "single", {}, "build_pair", {"gradient_accumulation_steps": 2}),
+    (2, "ddp", {}, "build_pair", {}),
+    (2, "fsdp2", {}, "build_pair", {"gradient_accumulation_steps": 2}),
     (4, "ddp", {}, "build", {}),
     (4, "fsdp1", {}, "build", {}),
     (4, "fsdp1", {"replicas": 2}, "build", {}),
@@ -98,3 +101,23 @@ def merged(rows: list[list[Any]]) -> list[list[Any]]:
         row[2] += count
         row[3] += number
     return sorted(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "strategy", "build", "line"),
+    [
+        (2, "fsdp2", "build_choosing", "made.sum() > 0"),
+        (1, "single", "build_choosing_pair", "loss if loss > 0"),
+        (2, "fsdp2", "build_choosing_pair", "loss if loss > 0"),
+    ],
+)
+def test_what_cannot_be_played_has_what_a_run_holds(
+    ranks: dict[int, Ranks], tmp_path: Path, world: int, strategy: str, build: str, line: str
+) -> None:
+    target = f"planned_runs:{build}"
+    real = ranks[world].run(observed, target=target, strategy=strategy, options={}, directory=str(tmp_path))
+    answers = ranks[1].run(planned, target=target, world=world, ranks=[0], values=values_of(strategy, {}, {}))[0]
+    account = answers[0]["account"]
+    assert line in account["stopped"]
+    assert {name: account[name] for name in HELD} == {name: real[0][name] for name in HELD}

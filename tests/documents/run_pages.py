@@ -1,7 +1,7 @@
 """Runs the code blocks of pages as a reader would: ``python run_pages.py DIRECTORY PAGE...``.
 
-torch and stratagem are imported once, and each page runs in a process that is forked off, in a directory of its own. The
-Python blocks of a page share their names, beginning with those that ``stand_ins.py`` has for the page. Where a block
+torch and stratagem are imported once, and each page runs in a process that is forked off, in a directory of its own.
+The Python blocks of a page share their names, beginning with those that ``stand_ins.py`` has for the page. Where one
 starts ranks, as ``Fit(devices=2)`` does, each rank is this program again, with that one page.
 """
 
@@ -18,7 +18,9 @@ from pathlib import Path
 
 # Before the imports below, which read them.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "WANDB_MODE": "offline"}
-sys.path[:0] = ["", str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, "")  # the files of a page
 
 import stand_ins
 import torch
@@ -129,7 +131,7 @@ def run_alone(directory: Path, page: str) -> None:
 
 
 def run_on_two_ranks(directory: Path, pages: list[str]) -> None:
-    """Run pages whose blocks ask for two ranks on the same two, one page after the other; commands before them, here."""
+    """Run pages whose blocks ask for two ranks on the same two, one after the other; commands before them, here."""
     for page in pages:
         enter(directory, page)
         stand_ins.prepare(page)

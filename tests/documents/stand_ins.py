@@ -1,10 +1,9 @@
-"""What pages leave to their reader: modules, data and files of one's own, by page, and what is done with what they define.
+"""What pages leave to their reader: modules, data and files, by page; and what is done with what a page defines.
 
 Each function here belongs to the page of its name. It puts what the page's blocks use into their names, yields while
 they are run, and then uses what they have defined. On ranks that a block has started the files are there already.
 """
 
-import json
 import os
 import re
 import shutil
@@ -28,16 +27,21 @@ PAGES: dict[str, Callable[[Names], Generator[None, None, None]]] = {}
 
 # Python blocks that aren't run, by a part of each, and why.
 NOT_RUN: dict[str, dict[str, str]] = {
-    "README.md": {'FP8(recipe="rowwise")': "float8 units are a GPU's", '"s3://bucket': "a bucket is somebody's account"},
+    "README.md": {
+        'FP8(recipe="rowwise")': "float8 units are a GPU's",
+        '"s3://bucket': "a bucket is somebody's account",
+    },
     "big_models.md": {"pretrain_large.py": "tests/examples runs that program"},
     "plan.md": {"stratagem plan": "Fit.plan_run in the same page does the same"},
     "record.md": {"watch output": "it watches until Ctrl-C; --once is run"},
-    "clusters.md": {"": "tests/examples/test_clusters.py runs them all, under stand-ins for srun, mpirun and a real Ray"},
+    "clusters.md": {
+        "": "tests/examples/test_clusters.py runs them all, under stand-ins for srun, mpirun and a real Ray"
+    },
 }
 
 
-# Pages whose blocks run on two ranks, beginning with the first: they are run on the same two. Others that have a block for
-# two ranks begin with what one process does.
+# Pages whose blocks run on two ranks, beginning with the first: they are run on the same two. Others that have a block
+# for two ranks begin with what one process does.
 ON_TWO_RANKS = ("big_models.md", "deepspeed.md", "models.md", "strategies.md")
 
 
@@ -132,9 +136,7 @@ def configuration(names: Names) -> Generator[None, None, None]:
     def sample(module: TrainModule, /, length: int = 3) -> str:
         return "x" * length
 
-    x = torch.rand(32, 2)
-    rows = TensorDataset(x, x.sum(dim=1, keepdim=True))
-    names |= {"dataset": rows, "held_out": rows, "sample": sample}
+    names |= {"dataset": lines(32), "sample": sample}
     yield
 
 
@@ -175,7 +177,10 @@ def converting(names: Names) -> Generator[None, None, None]:
         Path("output").mkdir()
         Path("saved/checkpoint-2").rename("output/checkpoint-500")
         llama().save_pretrained("path/of/the/base")
-        dcp.save({f"model.{name}": tensor for name, tensor in llama().state_dict().items()}, checkpoint_id="torchtitan/step-1000")
+        dcp.save(
+            {f"model.{name}": tensor for name, tensor in llama().state_dict().items()},
+            checkpoint_id="torchtitan/step-1000",
+        )
     names |= {"rows": lines()}
     yield
 
@@ -205,8 +210,8 @@ def loggers(names: Names) -> Generator[None, None, None]:
         def draw(self) -> Tensor:
             return torch.rand(4, 4)
 
-    seen = {"eval_data": lines(8), "eval_strategy": "epoch", "callbacks": [names["Samples"]()], "loggers": [names["Lines"]()]}
-    with Fit(Drawing(), lines(), max_steps=2, logging_steps=1, **seen) as fit:
+    heard = {"callbacks": [names["Samples"]()], "loggers": [names["Lines"]()]}
+    with Fit(Drawing(), lines(), lines(8), eval_strategy="epoch", max_steps=2, logging_steps=1, **heard) as fit:
         fit.train()
     assert "'loss'" in Path("output/numbers.txt").read_text()
 

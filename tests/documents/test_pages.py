@@ -1,4 +1,4 @@
-"""The pages of docs/ are true: their blocks run, their tables and messages are the code's, and the site has them all."""
+"""The pages of docs/ are true: blocks run, tables and messages are the code's, and the site has them all."""
 
 import ast
 import inspect
@@ -22,7 +22,9 @@ from stratagem.testing import faults
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 
 # Programs whose lines in shell blocks aren't run by run_pages.py, and why.

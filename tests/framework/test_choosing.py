@@ -273,6 +273,17 @@ def test_what_cannot_run_is_said_and_comes_last() -> None:
     assert Choice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
 
 
+def test_the_fastest_that_was_measured_is_taken_and_what_failed_is_followed_by_what_may_need_less() -> None:
+    kept = Figures(fsdp2(**KEPT), 8, 4, in_node=2.0)
+    choice = choose([Figures(DDP, 9, 7, in_node=1.0), kept, Figures(fsdp2(True), 9, 8, in_node=3.0)], 10)
+    measured = choice.measured({"ddp": 0.5, kept.candidate.title: 0.25})
+    assert [each.number for each in measured.verdicts] == [0.25, 0.5, 3.0] and measured.chosen == kept.candidate
+    assert choice.measured({"ddp": 0.5, kept.candidate.title: 0.5}).chosen == DDP
+    left = choice.after_failure()
+    assert left.kept == [kept.candidate] and [each.number for each in left.failed] == [9]
+    assert left.after_failure().chosen is None and left.planned == choice.planned
+
+
 def test_shards_padding_decides_nothing() -> None:
     figures = [Figures(Candidate("ddp"), 5, in_node=1000.0), Figures(Candidate("fsdp2"), 4, in_node=996.0)]
     assert choose(figures, 10).chosen == Candidate("ddp")

@@ -105,6 +105,12 @@ def test_a_run_is_what_it_would_have_been(make_fit: MakeFit, data: Any, argument
     assert not Path(looked.args.output_dir).exists()
 
 
+def test_a_sweep_leaves_no_file_where_the_run_has_a_report(make_fit: MakeFit) -> None:
+    fit = make_fit(Regressor(), regression_rows(8), report=True)
+    fit.find_learning_rate(updates=12, max=0.1)
+    assert not Path(fit.args.output_dir).exists()
+
+
 def test_the_rates_rise_evenly_and_the_loss_is_the_one_at_each(make_fit: MakeFit) -> None:
     """Against the same sweep by hand."""
     torch.manual_seed(0)

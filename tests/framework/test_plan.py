@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -163,6 +166,27 @@ def test_what_asks_for_a_value_has_the_static_numbers_and_the_line() -> None:
     assert account.peak is None
     # A weight of 4 x 3 and a bias of 3, two moments of each, and a step count of each.
     assert (account.parameters, account.gradients, account.optimizer_state) == (60, 60, 120 + 8)
+
+
+@pytest.mark.slow
+def test_the_command_says_what_stopped_it_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{MODELS}:build_choosing", "--strategy", "fsdp2", "--world", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No update could be played" in said and "return made if made.sum() > 0 else -made" in said
+    # Of a weight of 3 x 4 and a bias of 3 the ranks have two rows and one: 10 and 5 numbers, of which there are two
+    # moments, and a count for each of the two.
+    assert "optimizer state │ 88 B │ 48 B" in said
+
+
+@pytest.mark.slow
+def test_the_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    program = HERE.parents[1] / "benchmarks" / "plan.py"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [sys.executable, str(program), "peaks"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "no GPU, so no plan is compared" in finished.stdout
 
 
 @pytest.mark.slow
