@@ -241,7 +241,9 @@ def options_of_strategy(strategy: Strategy) -> dict[str, Any]:
 
 def options_of_precision(precision: Precision) -> dict[str, Any]:
     """Return the options with which a precision was made, where they aren't its defaults: it keeps them by name."""
-    parameters = inspect.signature(type(precision)).parameters.values()
+    # Of the class itself, Python 3.10 would give those of __new__, which Precision has.
+    made_by = type(precision).__init__
+    parameters = [] if made_by is object.__init__ else [*inspect.signature(made_by).parameters.values()][1:]
     held = {each.name: (getattr(precision, each.name, each.default), each.default) for each in parameters}
     return {name: value for name, (value, default) in held.items() if value is not default and value != default}
 

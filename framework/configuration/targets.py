@@ -204,13 +204,16 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, str
 
     The default is REQUIRED where there is none. Parameters without an annotation and without a default are left out.
     """
+    # Of a class that has a __new__, too, as a Precision has, Python 3.10 would give the parameters of that.
+    is_made = inspect.isclass(function) and function.__init__ is not object.__init__
+    called = function.__init__ if is_made else function
     try:
-        signature = inspect.signature(function, eval_str=True)
+        parameters = [*inspect.signature(called, eval_str=True).parameters.items()]
     except NameError:  # an annotation that stands under TYPE_CHECKING
-        signature = inspect.signature(function)
+        parameters = [*inspect.signature(called).parameters.items()]
     said = descriptions(function) if "Args:\n" in (inspect.getdoc(function) or "") else {}
     found = {}
-    for name, parameter in signature.parameters.items():
+    for name, parameter in parameters[1:] if is_made else parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             continue
         kind, default = parameter.annotation, parameter.default
