@@ -36,7 +36,7 @@ def written(day: date, language: str) -> str:
     return f"{day}=" + (f"{month} {day.day}, {day.year}" if language == "English" else f"{day.day} {month} {day.year}")
 
 
-def data(language: str = "French", days: int = 2000) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def data(language: str = "French", days: int = 6000) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dates of days in a hundred years, drawn at random: to learn from, and 200 others. What is asked has no labels.
 
     Args:
@@ -84,7 +84,7 @@ def row(fit: Fit) -> list[str]:
 
 
 ARGUMENTS = {
-    "output_dir": "output/lora", "max_steps": 200, "per_device_train_batch_size": 64, "learning_rate": 5e-3,
+    "output_dir": "output/lora", "max_steps": 300, "per_device_train_batch_size": 64, "learning_rate": 5e-3,
     "warmup_steps": 0.1, "per_device_eval_batch_size": 200, "logging_steps": 50, "save_steps": 100,
     "save_total_limit": 1,
 }  # fmt: skip
