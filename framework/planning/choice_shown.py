@@ -6,10 +6,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .choosing import ORDER, Choice, Verdict
+from .choosing import ORDER, Choice, Figures, Verdict
 from .shown import number, size
 
 WIDTH = 140  # where the output is a file or a pipe
+HEADINGS = "peak", "on host", "between nodes", "in a node"
 STATIC = (
     "No update of this module could be played with tensors that have no memory, so that activations and messages "
     "aren't known: parameters, gradients, optimizer state and buffers decide, and then simplicity."
@@ -27,21 +28,29 @@ def choice_shown(choice: Choice, title: str) -> Group:
         choice: among candidates.
         title: what was planned.
     """
+    rows = [cells_of(each.figures) for each in choice.verdicts]
+    told = [heading for heading in HEADINGS if any(row[heading] for row in rows)]
     table = Table()
     table.add_column("candidate", overflow="fold")
-    for heading in ("peak", "on host", "between nodes", "in a node"):
+    for heading in told:
         table.add_column(heading, justify="right")
     table.add_column("")
     table.add_column("", justify="right")
-    for verdict in choice.verdicts:
-        figures = verdict.figures
-        columns = (figures.need, figures.on_host, figures.between_nodes, figures.in_node)
-        cells = [size(each) if each else "" for each in columns]
-        if figures.is_bound:
-            cells[0] = f"at most {cells[0]}"
-        style = "bold" if figures.candidate == choice.chosen else ("" if verdict.fits else "dim")
-        table.add_row(figures.candidate.title, *cells, verdict.sentence, number_of(verdict), style=style)
+    for verdict, cells in zip(choice.verdicts, rows, strict=True):
+        candidate = verdict.figures.candidate
+        style = "bold" if candidate == choice.chosen else ("" if verdict.fits else "dim")
+        shown = (cells[heading] for heading in told)
+        table.add_row(candidate.title, *shown, verdict.sentence, number_of(verdict), style=style)
     return Group(Text(title, style="bold"), table, *(Text(f"\n{line}") for line in sentences(choice)))
+
+
+def cells_of(figures: Figures) -> dict[str, str]:
+    """Write the figures of a candidate by their headings; "" for what it has nothing of."""
+    columns = (figures.need, figures.on_host, figures.between_nodes, figures.in_node)
+    cells = {heading: size(each) if each else "" for heading, each in zip(HEADINGS, columns, strict=True)}
+    if figures.is_bound:
+        cells["peak"] = f"at most {cells['peak']}"
+    return cells
 
 
 def number_of(verdict: Verdict) -> str:

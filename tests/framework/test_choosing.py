@@ -19,17 +19,20 @@ import json
 import os
 import signal
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from planned_models import build_choosing
+from rich.console import Console
 from stratagem import Fit, configure
 from stratagem.framework.command_line import main
 from stratagem.framework.planning.account import Account, Peak, Traffic
 from stratagem.framework.planning.candidates import choose_among
 from stratagem.framework.planning.child import under
+from stratagem.framework.planning.choice_shown import choice_shown
 from stratagem.framework.planning.choosing import (
     Candidate,
     Choice,
@@ -282,6 +285,15 @@ def test_the_fastest_that_was_measured_is_taken_and_what_failed_is_followed_by_w
     left = choice.after_failure()
     assert left.kept == [kept.candidate] and [each.number for each in left.failed] == [9]
     assert left.after_failure().chosen is None and left.planned == choice.planned
+
+
+def test_a_table_has_the_columns_that_a_candidate_has_something_in() -> None:
+    kept = Figures(Candidate("fsdp2", {"reshard_after_forward": False}), 10 * GIB, in_node=2 * GIB)
+    console = Console(width=140, file=StringIO())
+    console.print(choice_shown(choose([kept], 12 * GIB), "a choice"))
+    _, _, heading, _, row, *_ = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert heading.replace("┃", "").split() == ["candidate", "peak", "in", "a", "node"]
+    assert "fsdp2(reshard_after_forward=False)" in row
 
 
 def test_shards_padding_decides_nothing() -> None:
