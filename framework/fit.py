@@ -220,7 +220,7 @@ class Fit(Configured, Shown):
         self._has_trained = True
         self.ignore_keys_for_eval = tuple(ignore_keys_for_eval or ())
         with requeued(self.strategy, self.args.requeue), self._in_directory(resume_from_checkpoint) as path:
-            return self._train(path)
+            return self._way_to_train(path)(path)
 
     def hyperparameter_search(
         self,

@@ -1,6 +1,8 @@
 """StrategyChoice: a Fit whose strategy is chosen for it, and may be another one when its first run begins."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,17 +60,19 @@ class StrategyChoice(RateFinding):
         self._interpret_module()
         self.follow(self.plan)
 
-    def _train(self, path: Path | None) -> TrainOutput:
-        """Train, from a checkpoint where there is one, and begin again where that was asked for."""
+    def _way_to_train(self, path: Path | None) -> Callable[[Path | None], TrainOutput]:
+        """Take a checkpoint's choice, where there is one, and return what trains from there. It isn't called in here,
+        where it would be a frame more above each error in forward.
+        """
         if self.choice is not None and path is not None:
             self._go_on_as(path)
         if self.args.auto_find_batch_size:
-            return batch_size.train(self, path)
+            return partial(batch_size.train, self)
         if self.choice is not None and not self.placed:
             from .planning import falling  # who names a strategy plans nothing
 
-            return falling.train(self, path)
-        return self.train_from(path)
+            return partial(falling.train, self)
+        return self.train_from
 
     def _go_on_as(self, path: Path) -> None:
         """Take the choice of a checkpoint, where its plans were the same; else say what has changed."""

@@ -109,7 +109,7 @@ def train(fit: Choosing, path: Path | None) -> TrainOutput:
             warnings.warn(
                 f"strategy='auto': {failed.title} {said.sentence}{number}. The run begins again with "
                 f"{choice.chosen.title}: {choice.chosen.python}. {reason}",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -162,7 +162,7 @@ def can_copy(fit: Choosing) -> bool:
     if fit.strategy.is_main:
         warnings.warn(
             f"strategy='auto': if the first update is out of memory, no other candidate takes over, since {reasons[0]}",
-            stacklevel=5,
+            stacklevel=4,
         )
     return False
 
