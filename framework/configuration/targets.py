@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from ..fields.argument_types import descriptions
 from ..module import TrainModule
 
@@ -78,8 +80,7 @@ class Target:
         if self.data is not None and (takes_data or "train_data" not in found):
             shared = {key: value for key, value in build_options.items() if key in parameters_of(self.data)}
             data = self.data(**shared, **data_options)
-            train, held_out = data if isinstance(data, tuple) else (data, None)
-            found["train_data"] = train
+            found["train_data"], held_out = parts_of(data)
             if held_out is not None:
                 found.setdefault("eval_data", held_out)
         if found.get("train_data") is None:
@@ -88,6 +89,27 @@ class Target:
                 "training and evaluation), or have it return {'module': ..., 'train_data': ...}."
             )
         return found
+
+
+def parts_of(data: Any) -> tuple[Any, Any]:
+    """Tell training data from those to evaluate on, in what ``data`` returned; None where there are none of these.
+
+    Raises:
+        TypeError: there are more parts, or the parts are in a list, as random_split gives them.
+    """
+    if isinstance(data, list) and data and all(isinstance(each, Dataset) for each in data):
+        raise TypeError(
+            f"{DATA}() returned a list of {len(data)} datasets, and a list holds samples. Return a tuple: training "
+            "data, and what to evaluate on."
+        )
+    if not isinstance(data, tuple):
+        return data, None
+    if len(data) != 2:
+        raise TypeError(
+            f"{DATA}() returned a tuple of {len(data)}. Return the training data, or two: those, and what to evaluate "
+            "on, which may be a mapping of several by name."
+        )
+    return data
 
 
 def load_target(name: str) -> Target:

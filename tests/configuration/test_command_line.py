@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from stratagem import Fit, FitArguments, TrainModule, configure
 from stratagem.framework.command_line import main
 from stratagem.framework.commands.fit import command
 from stratagem.framework.configuration.configuration import Configuration
 from stratagem.framework.configuration.options import fit_options
+from stratagem.framework.configuration.targets import parts_of
 from stratagem.framework.fields.subjects import SUBJECTS, by_subject
+from torch.utils.data import TensorDataset, random_split
 
 PROGRAM = Path(__file__).with_name("program.py")
 TARGET = f"{PROGRAM}:build"
@@ -215,6 +218,17 @@ def test_a_function_that_returns_something_else_is_refused(tmp_path: Path) -> No
         run = configure(lambda made=made: made, words=["--loggers", ""])
         with pytest.raises((TypeError, ValueError), match=expected):
             Fit.from_config(run, output_dir=str(tmp_path))
+
+
+def test_parts_of_the_data_that_cannot_be_told_apart_are_refused() -> None:
+    whole = TensorDataset(torch.zeros(4, 1))
+    parts = random_split(whole, [3, 1])
+    assert parts_of(tuple(parts)) == tuple(parts) and parts_of(whole) == (whole, None)
+    assert parts_of([]) == ([], None) and parts_of([{"x": 1.0}]) == ([{"x": 1.0}], None)
+    with pytest.raises(TypeError, match=r"returned a list of 2 datasets.*Return a tuple"):
+        parts_of(parts)
+    with pytest.raises(TypeError, match=r"returned a tuple of 3\. Return the training data, or two"):
+        parts_of((whole, whole, whole))
 
 
 def test_a_mapping_of_fits_arguments_is_taken(tmp_path: Path) -> None:
