@@ -1,11 +1,12 @@
 """A rank's account: what it holds, what it holds at most and where, what it sends and computes in an update."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from .growth import Line
 from .recording import (
     ACTIVATIONS,
     BACKWARD,
@@ -17,6 +18,7 @@ from .recording import (
     RECOMPUTED,
     STATE,
     TEMPORARY,
+    Event,
     Message,
     Recording,
 )
@@ -93,7 +95,7 @@ class Account:
         peak: None where no update could be played.
         traffic: the collectives of an update.
         flops: by phase.
-        per_sample: bytes that the peak grows by with each sample of a micro-batch.
+        growth: lines of the moments that may be the peak, see ``growth.py``; empty where they aren't known.
         stopped: why no update could be played, and the line of the user's file.
         notes: what the plan leaves out, in sentences.
     """
@@ -112,7 +114,7 @@ class Account:
     peak: Peak | None = None
     traffic: Sequence[Traffic] = ()
     flops: Mapping[str, int] = field(default_factory=dict)
-    per_sample: float | None = None
+    growth: Sequence[Line] = ()
     stopped: str = ""
     notes: Sequence[str] = ()
 
@@ -135,7 +137,8 @@ class Account:
     def from_dict(cls, values: Mapping[str, Any]) -> "Account":
         """The account that ``to_dict`` wrote."""
         peak = None if values["peak"] is None else Peak(**values["peak"])
-        return cls(**{**values, "peak": peak, "traffic": [Traffic(**each) for each in values["traffic"]]})
+        traffic, growth = [Traffic(**each) for each in values["traffic"]], [(a, b) for a, b in values["growth"]]
+        return cls(**{**values, "peak": peak, "traffic": traffic, "growth": growth})
 
 
 def find_peak(recording: Recording, on_host: Collection[str] = ()) -> Peak:
@@ -146,26 +149,43 @@ def find_peak(recording: Recording, on_host: Collection[str] = ()) -> Peak:
         on_host: kinds that lie in the host's memory instead, as averages there do. Where the optimizer's state does, so
             does what a step makes for itself.
     """
+    most, parts, place = -1, dict[str, int](), ("update", "")
+    activations = beside = 0
+    for here, live, event in moments(recording, on_host):
+        beside = max(beside, live - held_of(here))
+        if event is None:
+            parts = dict(here)
+            continue
+        activations = max(activations, here.get(ACTIVATIONS, 0) + here.get(TEMPORARY, 0))
+        if live > most:
+            most, parts, place = live, dict(here), (event.phase, event.where)
+    return Peak(max(most, live), {kind: size for kind, size in parts.items() if size}, *place, activations, beside)
+
+
+def moments(
+    recording: Recording, on_host: Collection[str] = ()
+) -> Iterator[tuple[Mapping[str, int], int, Event | None]]:
+    """Yield what the device holds when an update begins and after each event: by kind, in one mapping that changes, and
+    in all.
+
+    Args:
+        recording, on_host: see ``find_peak``.
+    """
     here: dict[str, int] = {}
     away = {HOST_AVERAGES, *on_host}
     for piece, size in recording.at_begin.values():
         kind = piece.kind or ACTIVATIONS
         if kind not in away:
             here[kind] = here.get(kind, 0) + size
-    live, most, parts, place = sum(here.values()), -1, dict(here), ("update", "")
-    activations, beside = 0, live - held_of(here)
+    live = sum(here.values())
+    yield here, live, None
     for event in recording.events:
         piece = event.piece
         kind = piece.kind or (ACTIVATIONS if piece.phase in (FORWARD, RECOMPUTED) else TEMPORARY)
-        if kind in away or (STATE in away and kind == TEMPORARY and piece.phase == OTHER):
-            continue
-        here[kind] = here.get(kind, 0) + event.change
-        live += event.change
-        activations = max(activations, here.get(ACTIVATIONS, 0) + here.get(TEMPORARY, 0))
-        beside = max(beside, live - held_of(here))
-        if live > most:
-            most, parts, place = live, dict(here), (event.phase, event.where)
-    return Peak(max(most, live), {kind: size for kind, size in parts.items() if size}, *place, activations, beside)
+        if kind not in away and not (STATE in away and kind == TEMPORARY and piece.phase == OTHER):
+            here[kind] = here.get(kind, 0) + event.change
+            live += event.change
+        yield here, live, event
 
 
 def held_of(here: Mapping[str, int]) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from .account import BETWEEN_NODES, Account, Traffic
 from .devices import Device
+from .growth import most_samples
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,9 @@ class RunPlan:
     @property
     def largest_micro_batch(self) -> int | None:
         """The most samples of a micro-batch with which the peak leaves the margin free, by a straight line through two
-        sizes that were played; 0 where not even one does, None where that isn't known.
+        sizes that were played, for each moment of an update; 0 where not even one does, None where that isn't known.
         """
-        account = self.largest
-        if account.peak is None or not account.per_sample or account.per_sample < 0:
-            return None
-        return max(0, account.samples + int((self.room - account.peak.bytes) // account.per_sample))
+        return most_samples(self.largest.growth, self.room)
 
     @property
     def floors(self) -> Floors | None:

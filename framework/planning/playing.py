@@ -18,8 +18,9 @@ from ..rounds import Rounds
 from ..run.run import Run
 from ..turns import Turns
 from ..watch.watch import Watch
-from .account import Account, Peak, find_peak, sum_up
+from .account import Account, Peak, find_peak, moments, sum_up
 from .batches import of_samples, samples_in
+from .growth import Line, lines_of
 from .recording import (
     AVERAGES,
     BUFFERS,
@@ -244,18 +245,26 @@ class Player:
         assert peak is not None
         # An engine's gradients on their way into its shards can't be told from activations.
         if len(self.recording.events) > MANY and not self.strategy.held_apart():
-            self.account = replace(
-                self.account, per_sample=peak.activations / samples, notes=[*self.account.notes, BY_ACTIVATIONS]
-            )
+            line = peak.bytes - peak.activations, peak.activations / samples
+            self.account = replace(self.account, growth=[line], notes=[*self.account.notes, BY_ACTIVATIONS])
             return
-        kept, per_sample = self.account, None
+        kept, found = self.account, list[Line]()
+        smaller = self.bytes_held()
         try:
-            doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]
+            with self.stage.left():  # they are the host's
+                doubled = [of_samples(batch, samples, 2 * samples) for batch in batches]
             self.update(doubled, records=True)
-            per_sample = (self.peak().bytes - peak.bytes) / samples
+            larger = self.bytes_held()
+            if len(larger) != len(smaller):  # other operators: no moment is that of the other size
+                smaller, larger = [peak.bytes], [self.peak().bytes]
+            found = lines_of(smaller, larger, samples)
         except Exception:  # a batch whose samples can't be told apart
             pass
-        self.account = replace(kept, per_sample=per_sample)
+        self.account = replace(kept, growth=found)
+
+    def bytes_held(self) -> list[int]:
+        """The bytes that the device holds at each moment of what was recorded."""
+        return [live for _, live, _ in moments(self.recording, self.strategy.held_on_host)]
 
 
 class PlayedRounds(Rounds):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from planned_models import build_llama, build_vit
 from stratagem import Callback, Fit
 from stratagem.framework.command_line import main
@@ -19,6 +21,7 @@ from stratagem.framework.planning.account import Account, Traffic
 from stratagem.framework.planning.asking import FIT, play_ranks
 from stratagem.framework.planning.batches import of_samples, samples_in
 from stratagem.framework.planning.devices import DEVICES, find_device
+from stratagem.framework.planning.growth import lines_of, most_samples
 from stratagem.framework.planning.plan import RunPlan, floors_of, seconds_of
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -232,9 +235,42 @@ def test_what_cannot_be_planned_is_named(target: str, arguments: dict[str, Any],
         Fit.plan_run(target, **arguments)
 
 
+@pytest.mark.slow
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    """With two samples the optimizer's step has the peak, and with many the activations."""
+    arguments: dict[str, Any] = {"strategy": "single", "device": "4MiB,1,1", "margin": 0.0}
+    found = Fit.plan_run(f"{MODELS}:build_vit", per_device_train_batch_size=2, **arguments).largest_micro_batch
+    assert found is not None and found > 2
+    fits = [
+        Fit.plan_run(f"{MODELS}:build_vit", per_device_train_batch_size=samples, **arguments).fits
+        for samples in (found, found + 1)
+    ]
+    assert fits == [True, False]
+
+
 def test_the_largest_micro_batch_leaves_the_margin_free() -> None:
     from stratagem.framework.planning.account import Peak
 
-    account = Account(0, samples=2, per_sample=100.0, peak=Peak(500, {}, "forward", "", 0))
+    account = Account(0, samples=2, growth=[(300, 100.0)], peak=Peak(500, {}, "forward", "", 0))
     plan = RunPlan([account], 1, 1, find_device("1000B,1,1"), margin=0.1)
-    assert plan.fits and plan.largest_micro_batch == 2 + 4  # 500 + 4 x 100 = 900
+    assert plan.fits and plan.largest_micro_batch == 6  # 300 + 6 x 100 = 900
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 90)), min_size=1, max_size=12), st.integers(1, 4),
+    st.integers(0, 2000),
+)  # fmt: skip
+def test_the_most_samples_are_those_of_the_moment_that_is_full_first(
+    moments: list[tuple[int, int]], samples: int, room: int
+) -> None:
+    def held(count: int) -> list[int]:
+        return [base + rise * count for base, rise in moments]
+
+    lines = lines_of(held(samples), held(2 * samples), samples)
+    assert len(lines) <= len(moments)
+    found = most_samples(lines, room)
+    if all(rise == 0 for _, rise in moments):
+        assert found is None
+    else:
+        fitting = [count for count in range(1, 2002) if max(held(count)) <= room]
+        assert found == max(fitting, default=0)
