@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -71,7 +70,7 @@ class Reader:
 
     def __enter__(self) -> "Reader":
         """Open the file."""
-        self._file = FileIO(self.path)
+        self._file = self.path.open("rb", buffering=0)
         return self
 
     def __exit__(self, *_: object) -> None:
