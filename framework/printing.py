@@ -4,7 +4,10 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FAILURES = (OSError, ValueError)
 """The errors of writing to a stream that is broken or closed."""
@@ -27,6 +30,17 @@ def say(line: str, stream: TextIO | None = None) -> bool:
         give_up(sys.stdout if stream is None else stream, error)
         return False
     return True
+
+
+def console_for_tables(width: int = 140) -> "Console":
+    """Make a console as wide as the terminal.
+
+    Args:
+        width: in columns, where the output is a file or a pipe: that has none, and rows are easier to read unbroken.
+    """
+    from rich.console import Console  # who prints no table needn't import it
+
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else width)
 
 
 def give_up(stream: TextIO, error: Exception) -> None:

@@ -14,6 +14,7 @@ from ...precision.registry import PRECISIONS
 from ...strategies.registry import STRATEGIES
 from ..parity import comparing, ranks
 from ..parity.recording import Recipe
+from ..printing import console_for_tables
 
 
 def add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -114,7 +115,7 @@ def run_parity(options: argparse.Namespace) -> int:
             lambda case: status.update(f"training under {case.name} on {case.ranks} rank(s)"),
         )
     # A file or a pipe has no width, and rows are easier to read unbroken.
-    Console(width=None if sys.stdout.isatty() else 140).print(parity_table(recipe, rows))
+    console_for_tables().print(parity_table(recipe, rows))
     for row in rows:
         if row.failure is not None:
             print(f"\n{row.case.name} failed:\n{row.failure.report.strip()}", file=sys.stderr)

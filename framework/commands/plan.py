@@ -9,10 +9,10 @@ from rich.console import Console, RenderableType
 
 from ..planning.asking import MARGIN, PlanningError, plan_of_words
 from ..planning.asking_all import choose_by_words, stands_for_candidates
-from ..planning.choice_shown import WIDTH, choice_shown
+from ..planning.choice_shown import choice_shown
 from ..planning.devices import DEVICES, bytes_in
 from ..planning.shown import shown
-from ..printing import say
+from ..printing import console_for_tables, say
 
 SAYS = (
     "Plan a run: play one of its ranks in a process, with tensors that have no memory, and say what it would hold, "
@@ -113,4 +113,4 @@ def title_of(words: Sequence[str], world_size: int, device: str, nodes: int) -> 
 
 def show(what: RenderableType) -> None:
     """Print tables, as wide as the terminal."""
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(what)
+    console_for_tables().print(what)

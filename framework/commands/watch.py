@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..printing import console_for_tables
 from ..record.finding import Run, runs_in
 
 LOOK = 5.0  # seconds between two looks for new runs
@@ -49,8 +49,7 @@ def run_watch(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    # A file or a pipe has no width, and rows are easier to read unbroken.
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+    console = Console() if "COLUMNS" in os.environ else console_for_tables()
     watched = Watched(options.directories)
     if options.once or not console.is_terminal:
         watched.look()

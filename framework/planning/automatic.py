@@ -3,24 +3,21 @@ with the one that is chosen.
 """
 
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from ...strategies.launch import start_ranks
 from ...strategies.played import Here, Stage, cuts_of, look_here, play, told_by_first, world_of
 from ..arguments import FitArguments
 from ..fields.argument_ranges import names_in
-from ..printing import say
+from ..printing import console_for_tables, say
 from .asking import MARGIN, PlanningError
 from .candidates import arguments_of, choose_among, strategy_of
 from .child import WITHOUT_EFFECT, answered
-from .choice_shown import WIDTH, choice_shown
+from .choice_shown import choice_shown
 from .choosing import Candidate, Choice
 from .playing import Player
 
@@ -142,7 +139,7 @@ def played(
 
 def show(choice: Choice, world_size: int) -> None:
     """Print the table of candidates where the progress of the run is printed."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console_for_tables()
     with console.capture() as printed:
         ranks = "1 rank" if world_size == 1 else f"{world_size:,} ranks"
         console.print(choice_shown(choice, f'strategy="auto" for {ranks}'))

@@ -9,7 +9,6 @@ from rich.text import Text
 from .choosing import ORDER, Choice, Figures, Verdict
 from .shown import number, size
 
-WIDTH = 140  # where the output is a file or a pipe
 HEADINGS = "peak", "on host", "between nodes", "in a node"
 STATIC = (
     "No update of this module could be played with tensors that have no memory, so that activations and messages "

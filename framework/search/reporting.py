@@ -1,11 +1,10 @@
 """Reports of a search: a line for each trial, TensorBoard's HParams, a table at the end, and Optuna's pictures."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..printing import say
+from ..printing import console_for_tables, say
 from .options import SearchOptions, import_optuna
 from .results import SearchOutput, TrialResult
 
@@ -42,7 +41,6 @@ def progress_line(trial: TrialResult, output: SearchOutput, options: SearchOptio
 
 def print_table(output: SearchOutput) -> None:
     """Print a table of all trials, the best first."""
-    from rich.console import Console
     from rich.table import Table
 
     names = list(dict.fromkeys(name for trial in output.trials for name in trial.params))
@@ -60,7 +58,7 @@ def print_table(output: SearchOutput) -> None:
             "" if trial.seconds is None else f"{trial.seconds:.1f}",
             style="bold" if trial.number in best else None,
         )
-    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
+    console = console_for_tables(width=160)
     with console.capture() as drawn:
         console.print(table)
     say(drawn.get().rstrip("\n"))
